@@ -1,0 +1,239 @@
+"""Sizes of every part, twice: `mini` (trained by this repository) and `full` (as published).
+
+One frozen dataclass a part. The same classes are built from either preset, so whatever a reader learns on the
+mini holds for the published model. Sources are given as paper sections or as the class whose constructor they feed.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+
+SAMPLE_RATE = 16_000  # Hz, of everything that is tokenized (AQAA paper 2.1)
+LINGUISTIC_PER_GROUP = 2  # 16.67 Hz
+SEMANTIC_PER_GROUP = 3  # 25 Hz
+GROUP_SIZE = LINGUISTIC_PER_GROUP + SEMANTIC_PER_GROUP  # tokens in 120 ms
+GROUP_SECONDS = 0.12
+TOKENS_PER_SECOND = GROUP_SIZE / GROUP_SECONDS  # 41.67
+
+
+@dataclass(frozen=True)
+class LinguisticConfig:
+    """Streaming SANM encoder of Paraformer, then k-means (AQAA paper 2.1; FunASR SANMEncoderChunkOpt)."""
+
+    codebook_size: int = 1024
+    output_size: int = 512  # width of the encoder
+    attention_heads: int = 4
+    linear_units: int = 2048  # width of the feed-forward layers
+    num_blocks: int = 50  # counts the first block, which maps 560 to output_size
+    kernel_size: int = 11  # FSMN memory, rows
+    n_mels: int = 80
+    lfr_m: int = 7  # fbank frames stacked in one row
+    lfr_n: int = 6  # fbank frames between two rows: 60 ms
+    chunk_rows: int = 4  # new rows in a chunk: 240 ms
+    overlap_rows: int = 5  # rows of the past that are run again with each chunk
+    look_back: int = 4  # chunks whose keys and values are kept
+    dither: float = 0.0  # noise added by the Kaldi front end; the official tokenizer leaves it at 1.0
+
+    @property
+    def input_size(self):
+        return self.n_mels * self.lfr_m
+
+
+@dataclass(frozen=True)
+class SemanticConfig:
+    """S3 tokenizer, version 1 at 25 Hz (CosyVoice 1.0 section 2.1; s3tokenizer ModelConfig)."""
+
+    n_codebook_size: int = 4096
+    n_mels: int = 128
+    n_audio_ctx: int = 1500  # rows of the positional table: 60 s
+    n_audio_state: int = 1280
+    n_audio_head: int = 20
+    n_audio_layer: int = 6
+
+
+@dataclass(frozen=True)
+class MelConfig:
+    """Mel spectrogram of the vocoder (matcha mel_spectrogram: slaney bank, natural log, floor 1e-5)."""
+
+    n_fft: int = 1024
+    num_mels: int = 80
+    sampling_rate: int = 22_050
+    hop_size: int = 256
+    win_size: int = 1024
+    fmin: int = 0
+    fmax: int = 8000
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Token to mel: conformer encoder, length regulator, conditional flow matching (AQAA paper 2.3)."""
+
+    vocab_size: int = 5121  # audio ids, and a pad row in the published file
+    input_size: int = 512
+    output_size: int = 80
+    spk_embed_dim: int = 192
+    input_frame_rate: float = 125 / 3  # tokens per second
+    encoder_size: int = 512
+    encoder_heads: int = 8
+    encoder_units: int = 2048
+    encoder_blocks: int = 6
+    channels: tuple = (256, 256)  # of the U-Net
+    attention_head_dim: int = 64
+    num_heads: int = 8
+    n_blocks: int = 4  # transformer blocks after each resnet
+    num_mid_blocks: int = 12
+    n_timesteps: int = 10  # Euler steps
+    inference_cfg_rate: float = 0.7
+    training_cfg_rate: float = 0.2
+    sigma_min: float = 1e-6
+    temperature: float = 1.0  # scale of the starting noise
+    mel_mean: float = 0.0  # log-mels are shifted and scaled by these inside the flow; the published one takes them raw
+    mel_std: float = 1.0
+
+
+@dataclass(frozen=True)
+class HiftConfig:
+    """Neural source filter with an inverse STFT (HiFT, CosyVoice hifigan/generator)."""
+
+    in_channels: int = 80
+    base_channels: int = 512
+    nb_harmonics: int = 8
+    sampling_rate: int = 22_050
+    nsf_alpha: float = 0.1
+    nsf_sigma: float = 0.003
+    nsf_voiced_threshold: float = 10  # Hz
+    upsample_rates: tuple = (8, 8)
+    upsample_kernel_sizes: tuple = (16, 16)
+    istft_n_fft: int = 16
+    istft_hop: int = 4
+    resblock_kernel_sizes: tuple = (3, 7, 11)
+    resblock_dilation_sizes: tuple = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    source_resblock_kernel_sizes: tuple = (7, 11)
+    source_resblock_dilation_sizes: tuple = ((1, 3, 5), (1, 3, 5))
+    lrelu_slope: float = 0.1
+    audio_limit: float = 0.99
+    f0_channels: int = 512
+
+
+@dataclass(frozen=True)
+class IdsConfig:
+    """Where each kind of token lives in the one vocabulary of the backbone (BOT, EOT … as in Step-1's tokenizer)."""
+
+    n_text: int = 65_536
+    n_linguistic: int = 1024
+    n_semantic: int = 4096
+    bos: int = 1
+    eot: int = 3
+    bot: int = 4
+    im_patch: int = 13
+    audio_start: int = 31  # opens a piece of the answer that keeps one manner of speaking (AQAA Table 2)
+    audio_end: int = 32  # closes it
+    text_start: int = 33  # the answer's audio is complete; text goes on
+    text_end: int = 34  # the answer's text is complete; audio goes on
+    first_text: int = 68  # everything below is a marker or unused
+
+    @property
+    def semantic_start(self):
+        return self.n_text + self.n_linguistic
+
+    @property
+    def n_audio(self):
+        return self.n_linguistic + self.n_semantic
+
+    @property
+    def end(self):
+        """One past the last audio id."""
+        return self.n_text + self.n_audio
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Fields that Step1Config takes (BACKBONE: 88 layers, 130 B, the published language model)."""
+
+    vocab_size: int = 74_752
+    hidden_size: int = 12_288
+    intermediate_size: int = 31_232
+    num_hidden_layers: int = 88
+    num_attention_heads: int = 96
+    num_attention_groups: int = 8
+    max_seq_len: int = 32_768
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int = 1
+    eos_token_id: int = 3
+    pad_token_id: int = 0
+
+
+@dataclass(frozen=True)
+class AQAAConfig:
+    """The whole system."""
+
+    name: str = "full"
+    linguistic: LinguisticConfig = field(default_factory=LinguisticConfig)
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    ids: IdsConfig = field(default_factory=IdsConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    mel: MelConfig = field(default_factory=MelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    hift: HiftConfig = field(default_factory=HiftConfig)
+
+    def to_dict(self):
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data):
+        """The inverse of to_dict, also after a trip through JSON (lists become tuples again)."""
+        return _build(cls, data)
+
+
+def _build(cls, data):
+    known = {f.name: f for f in fields(cls)}
+    unknown = set(data) - set(known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    values = {}
+    for name, value in data.items():
+        factory = known[name].default_factory
+        part = factory if is_dataclass(factory) else None
+        values[name] = _build(part, value) if part else _tuples(value)
+    return cls(**values)
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _mini():
+    n_linguistic, n_semantic, n_text = 512, 1024, 512
+    ids = IdsConfig(n_text=n_text, n_linguistic=n_linguistic, n_semantic=n_semantic)
+    return AQAAConfig(
+        name="mini",
+        linguistic=LinguisticConfig(
+            codebook_size=n_linguistic, output_size=192, attention_heads=4, linear_units=768, num_blocks=6
+        ),
+        semantic=SemanticConfig(
+            n_codebook_size=n_semantic, n_audio_state=192, n_audio_head=4, n_audio_layer=4, n_audio_ctx=1500
+        ),
+        ids=ids,
+        backbone=BackboneConfig(
+            vocab_size=ids.end, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
+            num_attention_heads=8, num_attention_groups=2, max_seq_len=4096,
+        ),
+        mel=MelConfig(n_fft=640, sampling_rate=16_000, hop_size=160, win_size=640),
+        flow=FlowConfig(
+            vocab_size=ids.n_audio, input_size=160, spk_embed_dim=16, encoder_size=160, encoder_heads=4,
+            encoder_units=640, encoder_blocks=4, channels=(128, 128), attention_head_dim=64, num_heads=2,
+            n_blocks=1, num_mid_blocks=4, inference_cfg_rate=0.0, temperature=0.4, mel_mean=-6.1, mel_std=2.4,
+        ),
+        hift=HiftConfig(
+            base_channels=192, sampling_rate=16_000, upsample_rates=(5, 4), upsample_kernel_sizes=(15, 8),
+            istft_n_fft=32, istft_hop=8, f0_channels=128,
+        ),
+    )
+
+
+PRESETS = {"mini": _mini, "full": AQAAConfig}
+
+
+def preset(name):
+    """The configuration called `name` ("mini" or "full"). Raises ValueError for any other."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,325 @@
+"""From two streams of codes to one stream of ids, and from text and audio ids to an answer.
+
+Three small languages are defined here. The *merge* puts two linguistic and three semantic codes into a group of 120 ms
+(AQAA paper 2.1). The *layout* decides how the answer's text and audio ids share one sequence (Table 1). The *prompt*
+wraps turns in the markers of Step-1's chat format. Everything is plain Python on ints: no torch.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from aqaa.config import GROUP_SIZE, LINGUISTIC_PER_GROUP, SEMANTIC_PER_GROUP
+
+KINDS = ("text", "linguistic", "semantic", "marker")
+TEXT, LINGUISTIC, SEMANTIC, MARKER = range(4)
+GROUP_PATTERN = "L" * LINGUISTIC_PER_GROUP + "S" * SEMANTIC_PER_GROUP
+AUDIO_STRING = re.compile(r"<audio_(\d+)>")
+END_OF_SEQUENCE = 2  # `</s>`: never trained as an answer's end, but a stop wherever it occurs
+
+
+def kinds(tokens, ids):
+    """Kind of each id, as an index into KINDS: what a loss mask needs.
+
+    tokens (T,) ids of the backbone; ids an IdsConfig. Returns (T,) int8. Rows after the audio ids count as markers.
+    """
+    tokens = np.asarray(tokens, dtype=np.int64)
+    edges = np.array([ids.first_text, ids.n_text, ids.semantic_start, ids.end])
+    table = np.array([MARKER, TEXT, LINGUISTIC, SEMANTIC, MARKER], dtype=np.int8)
+    return table[np.searchsorted(edges, tokens, side="right")]
+
+
+def merge(linguistic, semantic, ids):
+    """Interleave two streams of codes 2:3; whatever does not fill a group of five is dropped (AQAA paper 2.1).
+
+    linguistic codes in [0, n_linguistic), semantic codes in [0, n_semantic). Returns a list of ids, a multiple of 5.
+    Raises ValueError for a code outside its codebook.
+    """
+    linguistic, semantic = np.asarray(linguistic, dtype=np.int64), np.asarray(semantic, dtype=np.int64)
+    _check_codes(linguistic, ids.n_linguistic, "linguistic")
+    _check_codes(semantic, ids.n_semantic, "semantic")
+    groups = min(len(linguistic) // LINGUISTIC_PER_GROUP, len(semantic) // SEMANTIC_PER_GROUP)
+    first = ids.n_text + linguistic[: groups * LINGUISTIC_PER_GROUP].reshape(groups, LINGUISTIC_PER_GROUP)
+    second = ids.semantic_start + semantic[: groups * SEMANTIC_PER_GROUP].reshape(groups, SEMANTIC_PER_GROUP)
+    return np.concatenate([first, second], axis=1).reshape(-1).tolist()
+
+
+def _check_codes(codes, size, name):
+    if codes.ndim != 1:
+        raise ValueError(f"{name} codes must be one row of numbers, not an array of shape {codes.shape}")
+    if len(codes) and not 0 <= codes.min() <= codes.max() < size:
+        raise ValueError(f"{name} codes must lie in 0..{size - 1}; found {codes.min()}..{codes.max()}")
+
+
+def groups(tokens, ids):
+    """The whole groups in a stream of ids: (G, 5) int64. Text and markers are skipped, broken groups are dropped.
+
+    A missing or spurious id costs only the group it is in: the search starts again at the next L L S S S.
+    """
+    tokens = np.asarray(tokens, dtype=np.int64)
+    kind = kinds(tokens, ids)
+    audio = tokens[(kind == LINGUISTIC) | (kind == SEMANTIC)]
+    letters = np.where(audio < ids.semantic_start, ord("L"), ord("S")).astype(np.uint8).tobytes().decode()
+    starts = np.array([found.start() for found in re.finditer(GROUP_PATTERN, letters)], dtype=np.int64)
+    return audio[starts[:, None] + np.arange(GROUP_SIZE)]
+
+
+def split(tokens, ids):
+    """The inverse of merge: (linguistic codes, semantic codes), two lists of 2 and 3 codes a group. See `groups`."""
+    whole = groups(tokens, ids)
+    linguistic = whole[:, :LINGUISTIC_PER_GROUP] - ids.n_text
+    semantic = whole[:, LINGUISTIC_PER_GROUP:] - ids.semantic_start
+    return linguistic.reshape(-1).tolist(), semantic.reshape(-1).tolist()
+
+
+def to_string(tokens, ids):
+    """Audio ids as Step-Audio writes them in a prompt: `<audio_17><audio_4>…`. Raises ValueError for another id."""
+    for token in tokens:
+        if not ids.n_text <= token < ids.end:
+            raise ValueError(f"id {token} is not an audio id: those lie in {ids.n_text}..{ids.end - 1}")
+    return "".join(f"<audio_{token - ids.n_text}>" for token in tokens)
+
+
+def from_string(string, ids):
+    """The inverse of to_string; anything that is not an audio token is skipped. Raises ValueError for one too large."""
+    numbers = [int(number) for number in AUDIO_STRING.findall(string)]
+    for number in numbers:
+        if number >= ids.n_audio:
+            raise ValueError(f"<audio_{number}> does not exist: the last one is <audio_{ids.n_audio - 1}>")
+    return [ids.n_text + number for number in numbers]
+
+
+def prompt(turns, tokenizer, ids, answer=True):
+    """A dialogue as ids: `<s>`, then `<|BOT|>role\\n content <|EOT|>` a turn, then an open assistant turn.
+
+    turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids, or a list of both.
+    tokenizer: a TextTokenizer; markers spelt out in the content are read as plain text. With answer=False no assistant turn is opened.
+    """
+    result = [ids.bos]
+    for role, content in turns:
+        result += [ids.bot, *_turn(role, content, tokenizer), ids.eot]
+    return result + [ids.bot, *_turn("assistant", "", tokenizer)] if answer else result
+
+
+def _turn(role, content, tokenizer):
+    """Header and content of a turn; text at its start is encoded in one go with the header, as the official code does."""
+    parts = content if isinstance(content, (list, tuple)) and any(_nested(p) for p in content) else [content]
+    text, encoded = ("human" if role == "user" else role) + "\n", []
+    for part in [*parts, []]:
+        if isinstance(part, str):
+            text += part
+            continue
+        if text:
+            encoded += tokenizer.encode(text, prefix=False, specials=False)
+        encoded += [int(token) for token in part]
+        text = ""
+    return encoded
+
+
+def _nested(part):
+    return isinstance(part, str) or hasattr(part, "__len__")
+
+
+class Allowed(NamedTuple):
+    """What may come next: ids start..stop-1 of one kind, or one of the markers."""
+
+    kind: str  # "text", "linguistic", "semantic", "marker"; "end" after the answer is complete
+    start: int
+    stop: int
+    markers: tuple  # ids of text_end, text_start, audio_start, audio_end, eot, as far as they are legal here
+    may_end_text: bool
+    may_stop: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How text and audio of an answer share one sequence (AQAA Table 1).
+
+    Blocks of `text_block` text ids, then `audio_block` audio ids. The id after the last text id is text_end; from there
+    on only audio comes, then eot. If the audio ends first, text_start says so, and the rest of the text follows.
+    """
+
+    name: str
+    text_block: int | None  # None: all the text at once; 0: no text
+    audio_block: int
+    marked: bool = False  # every piece stands between audio_start and audio_end (Table 2, marker-preserving)
+
+    def __post_init__(self):
+        if self.audio_block <= 0 or self.audio_block % GROUP_SIZE:
+            raise ValueError(f"layout {self.name}: audio_block must be a multiple of {GROUP_SIZE}")
+
+    def arrange(self, text, audio, ids):
+        """The answer's ids, eot included. text: ids of words (T,), audio: merged ids (5G,). ValueError for others."""
+        return self.arrange_pieces([(text, audio)], ids)
+
+    def arrange_pieces(self, pieces, ids):
+        """An answer of several pieces, each in a manner of its own: (text, audio) pairs, one after the other.
+
+        With marked=True the pieces keep their markers (Table 2, best); otherwise pieces are interleaved one by one
+        and joined. `join` gives the third row of that table. Only marked pieces can be decoded under constraint.
+        """
+        result = []
+        for text, audio in pieces:
+            text, audio = [int(t) for t in text], [int(a) for a in audio]
+            _check_piece(text, audio, ids)
+            body = self._interleave(text, audio, ids)
+            result += [ids.audio_start, *body, ids.audio_end] if self.marked else body
+        return result + [ids.eot]
+
+    def _interleave(self, text, audio, ids):
+        if self.text_block == 0:
+            return audio
+        size, result = self.text_block or len(text) + 1, []
+        while True:
+            result += text[:size]
+            if len(text) < size:
+                return result + [ids.text_end] + audio
+            text = text[size:]
+            result += audio[: self.audio_block]
+            if len(audio) < self.audio_block:
+                return result + [ids.text_start, *text, ids.text_end]
+            audio = audio[self.audio_block :]
+
+    def parse(self, tokens, ids):
+        """(text ids, audio ids) of an answer, up to its eot. Audio may be broken in generated answers: see `split`."""
+        pieces = self.parse_pieces(tokens, ids)
+        return [t for text, _ in pieces for t in text], [a for _, audio in pieces for a in audio]
+
+    def parse_pieces(self, tokens, ids):
+        """The same, one (text, audio) pair a marked piece; a single pair if there are no markers."""
+        pieces = [([], [])]
+        for token in map(int, tokens):
+            if token in (ids.eot, END_OF_SEQUENCE):
+                break
+            if token == ids.audio_start and any(pieces[-1]):
+                pieces.append(([], []))
+            if ids.first_text <= token < ids.end:
+                pieces[-1][token >= ids.n_text].append(token)
+        return pieces
+
+    def machine(self, ids, min_audio=0):
+        """A fresh Machine for one answer; min_audio is the number of audio ids before which it may not stop."""
+        return Machine(self, ids, min_audio)
+
+
+def _check_piece(text, audio, ids):
+    wrong = [t for t in text if not ids.first_text <= t < ids.n_text]
+    if wrong:
+        raise ValueError(f"id {wrong[0]} is not a text id: those lie in {ids.first_text}..{ids.n_text - 1}")
+    if len(audio) % GROUP_SIZE or groups(audio, ids).size != len(audio):
+        raise ValueError("the audio of an answer must be whole groups of 2 linguistic and 3 semantic ids")
+
+
+def join(pieces):
+    """One piece out of several: texts joined, audios joined (Table 2, concatenation with marker removal)."""
+    return list(chain.from_iterable(t for t, _ in pieces)), list(chain.from_iterable(a for _, a in pieces))
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("audio_only", 0, 15),
+        Layout("ratio_6_50", 6, 50),
+        Layout("ratio_3_5", 3, 5),
+        Layout("text_cot", None, 15),
+        Layout("ratio_10_15", 10, 15),
+    )
+}
+
+
+def layout(name="ratio_10_15"):
+    """The layout of that name in Table 1. Raises ValueError for an unknown name."""
+    if name not in LAYOUTS:
+        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+class Machine:
+    """Follows an answer id by id and says what may come next, so that every generated answer can be parsed.
+
+    eot is legal only when the text has ended and the audio is at a group boundary. `advance` raises ValueError for an
+    id that `allowed` does not permit.
+    """
+
+    def __init__(self, layout, ids, min_audio=0):
+        self.layout, self.ids, self.min_audio = layout, ids, min_audio
+        self.audio_total = 0
+        self.state = "open" if layout.marked else None
+        if not layout.marked:
+            self._begin_piece()
+
+    def _begin_piece(self):
+        self.state = "audio" if self.layout.text_block == 0 else "text"
+        self.text_done, self.audio_done = self.layout.text_block == 0, False
+        self.text_used = self.audio_used = 0  # in this block
+
+    @property
+    def finished(self):
+        return self.state == "end"
+
+    def copy(self):
+        """An independent machine in the same state."""
+        twin = object.__new__(Machine)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def allowed(self):
+        """Allowed: the kind and range of the next id, and the markers that may come in its place."""
+        ids, state = self.ids, self.state
+        if state == "text":
+            return Allowed("text", ids.first_text, ids.n_text, (ids.text_end,), True, False)
+        if state == "audio":
+            position = self.audio_used % GROUP_SIZE
+            markers = () if position else self._boundary_markers()
+            if position < LINGUISTIC_PER_GROUP:
+                return Allowed("linguistic", ids.n_text, ids.semantic_start, markers, False, ids.eot in markers)
+            return Allowed("semantic", ids.semantic_start, ids.end, markers, False, False)
+        markers = {"open": (ids.audio_start,), "closed": self._closed_markers(), "end": ()}[state]
+        return Allowed("end" if state == "end" else "marker", 0, 0, markers, False, ids.eot in markers)
+
+    def _closed_markers(self):
+        """After a marked piece: another one, or the end. After unmarked text that outlived its audio: the end."""
+        return (self.ids.audio_start, self.ids.eot) if self.layout.marked and not self.audio_done else (self._stop,)
+
+    @property
+    def _stop(self):
+        return self.ids.audio_end if self.layout.marked else self.ids.eot
+
+    def _boundary_markers(self):
+        if self.audio_total < self.min_audio:
+            return ()
+        return (self._stop,) if self.text_done else (self.ids.text_start,)
+
+    def advance(self, token):
+        """Take the next id. Raises ValueError if it is not legal here."""
+        may = self.allowed()
+        if not (may.start <= token < may.stop or token in may.markers):
+            raise ValueError(f"id {token} is not legal here: {may.kind} {may.start}..{may.stop - 1} or {may.markers}")
+        if token in may.markers:
+            self._advance_marker(token)
+        elif self.state == "text":
+            self.text_used += 1
+            if self.text_used == self.layout.text_block and not self.audio_done:
+                self.state, self.audio_used = "audio", 0
+        else:
+            self.audio_used += 1
+            self.audio_total += 1
+            if self.audio_used == self.layout.audio_block and not self.text_done:
+                self.state, self.text_used = "text", 0
+
+    def _advance_marker(self, token):
+        ids = self.ids
+        if token == ids.text_end:
+            self.text_done, self.audio_used = True, 0
+            self.state = "closed" if self.audio_done else "audio"
+        elif token == ids.text_start:
+            self.state, self.audio_done = "text", True
+        elif token == ids.audio_start:
+            self._begin_piece()
+        elif token == ids.audio_end:
+            self.state, self.audio_done = "closed", False
+        else:
+            self.state = "end"

@@ -1,0 +1,182 @@
+"""Semantic tokenizer: how it is said, 25 codes a second (AQAA paper 2.1; CosyVoice 1.0 section 2.1, S3 tokenizer v1).
+
+Log-mel, two convolutions that each halve the rate, a transformer that sees the whole piece, and the nearest
+codebook entry on the unit sphere.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aqaa import audio
+from aqaa.config import SAMPLE_RATE, SemanticConfig
+
+PIECE = 30 * SAMPLE_RATE  # samples encoded together; longer waves are cut, without overlap
+SHORTEST = 480  # a piece below it is dropped
+FRAME = 640  # samples a code
+
+
+class MultiHeadAttention(nn.Module):
+    def __init__(self, size, heads):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(size, size)
+        self.key = nn.Linear(size, size, bias=False)
+        self.value = nn.Linear(size, size)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x, mask):
+        """x (B, T, D), mask None or (B, 1, 1, T), true where a key is real."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block with a fourfold GELU layer."""
+
+    def __init__(self, size, heads):
+        super().__init__()
+        self.attn = MultiHeadAttention(size, heads)
+        self.attn_ln = nn.LayerNorm(size)
+        self.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, size))
+        self.mlp_ln = nn.LayerNorm(size)
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.attn_ln(x), mask)
+        return x + self.mlp(self.mlp_ln(x))
+
+
+class AudioEncoder(nn.Module):
+    """Log-mel (B, n_mels, T) to hidden rows (B, ceil(T / 4), n_audio_state)."""
+
+    def __init__(self, config):
+        super().__init__()
+        size = config.n_audio_state
+        self.conv1 = nn.Conv1d(config.n_mels, size, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv1d(size, size, 3, stride=2, padding=1)
+        self.register_buffer("positional_embedding", sinusoids(config.n_audio_ctx, size))
+        self.blocks = nn.ModuleList(
+            ResidualAttentionBlock(size, config.n_audio_head) for _ in range(config.n_audio_layer)
+        )
+
+    def forward(self, x, lengths=None):
+        mask = None
+        for conv in (self.conv1, self.conv2):
+            if lengths is not None:  # padding is zeroed before each convolution, or it would leak into the last row
+                x = x.masked_fill(~_present(lengths, x.shape[-1])[:, None], 0)
+                lengths = (lengths + 1) // 2
+            x = F.gelu(conv(x))
+        x = x.transpose(1, 2)  # (B, T / 4, D)
+        if x.shape[1] > len(self.positional_embedding):
+            limit = len(self.positional_embedding)
+            raise ValueError(f"{x.shape[1]} rows are more than the {limit} positions of this tokenizer: cut the wave.")
+        x = x + self.positional_embedding[: x.shape[1]]
+        if lengths is not None:
+            mask = _present(lengths, x.shape[1])[:, None, None]
+        for block in self.blocks:
+            x = block(x, mask)
+        return x, lengths
+
+
+def _present(lengths, size):
+    return torch.arange(size, device=lengths.device) < lengths[:, None]  # (B, size)
+
+
+def sinusoids(length, channels, longest=10000):
+    """(length, channels): [sin | cos] table of Whisper."""
+    half = channels // 2
+    rates = torch.exp(-torch.arange(half) * (torch.tensor(float(longest)).log() / (half - 1)))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class Codebook(nn.Module):
+    """`embed`: the entries that the unit vectors are compared with."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("embed", torch.zeros(config.n_codebook_size, config.n_audio_state))
+
+
+class Quantizer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self._codebook = Codebook(config)
+
+    def forward(self, hidden):
+        """(..., D) -> (...) codes."""
+        return distances(hidden, self._codebook.embed).argmin(-1)
+
+
+@audio.full_precision
+def distances(hidden, embed):
+    """(..., D), (K, D) -> (..., K): squared distance of the L2-normalised rows to every entry."""
+    x, embed = F.normalize(hidden.float(), dim=-1), embed.float()
+    return x.square().sum(-1, keepdim=True) - 2 * x @ embed.T + embed.square().sum(-1)
+
+
+class SemanticTokenizer(nn.Module):
+    """Speech to semantic codes. Parameter names are those of s3tokenizer's `speech_tokenizer_v1_25hz`."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config or SemanticConfig()
+        self.encoder = AudioEncoder(self.config)
+        self.quantizer = Quantizer(self.config)
+
+    @classmethod
+    def from_onnx(cls, path, n_audio_head=None):
+        """The tokenizer in a released `speech_tokenizer_v1.onnx`, its sizes taken from the file.
+
+        Raises FileNotFoundError, and ValueError for a file that is not such a network.
+        """
+        from aqaa.tokenizers.s3_onnx import read
+
+        config, state = read(path, n_audio_head)
+        model = cls(config)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def hidden(self, logmel, lengths=None):
+        """(B, n_mels, T) log-mels, lengths (B,) in frames -> hidden (B, ceil(T / 4), D), their lengths (B,).
+
+        Padding beyond a length changes no valid row. Raises ValueError for more rows than there are positions.
+        """
+        if lengths is not None:
+            return self.encoder(logmel, torch.as_tensor(lengths, device=logmel.device))
+        hidden, _ = self.encoder(logmel)
+        return hidden, torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
+
+    def quantize(self, hidden):
+        """(..., D) -> (...) int64 codes."""
+        return self.quantizer(hidden)
+
+    def features(self, wav):
+        """(N,) samples at 16 kHz, N > 200 -> (n_mels, N // 160)."""
+        return audio.log_mel(wav, self.config.n_mels)
+
+    @torch.no_grad()
+    def encode(self, wav, energy_norm=True):
+        """(N,) samples at 16 kHz -> int64 codes, one for every 40 ms (rounded up) of each 30 s piece."""
+        return self.encode_batch([wav], energy_norm)[0]
+
+    @torch.no_grad()
+    def encode_batch(self, wavs, energy_norm=True):
+        """A list of waves -> a list of codes, in one pass and equal to those of `encode`."""
+        device = self.encoder.conv1.weight.device
+        pieces, owners = [], []
+        for owner, wav in enumerate(wavs):
+            wav = torch.as_tensor(wav, dtype=torch.float32, device=device)
+            wav = audio.energy_norm(wav) if energy_norm and len(wav) else wav
+            parts = wav.split(min(PIECE, FRAME * self.config.n_audio_ctx))
+            mels = [self.features(part) for part in parts if len(part) >= SHORTEST]
+            pieces += mels
+            owners += [owner] * len(mels)
+        codes = [torch.zeros(0, dtype=torch.long, device=device)] * len(wavs)
+        if pieces:
+            lengths = torch.tensor([m.shape[1] for m in pieces], device=device)
+            batch = nn.utils.rnn.pad_sequence([m.T for m in pieces], batch_first=True).transpose(1, 2)
+            hidden, rows = self.hidden(batch, lengths if len(pieces) > 1 else None)
+            for owner, piece, n in zip(owners, self.quantize(hidden), rows.tolist()):
+                codes[owner] = torch.cat([codes[owner], piece[:n]])
+        return codes
