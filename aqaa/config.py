@@ -206,7 +206,7 @@ def _mini():
     return AQAAConfig(
         name="mini",
         linguistic=LinguisticConfig(
-            codebook_size=n_linguistic, output_size=192, attention_heads=4, linear_units=768, num_blocks=6
+            codebook_size=n_linguistic, output_size=192, attention_heads=4, linear_units=768, num_blocks=5
         ),
         semantic=SemanticConfig(
             n_codebook_size=n_semantic, n_audio_state=192, n_audio_head=4, n_audio_layer=4, n_audio_ctx=1500

@@ -247,9 +247,9 @@ class Machine:
     def __init__(self, layout, ids, min_audio=0):
         self.layout, self.ids, self.min_audio = layout, ids, min_audio
         self.audio_total = 0
-        self.state = "open" if layout.marked else None
-        if not layout.marked:
-            self._begin_piece()
+        self._begin_piece()
+        if layout.marked:
+            self.state = "open"
 
     def _begin_piece(self):
         self.state = "audio" if self.layout.text_block == 0 else "text"

@@ -1,0 +1,281 @@
+"""Step-1, the language model of Step-Audio, as a transformers model: official folders load without remote code.
+
+A decoder of RMSNorm, grouped-query attention with a square-root distance bias, and SwiGLU; no biases, no rotation, no
+tied embeddings (AQAA paper 2.2). The same class is the 130 B model and the 4 M one that this repository trains.
+"""
+
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from aqaa.backbone import attention
+
+
+@strict
+class Step1Config(PreTrainedConfig):
+    """Sizes of a Step-1 model; field names as in the published config.json, defaults as in its class."""
+
+    model_type = "step1"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_key_value_heads": "num_attention_groups", "max_position_embeddings": "max_seq_len"}
+    base_model_tp_plan = {
+        **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "bias"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 65_536
+    hidden_size: int = 5120
+    intermediate_size: int = 13_312
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 40
+    num_attention_groups: int = 8
+    max_seq_len: int = 4096
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 3
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = False  # must be said: transformers 4 and vLLM assume True and lose lm_head
+    bias_dtype: str = "float32"  # "model": round the distance bias to the dtype of the weights, as the official code does
+
+    def validate_architecture(self):
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_attention_groups:
+            raise ValueError(
+                f"{self.num_attention_heads} heads must divide hidden_size {self.hidden_size} "
+                f"and be a multiple of {self.num_attention_groups} groups"
+            )
+
+
+class Step1RMSNorm(nn.Module):
+    """x · rsqrt(mean(x²) + eps) · weight; mean in fp32, products in the dtype of x (not so in Llama)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return x * scale.to(x.dtype) * self.weight
+
+
+class Step1MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Step1Attention(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        shared = config.num_attention_groups * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x, bias, cache=None, sizes=None):
+        """x (B, T, D) → (output (B, T, D), weights or None). bias (B|1, H, T, K); sizes: see attention.segments."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, d)
+        bias, weights = attention.local_heads(bias, q.shape[2]), None
+        if sizes is not None:
+            q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+            out = attention.segments(q, k, v, bias, sizes, self.scaling)
+        else:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, T, d)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer_idx)
+            if self.config._attn_implementation == "eager":
+                out, weights = attention.eager(q, k, v, bias, self.scaling)
+            else:
+                out = attention.sdpa(q, k, v, bias, self.scaling)
+            out = out.transpose(1, 2)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), weights
+
+
+class Step1DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.self_attn = Step1Attention(config, layer_idx)
+        self.mlp = Step1MLP(config)
+        self.input_layernorm = Step1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Step1RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, bias, cache=None, sizes=None):
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), bias, cache, sizes)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Step1PreTrainedModel(PreTrainedModel):
+    config: Step1Config
+    config_class = Step1Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Step1DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = False  # flash kernels know linear ALiBi only
+    _supports_attention_backend = False
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": Step1DecoderLayer, "attentions": Step1Attention}
+
+
+class Step1Model(Step1PreTrainedModel):
+    """Embedding, decoder layers, last norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(Step1DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Step1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def run(self, hidden_states, bias, cache=None, sizes=None):
+        """The layers and the last norm, nothing else: (B, T, D) → (B, T, D). What `forward` and our decoder share."""
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, bias, cache, sizes)
+        return self.norm(hidden_states)
+
+    def bias(self, n_query, n_key, first=0):
+        """The distance bias (1, H, Q, K) of queries at slots first, first+1, …, on the model's device."""
+        slope = attention.slopes(self.config.num_attention_heads).to(self.embed_tokens.weight.device)
+        bias = attention.sqrt_bias(slope, n_query, n_key, first)
+        return bias.to(self.embed_tokens.weight.dtype) if self.config.bias_dtype == "model" else bias
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        use_cache=None, segment_ids=None, **kwargs,
+    ):  # fmt: skip
+        """Hidden states of tokens (B, T), or of embeddings (B, T, D).
+
+        attention_mask: (B, K) of ones and zeros, or (B, 1, T, K). segment_ids (B, T): several examples in one row, each
+        a run of one number ≥ 1; 0 is padding; attention stays within a run (training; not with a cache).
+        position_ids are accepted and ignored: the bias needs distances only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if segment_ids is None and self.training and past_key_values is None and not use_cache:
+            segment_ids = self._rows_as_segments(hidden_states, attention_mask)
+        if segment_ids is not None:
+            return BaseModelOutputWithPast(last_hidden_state=self._packed(hidden_states, segment_ids))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        n_query, past = hidden_states.shape[1], 0
+        n_key = n_query
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length()
+            n_key = past_key_values.get_mask_sizes(n_query, 0)[0]
+        bias = self.bias(n_query, n_key, past)
+        if attention_mask is not None:
+            bias = attention.with_mask(bias, attention_mask)
+        hidden_states = self.run(hidden_states, bias, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    @staticmethod
+    def _rows_as_segments(hidden_states, attention_mask):
+        """Training on a CPU takes the packed path, which is faster there, unless the mask is more than padding."""
+        if hidden_states.device.type != "cpu" or (attention_mask is not None and attention_mask.dim() != 2):
+            return None
+        return torch.ones(hidden_states.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+
+    def _packed(self, hidden_states, segment_ids):
+        """Packed rows: run by run on a CPU; through one mask on an accelerator, where few large calls are better."""
+        if hidden_states.device.type == "cpu":
+            sizes = attention.segment_sizes(segment_ids)
+            longest = max(max(sizes), 1)
+            return self.run(hidden_states, self.bias(longest, longest), sizes=sizes)
+        n = hidden_states.shape[1]
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        return self.run(hidden_states, attention.with_mask(self.bias(n, n), same))
+
+
+class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
+    """Step1Model and its output layer (never tied to the embedding)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Step1Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def logits(self, hidden_states, positions=None, rows=None):
+        """Scores of next ids, only where they are wanted.
+
+        hidden_states (B, T, D) or (…, D); positions: bool (B, T) or an index of the flattened (B·T,), which positions;
+        rows: slice, or ids (R,), which part of the vocabulary. Returns (P, R), or (…, R) if positions is None.
+        """
+        if positions is not None:
+            flat = hidden_states.flatten(0, -2)
+            hidden_states = flat[positions.flatten() if positions.dtype == torch.bool else positions]
+        if rows is None:
+            return self.lm_head(hidden_states)
+        if type(self.lm_head) is not nn.Linear:  # a quantised layer has no rows to take
+            return self.lm_head(hidden_states)[..., rows]
+        return F.linear(hidden_states, self.lm_head.weight[rows])
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, logits_to_keep=0, segment_ids=None, **kwargs,
+    ):  # fmt: skip
+        """Logits (B, T, V); see Step1Model.forward. labels (B, T), −100 where there is no loss, are shifted here."""
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, segment_ids=segment_ids, **kwargs,
+        )  # fmt: skip
+        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )  # fmt: skip
+
+
+def build(backbone, **overrides):
+    """A Step1ForCausalLM with fresh weights from a config.BackboneConfig."""
+    return Step1ForCausalLM(Step1Config(**asdict(backbone), **overrides))
+
+
+AutoConfig.register(Step1Config.model_type, Step1Config, exist_ok=True)
+AutoModelForCausalLM.register(Step1Config, Step1ForCausalLM, exist_ok=True)

@@ -1,0 +1,86 @@
+"""What the vocoder keeps: true codes of a teacher's recording go in, and the sound that comes out is compared.
+
+The words are scored by the judge beside the teacher's own wav (its ceiling); timbre by mel-cepstral distance; melody
+by the f0 error. Code frames and mel frames run in step, so the two recordings are compared frame by frame, unwarped.
+"""
+
+import numpy as np
+import torch
+from scipy.fft import dct
+
+from aqaa.audio import mel
+from aqaa.config import SAMPLE_RATE, MelConfig
+from aqaa.evaluation.judges import normalise
+from aqaa.training.f0 import f0
+
+CEPSTRA = 24  # coefficients compared; the zeroth, loudness, is left out
+FLOOR = 30  # dB: frames of the reference quieter than this under its loudest are not compared
+FRAME = MelConfig(n_fft=640, sampling_rate=SAMPLE_RATE, hop_size=160, win_size=640)
+OCTAVE_SLIP = 9  # semitones: a larger f0 error is the tracker's and is counted apart
+
+
+def mel_cepstral_distance(wav, reference):
+    """Mean mel-cepstral distance in dB of two recordings (N,) at 16 kHz, over the reference's frames of speech.
+
+    (10 / ln 10) sqrt(2 sum_k (c_k - r_k)^2), k = 1..24 (Kubichek 1993), where c_k are cosine coefficients of the
+    80-band log mel magnitudes. NaN if the reference holds no speech. Comparable only with numbers made the same way.
+    """
+    ours, theirs = _cepstra(wav), _cepstra(reference)
+    frames = min(len(ours), len(theirs))
+    ours, theirs = ours[:frames], theirs[:frames]
+    loud = theirs[:, 0] > theirs[:, 0].max(initial=-np.inf) - FLOOR / 20 * np.log(10)
+    if not loud.any():
+        return float("nan")
+    difference = (ours - theirs)[loud, 1:]
+    return float(10 / np.log(10) * np.sqrt(2 * np.square(difference).sum(1)).mean())
+
+
+def _cepstra(wav):
+    """(N,) -> (T, 25), the zeroth being the mean log magnitude."""
+    wav = torch.as_tensor(np.asarray(wav, dtype=np.float32))
+    if len(wav) < FRAME.n_fft:
+        return np.zeros((0, CEPSTRA + 1))
+    bands = mel(wav, FRAME).numpy().T  # (T, 80)
+    return dct(bands, axis=1)[:, : CEPSTRA + 1] / (2 * FRAME.num_mels)
+
+
+def f0_error(wav, reference):
+    """Melody of wav (N,) against reference: {"semitones", "slips", "voicing"}.
+
+    semitones: median absolute error over frames that are voiced in both. slips: share of those that are off by more
+    than 9 semitones. voicing: share of all frames where one is voiced and the other is not. NaN where nothing counts.
+    """
+    ours, theirs = f0(np.asarray(wav, dtype=np.float32)), f0(np.asarray(reference, dtype=np.float32))
+    frames = min(len(ours), len(theirs))
+    ours, theirs = ours[:frames], theirs[:frames]
+    both = (ours > 0) & (theirs > 0)
+    error = 12 * np.abs(np.log2(ours[both] / theirs[both]))
+    return {
+        "semitones": float(np.median(error)) if len(error) else float("nan"),
+        "slips": float((error > OCTAVE_SLIP).mean()) if len(error) else float("nan"),
+        "voicing": float(((ours > 0) != (theirs > 0)).mean()) if frames else float("nan"),
+    }
+
+
+def copy_synthesis(synthesize, codes, wavs, texts, judge, workers=1):
+    """Score of a vocoder on true codes: a dictionary of n, shares and means, and what was misheard.
+
+    synthesize: audio ids (5G,), 0-based -> wav (N,). codes: a list of such ids. wavs: the recordings they were made
+    from, (N,) float at 16 kHz. texts: what these say. judge: a Judge over at least these texts. `lenient` and `strict`
+    are shares heard right in the synthesis, `teacher_lenient` and `teacher_strict` in the recordings.
+    """
+    made = [np.asarray(synthesize(ids), dtype=np.float32).reshape(-1) for ids in codes]
+    wanted = [normalise(text) for text in texts]
+    result, wrong = {"n": len(wanted)}, []
+    for mode in ("lenient", "strict"):
+        for name, sounds in ((mode, made), (f"teacher_{mode}", wavs)):
+            heard = judge.hear_all(sounds, strict=mode == "strict", workers=workers, progress=f"judge, {name}")
+            result[name] = float(np.mean([h == w for h, w in zip(heard, wanted, strict=True)]))
+            if name == "lenient":
+                wrong = [{"said": w, "heard": h} for h, w in zip(heard, wanted, strict=True) if h != w]
+    distances = [mel_cepstral_distance(m, w) for m, w in zip(made, wavs, strict=True)]
+    melodies = [f0_error(m, w) for m, w in zip(made, wavs, strict=True)]
+    result["mel_cepstral_distance_db"] = float(np.nanmean(distances))
+    for name in ("semitones", "slips", "voicing"):
+        result[f"f0_{name}"] = float(np.nanmean([melody[name] for melody in melodies]))
+    return {**result, "misheard": wrong}

@@ -1,0 +1,317 @@
+"""The whole way from a question to an answer, and the time each step of it takes.
+
+`ask` answers at once, `stream` hands out sound while the rest is still being generated, `chat` keeps a history as text
+(AQAA paper 2.4: audio would cost fourteen times the tokens). Every step can be called by itself.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import exp
+
+import torch
+
+from aqaa import audio
+from aqaa.config import GROUP_SIZE
+from aqaa.tokenizers import interleave
+from aqaa.vocoder.streaming import Vocoder
+
+ASR_MARKER = 36  # `<|ASR|>` after bos asks for the words of a recording (Step-1's control token)
+MIN_AUDIO = 3 * GROUP_SIZE  # ids: an answer is never silent
+MAX_ANSWER = 1500  # ids, text and audio: about half a minute
+SAMPLING = {"temperature": 0.3, "top_p": 0.9, "seed": 0, "max_tokens": MAX_ANSWER}
+SPOKEN = ("linguistic", "semantic")  # kinds of ids that are sound
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an answer as it becomes ready: words, and (N,) float32 samples on the CPU; either may be empty."""
+
+    text: str
+    audio: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text") and codes
+    ("linguistic", "semantic"); timings in seconds, see Ledger; confidence: geometric mean of the probabilities of
+    the text tokens, 0 when there is no text.
+    """
+
+    text: str
+    audio: torch.Tensor
+    sample_rate: int
+    tokens: dict
+    timings: dict
+    confidence: float
+
+    @property
+    def seconds(self):
+        """Length of the sound."""
+        return len(self.audio) / self.sample_rate
+
+    @property
+    def real_time_factor(self):
+        """Seconds of work for a second of sound."""
+        return self.timings["total"] / max(self.seconds, 1e-9)
+
+    def save(self, path):
+        """Write the sound as a wav file. Raises AudioError."""
+        audio.write(path, self.audio, self.sample_rate)
+
+
+@dataclass
+class Ledger:
+    """Where the time went, in seconds: read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
+
+    first_* count from the start; first_audio_share is the share of the answer's ids known when the first sound came
+    (not a time).
+    """
+
+    began: float = field(default_factory=time.perf_counter)
+    times: dict = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name):
+        """Add the time spent inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+    def mark(self, name):
+        """Note the time since the beginning, once."""
+        self.times.setdefault(name, time.perf_counter() - self.began)
+
+
+class AQAA:
+    """Question in, answer out.
+
+    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift`; each is fetched by part(name) when first
+    used, so a dict's `__getitem__` will do. config: AQAAConfig; layout: a name of Table 1 or a Layout.
+    """
+
+    def __init__(self, config, part, *, device="cpu", layout="ratio_10_15"):
+        self.config, self.ids, self.device = config, config.ids, torch.device(device)
+        self.layout = interleave.layout(layout) if isinstance(layout, str) else layout
+        self._part = part
+
+    text = cached_property(lambda self: self._part("text"))
+    linguistic = cached_property(lambda self: self._part("linguistic"))
+    semantic = cached_property(lambda self: self._part("semantic"))
+    backbone = cached_property(lambda self: self._part("backbone"))
+    flow = cached_property(lambda self: self._part("flow"))
+    hift = cached_property(lambda self: self._part("hift"))
+    vocoder = cached_property(lambda self: Vocoder(self.flow, self.hift))
+
+    # ---- single steps ----
+
+    def listen(self, question, ledger=None):
+        """Sound (a path, or (samples, rate)) -> merged audio ids, 5 for each 120 ms. Raises AudioError."""
+        ledger = ledger or Ledger()
+        with ledger.step("read"):
+            wav = audio.load_question(question).to(self.device)
+        with ledger.step("linguistic"):
+            linguistic = self.linguistic.encode(wav)
+        with ledger.step("semantic"):
+            semantic = self.semantic.encode(wav)
+        ids = interleave.merge(linguistic.cpu(), semantic.cpu(), self.ids)
+        if not ids:
+            raise audio.AudioError("the question is too short to hear anything in it: 0.2 s are needed.")
+        return ids
+
+    def heard(self, question, ledger=None):
+        """A question as audio ids; ids that are already there pass through."""
+        if isinstance(question, list) and question and isinstance(question[0], int):
+            return question
+        return self.listen(question, ledger)
+
+    def prompt(self, question, history=()):
+        """Ids of a dialogue: history ((role, text) pairs), the question (audio ids or text), and an open turn."""
+        return interleave.prompt([*history, ("user", question)], self.text, self.ids)
+
+    def generate(self, prompt, *, layout=None, **sampling):
+        """Ids of a dialogue -> Steps (id, kind, logprob), one by one, as the layout allows.
+
+        sampling: temperature, top_p, seed, max_tokens, repetition (see backbone.generation), by default SAMPLING.
+        """
+        from aqaa.backbone.generation import generate
+
+        layout = layout or self.layout
+        return generate(self.backbone, prompt, self.ids, layout, **{**SAMPLING, "min_audio": MIN_AUDIO, **sampling})
+
+    def transcribe(self, question):
+        """The words of a question, as the backbone understands them; question: a sound, or audio ids."""
+        ids = self.heard(question)
+        prompt = self.prompt(ids)
+        prompt.insert(1, ASR_MARKER)
+        steps = self.generate(prompt, layout=TextOnly(), temperature=0, max_tokens=len(ids) + 8)
+        return self.text.decode([step.id for step in steps if step.kind == "text"])
+
+    def synthesize(self, audio_ids, seed=0):
+        """Merged audio ids of an answer -> (N,) samples on the CPU at vocoder.sample_rate, in one go."""
+        return self.vocoder.synthesize(self.codes(audio_ids), seed).float().cpu()
+
+    def codes(self, audio_ids):
+        """Audio ids as the vocoder counts them: from the first linguistic code."""
+        return [token - self.ids.n_text for token in audio_ids]
+
+    # ---- whole ways ----
+
+    def ask(self, question, *, history=(), **sampling):
+        """One question (a path, (samples, rate), or what `listen` gave) -> Answer. Raises AudioError.
+
+        sampling: temperature, top_p, seed, max_tokens … as in `generate`. The same seed gives the same answer.
+        """
+        return Talk(self, question, history, sampling, live=False).answer
+
+    def stream(self, question, *, history=(), **sampling):
+        """As `ask`, but an iterator of Pieces, each given out as soon as its sound is ready; `.answer` is the whole."""
+        return Talk(self, question, history, sampling, live=True)
+
+    def chat(self, **sampling):
+        """A Chat with an empty history."""
+        return Chat(self, **sampling)
+
+
+class Talk:
+    """One answer being made: iterate to get its Pieces; `answer` finishes it."""
+
+    def __init__(self, model, question, history, sampling, live):
+        self.model, self.ledger = model, Ledger()
+        self.seed = sampling.get("seed", 0)
+        self.prompt = model.prompt(model.heard(question, self.ledger), history)
+        self.stream = model.vocoder.stream(self.seed) if live else None
+        self.steps, self.sound, self._known, self._answer = [], [], 0, None
+        self._source = model.generate(self.prompt, **sampling)
+        self._pieces = self._run()
+
+    def __iter__(self):
+        return self._pieces
+
+    @property
+    def answer(self):
+        """The Answer; what has not been generated yet is generated now."""
+        for _ in self._pieces:
+            pass
+        return self._answer
+
+    def _run(self):
+        said, waiting = "", []
+        for step in self._generated():
+            waiting += [step.id] if step.kind in SPOKEN else []
+            if self.stream and len(waiting) == GROUP_SIZE:
+                wave, waiting = self._sound(self.stream.push, waiting), []
+                if len(wave):
+                    words = self._words()
+                    yield Piece(words[len(said):], wave)
+                    said = words
+        whole = waiting[: len(waiting) - len(waiting) % GROUP_SIZE]  # max_tokens may have cut the last group
+        if self.stream:
+            wave = self._sound(lambda _: self.stream.finish(), [])
+        else:
+            wave = self._sound(lambda ids: self.model.vocoder.synthesize(ids, self.seed), whole)
+        yield Piece(self._words()[len(said):], wave)
+        self._answer = self._finish()
+
+    def _generated(self):
+        while True:
+            with self.ledger.step("generate"):
+                step = next(self._source, None)
+            if step is None:
+                return
+            self.ledger.mark("first_token")
+            self.steps.append(step)
+            yield step
+
+    def _sound(self, make, audio_ids):
+        """Samples that make(0-based audio ids) gives, kept and timed."""
+        with self.ledger.step("vocode"):
+            wave = make(self.model.codes(audio_ids)).float().cpu()
+        if len(wave) and not self._known:
+            self.ledger.mark("first_audio")
+            self._known = len(self.steps)
+        self.sound.append(wave)
+        return wave
+
+    def _words(self):
+        return self.model.text.decode([step.id for step in self.steps if step.kind == "text"])
+
+    def _finish(self):
+        ids = [step.id for step in self.steps]
+        linguistic, semantic = interleave.split(ids, self.model.ids)
+        chances = [step.logprob for step in self.steps if step.kind == "text"]
+        self.ledger.mark("total")
+        self.ledger.times["first_audio_share"] = self._known / len(ids)
+        return Answer(
+            text=self._words().strip(),
+            audio=torch.cat(self.sound),
+            sample_rate=self.model.vocoder.sample_rate,
+            tokens={
+                "prompt": self.prompt,
+                "answer": ids,
+                "text": [step.id for step in self.steps if step.kind == "text"],
+                "linguistic": linguistic,
+                "semantic": semantic,
+            },
+            timings=self.ledger.times,
+            confidence=exp(sum(chances) / len(chances)) if chances else 0.0,
+        )
+
+
+class Chat:
+    """Several turns. The history holds (role, text) pairs: questions as transcribed, answers as written.
+
+    The oldest turns are left out once the prompt would not leave room for an answer.
+    """
+
+    def __init__(self, model, **sampling):
+        self.model, self.sampling, self.history = model, sampling, []
+
+    def ask(self, question):
+        """The next question (a path, or (samples, rate)) -> Answer."""
+        heard = self.model.heard(question)
+        answer = self.model.ask(heard, history=self._recent(heard), **self.sampling)
+        self._remember(heard, answer)
+        return answer
+
+    def stream(self, question):
+        """As `ask`, but Pieces as they become ready; the turn enters the history after the last one."""
+        heard = self.model.heard(question)
+        talk = self.model.stream(heard, history=self._recent(heard), **self.sampling)
+        yield from talk
+        self._remember(heard, talk.answer)
+
+    def _recent(self, heard):
+        room = self.model.config.backbone.max_seq_len - MAX_ANSWER
+        for first in range(0, len(self.history), 2):
+            if len(self.model.prompt(heard, self.history[first:])) <= room:
+                return self.history[first:]
+        return []
+
+    def _remember(self, heard, answer):
+        self.history += [("user", self.model.transcribe(heard)), ("assistant", answer.text)]
+
+
+class TextOnly:
+    """Stands in for a Layout where only text is wanted: text ids, then eot."""
+
+    def machine(self, ids, min_audio=0):
+        return TextMachine(ids)
+
+
+class TextMachine:
+    """Stands in for interleave.Machine."""
+
+    def __init__(self, ids):
+        self.ids, self.finished = ids, False
+
+    def allowed(self):
+        return interleave.Allowed("text", self.ids.first_text, self.ids.n_text, (self.ids.eot,), False, True)
+
+    def advance(self, token):
+        self.finished = token == self.ids.eot

@@ -1,0 +1,1 @@
+"""Training of the mini: corpora, tasks, the loop that drives them."""

@@ -1,0 +1,225 @@
+"""The spoken corpus of the mini: a plan is spoken into shards, and read back.
+
+A shard is a .npy of concatenated int16 samples at 16 kHz and a .jsonl with one Item a line; both appear whole or not at
+all, the .jsonl last, so whatever is interrupted goes on where it stopped.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from aqaa.training import voices as V
+from aqaa.training.intents import said_as
+from aqaa.training.planning import CELLS, Item, as_line, plan, plan_hash, texts  # noqa: F401  (the public door)
+
+PER_SHARD = 400
+TRIES = 60  # renders until the sound is clearly of the wanted class
+VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
+
+
+def speak(items, folder, workers=2, progress=True):
+    """Speak Items into `folder`; shards already there are kept. Returns the Corpus.
+
+    Raises FileNotFoundError when a synthesizer is missing, ValueError when the folder holds another plan.
+    """
+    V.check_engines({item.voice for item in items})
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [items[i : i + PER_SHARD] for i in range(0, len(items), PER_SHARD)]
+    head = {"hash": plan_hash(items), "items": len(items), "shards": len(shards)}
+    if (folder / "plan.json").exists():
+        if json.loads((folder / "plan.json").read_text())["hash"] != head["hash"]:
+            raise ValueError(f"{folder} holds a corpus of another plan; give another folder or remove this one.")
+    else:
+        _write(folder / "plan.json", json.dumps(head).encode())
+    todo = [i for i in range(len(shards)) if not _names(folder, i)[1].exists()]
+    done = len(items) - sum(len(shards[i]) for i in todo)
+    with tqdm(total=len(items), initial=done, unit="utt", disable=not progress, desc="speaking") as bar:
+        if workers < 2:
+            for i in todo:
+                bar.update(_speak_shard(i, shards[i], folder))
+        else:
+            with ProcessPoolExecutor(workers) as pool:
+                futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
+                try:
+                    for future in as_completed(futures):
+                        bar.update(future.result())
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return Corpus(folder)
+
+
+class Corpus:
+    """Reader of a spoken corpus; it may still be growing, then `complete` is False."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not (self.folder / "plan.json").exists():
+            raise FileNotFoundError(f"{folder} holds no corpus; make one with `aqaa train corpus`.")
+        self.head = json.loads((self.folder / "plan.json").read_text())
+        self._items, self._shards = [], {}
+        for path in sorted(self.folder.glob("shard_*.jsonl")):
+            self._items += [Item(**json.loads(line)) for line in path.read_text().splitlines()]
+
+    @property
+    def complete(self):
+        return len(self._items) == self.head["items"]
+
+    def items(self, role=None, split=None, cell=None):
+        """Items with the given role (question | generic | answer), split (train | dev | eval) and cell."""
+        asked = {"role": role, "split": split, "cell": cell}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return [item for item in self._items if all(getattr(item, name) == value for name, value in asked.items())]
+
+    def wav(self, item):
+        """int16 samples (N,) at 16 kHz."""
+        if item.shard not in self._shards:
+            self._shards[item.shard] = np.load(_names(self.folder, item.shard)[0], mmap_mode="r")
+        return np.array(self._shards[item.shard][item.offset : item.offset + item.length])
+
+    def answers(self):
+        """Items of the spoken answers by answer_id."""
+        return {item.answer_id: item for item in self.items(role="answer")}
+
+
+def _names(folder, index):
+    return Path(folder) / f"shard_{index:04d}.npy", Path(folder) / f"shard_{index:04d}.jsonl"
+
+
+def _write(path, data):
+    """Write bytes so that the file appears whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
+        file.write(data)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _speak_shard(index, items, folder):
+    phones = phones_of(sorted({said_as(item.text) for item in items}))
+    jobs = [(item.voice, said_as(item.text), _how(item)) for item in items if not item.want]
+    sounds = iter(V.synthesize(jobs))
+    wavs, lines, offset = [], [], 0
+    for item in items:
+        item = replace(item, phones=phones[said_as(item.text)], shard=index, offset=offset)
+        wav = _insist(item) if item.want else _finish(item, *next(sounds), 0)
+        if not len(wav) or not wav.any():
+            raise RuntimeError(f"{item.voice} said nothing for {item.text!r}; is the synthesizer installed whole?")
+        item.length = len(wav)
+        offset += len(wav)
+        wavs.append(wav)
+        lines.append(as_line(item))
+    npy, jsonl = _names(folder, index)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+        np.save(file, np.concatenate(wavs))
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, npy)
+    _write(jsonl, ("\n".join(lines) + "\n").encode())
+    return len(items)
+
+
+def _generator(item, attempt):
+    return np.random.default_rng([item.seed & 0xFFFFFFFF, item.seed >> 32, attempt])
+
+
+def _how(item, attempt=0):
+    """The answer voice's manner, or the variation this question's seed draws."""
+    if item.manner and item.role != "question":
+        return V.MANNERS[item.manner]
+    return V.draw(_generator(item, attempt), item.want, mild=item.split != "train")
+
+
+def _finish(item, samples, rate, attempt):
+    """Engine sound -> int16 wav of the item; its f0, spread and rate are set."""
+    syllables = sum(phone in VOWELS for phone in item.phones)
+    how = _how(item, attempt)
+    if isinstance(how, V.Manner):
+        wav = V.say_answer(samples, rate, item.manner)
+        measured = V.measure(V.trim(wav / np.float32(32768)), syllables)
+    else:
+        speech = V.trim(V.to_16k(samples, rate, how.playback))
+        measured = V.measure(speech, syllables)
+        wav = V.vary(speech, how, np.random.default_rng([item.seed & 0xFFFFFFFF, attempt, 1]))
+    item.f0, item.spread, item.rate = measured["f0"], measured["spread"], measured["rate"]
+    return wav
+
+
+def _insist(item):
+    """Draw voice and variation again until what is measured lies clearly in the wanted class."""
+    pool = V.TRAINING if item.voice in V.TRAINING else V.EVALUATION
+    for attempt in range(TRIES):
+        if attempt:
+            item.voice = V.pick(_generator(item, attempt + TRIES), pool, item.want)
+        (sound,) = V.synthesize([(item.voice, item.text, _how(item, attempt))])
+        wav = _finish(item, *sound, attempt)
+        if V.belongs(dict(f0=item.f0, spread=item.spread, rate=item.rate), item.want):
+            return wav
+    raise RuntimeError(f"no render of {item.text!r} became {item.want} in {TRIES} tries; widen voices.CLASSES.")
+
+
+def phones_of(lines):
+    """CMU phones, without pauses, of each text, by flite's front end -> {text: [phone, …]}.
+
+    The voice matters: kal merges "ah" with "aa". slt does not, and is quick when its speech has next to no duration.
+    """
+    command = ["flite", "-voice", "slt", "--setf", "duration_stretch=0.02", "-ps", "-o", "none", "-f"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n\n".join(f"{line}." for line in lines))
+        file.flush()
+        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    if len(said) != len(lines):
+        raise RuntimeError(f"flite made {len(said)} utterances of {len(lines)} texts; its front end has changed.")
+    return {text: [p for p in line.split() if p != "pau"] for text, line in zip(lines, said, strict=True)}
+
+
+def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
+    """Plan and speak; without `resume` a folder that already holds shards is an error. Returns the Corpus."""
+    if not resume and list(Path(folder).glob("shard_*")):
+        raise ValueError(f"{folder} already holds shards; resume them or give another folder.")
+    corpus = speak(plan(scale, seed), folder, workers)
+    seconds = sum(item.length for item in corpus.items()) / 16_000
+    print(f"{len(corpus.items())} utterances, {seconds / 3600:.1f} hours in {folder}")
+    return corpus
+
+
+def export_questions(corpus, folder, per_category=5, seed=0):
+    """Write a few evaluation renders of each category as wavs with questions.json; returns its entries.
+
+    Cells come in turn, so seen and new wordings and voices all appear. Read-only facts are left out.
+    """
+    folder, rng = Path(folder), Random(f"questions {seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    stock = [item for item in corpus.items(role="question", split="eval") if item.cell != "read_only"]
+    entries = []
+    for category in sorted({item.category for item in stock}):
+        taken = set()
+        for turn in range(per_category):
+            cell = list(CELLS)[turn % (len(CELLS) - 1)]
+            mine = [item for item in stock if item.category == category and item.intent not in taken]
+            mine = [item for item in mine if item.cell == cell] or mine
+            mine = mine or [item for item in stock if item.category == category and item.cell == cell]
+            item = rng.choice(mine)
+            stock.remove(item)
+            taken.add(item.intent)
+            name = f"{item.intent}_{item.id}.wav"
+            soundfile.write(folder / name, corpus.wav(item), V.SAMPLE_RATE, subtype="PCM_16")
+            entries.append(_entry(item, name))
+    _write(folder / "questions.json", (json.dumps(entries, indent=1) + "\n").encode())
+    return entries
+
+
+def _entry(item, name):
+    return dict(
+        file=name, transcript=item.text, answer=item.answer, manner=item.manner, category=item.category,
+        intent=item.intent, voice=item.voice, voice_seen=item.voice in V.TRAINING, cell=item.cell,
+    )

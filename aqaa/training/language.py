@@ -1,0 +1,218 @@
+"""Training of the backbone: pre-training on text, recognition, synthesis and continuation, then question -> answer.
+
+Stages follow the paper (3.1 and 3.2) at mini size. Every example is one sequence of the one vocabulary:
+  text   written question -> written answer           asr   speech -> its words
+  tts    words (and a manner) -> answer voice          next  speech, continued (audio continuation)
+  tqaa   written question -> spoken answer             aqta  spoken question -> written answer (SFT-1)
+  aqtaa  spoken question -> written and spoken answer, in blocks of the layout (SFT-1)
+Several examples are packed in a row; attention stays inside an example.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..backbone import step1
+from ..tokenizers import interleave
+
+ASR, TTS, TQAA, AQTA = 36, 35, 37, 38  # ids of Step-1's control tokens <|ASR|> <|TTS|> <|TQAA|> <|AQTA|>
+MIXTURES = {  # share of the examples drawn
+    "pretrain": {"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
+    "sft1": {"aqtaa": 0.48, "aqta": 0.32, "asr": 0.10, "text": 0.04, "tqaa": 0.06},
+}
+TEXT, LINGUISTIC, SEMANTIC = 0, 1, 2  # which rows of the head compete at a position
+TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
+
+
+class Book:
+    """Everything that is said, as ids: one entry an utterance, with its words and its merged audio ids."""
+
+    def __init__(self, config, tokenizer, items, codes, lines):
+        """items: corpus items; codes: list of (linguistic, semantic) arrays; lines: dicts of `corpus.texts`."""
+        self.config, self.tokenizer = config, tokenizer
+        self.items = items
+        self.audio = [np.array(interleave.merge(l, s, config.ids), dtype=np.int64) for l, s in codes]
+        self.words = {}
+        self.lines = lines
+        self.questions = [i for i, item in enumerate(items) if item.role == "question"]
+        self.answers = {item.answer_id: i for i, item in enumerate(items) if item.role == "answer" and item.answer_id}
+        self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
+        missing = {items[i].answer_id for i in self.questions} - set(self.answers)
+        if missing:
+            raise ValueError(f"{len(missing)} answers were never spoken, {sorted(missing)[0]} among them")
+
+    def encode(self, text):
+        """Ids of a text, remembered."""
+        if text not in self.words:
+            self.words[text] = self.tokenizer.encode(text)
+        return self.words[text]
+
+
+class LanguageTask:
+    """Next-token prediction on packed rows. The softmax runs over the rows that the layout machine would allow."""
+
+    warmup = 0.02
+
+    def __init__(self, book, stage, rows=16, length=512, lr=1.5e-3, noise=0.03, layout=None):
+        config = book.config
+        self.book, self.stage, self.rows, self.length, self.lr, self.noise = book, stage, rows, length, lr, noise
+        self.ids = config.ids
+        self.layout = layout or interleave.layout()
+        self.model = step1.build(config.backbone)
+        self.mixture = MIXTURES[stage]
+        encode = book.encode
+        self.human, self.assistant = encode("human\n"), encode("assistant\n")
+        self.chances = self._balance()
+
+    def modules(self):
+        return {"model": self.model}
+
+    def _balance(self):
+        """Chance of each spoken question: equal shares for intents, softened so that large ones still lead."""
+        intents = [self.book.items[i].intent for i in self.book.questions]
+        counts = {name: intents.count(name) for name in set(intents)}
+        chance = np.array([counts[name] ** -0.4 for name in intents])
+        return chance / chance.sum()
+
+    def batch(self, rng):
+        shape = (self.rows, self.length)
+        out = {key: np.zeros(shape, dtype=np.int64) for key in ("input_ids", "segments", "targets")}
+        out["kinds"] = np.full(shape, -1)
+        out["weights"] = np.zeros(shape, dtype=np.float32)
+        fill, count = np.zeros(self.rows, dtype=int), np.zeros(self.rows, dtype=int)
+        misses = 0
+        while misses < 4:
+            ids, weights = self.example(rng)
+            size = len(ids) - 1
+            room = np.flatnonzero(fill + size <= self.length)
+            if not len(room):
+                misses += 1
+                continue
+            row = room[0]
+            count[row] += 1
+            here = slice(fill[row], fill[row] + size)
+            out["input_ids"][row, here], out["targets"][row, here] = ids[:-1], ids[1:]
+            out["kinds"][row, here] = self.kinds(ids)
+            out["weights"][row, here] = weights[1:]
+            out["segments"][row, here] = count[row]
+            fill[row] += size
+        return {key: torch.from_numpy(value) for key, value in out.items()}
+
+    def kinds(self, ids):
+        """Kind of each target: an end of turn competes with linguistic tokens if it ends audio, else with text."""
+        target, before = ids[1:], ids[:-1]
+        kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, np.where(target >= self.ids.n_text, LINGUISTIC, TEXT))
+        ends_audio = (target == self.ids.eot) & (before >= self.ids.n_text)
+        return np.where(ends_audio, LINGUISTIC, kinds)
+
+    def example(self, rng):
+        """One sequence: ids (N,) and the weight of each as a target (N,)."""
+        kind = rng.choice(list(self.mixture), p=np.array(list(self.mixture.values())))
+        return getattr(self, f"_{kind}")(rng)
+
+    def _text(self, rng):
+        line = self.book.lines[rng.integers(len(self.book.lines))]
+        question, answer = self.book.encode(line["question"]), self.book.encode(line["answer"])
+        return self._turns(None, question, answer_text=answer)
+
+    def _asr(self, rng):
+        index = int(rng.integers(len(self.book.items)))
+        item = self.book.items[index]
+        return self._turns(ASR, self._heard(rng, index), answer_text=self.book.encode(item.text))
+
+    def _tts(self, rng):
+        index = self.book.voiced[rng.integers(len(self.book.voiced))]
+        item = self.book.items[index]
+        words = self.book.encode(f"{item.manner} {item.text}")
+        return self._turns(TTS, words, answer_audio=self.book.audio[index])
+
+    def _next(self, rng):
+        index = int(rng.integers(len(self.book.items)))
+        audio = self.book.audio[index]
+        ids = np.concatenate([[self.ids.bos], audio])
+        return ids, np.concatenate([[0], np.full(len(audio), ANSWER_WEIGHT)])
+
+    def _tqaa(self, rng):
+        item, answer = self._pair(rng)
+        return self._turns(TQAA, self.book.encode(item.text), *self._spoken(answer))
+
+    def _aqta(self, rng):
+        item, _ = self._pair(rng)
+        return self._turns(AQTA, self._heard(rng, self._last), answer_text=self.book.encode(item.answer))
+
+    def _aqtaa(self, rng):
+        _, answer = self._pair(rng)
+        return self._turns(None, self._heard(rng, self._last), *self._spoken(answer))
+
+    def _pair(self, rng):
+        self._last = self.book.questions[rng.choice(len(self.chances), p=self.chances)]
+        item = self.book.items[self._last]
+        return item, self.book.answers[item.answer_id]
+
+    def _spoken(self, index):
+        return self.book.encode(self.book.items[index].text), self.book.audio[index]
+
+    def _heard(self, rng, index):
+        """Audio ids of an utterance, some of them replaced by others of their kind."""
+        audio = self.book.audio[index].copy()
+        swap = rng.random(len(audio)) < self.noise
+        semantic = audio >= self.ids.semantic_start
+        random = np.where(
+            semantic,
+            rng.integers(self.ids.semantic_start, self.ids.end, len(audio)),
+            rng.integers(self.ids.n_text, self.ids.semantic_start, len(audio)),
+        )
+        return np.where(swap, random, audio)
+
+    def _turns(self, marker, question, answer_text=None, answer_audio=None):
+        """The chat template around a question and an answer of text, of audio, or of both in the layout's blocks."""
+        ids = self.ids
+        head = [ids.bos] + ([marker] if marker else []) + [ids.bot, *self.human]
+        tail = [ids.eot, ids.bot, *self.assistant]
+        if answer_text is not None and answer_audio is not None:
+            answer = self.layout.arrange(answer_text, answer_audio, ids)
+        else:
+            answer = [*(answer_text if answer_text is not None else answer_audio), ids.eot]
+        sequence = np.array([*head, *question, *tail, *answer], dtype=np.int64)
+        weights = np.zeros(len(sequence), dtype=np.float32)
+        heard = slice(len(head) + 1, len(head) + len(question))
+        weights[heard] = HEARD_WEIGHT
+        written = sequence[-len(answer):] < ids.n_text
+        weights[-len(answer):] = np.where(written, TEXT_WEIGHT, ANSWER_WEIGHT)
+        return sequence, weights
+
+    def loss(self, batch, step):
+        hidden = self.model.model(input_ids=batch["input_ids"], segment_ids=batch["segments"]).last_hidden_state
+        logs, total = {}, 0.0
+        all_weights = batch["weights"].sum()
+        for kind, rows in self.head_rows().items():
+            at = (batch["kinds"] == kind) & (batch["weights"] > 0)
+            if not at.any():
+                continue
+            logits = self.model.logits(hidden, at, rows.to(hidden.device)).float()
+            column = self.columns(batch["targets"][at], kind)
+            losses = F.cross_entropy(logits, column, reduction="none")
+            weights = batch["weights"][at]
+            total = total + (losses * weights).sum() / all_weights
+            heavy = weights >= ANSWER_WEIGHT
+            name = ("text", "linguistic", "semantic")[kind]
+            if heavy.any():
+                logs[name] = losses[heavy].detach().mean()
+        return total, logs
+
+    def head_rows(self):
+        """Rows of lm_head that compete for each kind of target."""
+        ids = self.ids
+        return {
+            TEXT: torch.arange(ids.n_text),
+            LINGUISTIC: torch.cat([torch.arange(ids.n_text, ids.semantic_start), torch.tensor([ids.eot])]),
+            SEMANTIC: torch.arange(ids.semantic_start, ids.end),
+        }
+
+    def columns(self, targets, kind):
+        """Position of each target among its head rows."""
+        if kind == TEXT:
+            return targets
+        if kind == SEMANTIC:
+            return targets - self.ids.semantic_start
+        return torch.where(targets == self.ids.eot, self.ids.n_linguistic, targets - self.ids.n_text)

@@ -1,0 +1,298 @@
+"""`aqaa train STAGE`: the stages of the mini, in order, each resumable.
+
+A stage reads what earlier ones left in the run folder and leaves a checkpoint, a CSV, a plot and an entry in
+record.json. `export` gathers the finished parts into a model folder that `aqaa.load` reads.
+"""
+
+import datetime
+import json
+import platform
+import subprocess
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import checkpoints
+from ..config import preset
+from ..tokenizers.linguistic import LinguisticTokenizer
+from ..tokenizers.semantic import SemanticTokenizer
+from ..tokenizers.text import TextTokenizer
+from . import features
+from .corpus import Corpus
+from .loop import Trainer, read_log
+from .tokenizers import LinguisticTask, SemanticTask, kmeans
+
+STEPS = {  # per stage, on a CPU; about four hours on two cores when linguistic|semantic and hift|backbone run side by side
+    "linguistic": 5200, "semantic": 5200, "hift": 6000, "flow": 9000, "pretrain": 3000, "sft1": 7000,
+}
+ORDER = ("corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export")
+HOLD_OUT = 20  # one answer in so many is never seen by the tokenizers, the flow and HiFT: copy-synthesis is scored on it
+
+
+class Run:
+    """One training run: its folders, seed and device, and a method for each stage."""
+
+    def __init__(self, out, corpus, *, device="cpu", seed=0, resume=False, steps=None, minutes=None,
+                 scale=1.0, workers=2,
+                 export="data/mini", config=None, quiet=False):
+        self.out, self.corpus_folder, self.export_folder = Path(out), Path(corpus), Path(export)
+        self.device, self.seed, self.resume, self.steps, self.minutes = device, seed, resume, steps, minutes
+        self.scale, self.workers, self.quiet = scale, workers, quiet
+        self.config = config or preset("mini")
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    # --- data -------------------------------------------------------------------------------------------------
+
+    def corpus(self):
+        from . import corpus
+
+        corpus.main(self.corpus_folder, scale=self.scale, seed=self.seed, workers=self.workers, resume=self.resume)
+
+    def items(self):
+        """(opened corpus, every item whose sound the tokenizers read: training, development and evaluation)."""
+        opened = Corpus(self.corpus_folder)
+        return opened, list(opened.items())
+
+    def features(self):
+        opened, items = self.items()
+        features.prepare(opened, items, self.out / "features", self.workers)
+
+    def _indices(self, items):
+        """Training rows, and the rows each reported error is measured on."""
+        train = [i for i, item in enumerate(items) if item.split == "train" and not held_out(item)]
+        rng = np.random.default_rng(0)
+        tests = {
+            "answer_voice": [i for i, item in enumerate(items) if held_out(item)],
+            "seen_voices": [i for i, item in enumerate(items) if item.split == "eval" and item.cell == "seen_seen"],
+            "new_voices": [i for i, item in enumerate(items) if item.split == "eval" and item.cell == "seen_new"],
+            "both_new": [i for i, item in enumerate(items) if item.split == "eval" and item.cell == "new_new"],
+        }
+        return train, {key: rng.permutation(rows)[:200] for key, rows in tests.items() if rows}
+
+    # --- audio tokenizers -------------------------------------------------------------------------------------
+
+    def linguistic(self):
+        _, items = self.items()
+        train, tests = self._indices(items)
+        data = features.utterances(self.out / "features", items, "lfr")
+        data.weights = only(train, data.weights)
+        task = LinguisticTask(self.config.linguistic, data)
+        features.normalise(data, task.model)
+        result = self._train(task, "linguistic")
+        task.model.eval()
+        task.head.eval()
+        result["phone_error"] = {key: round(task.evaluate(data, rows), 2) for key, rows in tests.items()}
+        print("linguistic phone error, %:", result["phone_error"])
+        hidden = []
+        with torch.no_grad():
+            rng = np.random.default_rng(self.seed)
+            while sum(map(len, hidden)) < 250 * self.config.linguistic.codebook_size:
+                x, lengths = data.gather(task.buckets.draw(rng))
+                out = task.model(x.to(self.device), lengths.to(self.device)).float().cpu()
+                hidden += [row[:length] for row, length in zip(out, lengths.tolist(), strict=True)]
+        task.model.centroids.copy_(kmeans(torch.cat(hidden), self.config.linguistic.codebook_size))
+        self._finish("linguistic", task.model, result)
+
+    def semantic(self):
+        _, items = self.items()
+        train, tests = self._indices(items)
+        data = features.utterances(self.out / "features", items, "log_mel")
+        data.weights = only(train, data.weights)
+        task = SemanticTask(self.config.semantic, data)
+        result = self._train(task, "semantic")
+        task.model.eval()
+        task.decoder.eval()
+        scores = {key: task.evaluate(data, rows) for key, rows in tests.items()}
+        result["phone_error"] = {key: round(error, 2) for key, (error, _) in scores.items()}
+        result["f0_semitones"] = {key: round(melody, 3) for key, (_, melody) in scores.items()}
+        print("semantic phone error, %:", result["phone_error"], "f0, semitones:", result["f0_semitones"])
+        self._finish("semantic", task.model, result)
+
+    def codes(self):
+        """Both code sequences of every utterance."""
+        _, items = self.items()
+        linguistic = self.part("linguistic", LinguisticTokenizer(self.config.linguistic))
+        semantic = self.part("semantic", SemanticTokenizer(self.config.semantic))
+        lfr = features.utterances(self.out / "features", items, "lfr")
+        mels = features.utterances(self.out / "features", items, "log_mel")
+        found = {"linguistic": [None] * len(items), "semantic": [None] * len(items)}
+        shift, rescale = linguistic.add_shift, linguistic.rescale
+        with torch.no_grad():
+            for rows in batches_by_length(lfr.lengths, 64):
+                x, lengths = lfr.gather(rows)
+                hidden = linguistic((x + shift) * rescale, lengths)
+                keep(found["linguistic"], rows, linguistic.quantize(hidden), lengths)
+                x, lengths = mels.gather(rows)
+                log_mel = x.reshape(len(rows), -1, self.config.semantic.n_mels).transpose(1, 2)
+                hidden, _ = semantic.hidden(log_mel, lengths * 4)
+                keep(found["semantic"], rows, semantic.quantize(hidden), lengths)
+        features.store_codes(self.out, items, found["linguistic"], found["semantic"])
+        use = {key: codebook_use(np.concatenate(values), size) for (key, values), size in zip(
+            found.items(), (self.config.ids.n_linguistic, self.config.ids.n_semantic), strict=True)}
+        print("codebooks:", use)
+        self._record("codes", use)
+
+    # --- vocoder ----------------------------------------------------------------------------------------------
+
+    def _spoken(self):
+        """The answer voice: (items, waves int16, flat 0-based audio ids), held-out answers left out."""
+        opened, items = self.items()
+        rows = [i for i, item in enumerate(items) if item.role == "answer" and not held_out(item)]
+        return opened, items, rows
+
+    def hift(self):
+        from .vocoder import HiftTask
+
+        opened, items, rows = self._spoken()
+        task = HiftTask(self.config, [opened.wav(items[i]) for i in rows])
+        self._finish("hift", task.modules()["hift"], self._train(task, "hift"))
+
+    def flow(self):
+        from ..tokenizers import interleave
+        from .vocoder import FlowTask
+
+        opened, items, rows = self._spoken()
+        codes = features.load_codes(self.out, items)
+        ids = self.config.ids
+        pairs = [
+            (opened.wav(items[i]), np.array(interleave.merge(*codes[i], ids), dtype=np.int32) - ids.n_text) for i in rows
+        ]
+        task = FlowTask(self.config, pairs)
+        self._finish("flow", task.modules()["flow"], self._train(task, "flow"))
+
+    # --- backbone ---------------------------------------------------------------------------------------------
+
+    def book(self):
+        """Utterances of the training split as ids, with the mini's text tokenizer (trained here when missing)."""
+        from .language import Book
+        from .planning import plan, texts
+
+        _, items = self.items()
+        codes = features.load_codes(self.out, items)
+        train = [i for i, item in enumerate(items) if item.split == "train"]
+        lines = texts(plan(scale=self.scale, seed=self.seed))
+        path = self.out / "tokenizer.json"
+        if not path.exists():
+            said = [item.text for item in (items[i] for i in train)] + [line[key] for line in lines for key in ("question", "answer")]
+            TextTokenizer.train(sorted(set(said)), n_text=self.config.ids.n_text).save(path)
+        return Book(
+            self.config, TextTokenizer.from_file(path), [items[i] for i in train], [codes[i] for i in train], lines
+        )
+
+    def pretrain(self):
+        self._language("pretrain", None)
+
+    def sft1(self):
+        self._language("sft1", "pretrain")
+
+    def _language(self, stage, parent):
+        from .language import LanguageTask
+
+        task = LanguageTask(self.book(), stage)
+        if parent:
+            self.part(parent, task.model)
+        self._finish(stage, task.model, self._train(task, stage))
+
+    # --- bookkeeping ------------------------------------------------------------------------------------------
+
+    def _train(self, task, name):
+        steps = self.steps or max(2, int(STEPS[name] * min(1.0, self.scale * 4)))
+        trainer = Trainer(task, self.out, name, steps, minutes=self.minutes, seed=self.seed, device=self.device,
+                          resume=self.resume, quiet=self.quiet)
+        result = trainer.run()
+        last = read_log(trainer.csv_path)[-1]
+        result["last"] = {key: float(value) for key, value in last.items() if value and key not in ("step", "seconds")}
+        for module in task.modules().values():
+            module.cpu()
+        return result
+
+    def _finish(self, name, module, result):
+        checkpoints.save_part(self.out / "parts", name, module)
+        self._record(name, result)
+
+    def part(self, name, module):
+        """`module` with the weights that stage `name` left, in eval mode. Raises ModelError before that stage ran."""
+        return checkpoints.load_part(self.out / "parts", name, module)
+
+    def _record(self, name, result):
+        path = self.out / "record.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        record[name] = {**result, **provenance(self.device)}
+        path.write_text(json.dumps(record, indent=1))
+
+    def export(self):
+        """Gather the finished parts, the tokenizer, the configuration and the record into one model folder."""
+        parts = {
+            "linguistic": "linguistic", "semantic": "semantic", "backbone": "sft1", "flow": "flow", "hift": "hift",
+        }
+        checkpoints.gather(
+            self.export_folder, self.config, self.out / "tokenizer.json",
+            {name: self.out / "parts" / f"{source}.safetensors" for name, source in parts.items()},
+            json.loads((self.out / "record.json").read_text()),
+        )
+        print(f"wrote {self.export_folder}")
+
+
+def held_out(item):
+    """Whether an answer is kept from the tokenizers, the flow and HiFT (a stable one in HOLD_OUT)."""
+    return item.role == "answer" and zlib.crc32(item.id.encode()) % HOLD_OUT == 0
+
+
+def only(rows, weights):
+    """`weights` with every row that is not in `rows` at zero."""
+    chosen = np.zeros(len(weights))
+    chosen[rows] = np.asarray(weights)[rows]
+    return chosen
+
+
+def batches_by_length(lengths, size):
+    order = np.argsort(lengths, kind="stable")
+    return [order[start:start + size] for start in range(0, len(order), size)]
+
+
+def keep(out, rows, codes, lengths):
+    for row, code, length in zip(rows, codes, lengths.tolist(), strict=True):
+        out[row] = code[:length].numpy()
+
+
+def codebook_use(codes, size):
+    """How many codes occur, and their perplexity."""
+    share = np.bincount(codes, minlength=size) / len(codes)
+    used = share[share > 0]
+    return {"size": size, "used": int(len(used)), "perplexity": round(float(np.exp(-(used * np.log(used)).sum())), 1)}
+
+
+def provenance(device="cpu"):
+    """Date, commit and hardware of a result."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu_name()
+    return {"date": datetime.date.today().isoformat(), "commit": commit, "hardware": name, "torch": torch.__version__}
+
+
+def cpu_name():
+    """Model of the processor and the threads that torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} thread(s)"
+
+
+def main(stage, **options):
+    """Run one stage, or `all` of them in order. Raises ValueError for an unknown stage."""
+    if stage != "all" and stage not in ORDER:
+        raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(ORDER)}, all")
+    run = Run(**options)
+    for name in ORDER if stage == "all" else (stage,):
+        started = time.monotonic()
+        getattr(run, name)()
+        print(f"{name}: {(time.monotonic() - started) / 60:.1f} min")

@@ -1,0 +1,263 @@
+"""HiFT: mel spectrogram to wave by a neural source filter and an inverse STFT (CosyVoice, hifigan/generator).
+
+A small network reads the pitch off the mel; harmonics of that pitch form a source signal; convolutions shape the
+source, guided by the mel, into magnitude and phase of a very short STFT, whose inverse is the wave.
+"""
+
+from dataclasses import dataclass
+from math import pi, prod
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MAX_MAGNITUDE = 100.0
+FINAL_SLOPE = 0.01  # the last leaky ReLU has torch's default slope, not lrelu_slope
+
+
+class WeightNormConv(nn.Module):
+    """Conv1d, or ConvTranspose1d, with weight = weight_g * weight_v / |weight_v| (norm over all axes but the first).
+
+    Loads `weight_g`/`weight_v`, torch's newer `parametrizations.weight.original0/1`, or a plain folded `weight`.
+    """
+
+    def __init__(self, n_in, n_out, kernel, stride=1, padding=0, dilation=1, transposed=False):
+        super().__init__()
+        self.options = {"stride": stride, "padding": padding, "dilation": dilation}
+        self.transposed = transposed
+        conv = (nn.ConvTranspose1d if transposed else nn.Conv1d)(n_in, n_out, kernel)
+        self.weight_v = nn.Parameter(conv.weight.detach())
+        self.weight_g = nn.Parameter(self._norm(conv.weight.detach()))
+        self.bias = nn.Parameter(conv.bias.detach())
+        self._register_load_state_dict_pre_hook(self._rename)
+
+    @staticmethod
+    def _norm(weight):
+        return weight.norm(dim=(1, 2), keepdim=True)
+
+    def kernel(self):
+        """The weight the convolution uses."""
+        if "weight" in self._parameters:
+            return self.weight
+        return self.weight_v * (self.weight_g / self._norm(self.weight_v))
+
+    def forward(self, x):
+        convolve = F.conv_transpose1d if self.transposed else F.conv1d
+        return convolve(x, self.kernel(), self.bias, **self.options)
+
+    def fold(self):
+        """Replace the two factors by their product, for inference."""
+        if "weight" not in self._parameters:
+            weight = self.kernel().detach()
+            del self.weight_g, self.weight_v
+            self.weight = nn.Parameter(weight)
+
+    def _rename(self, state, prefix, *_):
+        for old, new in (("original0", "weight_g"), ("original1", "weight_v")):
+            if (value := state.pop(f"{prefix}parametrizations.weight.{old}", None)) is not None:
+                state[prefix + new] = value
+        folded, given = "weight" in self._parameters, prefix + "weight" in state
+        if given and not folded:
+            weight = state.pop(prefix + "weight")
+            state[prefix + "weight_v"], state[prefix + "weight_g"] = weight, self._norm(weight)
+        elif folded and prefix + "weight_v" in state:
+            v, g = state.pop(prefix + "weight_v"), state.pop(prefix + "weight_g")
+            state[prefix + "weight"] = v * (g / self._norm(v))
+
+
+class Snake(nn.Module):
+    """x + sin^2(alpha x) / alpha, one alpha a channel (Ziyin et al. 2020)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        alpha = self.alpha[:, None].to(x.dtype)  # (C, 1)
+        return torch.addcmul(x, torch.sin(alpha * x).square(), 1 / (alpha + 1e-9))
+
+
+class ResBlock(nn.Module):
+    """Pairs of convolutions, the first of each pair dilated, each behind a Snake; every pair is a residual."""
+
+    def __init__(self, channels, kernel, dilations):
+        super().__init__()
+        def conv(dilation):
+            return WeightNormConv(channels, channels, kernel, padding=(kernel - 1) * dilation // 2, dilation=dilation)
+        self.convs1 = nn.ModuleList(conv(d) for d in dilations)
+        self.convs2 = nn.ModuleList(conv(1) for _ in dilations)
+        self.activations1 = nn.ModuleList(Snake(channels) for _ in dilations)
+        self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
+
+    def forward(self, x):
+        for snake1, conv1, snake2, conv2 in zip(self.activations1, self.convs1, self.activations2, self.convs2):
+            x = x + conv2(snake2(conv1(snake1(x))))
+        return x
+
+
+class F0Predictor(nn.Module):
+    """Mel (B, n_mels, T) -> pitch (B, T) in Hz, about 0 where unvoiced."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        layers = []
+        for i in range(5):
+            layers += [WeightNormConv(channels if i else in_channels, channels, 3, padding=1), nn.ELU()]
+        self.condnet = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, 1)
+
+    def forward(self, mel):
+        return self.classifier(self.condnet(mel).transpose(1, 2)).squeeze(-1).abs()
+
+
+@dataclass
+class SourceState:
+    """What the source must remember between two chunks: where each harmonic stands, and the noise stream.
+
+    phase (H+1,) float64 cycles; offset (H+1,) radians, 0 for the fundamental; generator: of noise (None: torch's own).
+    """
+
+    phase: torch.Tensor
+    offset: torch.Tensor
+    generator: torch.Generator | None = None
+
+    def copy(self):
+        """An independent state at the same place, for trying a continuation that may be withdrawn."""
+        generator = self.generator and self.generator.clone_state()
+        return SourceState(self.phase.clone(), self.offset.clone(), generator)
+
+
+class HarmonicSource(nn.Module):
+    """Sines at the multiples of f0, noise where there is no pitch, merged to one signal (NSF, Wang et al. 2019)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.l_linear = nn.Linear(config.nb_harmonics + 1, 1)
+
+    def start(self, seed=None, offset=None):
+        """A SourceState at sample 0; offset (H+1,) replaces the random starting phases."""
+        n = self.config.nb_harmonics + 1
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if offset is None:
+            offset = (torch.rand(n, generator=generator) * 2 - 1) * pi
+        offset = offset.flatten().clone()
+        offset[0] = 0
+        return SourceState(torch.zeros(n, dtype=torch.float64), offset, generator)
+
+    def forward(self, f0, state=None, noise=None):
+        """f0 (B, N) Hz per sample -> source (B, 1, N). noise (B, H+1, N) standard normal replaces the random one.
+
+        state is moved to the end of these samples; it needs B = 1. Without one every row starts at random phases.
+        """
+        config = self.config
+        sines = self._sines(f0, state)  # (B, H+1, N)
+        if noise is None:
+            generator = state.generator if state else None
+            # time first: N samples drawn in several chunks are then the same N numbers
+            noise = torch.randn(sines.mT.shape, generator=generator).to(sines).mT
+        voiced = (f0 > config.nsf_voiced_threshold).to(sines.dtype)[:, None]  # (B, 1, N)
+        noise = noise * (voiced * config.nsf_sigma + (1 - voiced) * config.nsf_alpha / 3)
+        merged = self.l_linear((sines * voiced * config.nsf_alpha + noise).mT)
+        return torch.tanh(merged).mT
+
+    def _sines(self, f0, state):
+        """Cycles are summed in double precision: at float32 the ninth harmonic goes out of tune within a minute."""
+        harmonics = torch.arange(1, self.config.nb_harmonics + 2, device=f0.device)
+        cycles = f0.detach().double()[:, None] * harmonics[:, None] / self.config.sampling_rate
+        cycles = cycles.float().double().cumsum(-1)  # (B, H+1, N)
+        if state is None:
+            offset = (torch.rand(len(f0), len(harmonics), 1, device=f0.device) * 2 - 1) * pi
+            offset[:, 0] = 0
+        else:
+            cycles = cycles + state.phase[:, None].to(f0.device)
+            state.phase = (cycles[0, :, -1] % 1).cpu()
+            offset = state.offset[:, None].to(f0)
+        return torch.sin(2 * pi * (cycles % 1).to(f0) + offset)
+
+
+class HiFT(nn.Module):
+    """The vocoder: `inference` from mel to wave, `decode` from mel and a given source.
+
+    One mel frame gives `hop` samples: the product of the upsampling rates and of the inverse STFT's hop.
+    Parameter names are those of the published hift.pt; a `generator.` prefix is taken off when loading.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.hop = prod(config.upsample_rates) * config.istft_hop
+        base, spectrum = config.base_channels, config.istft_n_fft + 2
+        self.f0_predictor = F0Predictor(config.in_channels, config.f0_channels)
+        self.m_source = HarmonicSource(config)
+        self.conv_pre = WeightNormConv(config.in_channels, base, 7, padding=3)
+        self.ups, self.source_downs = nn.ModuleList(), nn.ModuleList()
+        self.source_resblocks, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for i, (rate, kernel) in enumerate(zip(config.upsample_rates, config.upsample_kernel_sizes)):
+            channels = base // 2 ** (i + 1)
+            self.ups.append(
+                WeightNormConv(2 * channels, channels, kernel, rate, (kernel - rate) // 2, transposed=True)
+            )
+            down = prod(config.upsample_rates[i + 1 :])  # from the rate of the source's STFT to this stage's
+            shape = (2 * down, down, down // 2) if down > 1 else (1, 1, 0)
+            self.source_downs.append(nn.Conv1d(spectrum, channels, *shape))
+            self.source_resblocks.append(
+                ResBlock(channels, config.source_resblock_kernel_sizes[i], config.source_resblock_dilation_sizes[i])
+            )
+            for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes):
+                self.resblocks.append(ResBlock(channels, size, dilations))
+        self.conv_post = WeightNormConv(channels, spectrum, 7, padding=3)
+        self.register_buffer("window", torch.hann_window(config.istft_n_fft), persistent=False)
+        self._register_load_state_dict_pre_hook(_drop_generator_prefix)
+
+    def source(self, f0, state=None, noise=None):
+        """f0 (B, T) Hz per frame -> source signal (B, 1, T * hop)."""
+        return self.m_source(f0.repeat_interleave(self.hop, dim=1), state, noise)
+
+    def source_spectrum(self, source):
+        """source (B, 1, N) -> real and imaginary STFT (B, n_fft + 2, N / istft_hop + 1)."""
+        stft = torch.stft(source[:, 0], self.config.istft_n_fft, self.config.istft_hop, window=self.window,
+                          return_complex=True)
+        return torch.cat([stft.real, stft.imag], 1)
+
+    def spectrum(self, mel, source):
+        """mel (B, n_mels, T), source (B, 1, T * hop) -> magnitude before clipping, and phase in radians (B, F, N')."""
+        kernels = len(self.config.resblock_kernel_sizes)
+        stft = self.source_spectrum(source)
+        x = self.conv_pre(mel)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, self.config.lrelu_slope))
+            if i == len(self.ups) - 1:
+                x = F.pad(x, (1, 0), mode="reflect")  # an STFT has one frame more than hops
+            x = x + self.source_resblocks[i](self.source_downs[i](stft))
+            x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
+        x = self.conv_post(F.leaky_relu(x, FINAL_SLOPE)).float()
+        log_magnitude, phase = x.chunk(2, 1)
+        return log_magnitude.exp(), phase.sin()
+
+    def wave(self, magnitude, phase):
+        """The inverse STFT: magnitude and phase (B, F, N') -> (B, (N' - 1) * istft_hop), within +-audio_limit."""
+        spectrum = torch.polar(magnitude.clamp(max=MAX_MAGNITUDE), phase)
+        wave = torch.istft(spectrum, self.config.istft_n_fft, self.config.istft_hop, window=self.window)
+        return wave.clamp(-self.config.audio_limit, self.config.audio_limit)
+
+    def decode(self, mel, source):
+        """mel (B, n_mels, T) and source (B, 1, T * hop) -> wave (B, T * hop)."""
+        return self.wave(*self.spectrum(mel, source))
+
+    @torch.inference_mode()
+    def inference(self, mel, state=None, noise=None):
+        """mel (B, n_mels, T) -> wave (B, T * hop). A state (see HarmonicSource.start) carries the phase onwards."""
+        return self.decode(mel, self.source(self.f0_predictor(mel), state, noise))
+
+    def fold_weight_norm(self):
+        """Fold every weight norm, in place: the same output, sooner. Returns self."""
+        for module in self.modules():
+            if isinstance(module, WeightNormConv):
+                module.fold()
+        return self
+
+
+def _drop_generator_prefix(state, prefix, *_):
+    for key in [k for k in state if k.startswith(prefix + "generator.")]:
+        state[prefix + key[len(prefix + "generator.") :]] = state.pop(key)

@@ -1,0 +1,102 @@
+"""What several test files share: a whole system of tiny random weights, and questions that are only tones."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only get in each other's way
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+RATE = 16_000
+SENTENCES = [
+    "what is seven plus five", "seven plus five is twelve", "is this a man or a woman", "this is a high voice",
+    "say good morning slowly", "the opposite of hot is cold", "count from one to nine", "the plural of mouse is mice",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tests run side by side; each keeps to one core."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def tiny_config():
+    """The mini's networks with hardly any width: built, saved and run in moments."""
+    from aqaa.config import BackboneConfig, IdsConfig, LinguisticConfig, SemanticConfig, preset
+
+    mini = preset("mini")
+    ids = IdsConfig(n_text=128, n_linguistic=16, n_semantic=32)
+    return replace(
+        mini,
+        name="tiny",
+        ids=ids,
+        linguistic=LinguisticConfig(16, 16, attention_heads=2, linear_units=16, num_blocks=2),
+        semantic=SemanticConfig(32, n_audio_state=16, n_audio_head=2, n_audio_layer=1),
+        backbone=BackboneConfig(
+            vocab_size=ids.end, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_attention_groups=2, max_seq_len=4096,
+        ),
+        flow=replace(
+            mini.flow, vocab_size=ids.n_audio, input_size=16, spk_embed_dim=4, encoder_size=16, encoder_heads=2,
+            encoder_units=16, encoder_blocks=1, channels=(16, 16), attention_head_dim=8, num_heads=2, num_mid_blocks=1,
+            n_timesteps=2,
+        ),
+        hift=replace(mini.hift, base_channels=16, f0_channels=16),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_text():
+    """A text tokenizer that has read a few lines."""
+    from aqaa.tokenizers.text import TextTokenizer
+
+    return TextTokenizer.train(SENTENCES, n_text=128)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_text):
+    """An AQAA of random weights; its answers are noise, but whole and well formed."""
+    import torch
+
+    from aqaa import checkpoints
+    from aqaa.pipeline import AQAA
+
+    config = tiny_config()
+    parts = {"text": tiny_text}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name in checkpoints.PARTS:
+            parts[name] = checkpoints.build(name, config).eval()
+        for codebook in (parts["linguistic"].centroids, parts["semantic"].quantizer._codebook.embed):
+            codebook.normal_()
+    return AQAA(config, parts.__getitem__)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny, tmp_path_factory):
+    """The same on disk, as `aqaa.load` reads it. Copy it before breaking it."""
+    from aqaa import checkpoints
+
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    checkpoints.save(tiny, folder)
+    return folder
+
+
+def tone(seconds=0.6, rate=RATE, pitch=150.0):
+    """A buzzing vowel-like sound: (N,) float32."""
+    time = np.arange(int(seconds * rate)) / rate
+    wave = sum(np.sin(2 * np.pi * pitch * k * time) / k for k in range(1, 20))
+    return (0.2 * wave * (1 + 0.5 * np.sin(2 * np.pi * 3 * time))).astype(np.float32)
+
+
+@pytest.fixture
+def question(tmp_path):
+    """Path of a question that can be read."""
+    path = tmp_path / "question.wav"
+    soundfile.write(path, tone(), RATE)
+    return path

@@ -1,0 +1,208 @@
+"""The bench counts what it should: right, wrong, silent and unsayable answers, each cell for itself."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
+from aqaa.config import preset
+from aqaa.evaluation import accuracy
+from aqaa.evaluation.accuracy import CELLS, METRICS, Row, ask_all, evaluate, make_judge, questions, share, summarise
+from aqaa.pipeline import AQAA
+from aqaa.training.planning import Item
+
+SAID = ["seven plus five is equal to twelve", "the capital of france is paris", "the opposite of hot is cold"]
+PATHS = [Path(__file__).parent / "data" / f"{text.replace(' ', '_')}.flac" for text in SAID]
+SOUNDS = [soundfile.read(path, dtype="float32")[0] for path in PATHS]
+
+
+class Shelf:
+    """A corpus in memory: a question a cell, the three answers in turn, the second one slowly."""
+
+    folder = "nowhere"
+
+    def __init__(self):
+        self.made, self.sounds = [], {}
+        for i, text in enumerate(SAID):
+            self._add(SOUNDS[i], f"a{i}", "train", "", "answer", text, answer=text, manner="normal", answer_id=f"a{i}")
+        slow = np.repeat(SOUNDS[1], 2)
+        self._add(slow, "a3", "train", "", "answer", SAID[1], answer=SAID[1], manner="slow", answer_id="a3")
+        for number, cell in enumerate(CELLS):
+            i = (number + 1) % 3  # seen_new, one of the two cells of new voices, asks for the third answer
+            asked = dict(answer=SAID[i], manner="slow" if i == 1 else "normal", answer_id="a3" if i == 1 else f"a{i}")
+            asked["category"] = "Voice Understanding" if i == 2 else "Language Ability"
+            self._add(np.full(800, i / 10), f"q{i}", "eval", cell, "question", "?", **asked)
+
+    def _add(self, wav, name, split, cell, role, text, **fields):
+        self.made.append(Item(name, split, cell, role, text, "voice", 0, **fields))
+        self.sounds[name + cell] = (np.asarray(wav) * 32767).astype(np.int16)
+
+    def items(self, **wanted):
+        return [item for item in self.made if all(getattr(item, name) == value for name, value in wanted.items())]
+
+    def wav(self, item):
+        return self.sounds[item.id + item.cell]
+
+    def answers(self):
+        return {item.answer_id: item for item in self.items(role="answer")}
+
+
+class Parrot:
+    """Knows which of the three questions was asked, and answers by playing the recording."""
+
+    def __init__(self, texts, sounds):
+        self.texts, self.played = texts, sounds
+        self.config = preset("mini")
+
+    def generate(self, prompt, *, temperature=0.5, top_p=0.9, seed=0):
+        raise NotImplementedError
+
+    def synthesize(self, ids, seed=0):
+        return torch.from_numpy(self.played[ids[0]])
+
+    def batch(self, model, wavs, seed=0, **sampling):
+        which = [round(float(wav[0]) * 10) for wav in wavs]
+        return [(self.texts[i], [] if self.played[i] is None else [i]) for i in which]
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    def ask(texts=SAID, sounds=SOUNDS, **options):
+        parrot = Parrot(texts, sounds)
+        monkeypatch.setattr(accuracy, "answer_batch", parrot.batch)
+        return evaluate(parrot, Shelf(), workers=1, progress=False, **options)
+
+    return ask
+
+
+def test_a_perfect_model(ask):
+    rows, summary, facts = ask(sounds=[SOUNDS[0], np.repeat(SOUNDS[1], 2), SOUNDS[2]])
+    assert len(rows) == facts["questions"] == len(CELLS) and facts["answers"] > 500
+    others = [row for row in rows if row.manner == "normal"]
+    assert all(row.text for row in rows) and all(r.lenient and r.agrees and r.teacher_lenient for r in others)
+    assert all(row.strict == row.teacher_strict for row in others) and any(row.strict for row in others)
+    assert [row.manner_ok for row in rows] == [True if row.manner == "slow" else None for row in rows]
+    for name in CELLS.values():
+        assert summary[name]["text"]["n"] == 1 and summary[name]["text"]["share"] == 1
+    assert summary["Voice Understanding, new voices"]["text"]["n"] == 1
+    assert summary["manner: slow"]["manner_ok"]["share"] == 1
+    json.dumps([vars(row) for row in rows])
+
+
+def test_wrong_words_wrong_sound_and_silence(ask):
+    rows, _, facts = ask(["seven plus five is equal to ten", SAID[1], "xqzt"], [SOUNDS[0], SOUNDS[2], None])
+    wrong, swapped, silent = ([row for row in rows if row.expected == text] for text in SAID)
+    assert wrong and all((row.text, row.lenient, row.agrees) == (False, True, False) for row in wrong)
+    assert all((row.text, row.lenient, row.agrees, row.manner_ok) == (True, False, False, False) for row in swapped)
+    assert all((row.heard, row.lenient, row.strict, row.agrees) == ("", False, False, False) for row in silent)
+    assert facts["unsayable_texts"] == 1 and facts["grammar"] == facts["answers"] + 1
+
+
+def test_text_only_measures_text_only(ask):
+    rows, summary, _ = ask(text_only=True)
+    assert all(row.text and row.lenient is None and row.teacher_lenient is None for row in rows)
+    assert summary["all"]["lenient"]["share"] is None and "-" in accuracy.table(summary)
+
+
+def test_the_grammar_has_all_answers_and_what_was_written():
+    judge, unsayable = make_judge(SAID, ["The Opposite of hot is  warm", SAID[0], "", "zzxq"])
+    assert judge.answers == sorted([*SAID, "the opposite of hot is warm"]) and unsayable == 1
+    assert judge.bigrams == sorted(SAID)
+    assert len(accuracy.all_answers()) >= accuracy.FEWEST_ANSWERS
+
+
+def test_limit_spreads_over_a_cell():
+    made = [SimpleNamespace(id=i, cell="seen_new") for i in range(10)]
+    corpus = SimpleNamespace(items=lambda role, split, cell: [item for item in made if item.cell == cell])
+    assert [item.id for item in questions(corpus, 3)] == [0, 3, 6]
+    assert len(questions(corpus)) == len(questions(corpus, 50)) == 10
+    corpus.folder, made[:] = "here", []
+    with pytest.raises(ValueError, match="here holds no evaluation questions"):
+        evaluate(None, corpus)
+
+
+def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
+    from aqaa.training import corpus
+
+    shelf, spoken = Shelf(), []
+    unasked = Item("a9", "train", "", "answer", "x", "voice", 0, answer="x", manner="normal", answer_id="a9")
+    trained = Item("q9", "train", "", "question", "?", "voice", 0, answer="x", answer_id="a9")
+    monkeypatch.setattr(corpus, "plan", lambda seed: [*shelf.made, unasked, trained])
+    monkeypatch.setattr(corpus, "speak", lambda items, folder, workers: spoken.extend(items))
+    accuracy.evaluation_corpus(tmp_path)
+    assert {item.id for item in spoken} == {"a0", "a1", "a2", "a3", "q0", "q1", "q2"}
+    spoken.clear()
+    head = {"hash": corpus.plan_hash(shelf.items(role="answer") + shelf.items(role="question")), "items": 9, "shards": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(head))
+    accuracy.evaluation_corpus(tmp_path)  # interrupted: goes on
+    assert len(spoken) == 4 + len(CELLS)
+    (tmp_path / "plan.json").write_text(json.dumps({**head, "hash": "another"}))
+    assert accuracy.evaluation_corpus(tmp_path).head["hash"] == "another" and len(spoken) == 4 + len(CELLS)
+
+
+def test_a_place_that_does_not_exist_is_told_before_the_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match="folder does not exist"):
+        accuracy.main(SimpleNamespace(out=str(tmp_path / "no" / "x.json")))
+
+
+@given(st.lists(st.sampled_from([True, False, None])))
+def test_shares(values):
+    counted = [value for value in values if value is not None]
+    result = share(values)
+    assert result["n"] == len(counted)
+    if counted:
+        assert result["share"] == pytest.approx(sum(counted) / len(counted))
+        assert 0 < result["error"] <= 0.25
+    else:
+        assert result["share"] is result["error"] is None
+
+
+def test_the_table_has_a_line_a_group():
+    rows = [Row("q", cell, "Language Ability", "plural", "v", "?", "x", text=True) for cell in CELLS]
+    lines = accuracy.table(summarise(rows)).splitlines()
+    assert all(heading in lines[0] for heading in METRICS.values())
+    assert [line.split("  ")[0] for line in lines[1:]] == ["all", *CELLS.values(), "Language Ability"]
+    assert "100.0 ±" in lines[1] and len({len(line) for line in lines}) == 1
+
+
+class Codes:
+    """A tokenizer that gives so many codes a group."""
+
+    def __init__(self, each):
+        self.each = each
+
+    def encode_batch(self, wavs):
+        return [torch.arange(self.each * (len(wav) // 1920)) for wav in wavs]
+
+
+class Letters:
+    """A text tokenizer of the special pieces and one text id a byte."""
+
+    def encode(self, text, **_):
+        return [68 + byte for byte in text.encode()]
+
+    def decode(self, ids):
+        return " ".join(f"t{token}" for token in ids)
+
+
+def test_questions_are_answered_in_batches_by_a_real_backbone():
+    """Untrained, so what it says is noise; but it is whole groups of legal codes, and each question keeps its place."""
+    config = preset("mini")
+    torch.manual_seed(0)
+    backbone = Step1ForCausalLM(Step1Config(**vars(config.backbone))).eval()
+    parts = {"backbone": backbone, "linguistic": Codes(2), "semantic": Codes(3), "text": Letters()}
+    model = AQAA(config, parts.__getitem__)
+    model.synthesize = lambda ids, seed: torch.full((len(ids),), 0.1)
+    wavs = [np.zeros(1920 * n, np.float32) for n in (4, 2, 3)]
+    found = list(ask_all(model, wavs, batch=2, max_tokens=45))
+    assert [i for i, _, _ in found] == [1, 2, 0]
+    assert all(text.startswith("t") and len(sound) % 5 == 0 and len(sound) for _, text, sound in found)
+    assert [text for _, text, _ in found] == [text for _, text, _ in ask_all(model, wavs, batch=2, max_tokens=45)]
+    assert all(sound is None for _, _, sound in ask_all(model, wavs, speak=False, max_tokens=12))

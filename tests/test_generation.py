@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from aqaa.backbone.generation import Repetition, generate, generate_batch
+from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
+from aqaa.config import IdsConfig
+from aqaa.tokenizers.interleave import LAYOUTS, Layout, merge, split
+
+IDS = IdsConfig(n_text=100, n_linguistic=20, n_semantic=30)
+GREEDY = {"temperature": 0.0, "max_tokens": 60}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Step1Config(
+        vocab_size=IDS.end, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_attention_groups=2, max_seq_len=256,
+    )  # fmt: skip
+    model = Step1ForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6 if weight.dim() == 2 else 1)
+    return model
+
+
+def prompt(length, seed=0):
+    return torch.randint(68, IDS.end, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [prompt(n, n) for n in (12, 1, 30, 7, 12, 25, 3)]
+
+
+def answer(model, layout="ratio_10_15", question=PROMPTS[0], **options):
+    return list(generate(model, question, IDS, LAYOUTS[layout], **{**GREEDY, **options}))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_answer_obeys_its_layout(model, name):
+    for seed in range(4):
+        steps = answer(model, name, temperature=1.5, top_p=1.0, seed=seed, max_tokens=120)
+        machine = LAYOUTS[name].machine(IDS)
+        for step in steps:
+            machine.advance(step.id)  # raises for an illegal id
+            assert step.logprob <= 0
+        _, audio = LAYOUTS[name].parse([step.id for step in steps], IDS)
+        whole = len(audio) // 5 * 5
+        assert merge(*split(audio, IDS), IDS) == audio[:whole]
+        assert not machine.finished or (whole == len(audio) and steps[-1].id == IDS.eot)
+
+
+def test_cache_and_legal_rows_equal_a_full_forward(model):
+    history, steps = list(PROMPTS[0]), answer(model)
+    machine = LAYOUTS["ratio_10_15"].machine(IDS)
+    for step in steps:
+        may = machine.allowed()
+        legal = [*range(may.start, may.stop), *may.markers]
+        scores = model(torch.tensor([history])).logits[0, -1, legal].log_softmax(-1)
+        assert step.id == legal[scores.argmax()] and step.logprob == pytest.approx(scores.max().item(), abs=1e-4)
+        assert step.kind == ("marker" if step.id in may.markers else may.kind)
+        machine.advance(step.id)
+        history.append(step.id)
+
+
+@pytest.mark.parametrize("repetition", [None, Repetition(), Repetition(kinds=("text",))])
+def test_a_batch_answers_as_one_by_one(model, repetition):
+    layouts = [LAYOUTS[name] for name in (*LAYOUTS, "ratio_10_15", "text_cot")]
+    alone = [
+        list(generate(model, question, IDS, layout, repetition=repetition, **GREEDY))
+        for question, layout in zip(PROMPTS, layouts, strict=True)
+    ]
+    together = generate_batch(model, PROMPTS, IDS, layouts, repetition=repetition, batch_size=4, **GREEDY)
+    for one, other in zip(alone, together, strict=True):
+        assert [s[:2] for s in one] == [s[:2] for s in other]
+        assert [s.logprob for s in one] == pytest.approx([s.logprob for s in other], abs=1e-4)
+
+
+def test_rows_end_on_their_own(model):
+    """With one-id pieces of vocabulary most rows stop early, each at another step."""
+    with torch.no_grad():
+        head = model.lm_head.weight.clone()
+        model.lm_head.weight[IDS.text_end] *= 3
+        model.lm_head.weight[IDS.eot] *= 3
+    together = generate_batch(model, PROMPTS, IDS, LAYOUTS["ratio_3_5"], **GREEDY)
+    alone = [answer(model, "ratio_3_5", question) for question in PROMPTS]
+    with torch.no_grad():
+        model.lm_head.weight.copy_(head)
+    assert len({len(steps) for steps in together}) > 1
+    assert [[s.id for s in steps] for steps in together] == [[s.id for s in steps] for steps in alone]
+
+
+def test_the_seed_decides_and_sampling_can_be_made_greedy(model):
+    sampled = [answer(model, temperature=1.0, top_p=0.95, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert [s.id for s in answer(model, temperature=1.0, top_p=1e-6)] == [s.id for s in answer(model)]
+    assert generate_batch(model, PROMPTS, IDS, LAYOUTS["text_cot"], temperature=1.0, seed=3, max_tokens=20) == (
+        generate_batch(model, PROMPTS, IDS, LAYOUTS["text_cot"], temperature=1.0, seed=3, max_tokens=20)
+    )
+
+
+def test_answers_stream_and_stop(model):
+    stream = generate(model, PROMPTS[0], IDS, LAYOUTS["ratio_10_15"], **GREEDY)
+    first = next(stream)
+    assert first.kind in ("text", "marker")
+    stream.close()
+    assert len(answer(model, max_tokens=3)) == 3 and answer(model, max_tokens=0) == []
+    assert len(answer(model, question=prompt(250), max_tokens=1000)) <= 6  # the context is full
+    for steps in (answer(model, "audio_only", min_audio=20), *generate_batch(model, PROMPTS, IDS, LAYOUTS["audio_only"], min_audio=20, **GREEDY)):
+        assert len(steps) > 20
+
+
+def test_settings_out_of_range_are_refused(model):
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"max_tokens": -1}):
+        with pytest.raises(ValueError, match="temperature must be"):
+            answer(model, **wrong)
+    for question in ([], prompt(256)):
+        with pytest.raises(ValueError, match="the model takes 1 to 255"):
+            answer(model, question=question)
+        with pytest.raises(ValueError, match="the model takes 1 to 255"):
+            generate_batch(model, [PROMPTS[0], question], IDS, LAYOUTS["text_cot"])
+
+
+def test_repetition_rule():
+    text = Layout("t", 10, 15).machine(IDS).allowed()
+    assert Repetition().banned([70, 71, 70], text) == 70
+    assert Repetition().banned([70, 71], text) is None
+    assert Repetition().banned([70] + [71, 72] * 5 + [73], text) is None
+    assert Repetition(kinds=("text",)).banned([70, 110, 70, 110, 125], text) == 70
+    assert Repetition(kinds=("semantic",)).banned([70, 70], text) is None
+    assert Repetition().banned([], text) is None
+
+
+def test_embeddings_can_stand_for_the_prompt(model):
+    embeds = model.model.embed_tokens(torch.tensor([PROMPTS[0]])).detach()
+    assert answer(model, prompt_embeds=embeds) == answer(model)

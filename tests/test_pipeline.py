@@ -1,0 +1,197 @@
+"""From question to answer with random weights: what is said is noise, but everything about it must hold."""
+
+import math
+
+import pytest
+import torch
+
+from aqaa.audio import AudioError
+from aqaa.pipeline import MIN_AUDIO, Answer, Chat, Ledger, Piece
+from aqaa.tokenizers import interleave
+from tests.conftest import RATE, tone
+
+SHORT = {"max_tokens": 120}
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return torch.from_numpy(tone()), RATE
+
+
+@pytest.fixture(scope="module")
+def answer(tiny, sound):
+    return tiny.ask(sound, seed=3, **SHORT)
+
+
+def test_an_answer_is_whole(tiny, answer):
+    assert isinstance(answer, Answer) and isinstance(answer.text, str)
+    assert answer.audio.dtype == torch.float32 and answer.audio.device.type == "cpu" and answer.audio.ndim == 1
+    assert torch.isfinite(answer.audio).all() and answer.audio.abs().max() <= 1
+    assert answer.sample_rate == 16_000
+    linguistic, semantic = answer.tokens["linguistic"], answer.tokens["semantic"]
+    assert 3 * len(linguistic) == 2 * len(semantic)
+    assert answer.seconds == pytest.approx(0.12 * len(linguistic) / 2, abs=0.011)
+    assert answer.text == tiny.text.decode(answer.tokens["text"]).strip()
+    assert 0 < answer.confidence <= 1
+
+
+def test_the_question_is_in_the_prompt(tiny, sound, answer):
+    heard = tiny.listen(sound)
+    assert len(heard) % 5 == 0 and interleave.merge(*interleave.split(heard, tiny.ids), tiny.ids) == heard
+    assert answer.tokens["prompt"] == tiny.prompt(heard)
+    assert tiny.ask(heard, seed=3, **SHORT).tokens == answer.tokens
+
+
+def test_the_ledger_adds_up(answer):
+    times = answer.timings
+    parts = ("read", "linguistic", "semantic", "generate", "vocode")
+    assert all(times[name] >= 0 for name in parts)
+    assert sum(times[name] for name in parts) <= times["total"]
+    assert times["first_token"] <= times["first_audio"] <= times["total"]
+    assert 0 < times["first_audio_share"] <= 1
+    assert answer.real_time_factor == pytest.approx(times["total"] / answer.seconds)
+
+
+def test_the_same_seed_gives_the_same_answer(tiny, sound, answer):
+    again, other = tiny.ask(sound, seed=3, **SHORT), tiny.ask(sound, seed=4, **SHORT)
+    assert again.tokens == answer.tokens and torch.equal(again.audio, answer.audio)
+    assert other.tokens["answer"] != answer.tokens["answer"]
+
+
+def test_confidence_is_the_mean_probability_of_the_text(tiny, answer, sound):
+    steps = list(tiny.generate(answer.tokens["prompt"], seed=3, **SHORT))
+    chances = [math.exp(step.logprob) for step in steps if step.kind == "text"]
+    assert answer.confidence == pytest.approx(math.prod(chances) ** (1 / len(chances)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_answer_is_spoken(tiny, sound, seed):
+    """Whatever the weights draw: an answer that would end at once still says something."""
+    answer = tiny.ask(sound, seed=seed, temperature=2.0, top_p=1.0, max_tokens=150)
+    assert 5 * len(answer.tokens["linguistic"]) / 2 >= MIN_AUDIO
+    assert answer.seconds >= 0.3
+
+
+@pytest.mark.parametrize("limit", [31, 47, 64])
+def test_an_answer_cut_in_a_group_is_still_spoken(tiny, sound, limit):
+    answer = tiny.ask(sound, seed=3, max_tokens=limit)
+    streamed = tiny.stream(sound, seed=3, max_tokens=limit).answer
+    for one in (answer, streamed):
+        assert len(one.tokens["answer"]) <= limit
+        assert one.seconds == pytest.approx(0.06 * len(one.tokens["linguistic"]), abs=0.011)
+
+
+def test_streaming_says_the_same(tiny, sound):
+    asked = tiny.ask(sound, seed=3, max_tokens=200)
+    talk = tiny.stream(sound, seed=3, max_tokens=200)
+    pieces = list(talk)
+    assert all(isinstance(piece, Piece) for piece in pieces) and len(pieces) > 1
+    assert "".join(piece.text for piece in pieces).strip() == asked.text
+    assert torch.equal(torch.cat([piece.audio for piece in pieces]), talk.answer.audio)
+    assert talk.answer.tokens == asked.tokens
+    assert len(talk.answer.audio) == len(asked.audio)
+
+
+def test_streaming_gives_sound_before_the_answer_is_finished(tiny, sound):
+    talk = tiny.stream(sound, seed=3, max_tokens=200)
+    first = next(iter(talk))
+    known = len(talk.steps)
+    assert len(first.audio) > 0
+    assert known < len(talk.answer.tokens["answer"]) / 2
+    assert talk.answer.timings["first_audio_share"] < 0.5
+
+
+def test_answer_finishes_what_was_not_listened_to(tiny, sound):
+    talk = tiny.stream(sound, seed=3, **SHORT)
+    next(iter(talk))
+    assert talk.answer is talk.answer
+    assert list(talk) == []
+
+
+def test_flow_and_hift_streamed_are_close_to_one_piece(tiny, sound):
+    """The chunks see less of the future than the whole does, so this bounds the difference and does not deny it."""
+    asked = tiny.ask(sound, seed=3, max_tokens=200).audio
+    streamed = tiny.stream(sound, seed=3, max_tokens=200).answer.audio
+    assert (asked - streamed).square().mean() < 0.25 * asked.square().mean()
+
+
+def test_every_step_can_be_called_alone(tiny, sound):
+    wav = sound[0]
+    linguistic, semantic = tiny.linguistic.encode(wav), tiny.semantic.encode(wav)
+    ids = interleave.merge(linguistic, semantic, tiny.ids)
+    assert ids == tiny.listen(sound)
+    steps = list(tiny.generate(tiny.prompt(ids), **SHORT))
+    audio_ids = [step.id for step in steps if step.kind in ("linguistic", "semantic")]
+    whole = audio_ids[: len(audio_ids) // 5 * 5]
+    wave = tiny.synthesize(whole)
+    assert len(wave) == 1920 * len(whole) // 5
+    mel = tiny.flow.inference(torch.tensor([tiny.codes(whole)]))
+    assert tiny.hift.inference(mel).shape[-1] == len(wave)
+
+
+def test_written_questions_are_answered_too(tiny):
+    steps = list(tiny.generate(tiny.prompt("what is seven plus five"), **SHORT))
+    assert steps and steps[0].kind in ("text", "marker")
+
+
+def test_a_chat_keeps_its_history_as_text(tiny, sound):
+    chat = tiny.chat(seed=1, **SHORT)
+    first = chat.ask(sound)
+    assert [role for role, _ in chat.history] == ["user", "assistant"]
+    assert chat.history[1][1] == first.text
+    assert all(isinstance(text, str) for _, text in chat.history)
+    second = chat.ask(sound)
+    assert len(second.tokens["prompt"]) > len(first.tokens["prompt"])
+    assert second.tokens["prompt"] == tiny.prompt(tiny.listen(sound), chat.history[:2])
+    assert chat.history[0][1] == tiny.transcribe(sound)
+
+
+def test_a_chat_streams(tiny, sound):
+    chat, other = tiny.chat(seed=1, **SHORT), tiny.chat(seed=1, **SHORT)
+    pieces = list(chat.stream(sound))
+    assert "".join(piece.text for piece in pieces).strip() == other.ask(sound).text
+    assert chat.history == other.history
+
+
+def test_a_long_chat_forgets_its_beginning(tiny, sound):
+    chat = Chat(tiny, **SHORT)
+    chat.history = [("user", "count from one to nine " * 40), ("assistant", "nine " * 40)] * 12
+    chat.history += [("user", "seven"), ("assistant", "twelve")]
+    answer = chat.ask(sound)
+    assert len(answer.tokens["prompt"]) < tiny.config.backbone.max_seq_len
+    recent = chat._recent(tiny.listen(sound))
+    assert recent and recent == chat.history[-len(recent):]
+
+
+def test_a_sound_too_short_for_a_group_is_an_error(tiny):
+    with pytest.raises(AudioError, match="short"):
+        tiny.listen((torch.from_numpy(tone(0.07)), RATE))
+
+
+def test_other_layouts_are_selectable(tiny, sound):
+    from aqaa.pipeline import AQAA
+
+    model = AQAA(tiny.config, lambda name: getattr(tiny, name), layout="audio_only")
+    answer = model.ask(sound, **SHORT)
+    assert answer.text == "" and answer.confidence == 0 and answer.seconds > 0
+    with pytest.raises(ValueError, match="unknown layout"):
+        AQAA(tiny.config, lambda name: getattr(tiny, name), layout="sideways")
+
+
+def test_a_ledger_keeps_first_marks_and_adds_steps():
+    ledger = Ledger()
+    for _ in range(2):
+        with ledger.step("x"):
+            pass
+        ledger.mark("first")
+    first = ledger.times["first"]
+    ledger.mark("first")
+    assert ledger.times["first"] == first and ledger.times["x"] > 0
+
+
+def test_an_answer_is_saved_as_wav(answer, tmp_path):
+    import soundfile
+
+    answer.save(tmp_path / "a.wav")
+    wave, rate = soundfile.read(tmp_path / "a.wav")
+    assert rate == answer.sample_rate and len(wave) == len(answer.audio)

@@ -1,0 +1,190 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+
+from aqaa.backbone import attention
+from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM, build
+from aqaa.config import AQAAConfig, preset
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_attention_groups": 2, "max_seq_len": 128,
+}  # fmt: skip
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Step1ForCausalLM(Step1Config(**SIZES, **options)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.dim() == 2 else 1)  # sharp attention, so that mistakes show
+    return model
+
+
+def tokens(batch, length, seed=1):
+    return torch.randint(5, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, limit=1e-4):
+    assert (a - b).abs().max() < limit
+
+
+def test_slopes():
+    assert attention.slopes(8).tolist() == [2.0**-k for k in range(1, 9)]
+    for heads, n, last in ((96, 64, 0.065267), (48, 32, 0.068157), (6, 4, 2.0**-3)):
+        found = attention.slopes(heads)
+        assert len(found) == heads and torch.equal(found[:n], attention.slopes(n))  # the further ones stay behind
+        assert found[-1].item() == pytest.approx(last, rel=1e-4)
+
+
+def test_bias_falls_with_the_root_of_the_distance():
+    bias = attention.sqrt_bias(attention.slopes(4), 3, 7, first=4)
+    assert bias.shape == (1, 4, 3, 7) and bias.dtype == torch.float32
+    assert bias[0, 0, 0].tolist() == pytest.approx([-0.5, -0.25 * 3**0.5, -0.25 * 2**0.5, -0.25, 0, -torch.inf, -torch.inf])
+
+
+def test_parameter_count_of_the_published_model():
+    with torch.device("meta"):
+        model = build(AQAAConfig().backbone, num_hidden_layers=1) if False else None
+        config = AQAAConfig().backbone
+        from dataclasses import replace
+
+        one, two = (sum(p.numel() for p in build(replace(config, num_hidden_layers=n)).parameters()) for n in (1, 2))
+    assert model is None and one + 87 * (two - one) == 131_946_590_208
+
+
+def test_eager_and_fused_attention_agree_and_show_weights():
+    ids, fused, plain = tokens(2, 30), tiny(attn_implementation="sdpa"), tiny(attn_implementation="eager")
+    out = plain(ids, output_attentions=True, output_hidden_states=True)
+    close(fused(ids).logits, out.logits)
+    assert len(out.hidden_states) == 3 and out.attentions[0].shape == (2, 6, 30, 30)
+    close(out.attentions[1].sum(-1), torch.ones(2, 6, 30))
+    assert out.attentions[0].triu(1).abs().max() == 0
+
+
+@torch.no_grad()
+def test_caches_and_chunks_equal_one_pass():
+    model, ids = tiny(), tokens(2, 40)
+    want = model(ids).logits
+    static = StaticCache(config=model.config, max_cache_len=64)
+    for cache in (None, static):
+        rows = []
+        for start, stop in ((0, 17), (17, 18), (18, 30), (30, 31), (31, 40)):
+            out = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            rows.append(out.logits)
+        close(torch.cat(rows, 1), want)
+
+
+@torch.no_grad()
+def test_left_and_right_padding_change_nothing():
+    model, ids = tiny(), tokens(1, 20)
+    want = model(ids).logits
+    zeros = torch.zeros(1, 7, dtype=torch.long)
+    ones = torch.ones_like(ids)
+    left = model(torch.cat([zeros, ids], 1), attention_mask=torch.cat([zeros, ones], 1)).logits
+    right = model(torch.cat([ids, zeros], 1), attention_mask=torch.cat([ones, zeros], 1)).logits
+    close(left[:, 7:], want)
+    close(right[:, :20], want)
+    assert left.isfinite().all() and right.isfinite().all()
+    model.train()  # the packed path
+    close(model(torch.cat([zeros, ids], 1), attention_mask=torch.cat([zeros, ones], 1)).logits[:, 7:], want)
+
+
+@torch.no_grad()
+def test_generate_is_the_same_with_every_cache_and_in_padded_batches():
+    model, options = tiny(), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    short, long = tokens(1, 9), tokens(1, 14, seed=2)
+    alone = [model.generate(x, use_cache=False, **options)[:, x.shape[1] :] for x in (short, long)]
+    static = model.generate(short, cache_implementation="static", **options)[:, 9:]
+    padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    together = model.generate(padded, attention_mask=mask, **options)[:, 14:]
+    assert torch.equal(static, alone[0]) and torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_examples_packed_in_a_row_do_not_see_each_other(training):
+    model = tiny().train(training)
+    parts = [tokens(1, n, seed=n) for n in (5, 11, 8, 13)]
+    rows = torch.cat([torch.cat(parts[:2] + [torch.zeros(1, 6, dtype=torch.long)], 1), torch.cat(parts[2:] + [torch.zeros(1, 1, dtype=torch.long)], 1)])
+    segment_ids = torch.tensor([[1] * 5 + [2] * 11 + [0] * 6, [1] * 8 + [2] * 13 + [0]])
+    got = model(rows, segment_ids=segment_ids).logits
+    want = torch.cat([model.eval()(part).logits[0] for part in parts])
+    close(got[segment_ids > 0], want)
+    same = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    close(model(rows, attention_mask=same).logits[segment_ids > 0], want)
+
+
+def test_gradients_of_the_training_path_are_those_of_the_plain_one():
+    ids = tokens(2, 24)
+    grads = []
+    for training in (True, False):
+        model = tiny().train(training)
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        close(a, b, 1e-4 * (1 + b.abs().max()))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    ids, plain, saving = tokens(2, 16), tiny().train(), tiny().train()
+    saving.gradient_checkpointing_enable()
+    for model in (plain, saving):
+        model(ids, labels=ids).loss.backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        close(a.grad, b.grad)
+
+
+def test_trains_in_bf16():
+    model, ids = tiny().train(), tokens(2, 16)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(30):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+
+
+@torch.no_grad()
+def test_logits_only_where_asked():
+    model, ids = tiny(), tokens(2, 10)
+    hidden = model.model(ids).last_hidden_state
+    full = model(ids).logits
+    chosen = torch.rand(2, 10, generator=torch.Generator().manual_seed(0)) < 0.4
+    close(model.logits(hidden), full)
+    close(model.logits(hidden, chosen, slice(20, 35)), full[chosen][:, 20:35])
+    close(model.logits(hidden, torch.tensor([3, 12])), full.flatten(0, 1)[[3, 12]])
+    close(model.logits(hidden[:, -1], rows=torch.tensor([3, 34])), full[:, -1, [3, 34]])
+
+
+def test_saved_with_official_keys_and_read_without_remote_code(tmp_path):
+    model, ids = tiny(), tokens(1, 6)
+    model.save_pretrained(tmp_path)
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"} <= set(model.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]  # as in the published file
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+    assert AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 2
+
+
+def test_impossible_sizes_and_inputs_are_refused():
+    with pytest.raises(Exception, match="must divide hidden_size"):
+        Step1Config(**{**SIZES, "hidden_size": 50})
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        tiny()()
+
+
+def test_mini_preset_builds():
+    model = build(preset("mini").backbone)
+    assert 4e6 < sum(p.numel() for p in model.parameters()) < 8e6
+    assert model.config.bos_token_id == 1 and model.config.eos_token_id == 3
