@@ -80,6 +80,7 @@ def _parser():
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--steps", type=_count, help="in place of the stage's own number")
+    train.add_argument("--minutes", type=float, help="end each stage, schedule included, after this much training time")
     train.add_argument("--scale", type=_share, default=1.0, help="share of the corpus and of the steps")
     train.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (%(default)s)")
     train.set_defaults(run=_train)

@@ -139,7 +139,8 @@ def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
     accuracy.evaluation_corpus(tmp_path)
     assert {item.id for item in spoken} == {"a0", "a1", "a2", "a3", "q0", "q1", "q2"}
     spoken.clear()
-    head = {"hash": corpus.plan_hash(shelf.items(role="answer") + shelf.items(role="question")), "items": 9, "shards": 1}
+    mine = shelf.items(role="answer") + shelf.items(role="question")
+    head = {"hash": corpus.plan_hash(mine), "items": 9, "shards": 1}
     (tmp_path / "plan.json").write_text(json.dumps(head))
     accuracy.evaluation_corpus(tmp_path)  # interrupted: goes on
     assert len(spoken) == 4 + len(CELLS)

@@ -105,7 +105,8 @@ def test_answers_stream_and_stop(model):
     stream.close()
     assert len(answer(model, max_tokens=3)) == 3 and answer(model, max_tokens=0) == []
     assert len(answer(model, question=prompt(250), max_tokens=1000)) <= 6  # the context is full
-    for steps in (answer(model, "audio_only", min_audio=20), *generate_batch(model, PROMPTS, IDS, LAYOUTS["audio_only"], min_audio=20, **GREEDY)):
+    layout = LAYOUTS["audio_only"]
+    for steps in generate_batch(model, PROMPTS, IDS, layout, min_audio=20, **GREEDY):
         assert len(steps) > 20
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,8 @@ both = pytest.mark.parametrize("ids", [MINI, FULL], ids=["mini", "full"])
 
 def audio_of(n_groups, seed=0, ids=MINI):
     random = np.random.default_rng(seed)
-    return merge(random.integers(0, ids.n_linguistic, 2 * n_groups), random.integers(0, ids.n_semantic, 3 * n_groups), ids)
+    linguistic = random.integers(0, ids.n_linguistic, 2 * n_groups)
+    return merge(linguistic, random.integers(0, ids.n_semantic, 3 * n_groups), ids)
 
 
 @both
@@ -72,7 +75,7 @@ def test_kinds():
 @given(text=texts, n_groups=st.integers(0, 25))
 def test_every_layout_can_be_parsed_and_obeys_its_machine(name, marked, text, n_groups):
     layout = LAYOUTS[name]
-    layout = Layout(name, layout.text_block, layout.audio_block, marked)
+    layout = Layout(name, layout.text_block, layout.audio_block, marked, late_text=True)
     audio = audio_of(n_groups)
     answer = layout.arrange(text, audio, MINI)
     assert layout.parse(answer, MINI) == ([] if name == "audio_only" else text, audio)
@@ -101,7 +104,8 @@ def test_the_paper_layout_looks_as_in_the_paper():
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=30)
 def test_any_walk_of_the_machine_parses_into_whole_groups(name, seed):
-    random, layout = np.random.default_rng(seed), LAYOUTS[name]  # markers are drawn often, wherever they are legal
+    random = np.random.default_rng(seed)
+    layout = replace(LAYOUTS[name], late_text=bool(seed % 2))
     machine, answer = layout.machine(MINI, min_audio=10), []
     while not machine.finished and len(answer) < 200:
         may = machine.copy().allowed()
@@ -119,6 +123,11 @@ def test_the_machine_refuses_what_the_layout_forbids():
     for wrong in (MINI.eot, MINI.n_text, MINI.bos):
         with pytest.raises(ValueError, match="not legal"):
             machine.advance(wrong)
+    for token in [100] * 10:
+        machine.advance(token)
+    with pytest.raises(ValueError, match="not legal"):
+        machine.advance(MINI.text_start)  # audio is not over, and never before the text in this layout
+    machine = LAYOUTS["ratio_10_15"].machine(MINI)
     machine.advance(MINI.text_end)
     for token in audio_of(1)[:-1]:
         machine.advance(token)

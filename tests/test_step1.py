@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from aqaa.backbone import attention
-from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM, build
+from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM, Step1RMSNorm, build
 from aqaa.config import AQAAConfig, preset
 
 SIZES = {
@@ -42,17 +43,16 @@ def test_slopes():
 def test_bias_falls_with_the_root_of_the_distance():
     bias = attention.sqrt_bias(attention.slopes(4), 3, 7, first=4)
     assert bias.shape == (1, 4, 3, 7) and bias.dtype == torch.float32
-    assert bias[0, 0, 0].tolist() == pytest.approx([-0.5, -0.25 * 3**0.5, -0.25 * 2**0.5, -0.25, 0, -torch.inf, -torch.inf])
+    assert bias[0, 0, 0, :5].tolist() == pytest.approx([-0.25 * d**0.5 for d in (4, 3, 2, 1, 0)])
+    assert (bias[0, 0, 0, 5:] == -torch.inf).all()
 
 
 def test_parameter_count_of_the_published_model():
+    full = AQAAConfig().backbone
     with torch.device("meta"):
-        model = build(AQAAConfig().backbone, num_hidden_layers=1) if False else None
-        config = AQAAConfig().backbone
-        from dataclasses import replace
-
-        one, two = (sum(p.numel() for p in build(replace(config, num_hidden_layers=n)).parameters()) for n in (1, 2))
-    assert model is None and one + 87 * (two - one) == 131_946_590_208
+        models = [build(replace(full, num_hidden_layers=n)) for n in (1, 2)]
+    one, two = (sum(p.numel() for p in model.parameters()) for model in models)
+    assert one + 87 * (two - one) == 131_946_590_208
 
 
 def test_eager_and_fused_attention_agree_and_show_weights():
@@ -110,12 +110,13 @@ def test_generate_is_the_same_with_every_cache_and_in_padded_batches():
 def test_examples_packed_in_a_row_do_not_see_each_other(training):
     model = tiny().train(training)
     parts = [tokens(1, n, seed=n) for n in (5, 11, 8, 13)]
-    rows = torch.cat([torch.cat(parts[:2] + [torch.zeros(1, 6, dtype=torch.long)], 1), torch.cat(parts[2:] + [torch.zeros(1, 1, dtype=torch.long)], 1)])
+    pad = torch.zeros(1, 6, dtype=torch.long)
+    rows = torch.cat([torch.cat([*parts[:2], pad], 1), torch.cat([*parts[2:], pad[:, :1]], 1)])
     segment_ids = torch.tensor([[1] * 5 + [2] * 11 + [0] * 6, [1] * 8 + [2] * 13 + [0]])
     got = model(rows, segment_ids=segment_ids).logits
     want = torch.cat([model.eval()(part).logits[0] for part in parts])
     close(got[segment_ids > 0], want)
-    same = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     close(model(rows, attention_mask=same).logits[segment_ids > 0], want)
 
 
@@ -137,6 +138,24 @@ def test_gradient_checkpointing_changes_nothing():
         model(ids, labels=ids).loss.backward()
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         close(a.grad, b.grad)
+
+
+def test_the_norm_of_training_has_the_same_value_and_gradients():
+    torch.manual_seed(0)
+    x, norm, seed = torch.randn(3, 5, 16), Step1RMSNorm(16, 1e-5), torch.randn(3, 5, 16).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    found = []
+    for training in (True, False):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training):
+            out = norm(leaf)
+        assert out.dtype == (torch.bfloat16 if training else torch.float32)
+        out.bfloat16().backward(seed)
+        found.append((out, leaf.grad, norm.weight.grad))
+        norm.weight.grad = None
+    assert torch.equal(found[0][0], found[1][0].bfloat16())
+    close(found[0][1], found[1][1])
+    close(found[0][2], found[1][2])
 
 
 def test_trains_in_bf16():
@@ -167,7 +186,8 @@ def test_logits_only_where_asked():
 def test_saved_with_official_keys_and_read_without_remote_code(tmp_path):
     model, ids = tiny(), tokens(1, 6)
     model.save_pretrained(tmp_path)
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"} <= set(model.state_dict())
+    wanted = {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"}
+    assert wanted <= set(model.state_dict())
     config = json.loads((tmp_path / "config.json").read_text())
     del config["tie_word_embeddings"]  # as in the published file
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from aqaa.tokenizers.text import FIRST_TEXT, MAX_PIECE, ROLES, SPACE, TextTokenizer, read_sentencepiece, train_unigram
 
-SENTENCES = ["seven plus five is twelve", "don't say the opposite of hot", "what is a zebra", "jump quickly over my box"]
+SENTENCES = ["seven and five is twelve", "don't say the opposite of hot", "what is a zebra", "jump quick over my box"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -81,7 +81,7 @@ def _step1_for_hypothesis(step1):
 
 
 def test_saved_and_read_again(step1, mini, tmp_path):
-    for tokenizer, text in ((step1, "human <|EOT|>é"), (mini, "seven plus five")):
+    for tokenizer, text in ((step1, "human <|EOT|>é"), (mini, "seven and five")):
         tokenizer.save(tmp_path / "tokenizer.json")
         again = TextTokenizer.from_file(tmp_path / "tokenizer.json")
         assert again.encode(text) == tokenizer.encode(text) and again.n_text == tokenizer.n_text

@@ -96,7 +96,8 @@ def prompt(turns, tokenizer, ids, answer=True):
     """A dialogue as ids: `<s>`, then `<|BOT|>role\\n content <|EOT|>` a turn, then an open assistant turn.
 
     turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids, or a list of both.
-    tokenizer: a TextTokenizer; markers spelt out in the content are read as plain text. With answer=False no assistant turn is opened.
+    tokenizer: a TextTokenizer; markers spelt out in the content are read as plain text. With answer=False no assistant
+    turn is opened.
     """
     result = [ids.bos]
     for role, content in turns:
@@ -105,7 +106,7 @@ def prompt(turns, tokenizer, ids, answer=True):
 
 
 def _turn(role, content, tokenizer):
-    """Header and content of a turn; text at its start is encoded in one go with the header, as the official code does."""
+    """Header and content of a turn; text at its start is encoded in one go with the header, as officially."""
     parts = content if isinstance(content, (list, tuple)) and any(_nested(p) for p in content) else [content]
     text, encoded = ("human" if role == "user" else role) + "\n", []
     for part in [*parts, []]:
@@ -139,13 +140,15 @@ class Layout:
     """How text and audio of an answer share one sequence (AQAA Table 1).
 
     Blocks of `text_block` text ids, then `audio_block` audio ids. The id after the last text id is text_end; from there
-    on only audio comes, then eot. If the audio ends first, text_start says so, and the rest of the text follows.
+    on only audio comes, then eot. If the audio ends first, text_start says so, and the rest of the text follows; where
+    text runs far ahead of speech this never happens, and without `late_text` the machine forbids it.
     """
 
     name: str
     text_block: int | None  # None: all the text at once; 0: no text
     audio_block: int
     marked: bool = False  # every piece stands between audio_start and audio_end (Table 2, marker-preserving)
+    late_text: bool = False  # audio may end before the text: then text_start is legal at a group boundary
 
     def __post_init__(self):
         if self.audio_block <= 0 or self.audio_block % GROUP_SIZE:
@@ -222,7 +225,7 @@ LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("audio_only", 0, 15),
-        Layout("ratio_6_50", 6, 50),
+        Layout("ratio_6_50", 6, 50, late_text=True),  # 5 text ids a second: no faster than speech
         Layout("ratio_3_5", 3, 5),
         Layout("text_cot", None, 15),
         Layout("ratio_10_15", 10, 15),
@@ -289,7 +292,7 @@ class Machine:
         return self.ids.audio_end if self.layout.marked else self.ids.eot
 
     def _boundary_markers(self):
-        if self.audio_total < self.min_audio:
+        if self.audio_total < self.min_audio or not (self.text_done or self.layout.late_text):
             return ()
         return (self._stop,) if self.text_done else (self.ids.text_start,)
 

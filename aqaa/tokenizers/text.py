@@ -176,9 +176,8 @@ def _expected_counts(words, weights, alphabet):
     counts = dict.fromkeys(alphabet, 1e-3)
     for word, times in words.items():
         n = len(word)
-        edges = [
-            (a, b, chance[word[a:b]]) for b in range(1, n + 1) for a in range(max(0, b - longest), b) if word[a:b] in chance
-        ]
+        spans = ((a, b) for b in range(1, n + 1) for a in range(max(0, b - longest), b))
+        edges = [(a, b, chance[word[a:b]]) for a, b in spans if word[a:b] in chance]
         ahead, behind = [1.0] + [0.0] * n, [0.0] * n + [1.0]
         for a, b, p in edges:  # ordered by end
             ahead[b] += ahead[a] * p

@@ -36,7 +36,7 @@ def front_end():
 
 
 def _features(wav):
-    """(LFR rows (T, 560), log-mel at 25 Hz (T, 512), f0 in octaves above F0_FLOOR (T, 4)) of one utterance, fp16."""
+    """Of one utterance, in fp16: LFR rows (T, 560), log-mel at 25 Hz (T, 512), f0 in octaves above F0_FLOOR (T, 4)."""
     torch.set_num_threads(1)
     rows = front_end().features(wav)
     log_mel = audio.log_mel(wav).T  # (T, 128)
@@ -45,7 +45,7 @@ def _features(wav):
     pitch = np.pad(pitch, (0, frames - len(pitch)))
     octaves = np.where(pitch > 0, np.log2(np.maximum(pitch, F0_FLOOR) / F0_FLOOR) + 1e-3, 0)
     log_mel = log_mel[:frames].reshape(frames // 4, -1)
-    return rows.numpy().astype(np.float16), log_mel.numpy().astype(np.float16), octaves.reshape(-1, 4).astype(np.float16)
+    return tuple(x.astype(np.float16) for x in (rows.numpy(), log_mel.numpy(), octaves.reshape(-1, 4)))
 
 
 def prepare(corpus, items, folder, workers=2):
@@ -84,14 +84,14 @@ def utterances(folder, items, kind):
 
 def store_codes(folder, items, linguistic, semantic):
     """Write codes.npy and codes.json: for each item its two code sequences."""
-    flat = np.concatenate([np.concatenate([l, s]) for l, s in zip(linguistic, semantic, strict=True)])
-    save_array(Path(folder) / "codes.npy", flat.astype(np.int16))
-    lengths = [[len(l), len(s)] for l, s in zip(linguistic, semantic, strict=True)]
+    pairs = list(zip(linguistic, semantic, strict=True))
+    save_array(Path(folder) / "codes.npy", np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16))
+    lengths = [[len(codes) for codes in pair] for pair in pairs]
     write_json(Path(folder) / "codes.json", {"ids": [item.id for item in items], "lengths": lengths})
 
 
 def load_codes(folder, items):
-    """List of (linguistic, semantic) int arrays, in the order of `items`. Raises FileNotFoundError before `codes` ran."""
+    """List of (linguistic, semantic) int arrays, in the order of `items`. FileNotFoundError before `codes` ran."""
     folder = Path(folder)
     if not (folder / "codes.json").exists():
         raise FileNotFoundError(f"{folder} holds no codes: run `aqaa train codes` first")

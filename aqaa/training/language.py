@@ -31,7 +31,7 @@ class Book:
         """items: corpus items; codes: list of (linguistic, semantic) arrays; lines: dicts of `corpus.texts`."""
         self.config, self.tokenizer = config, tokenizer
         self.items = items
-        self.audio = [np.array(interleave.merge(l, s, config.ids), dtype=np.int64) for l, s in codes]
+        self.audio = [np.array(interleave.merge(*pair, config.ids), dtype=np.int64) for pair in codes]
         self.words = {}
         self.lines = lines
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
@@ -53,8 +53,9 @@ class LanguageTask:
 
     warmup = 0.02
 
-    def __init__(self, book, stage, rows=16, length=512, lr=1.5e-3, noise=0.03, layout=None):
+    def __init__(self, book, stage, rows=12, length=512, lr=2e-3, noise=0.03, layout=None):
         config = book.config
+        self.floor = 0.3 if stage == "pretrain" else 0.02  # pre-training hands over a rate that is still high
         self.book, self.stage, self.rows, self.length, self.lr, self.noise = book, stage, rows, length, lr, noise
         self.ids = config.ids
         self.layout = layout or interleave.layout()
@@ -66,6 +67,17 @@ class LanguageTask:
 
     def modules(self):
         return {"model": self.model}
+
+    @torch.no_grad()
+    def hear_alike(self, linguistic, semantic, seed=0):
+        """Start the audio embeddings from the codebooks (K, D): codes that sound alike begin with like vectors."""
+        table, generator = self.model.model.embed_tokens.weight, torch.Generator().manual_seed(seed)
+        first = self.ids.n_text
+        for codes in (linguistic, semantic):
+            codes = (codes - codes.mean(0)) / codes.std()
+            mix = torch.randn(codes.shape[1], table.shape[1], generator=generator) / codes.shape[1] ** 0.5
+            table[first:first + len(codes)] = codes @ mix * table[:first].std()
+            first += len(codes)
 
     def _balance(self):
         """Chance of each spoken question: equal shares for intents, softened so that large ones still lead."""
@@ -101,7 +113,8 @@ class LanguageTask:
     def kinds(self, ids):
         """Kind of each target: an end of turn competes with linguistic tokens if it ends audio, else with text."""
         target, before = ids[1:], ids[:-1]
-        kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, np.where(target >= self.ids.n_text, LINGUISTIC, TEXT))
+        kinds = np.where(target >= self.ids.n_text, LINGUISTIC, TEXT)
+        kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, kinds)
         ends_audio = (target == self.ids.eot) & (before >= self.ids.n_text)
         return np.where(ends_audio, LINGUISTIC, kinds)
 

@@ -11,7 +11,7 @@ and, only if it needs more than one optimizer (HiFT and its discriminators),
   optimizers()         dict of name -> torch optimizer
   train_step(batch, step, progress)   dict of numbers to log
 Optional: `event(progress)` is called before each step (the semantic tokenizer turns its quantiser on there);
-`lr`, `warmup` override the defaults below.
+`lr`, `warmup` and `floor` (share of the rate that is left at the end) override the defaults below.
 """
 
 import csv
@@ -124,9 +124,10 @@ class Trainer:
                  for key, value in self.task.batch(rng).items()}
         if not self.own:
             return self.task.train_step(batch, self.step, progress)
+        factor = cosine(progress, getattr(self.task, "warmup", 0.03), getattr(self.task, "floor", 0.02))
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * cosine(progress, getattr(self.task, "warmup", 0.03))
+                group["lr"] = self.lr * factor
             optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
             loss, logs = self.task.loss(batch, self.step)

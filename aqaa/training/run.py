@@ -25,11 +25,12 @@ from .corpus import Corpus
 from .loop import Trainer, read_log
 from .tokenizers import LinguisticTask, SemanticTask, kmeans
 
-STEPS = {  # per stage, on a CPU; about four hours on two cores when linguistic|semantic and hift|backbone run side by side
+# Steps of each stage: about four hours on two cores, with linguistic beside semantic and hift, flow beside the backbone.
+STEPS = {
     "linguistic": 5200, "semantic": 5200, "hift": 6000, "flow": 9000, "pretrain": 3000, "sft1": 7000,
 }
 ORDER = ("corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export")
-HOLD_OUT = 20  # one answer in so many is never seen by the tokenizers, the flow and HiFT: copy-synthesis is scored on it
+HOLD_OUT = 20  # one answer in so many is kept from the tokenizers, the flow and HiFT: copy-synthesis is scored on it
 
 
 class Run:
@@ -157,10 +158,8 @@ class Run:
         opened, items, rows = self._spoken()
         codes = features.load_codes(self.out, items)
         ids = self.config.ids
-        pairs = [
-            (opened.wav(items[i]), np.array(interleave.merge(*codes[i], ids), dtype=np.int32) - ids.n_text) for i in rows
-        ]
-        task = FlowTask(self.config, pairs)
+        merged = [np.array(interleave.merge(*codes[i], ids), dtype=np.int32) - ids.n_text for i in rows]
+        task = FlowTask(self.config, [(opened.wav(items[i]), audio) for i, audio in zip(rows, merged, strict=True)])
         self._finish("flow", task.modules()["flow"], self._train(task, "flow"))
 
     # --- backbone ---------------------------------------------------------------------------------------------
@@ -176,7 +175,7 @@ class Run:
         lines = texts(plan(scale=self.scale, seed=self.seed))
         path = self.out / "tokenizer.json"
         if not path.exists():
-            said = [item.text for item in (items[i] for i in train)] + [line[key] for line in lines for key in ("question", "answer")]
+            said = [items[i].text for i in train] + [line[key] for line in lines for key in ("question", "answer")]
             TextTokenizer.train(sorted(set(said)), n_text=self.config.ids.n_text).save(path)
         return Book(
             self.config, TextTokenizer.from_file(path), [items[i] for i in train], [codes[i] for i in train], lines
@@ -194,6 +193,10 @@ class Run:
         task = LanguageTask(self.book(), stage)
         if parent:
             self.part(parent, task.model)
+        else:
+            linguistic = self.part("linguistic", LinguisticTokenizer(self.config.linguistic))
+            semantic = self.part("semantic", SemanticTokenizer(self.config.semantic))
+            task.hear_alike(linguistic.centroids, semantic.quantizer._codebook.embed)
         self._finish(stage, task.model, self._train(task, stage))
 
     # --- bookkeeping ------------------------------------------------------------------------------------------
@@ -269,8 +272,9 @@ def provenance(device="cpu"):
     """Date, commit and hardware of a result."""
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu_name()

@@ -12,7 +12,7 @@ from aqaa.tokenizers.text import TextTokenizer
 
 FP32_LOGITS = 1e-4
 BF16_LOGITS = 0.5  # with the bias in fp32
-# With the bias rounded as theirs: one bf16 step of the largest logits. Zero was reported for another torch release; with
+# With the bias rounded as theirs: one bf16 step of the largest logits. Zero was reported for another torch; with
 # torch 2.11 the fused kernel, the plain one, and their own bias tensor all leave this difference or a larger one.
 BF16_SAME_BIAS = 0.07
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
