@@ -4,6 +4,7 @@ Nothing heavy is imported before it is known what to do. A fault the user can me
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -15,6 +16,12 @@ from aqaa import __version__
 STAGES = (
     "corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export", "all",
 )  # fmt: skip
+BENCHES = {
+    "speed": "aqaa.bench",
+    "accuracy": "aqaa.evaluation.accuracy",
+    "synthesis": "aqaa.evaluation.synthesis",
+    "codes": "aqaa.evaluation.codes",
+}
 UNSURE = 0.5  # confidence below which the printed answer is marked
 
 
@@ -85,8 +92,8 @@ def _parser():
     train.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (%(default)s)")
     train.set_defaults(run=_train)
 
-    bench = commands.add_parser("bench", help="measure speed or accuracy")
-    bench.add_argument("what", nargs="?", default="speed", choices=("speed", "accuracy"))
+    bench = commands.add_parser("bench", help="measure speed, accuracy, the vocoder alone, or the codes")
+    bench.add_argument("what", nargs="?", default="speed", choices=BENCHES)
     bench.add_argument("--preset", default="mini", metavar="NAME")
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--seed", type=int, default=0)
@@ -280,11 +287,7 @@ def _train(args):
 
 
 def _bench(args):
-    if args.what == "accuracy":
-        from aqaa.evaluation import accuracy as home
-    else:
-        from aqaa import bench as home
-    return home.main(args)
+    return importlib.import_module(BENCHES[args.what]).main(args)
 
 
 def _doctor(args):

@@ -49,6 +49,18 @@ def test_every_answer_obeys_its_layout(model, name):
         assert not machine.finished or (whole == len(audio) and steps[-1].id == IDS.eot)
 
 
+def test_one_token_by_hand_equals_the_modules(model):
+    from aqaa.backbone.generation import Decoder
+
+    embeddings = model.model.embed_tokens(torch.tensor([PROMPTS[2]])).detach()
+    fast, plain = Decoder(model, 1, 30), Decoder(model, 1, 30)
+    assert fast.by_hand
+    plain.by_hand = False
+    with torch.inference_mode():
+        for part in embeddings.split([20, 1, 1, 5, 1, 1, 1], dim=1):
+            assert (fast.feed(part) - plain.feed(part)).abs().max() < 1e-5
+
+
 def test_cache_and_legal_rows_equal_a_full_forward(model):
     history, steps = list(PROMPTS[0]), answer(model)
     machine = LAYOUTS["ratio_10_15"].machine(IDS)

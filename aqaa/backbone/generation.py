@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from aqaa.backbone import attention
+
+HEAD = 64  # ids among which the top_p head is looked for first: sorting them all is slower
 
 
 class Step(NamedTuple):
@@ -80,10 +83,13 @@ class Decoder:
         self.cache = KVCache(model, batch, size)
         self.row = model.model.bias(1, size, size - 1)  # (1, H, 1, S)
         self.padding = None
+        self.by_hand = batch == 1 and _is_plain(model.model)
 
     def feed(self, embeddings, padding=None):
         n_query, past = embeddings.shape[1], self.cache.length
         n_key = past + n_query
+        if n_query == 1 and self.by_hand:
+            return _single(self.model.model, embeddings[0, 0], self.row[..., self.size - n_key :], self.cache)
         if n_query == 1:
             bias = self.row[..., self.size - n_key :]
         else:
@@ -101,6 +107,36 @@ class Decoder:
         self.cache.keep(rows)
         if self.padding is not None:
             self.padding = self.padding[rows]
+
+
+def _is_plain(model):
+    """Whether `_single` may stand in for the modules: a CPU, fp32 or fp64, and nothing but ordinary linear layers."""
+    weight = model.embed_tokens.weight
+    parts = (part for layer in model.layers for part in (layer.self_attn, layer.mlp))
+    linear = all(type(child) is nn.Linear for part in parts for child in part.children())
+    return linear and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
+def _single(model, x, bias, cache):
+    """Step1Model.run for one token x (D,) on a CPU, without modules in between: 1.5 times as fast. Returns (1, D)."""
+    config, at, size = model.config, cache.length, x.shape[0]
+    heads, groups, eps = config.num_attention_heads, config.num_attention_groups, config.rms_norm_eps
+    width = size // heads
+    grouped, one = (1, groups, heads // groups, width), (groups, width)
+    bias = bias.to(x.dtype).reshape(1, groups, heads // groups, -1)
+    for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
+        attn, mlp = layer.self_attn, layer.mlp
+        y = x * torch.rsqrt(torch.dot(x, x) / size + eps) * layer.input_layernorm.weight
+        keys[0, :, at] = F.linear(y, attn.k_proj.weight).view(one)
+        values[0, :, at] = F.linear(y, attn.v_proj.weight).view(one)
+        query, seen = F.linear(y, attn.q_proj.weight).view(grouped), slice(0, at + 1)
+        heard = F.scaled_dot_product_attention(query, keys[:, :, seen], values[:, :, seen], bias, scale=attn.scaling)
+        x = x + F.linear(heard.view(size), attn.o_proj.weight)
+        y = x * torch.rsqrt(torch.dot(x, x) / size + eps) * layer.post_attention_layernorm.weight
+        gated = F.silu(F.linear(y, mlp.gate_proj.weight)) * F.linear(y, mlp.up_proj.weight)
+        x = x + F.linear(gated, mlp.down_proj.weight)
+    cache.length = at + 1
+    return model.norm(x)[None]
 
 
 class Vocabulary:
@@ -132,12 +168,16 @@ def _choose(scores, temperature, top_p, generator):
     """Index drawn from scores (R,): the largest if temperature is 0; otherwise from the top_p head of softmax(s/T)."""
     if temperature == 0:
         return int(scores.argmax())
-    chances = (scores / temperature).softmax(-1)
+    chances, order = (scores / temperature).softmax(-1), None
     if top_p < 1:
-        ranked, order = chances.sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-        return int(order[torch.multinomial(ranked, 1, generator=generator)])
-    return int(torch.multinomial(chances, 1, generator=generator))
+        ranked, order = chances.topk(min(HEAD, len(chances)))
+        if ranked.sum() < top_p:  # rare: a flat distribution
+            ranked, order = chances.sort(descending=True)
+        chances = ranked[ranked.cumsum(-1) - ranked < top_p]
+    ladder = chances.cumsum(-1)
+    point = torch.rand(1, generator=generator, dtype=ladder.dtype, device=ladder.device) * ladder[-1]
+    choice = torch.searchsorted(ladder, point, right=True).clamp(max=len(ladder) - 1)
+    return int(choice if order is None else order[choice])
 
 
 def _check(temperature, top_p, max_tokens):
@@ -243,7 +283,7 @@ def _run_batch(model, rows, vocabulary, max_tokens, settings, generator):
         alive = [i for i, row in enumerate(rows) if not row.machine.finished]
         if not alive or left == 1:
             return
-        if len(alive) < len(rows):
+        if len(alive) <= 0.75 * len(rows):  # not at once: it copies the cache
             rows = [rows[i] for i in alive]
             decoder.keep(torch.tensor(alive, device=device))
         hidden = decoder.feed(embed(torch.tensor([[row.history[-1]] for row in rows], device=device)))
@@ -254,8 +294,8 @@ def _step_batch(rows, hidden, vocabulary, settings, generator):
     temperature, top_p, repetition = settings
     groups = {}
     for i, row in enumerate(rows):
-        may = row.machine.allowed()
-        groups.setdefault(may, []).append(i)
+        if not row.machine.finished:
+            groups.setdefault(row.machine.allowed(), []).append(i)
     for may, members in groups.items():
         legal, scores = vocabulary.legal(may), vocabulary.scores(hidden[members], may)  # (R,), (M, R)
         free = scores

@@ -119,8 +119,9 @@ def answer_batch(model, wavs, seed=0, **sampling):
 
 def own_sampling(model):
     """How the model samples when it is not told: the defaults of its `generate`."""
-    defaults = type(model).generate.__kwdefaults__
-    return {name: defaults[name] for name in ("temperature", "top_p", "repetition") if name in defaults}
+    from aqaa.pipeline import SAMPLING
+
+    return {name: SAMPLING[name] for name in ("temperature", "top_p")}
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
@@ -330,17 +331,21 @@ def main(args):
         progress=not args.json,
     )
     about = {"what": "accuracy", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]]), **facts}
-    if args.json:
-        print(json.dumps({**about, "summary": summary}))
-    else:
-        print(table(summary))
-        print(f"{facts['questions']} questions in {facts['minutes']} min; in percent ± standard error.")
-        print("manner: rules over length, f0 level, f0 range and energy; the moods too, they do not measure emotion.")
-        if facts.get("answers", FEWEST_ANSWERS) < FEWEST_ANSWERS:
-            print(f"The judge chose among only {facts['answers']} answers: its lenient scores flatter.")
-    if args.out:
-        result = {**about, "summary": summary, "rows": [asdict(row) for row in rows]}
-        part = Path(f"{args.out}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(args.out)
+    lines = [
+        table(summary),
+        f"{facts['questions']} questions in {facts['minutes']} min; in percent ± standard error.",
+        "manner: rules over length, f0 level, f0 range and energy; the moods too, they do not measure emotion.",
+    ]
+    if facts.get("answers", FEWEST_ANSWERS) < FEWEST_ANSWERS:
+        lines.append(f"The judge chose among only {facts['answers']} answers: its lenient scores flatter.")
+    report(args, {**about, "summary": summary}, lines, {"rows": [asdict(row) for row in rows]})
     return 0
+
+
+def report(args, result, lines, details=None):
+    """Print a result, as JSON or as lines, and write it with its details to args.out if there is one."""
+    print(json.dumps(result) if args.json else "\n".join(lines))
+    if args.out:
+        part = Path(f"{args.out}.part")
+        part.write_text(json.dumps({**result, **(details or {})}, indent=1) + "\n")
+        part.replace(args.out)

@@ -7,6 +7,7 @@ utterances in the same order.
 """
 
 import math
+import sys
 
 import numpy as np
 import torch
@@ -118,3 +119,27 @@ def _losses(model, rows, n_linguistic, device):
         for kind, mask in masks.items()
         if mask.any()
     }
+
+
+def main(args):
+    """`aqaa bench codes`: codebook use of both tokenizers, and next-code perplexity alone and interleaved."""
+    from aqaa import checkpoints
+    from aqaa.evaluation import accuracy
+    from aqaa.training.run import provenance
+
+    model = checkpoints.load(args.preset, device=args.device)
+    corpus = accuracy.evaluation_corpus(args.corpus, args.seed, args.workers)
+    items = [item for item in corpus.items(split="eval", role="question")][: args.limit]
+    train = [item for item in corpus.items(split="train", role="question")][: 4 * len(items)] or items[len(items) // 4 :]
+    test = items if train[0].split == "train" else items[: len(items) // 4]
+    pairs = {}
+    for name, part in (("train", train), ("test", test)):
+        wavs = [torch.from_numpy(accuracy.recording(corpus, item)) for item in part]
+        coded = [(model.linguistic.encode(wav), model.semantic.encode(wav)) for wav in wavs]
+        pairs[name] = [(first.cpu().numpy(), second.cpu().numpy()) for first, second in coded]
+    sizes = (model.ids.n_linguistic, model.ids.n_semantic)
+    both = pairs["train"] + pairs["test"]
+    result = {kind: usage([pair[i] for pair in both], sizes[i]) for i, kind in enumerate(KINDS)}
+    result["next_code_perplexity"] = streams(pairs["train"], pairs["test"], *sizes, seed=args.seed, device=args.device)
+    about = {"what": "codes", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]])}
+    accuracy.report(args, {**about, **result}, [f"{name:24} {value}" for name, value in result.items()])

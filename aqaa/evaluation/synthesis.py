@@ -4,6 +4,8 @@ The words are scored by the judge beside the teacher's own wav (its ceiling); ti
 by the f0 error. Code frames and mel frames run in step, so the two recordings are compared frame by frame, unwarped.
 """
 
+import sys
+
 import numpy as np
 import torch
 from scipy.fft import dct
@@ -84,3 +86,25 @@ def copy_synthesis(synthesize, codes, wavs, texts, judge, workers=1):
     for name in ("semitones", "slips", "voicing"):
         result[f"f0_{name}"] = float(np.nanmean([melody[name] for melody in melodies]))
     return {**result, "misheard": wrong}
+
+
+def main(args):
+    """`aqaa bench synthesis`: copy-synthesis of the answers that no part of the vocoder has seen."""
+    from aqaa import checkpoints
+    from aqaa.evaluation import accuracy
+    from aqaa.tokenizers import interleave
+    from aqaa.training.run import held_out, provenance
+
+    model = checkpoints.load(args.preset, device=args.device)
+    corpus = accuracy.evaluation_corpus(args.corpus, args.seed, args.workers)
+    items = [item for item in corpus.items(role="answer") if item.answer_id and held_out(item)][: args.limit]
+    if not items:
+        raise ValueError(f"{args.corpus} holds no answers that were kept from training: make the corpus again")
+    wavs = [torch.from_numpy(accuracy.recording(corpus, item)) for item in items]
+    pairs = [(model.linguistic.encode(w, energy_norm=False), model.semantic.encode(w, energy_norm=False)) for w in wavs]
+    codes = [interleave.merge(*pair, model.ids) for pair in pairs]
+    judge, _ = accuracy.make_judge(accuracy.all_answers(), [item.text for item in items], args.seed)
+    texts = [item.text for item in items]
+    result = copy_synthesis(model.synthesize, codes, [w.numpy() for w in wavs], texts, judge, args.workers)
+    about = {"what": "synthesis", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]])}
+    accuracy.report(args, {**about, **result}, [f"{name:24} {value}" for name, value in result.items()])

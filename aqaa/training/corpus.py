@@ -205,10 +205,9 @@ def export_questions(corpus, folder, per_category=5, seed=0):
         taken = set()
         for turn in range(per_category):
             cell = list(CELLS)[turn % (len(CELLS) - 1)]
-            mine = [item for item in stock if item.category == category and item.intent not in taken]
-            mine = [item for item in mine if item.cell == cell] or mine
-            mine = mine or [item for item in stock if item.category == category and item.cell == cell]
-            item = rng.choice(mine)
+            same = [item for item in stock if item.category == category]
+            mine = [item for item in same if item.intent not in taken] or same
+            item = rng.choice([item for item in mine if item.cell == cell] or mine)
             stock.remove(item)
             taken.add(item.intent)
             name = f"{item.intent}_{item.id}.wav"

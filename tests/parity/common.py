@@ -1,9 +1,10 @@
 """What every kind of fixture needs: reading it, and comparing with the tolerance that it states."""
 
 import json
+import lzma
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as load_bytes
 
 MARGIN = 1e-4  # a code may differ where the second nearest entry is this close
 
@@ -14,9 +15,15 @@ def load(path):
     Tensors are keyed without their `sd.`, `in.`, `out.` prefix.
     """
     meta = json.loads(path.with_name(path.name + ".json").read_text())
-    tensors = load_file(path.with_name(path.name + ".safetensors"))
+    tensors = load_tensors(path.with_name(path.name + ".safetensors"))
     parts = [{k[len(p):]: v for k, v in tensors.items() if k.startswith(p)} for p in ("sd.", "in.", "out.")]
     return meta, *parts
+
+
+def load_tensors(path):
+    """The tensors of `path`, or of `path`.xz: the fixtures that this repository carries are compressed."""
+    packed = path.with_name(path.name + ".xz")
+    return load_bytes(path.read_bytes() if path.exists() else lzma.decompress(packed.read_bytes()))
 
 
 def max_error(got, want):
