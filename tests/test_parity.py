@@ -1,8 +1,6 @@
 """The parity runner on small fixtures made here: it finds them, it passes the equal, it fails everything else."""
 
 import json
-import subprocess
-import sys
 import os
 import subprocess
 import sys

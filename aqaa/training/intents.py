@@ -7,6 +7,7 @@ facts of every other core, and some facts are only ever read. `curriculum` regis
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from aqaa.training import facts as F
 
@@ -52,15 +53,19 @@ class Intent:
         """Facts never asked in this training core, though asked in others."""
         if not self.hold_one_in:
             return []
-        return [fact for fact in self.facts if not fact.read_only and core in self._closed(fact)]
-
-    def _closed(self, fact):
-        closed = {core for core in self.cores if stable_hash(self.name, core, fact.key) % self.hold_one_in == 0}
-        return set() if len(closed) == len(self.cores) else closed
+        known = [fact for fact in self.facts if not fact.read_only]
+        return [fact for fact in known if core in _closed(self.name, self.cores, fact.key, self.hold_one_in)]
 
 
 def stable_hash(*parts):
     return int.from_bytes(hashlib.md5("|".join(parts).encode()).digest()[:6], "big")
+
+
+@cache  # every core asks again
+def _closed(name, cores, key, one_in):
+    """The training cores of an intent in which the fact `key` is never asked: some, but never all of them."""
+    closed = frozenset(core for core in cores if stable_hash(name, core, key) % one_in == 0)
+    return frozenset() if len(closed) == len(cores) else closed
 
 
 def register(name, category, renders, wordings, facts, hold_one_in=8):

@@ -58,6 +58,7 @@ class LanguageTask:
         self.floor = 0.3 if stage == "pretrain" else 0.02  # pre-training hands over a rate that is still high
         self.book, self.stage, self.rows, self.length, self.lr, self.noise = book, stage, rows, length, lr, noise
         self.ids = config.ids
+        self.markers = sorted((config.ids.eot, config.ids.text_start, config.ids.audio_end))
         self.layout = layout or interleave.layout()
         self.model = step1.build(config.backbone)
         self.mixture = MIXTURES[stage]
@@ -111,11 +112,11 @@ class LanguageTask:
         return {key: torch.from_numpy(value) for key, value in out.items()}
 
     def kinds(self, ids):
-        """Kind of each target: an end of turn competes with linguistic tokens if it ends audio, else with text."""
+        """Kind of each target: a marker that ends audio competes with linguistic tokens, any other with text."""
         target, before = ids[1:], ids[:-1]
         kinds = np.where(target >= self.ids.n_text, LINGUISTIC, TEXT)
         kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, kinds)
-        ends_audio = (target == self.ids.eot) & (before >= self.ids.n_text)
+        ends_audio = np.isin(target, self.markers) & (before >= self.ids.n_text)
         return np.where(ends_audio, LINGUISTIC, kinds)
 
     def example(self, rng):
@@ -218,7 +219,7 @@ class LanguageTask:
         ids = self.ids
         return {
             TEXT: torch.arange(ids.n_text),
-            LINGUISTIC: torch.cat([torch.arange(ids.n_text, ids.semantic_start), torch.tensor([ids.eot])]),
+            LINGUISTIC: torch.cat([torch.arange(ids.n_text, ids.semantic_start), torch.tensor(self.markers)]),
             SEMANTIC: torch.arange(ids.semantic_start, ids.end),
         }
 
@@ -228,4 +229,5 @@ class LanguageTask:
             return targets
         if kind == SEMANTIC:
             return targets - self.ids.semantic_start
-        return torch.where(targets == self.ids.eot, self.ids.n_linguistic, targets - self.ids.n_text)
+        place = torch.searchsorted(torch.tensor(self.markers, device=targets.device), targets)
+        return torch.where(targets < self.ids.n_text, self.ids.n_linguistic + place, targets - self.ids.n_text)

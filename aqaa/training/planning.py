@@ -67,6 +67,9 @@ def plan(scale=1.0, seed=0):
     training += _generic(_count(GENERIC, scale), rng)
     rng.shuffle(training)
     items += training
+    if scale < 1:  # a miniature also speaks every answer that its training asks for
+        asked = {item.answer_id for item in items if item.role == "question" and item.split == "train"}
+        items = [item for item in answers if item.id in asked and item not in spoken] + items
     for number, item in enumerate(items):
         item.seed = int.from_bytes(hashlib.md5(f"{seed}|{number}|{item.text}".encode()).digest()[:6], "big")
         item.id = item.id or f"{item.role[0]}{number:06d}"

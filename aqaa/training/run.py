@@ -25,9 +25,8 @@ from .corpus import Corpus
 from .loop import Trainer, read_log
 from .tokenizers import LinguisticTask, SemanticTask, kmeans
 
-# Steps of each stage: about four hours on two cores, with linguistic beside semantic and hift, flow beside the backbone.
-STEPS = {
-    "linguistic": 5200, "semantic": 5200, "hift": 6000, "flow": 9000, "pretrain": 3000, "sft1": 7000,
+STEPS = {  # of each stage, about four hours in all on two cores
+    "linguistic": 8000, "semantic": 6000, "hift": 5000, "flow": 5000, "pretrain": 2500, "sft1": 8000,
 }
 ORDER = ("corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export")
 HOLD_OUT = 20  # one answer in so many is kept from the tokenizers, the flow and HiFT: copy-synthesis is scored on it

@@ -74,7 +74,7 @@ class HiftTask:
     """
 
     RESOLUTIONS = ((256, 64), (512, 128), (1024, 256))  # n_fft, hop of the STFT loss
-    LEARNING_RATE, FINAL_RATE = 1.5e-3, 5e-5
+    LEARNING_RATE, FINAL_RATE = 8e-4, 5e-5
     F0_SCALE = 100.0  # Hz that weigh as much as 1 in the loss
 
     def __init__(self, config, wavs, *, batch_size=8, frames=48, adversarial_from=0.6, device="cpu"):
@@ -200,5 +200,6 @@ def _stft_loss(made, real, n_fft, hop):
 def _update(optimizer, loss, module, clip=5.0):
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
-    optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+    if torch.isfinite(norm):  # a batch that overflows is dropped, not learned from
+        optimizer.step()

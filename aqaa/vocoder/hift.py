@@ -233,7 +233,8 @@ class HiFT(nn.Module):
             x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
         x = self.conv_post(F.leaky_relu(x, FINAL_SLOPE)).float()
         log_magnitude, phase = x.chunk(2, 1)
-        return log_magnitude.exp(), phase.sin()
+        # far above the clip at 100, far below overflow: an infinite magnitude would make its gradient NaN
+        return log_magnitude.clamp(max=20).exp(), phase.sin()
 
     def wave(self, magnitude, phase):
         """The inverse STFT: magnitude and phase (B, F, N') -> (B, (N' - 1) * istft_hop), within +-audio_limit."""
