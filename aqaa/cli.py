@@ -85,6 +85,7 @@ def _parser():
     train.add_argument("--export", default="data/mini", help="folder of the finished model (%(default)s)")
     train.add_argument("--device", default="cpu")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--init", metavar="FOLDER", help="model folder to start from, such as data/mini")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--steps", type=_count, help="in place of the stage's own number")
     train.add_argument("--minutes", type=float, help="end each stage, schedule included, after this much training time")

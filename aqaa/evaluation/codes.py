@@ -129,9 +129,10 @@ def main(args):
 
     model = checkpoints.load(args.preset, device=args.device)
     corpus = accuracy.evaluation_corpus(args.corpus, args.seed, args.workers)
-    items = [item for item in corpus.items(split="eval", role="question")][: args.limit]
-    train = [item for item in corpus.items(split="train", role="question")][: 4 * len(items)] or items[len(items) // 4 :]
-    test = items if train[0].split == "train" else items[: len(items) // 4]
+    items = corpus.items(split="eval", role="question")[: args.limit]
+    train, test = corpus.items(split="train", role="question")[: 4 * len(items)], items
+    if not train:  # only the evaluation questions were spoken: a quarter of them is kept for the test
+        train, test = items[len(items) // 4 :], items[: len(items) // 4]
     pairs = {}
     for name, part in (("train", train), ("test", test)):
         wavs = [torch.from_numpy(accuracy.recording(corpus, item)) for item in part]

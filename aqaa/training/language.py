@@ -18,7 +18,7 @@ from ..tokenizers import interleave
 ASR, TTS, TQAA, AQTA = 36, 35, 37, 38  # ids of Step-1's control tokens <|ASR|> <|TTS|> <|TQAA|> <|AQTA|>
 MIXTURES = {  # share of the examples drawn
     "pretrain": {"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
-    "sft1": {"aqtaa": 0.48, "aqta": 0.32, "asr": 0.10, "text": 0.04, "tqaa": 0.06},
+    "sft1": {"aqtaa": 0.36, "aqta": 0.42, "asr": 0.10, "text": 0.04, "tqaa": 0.08},
 }
 TEXT, LINGUISTIC, SEMANTIC = 0, 1, 2  # which rows of the head compete at a position
 TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1

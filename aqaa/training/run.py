@@ -29,6 +29,7 @@ STEPS = {  # of each stage, about four hours in all on two cores
     "linguistic": 8000, "semantic": 6000, "hift": 5000, "flow": 5000, "pretrain": 2500, "sft1": 8000,
 }
 ORDER = ("corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export")
+BACKBONE = {"pretrain": "backbone", "sft1": "backbone"}  # the part of a model folder that a stage makes
 HOLD_OUT = 20  # one answer in so many is kept from the tokenizers, the flow and HiFT: copy-synthesis is scored on it
 
 
@@ -36,11 +37,11 @@ class Run:
     """One training run: its folders, seed and device, and a method for each stage."""
 
     def __init__(self, out, corpus, *, device="cpu", seed=0, resume=False, steps=None, minutes=None,
-                 scale=1.0, workers=2,
-                 export="data/mini", config=None, quiet=False):
+                 scale=1.0, workers=2, export="data/mini", init=None, config=None, quiet=False):
+        """init: a model folder whose parts training starts from, and that stand in for stages that have not run."""
         self.out, self.corpus_folder, self.export_folder = Path(out), Path(corpus), Path(export)
         self.device, self.seed, self.resume, self.steps, self.minutes = device, seed, resume, steps, minutes
-        self.scale, self.workers, self.quiet = scale, workers, quiet
+        self.scale, self.workers, self.init, self.quiet = scale, workers, init, quiet
         self.config = config or preset("mini")
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -80,6 +81,7 @@ class Run:
         data = features.utterances(self.out / "features", items, "lfr")
         data.weights = only(train, data.weights)
         task = LinguisticTask(self.config.linguistic, data)
+        self._warm("linguistic", task.model)
         features.normalise(data, task.model)
         result = self._train(task, "linguistic")
         task.model.eval()
@@ -102,6 +104,7 @@ class Run:
         data = features.utterances(self.out / "features", items, "log_mel")
         data.weights = only(train, data.weights)
         task = SemanticTask(self.config.semantic, data)
+        self._warm("semantic", task.model)
         result = self._train(task, "semantic")
         task.model.eval()
         task.decoder.eval()
@@ -148,6 +151,7 @@ class Run:
 
         opened, items, rows = self._spoken()
         task = HiftTask(self.config, [opened.wav(items[i]) for i in rows])
+        self._warm("hift", task.modules()["hift"])
         self._finish("hift", task.modules()["hift"], self._train(task, "hift"))
 
     def flow(self):
@@ -159,6 +163,7 @@ class Run:
         ids = self.config.ids
         merged = [np.array(interleave.merge(*codes[i], ids), dtype=np.int32) - ids.n_text for i in rows]
         task = FlowTask(self.config, [(opened.wav(items[i]), audio) for i, audio in zip(rows, merged, strict=True)])
+        self._warm("flow", task.modules()["flow"])
         self._finish("flow", task.modules()["flow"], self._train(task, "flow"))
 
     # --- backbone ---------------------------------------------------------------------------------------------
@@ -190,8 +195,8 @@ class Run:
         from .language import LanguageTask
 
         task = LanguageTask(self.book(), stage)
-        if parent:
-            self.part(parent, task.model)
+        if parent or self.init:
+            self.part(parent or "pretrain", task.model).train()
         else:
             linguistic = self.part("linguistic", LinguisticTokenizer(self.config.linguistic))
             semantic = self.part("semantic", SemanticTokenizer(self.config.semantic))
@@ -211,12 +216,20 @@ class Run:
             module.cpu()
         return result
 
+    def _warm(self, name, module):
+        """`module`, starting from the part of `init` if there is one."""
+        if self.init:
+            checkpoints.load_part(self.init, name, module).train()
+        return module
+
     def _finish(self, name, module, result):
         checkpoints.save_part(self.out / "parts", name, module)
         self._record(name, result)
 
     def part(self, name, module):
         """`module` with the weights that stage `name` left, in eval mode. Raises ModelError before that stage ran."""
+        if self.init and not (self.out / "parts" / f"{name}.safetensors").exists():
+            return checkpoints.load_part(self.init, BACKBONE.get(name, name), module)
         return checkpoints.load_part(self.out / "parts", name, module)
 
     def _record(self, name, result):

@@ -1,0 +1,323 @@
+"""Training of the backbone: what an example looks like, which positions teach what, and that packing changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from aqaa.pipeline import ASR_MARKER
+from aqaa.tokenizers import interleave
+from aqaa.training import language as K
+from aqaa.training.language import Book, LanguageTask
+from aqaa.training.planning import Item
+from tests.conftest import SENTENCES, tiny_config
+
+CONFIG = tiny_config()
+IDS = CONFIG.ids
+LINES = [{"question": SENTENCES[i], "answer": SENTENCES[i + 1]} for i in range(0, 6, 2)]
+EXAMPLES = sorted({kind for mixture in K.MIXTURES.values() for kind in mixture})
+
+
+def item(number, role, text, intent="", answer="", answer_id="", manner=""):
+    one = Item(f"{role[0]}{number}", "train", "", role, text, "voice", 0, intent=intent, answer=answer, manner=manner)
+    one.answer_id = answer_id
+    return one
+
+
+def library(tokenizer):
+    """A Book of three answers, four questions, an answer-voice sentence and a sentence, with random codes."""
+    items = [
+        item(0, "answer", SENTENCES[1], manner="slow", answer_id="a0"),
+        item(1, "answer", SENTENCES[3], manner="normal", answer_id="a1"),
+        item(2, "answer", " ".join(SENTENCES[:4]), manner="happy", answer_id="a2"),
+        item(3, "question", SENTENCES[0], "sum", SENTENCES[1], "a0"),
+        item(4, "question", SENTENCES[2], "person", SENTENCES[3], "a1"),
+        item(5, "question", SENTENCES[4], "person", SENTENCES[3], "a1"),
+        item(6, "question", SENTENCES[6], "echo", " ".join(SENTENCES[:4]), "a2"),
+        item(7, "generic", SENTENCES[5], manner="sad"),
+        item(8, "generic", SENTENCES[7]),
+    ]
+    rng = np.random.default_rng(0)
+    groups = [9, 7, 12, 4, 3, 5, 4, 2, 3]
+    codes = [(rng.integers(0, 16, 2 * n), rng.integers(0, 32, 3 * n)) for n in groups]
+    return Book(CONFIG, tokenizer, items, codes, LINES)
+
+
+@pytest.fixture(scope="module")
+def book(tiny_text):
+    return library(tiny_text)
+
+
+def make(book, stage="sft1", **options):
+    torch.manual_seed(0)
+    return LanguageTask(book, stage, **{"rows": 3, "length": 300, **options})
+
+
+@pytest.fixture(scope="module")
+def task(book):
+    return make(book)
+
+
+def example(task, kind, seed=0):
+    return getattr(task, f"_{kind}")(np.random.default_rng(seed))
+
+
+def answer_of(task, ids):
+    """Where the answer begins: after the header of the assistant's turn."""
+    header = [IDS.bot, *task.assistant]
+    starts = [i for i in range(len(ids)) if ids[i : i + len(header)].tolist() == header]
+    return starts[-1] + len(header)
+
+
+# ---- the book -------------------------------------------------------------------------------------------------------
+
+
+def test_questions_without_a_spoken_answer_are_refused(tiny_text, book):
+    items = [one for one in book.items if one.answer_id != "a1" or one.role == "question"]
+    with pytest.raises(ValueError, match="1 answers were never spoken, a1 among them"):
+        Book(CONFIG, tiny_text, items, [([], [])] * len(items), LINES)
+
+
+def test_audio_is_merged_and_text_remembered(book):
+    assert [len(audio) for audio in book.audio] == [5 * n for n in (9, 7, 12, 4, 3, 5, 4, 2, 3)]
+    assert book.encode(SENTENCES[0]) is book.encode(SENTENCES[0])
+    assert book.tokenizer.decode(book.encode(SENTENCES[0])) == SENTENCES[0]
+
+
+# ---- one example ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_only_the_answer_and_what_was_heard_are_targets(task, kind, seed):
+    ids, weights = example(task, kind, seed)
+    assert ids[0] == IDS.bos and weights[0] == 0 and len(ids) == len(weights)
+    if kind == "next":
+        assert (ids[1:] >= IDS.n_text).all() and (weights[1:] == K.ANSWER_WEIGHT).all()
+        return
+    start = answer_of(task, ids)
+    assert ids[-1] == IDS.eot
+    wanted = np.where(ids[start:] < IDS.n_text, K.TEXT_WEIGHT, K.ANSWER_WEIGHT)
+    assert np.array_equal(weights[start:], wanted)
+    header = ids.tolist().index(IDS.bot) + 1 + len(task.human)  # where the question begins
+    end = start - len(task.assistant) - 2
+    assert ids[end] == IDS.eot
+    assert not weights[: header + 1].any() and not weights[end:start].any()
+    assert (weights[header + 1 : end] == np.float32(K.HEARD_WEIGHT)).all()
+
+
+def test_examples_are_what_their_names_say(book):
+    task = make(book, noise=0)
+    audio = {tuple(ids.tolist()): one for ids, one in zip(book.audio, book.items, strict=True)}
+    said = {tuple(book.encode(text)): text for text in [*SENTENCES, " ".join(SENTENCES[:4])]}
+    answers = {one.text: one.answer for one in book.items if one.role == "question"}
+    markers = {"asr": 36, "tts": 35, "tqaa": 37, "aqta": 38}
+    for kind in set(EXAMPLES) - {"next"}:
+        for seed in range(5):
+            ids = example(task, kind, seed)[0].tolist()
+            assert (ids[1] == markers[kind]) if kind in markers else (ids[1] == IDS.bot)
+            start = answer_of(task, np.array(ids))
+            question = tuple(ids[ids.index(IDS.bot) + 1 + len(task.human) : start - len(task.assistant) - 2])
+            words, sound = (tuple(part) for part in task.layout.parse(ids[start:], IDS))
+            if kind == "text":
+                assert {"question": said[question], "answer": said[words]} in LINES and not sound
+            elif kind == "asr":
+                assert audio[question].text == said[words] and not sound
+            elif kind == "tts":
+                assert task.book.tokenizer.decode(question) == f"{audio[sound].manner} {audio[sound].text}".strip()
+                assert not words and audio[sound].role == "answer"
+            elif kind == "tqaa":
+                assert answers[said[question]] == said[words] == audio[sound].text
+            else:
+                assert answers[audio[question].text] == said[words] == audio[question].answer
+                assert (not sound) if kind == "aqta" else audio[sound].text == said[words]
+
+
+@pytest.mark.parametrize("kind", ["aqtaa", "tqaa"])
+@pytest.mark.parametrize("name", ["ratio_10_15", "ratio_3_5", "text_cot"])
+def test_the_machine_of_the_layout_allows_every_answer(book, kind, name):
+    """What generation may say next, id by id, is what the loss lets compete there."""
+    task = make(book, layout=interleave.layout(name))
+    rows = {index: set(ids.tolist()) for index, ids in task.head_rows().items()}
+    for seed in range(4):
+        ids = example(task, kind, seed)[0]
+        start, machine = answer_of(task, ids), task.layout.machine(IDS)
+        for token, index in zip(ids[start:].tolist(), task.kinds(ids)[start - 1 :].tolist(), strict=True):
+            may = machine.allowed()
+            assert may.kind == ("text", "linguistic", "semantic")[index]
+            assert {*range(may.start, may.stop), *may.markers} <= rows[index]
+            machine.advance(token)
+        assert machine.finished
+
+
+def test_prompts_are_those_of_the_pipeline(tiny, book):
+    task = make(book, noise=0)
+    for kind in ("aqtaa", "text", "asr"):
+        ids = example(task, kind, 3)[0].tolist()
+        start = answer_of(task, np.array(ids))
+        question = ids[ids.index(IDS.bot) + 1 + len(task.human) : start - len(task.assistant) - 2]
+        if kind == "text":
+            question = tiny.text.decode(question)
+        prompt = tiny.prompt(question)
+        if kind == "asr":
+            prompt.insert(1, ASR_MARKER)
+        assert prompt == ids[:start]
+
+
+def test_noise_in_a_question_keeps_the_kinds(book):
+    quiet, noisy = make(book, noise=0), make(book, noise=0.5)
+    index = 3
+    clean = book.audio[index]
+    assert np.array_equal(quiet._heard(np.random.default_rng(0), index), clean)
+    changed = []
+    for seed in range(30):
+        heard = noisy._heard(np.random.default_rng(seed), index)
+        assert np.array_equal(interleave.kinds(heard, IDS), interleave.kinds(clean, IDS))
+        changed.append((heard != clean).mean())
+    assert 0.4 < np.mean(changed) < 0.55
+    assert np.array_equal(book.audio[index], clean)  # the book itself is never touched
+
+
+def test_answers_are_never_noisy(book):
+    task = make(book, noise=1.0)
+    for seed in range(4):
+        ids = example(task, "aqtaa", seed)[0]
+        _, audio = task.layout.parse(ids[answer_of(task, ids) :], IDS)
+        assert any(np.array_equal(audio, one) for one in book.audio[:3])
+
+
+# ---- kinds and rows of the head -------------------------------------------------------------------------------------
+
+
+def test_an_end_after_audio_competes_with_audio(task):
+    word, ling, sem = IDS.first_text, IDS.n_text, IDS.semantic_start
+    ids = np.array([IDS.bos, IDS.bot, word, IDS.eot, ling, ling, sem, sem, sem, IDS.eot, word, IDS.text_end, ling])
+    text, linguistic, semantic = K.TEXT, K.LINGUISTIC, K.SEMANTIC
+    assert task.kinds(ids).tolist() == [
+        text, text, text, linguistic, linguistic, semantic, semantic, semantic, linguistic, text, text, linguistic,
+    ]  # fmt: skip
+    late = np.array([sem, IDS.text_start, sem, IDS.audio_end, word, IDS.text_start])
+    assert task.kinds(late).tolist() == [linguistic, semantic, linguistic, text, text]
+
+
+def test_columns_find_each_target_among_its_rows(task):
+    rows = task.head_rows()
+    assert sum(len(ids) for ids in rows.values()) == IDS.end + 3  # eot, text_start and audio_end stand in two of them
+    for kind, ids in rows.items():
+        assert len(ids.unique()) == len(ids) and torch.equal(task.columns(ids, kind), torch.arange(len(ids)))
+
+
+@pytest.mark.parametrize("stage", K.MIXTURES)
+def test_every_target_that_counts_is_among_the_rows_that_compete(book, stage):
+    task = make(book, stage)
+    batch = task.batch(np.random.default_rng(0))
+    for kind, rows in task.head_rows().items():
+        targets = batch["targets"][(batch["kinds"] == kind) & (batch["weights"] > 0)]
+        assert len(targets) and torch.equal(rows[task.columns(targets, kind)], targets)
+    assert ((batch["kinds"] >= 0) == (batch["segments"] > 0)).all()
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_belong_to_their_generator(task):
+    one, same, other = (task.batch(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(one["input_ids"], other["input_ids"])
+
+
+def test_rows_are_full_of_whole_examples(task):
+    batch = task.batch(np.random.default_rng(0))
+    assert (batch["segments"] > 0).float().mean() > 0.8
+    for ids, targets, segments in zip(batch["input_ids"], batch["targets"], batch["segments"], strict=True):
+        found = segments[segments > 0]
+        assert torch.equal(found, found.sort().values) and not segments[len(found) :].any()
+        for number in found.unique():
+            at = (segments == number).nonzero().flatten()
+            assert ids[at[0]] == IDS.bos and targets[at[-1]] in (IDS.eot, *range(IDS.semantic_start, IDS.end))
+            assert torch.equal(ids[at[1:]], targets[at[:-1]])
+
+
+def test_examples_longer_than_a_row_are_left_out(book):
+    task = make(book, length=60, rows=2)
+    batch = task.batch(np.random.default_rng(0))
+    assert batch["input_ids"].shape == (2, 60) and (batch["segments"] > 0).any()
+
+
+@pytest.mark.parametrize("stage", K.MIXTURES)
+def test_the_mixture_is_drawn_by_its_shares(book, stage, monkeypatch):
+    task, rng, drawn = make(book, stage), np.random.default_rng(0), []
+    for kind in EXAMPLES:
+        monkeypatch.setattr(task, f"_{kind}", lambda _, kind=kind: drawn.append(kind))
+    for _ in range(2000):
+        task.example(rng)
+    assert sum(K.MIXTURES[stage].values()) == pytest.approx(1)
+    for kind in EXAMPLES:
+        assert drawn.count(kind) / 2000 == pytest.approx(K.MIXTURES[stage].get(kind, 0), abs=0.04)
+
+
+def test_large_intents_lead_but_not_by_their_size(task):
+    chance = dict(zip([1, 2, 3, 4], task.chances, strict=True))  # intents: sum, person, person, echo
+    assert sum(chance.values()) == pytest.approx(1) and chance[2] == chance[3]
+    assert chance[2] < chance[1] == chance[4] < chance[2] + chance[3]
+
+
+def separately(task, batch):
+    """(weighted sum of the losses, weights) of every example of a batch, each run on its own."""
+    for row in range(len(batch["input_ids"])):
+        for number in range(1, int(batch["segments"][row].max()) + 1):
+            at = batch["segments"][row] == number
+            alone = {key: value[row][at][None] for key, value in batch.items()}
+            alone["segments"] = torch.ones_like(alone["segments"])
+            weight = alone["weights"].sum()
+            yield task.loss(alone, 0)[0] * weight, weight
+
+
+def test_a_packed_batch_is_the_mean_of_its_examples(task):
+    batch = task.batch(np.random.default_rng(0))
+    with torch.no_grad():
+        loss, logs = task.loss(batch, 0)
+        sums, weights = zip(*separately(task, batch), strict=True)
+    assert len(sums) > 6
+    assert loss.item() == pytest.approx(float(sum(sums) / sum(weights)), rel=1e-5)
+    assert set(logs) == {"text", "linguistic", "semantic"}
+    for name, size in (("text", IDS.n_text), ("linguistic", IDS.n_linguistic + 3), ("semantic", IDS.n_semantic)):
+        assert logs[name].item() == pytest.approx(np.log(size), rel=0.15)  # an untrained model knows nothing
+
+
+def test_a_neighbour_in_the_row_changes_nothing(task):
+    batch = task.batch(np.random.default_rng(0))
+    first = batch["segments"] == 1
+    other = torch.where(first, (batch["input_ids"] + 7) % IDS.end, batch["input_ids"])
+    with torch.no_grad():
+        before, after = (
+            task.model.model(input_ids=ids, segment_ids=batch["segments"]).last_hidden_state
+            for ids in (batch["input_ids"], other)
+        )
+    rest = batch["segments"] > 1
+    assert torch.equal(before[rest], after[rest]) and not torch.allclose(before[first], after[first])
+
+
+def test_codes_that_sound_alike_begin_alike(book):
+    task = make(book, "pretrain")
+    generator = torch.Generator().manual_seed(0)
+    linguistic, semantic = torch.randn(16, 16, generator=generator), torch.randn(32, 16, generator=generator)
+    linguistic[5] = linguistic[4] + 0.01
+    table = task.model.model.embed_tokens.weight
+    text = table[: IDS.n_text].clone()
+    task.hear_alike(linguistic, semantic)
+    audio = torch.nn.functional.normalize(table[IDS.n_text :].detach(), dim=-1)
+    alike = audio @ audio.T - torch.eye(len(audio))
+    assert alike[4, 5] > 0.99 and alike[4].argmax() == 5
+    assert torch.equal(table[: IDS.n_text], text) and table.isfinite().all()
+    assert 0.5 < (table[IDS.n_text :].std() / text.std()).item() < 2
+
+
+def test_a_few_steps_already_help(book, tmp_path, monkeypatch):
+    from aqaa.training.loop import Trainer
+
+    monkeypatch.setattr(Trainer, "_plot", lambda self: None)
+    task = make(book, "pretrain", rows=2, length=200)
+    batch = task.batch(np.random.default_rng(0))
+    before = task.loss(batch, 0)[0].item()
+    Trainer(task, tmp_path, "toy", 20, quiet=True).run()
+    assert task.loss(batch, 0)[0].item() < 0.9 * before
