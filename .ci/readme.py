@@ -12,8 +12,10 @@ ROOT = Path(__file__).parent.parent
 QUESTION = "sum_q001813.wav"
 CELLS = ("all", "seen wording, seen voice", "seen wording, new voice", "new wording, seen voice",
          "new wording, new voice", "seen wording, unseen slot", "facts only ever read")
-COLUMNS = {"text": "text exact", "lenient": "spoken, lenient", "strict": "spoken, strict", "agrees": "speech = own text",
-           "teacher_lenient": "ceiling, lenient", "teacher_strict": "ceiling, strict"}
+COLUMNS = {
+    "text": "text exact", "lenient": "spoken, lenient", "strict": "spoken, strict", "agrees": "speech = own text",
+    "teacher_lenient": "ceiling, lenient", "teacher_strict": "ceiling, strict",
+}
 
 
 def run(name):
@@ -69,7 +71,8 @@ def results():
         "strict": "heard right, strict", "teacher_strict": "teacher's own wavs, strict",
         "mel_cepstral_distance_db": "mel-cepstral distance, dB", "f0_semitones": "f0 error, semitones"})
     lines += table("codes", "Codes", {
-        "linguistic.perplexity": "linguistic: perplexity of 512", "semantic.perplexity": "semantic: perplexity of 1,024",
+        "linguistic.perplexity": "linguistic: perplexity of 512",
+        "semantic.perplexity": "semantic: perplexity of 1,024",
         "next_code_perplexity.linguistic.linguistic": "next linguistic code, alone",
         "next_code_perplexity.interleaved.linguistic": "next linguistic code, interleaved",
         "next_code_perplexity.semantic.semantic": "next semantic code, alone",
@@ -119,15 +122,16 @@ def draw(entry, answer):
 
 
 def replace(text, name, content):
-    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content.rstrip("\n") + "\n" + m[2], text,
-                  flags=re.S)
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+    return marked.sub(lambda m: m[1] + content.rstrip("\n") + "\n" + m[2], text)
 
 
 def main():
     path = ROOT / "README.md"
     text = replace(path.read_text(), "results", results())
     if "--check" in sys.argv:
-        return 0 if text == path.read_text() else "README's results are not those of data/runs: run python .ci/readme.py"
+        same = text == path.read_text()
+        return 0 if same else "README's results are not those of data/runs: run python .ci/readme.py"
     path.write_text(replace(text, "example", example()))
     return 0
 

@@ -93,7 +93,7 @@ class Run:
             rng = np.random.default_rng(self.seed)
             while sum(map(len, hidden)) < 250 * self.config.linguistic.codebook_size:
                 x, lengths = data.gather(task.buckets.draw(rng))
-                out = task.model(x.to(self.device), lengths.to(self.device)).float().cpu()
+                out = task.model(x, lengths).float()  # on the CPU again
                 hidden += [row[:length] for row, length in zip(out, lengths.tolist(), strict=True)]
         task.model.centroids.copy_(kmeans(torch.cat(hidden), self.config.linguistic.codebook_size))
         self._finish("linguistic", task.model, result)
@@ -106,6 +106,7 @@ class Run:
         task = SemanticTask(self.config.semantic, data)
         self._warm("semantic", task.model)
         result = self._train(task, "semantic")
+        task.event(1.0)  # a very short run may have ended before the quantiser came
         task.model.eval()
         task.decoder.eval()
         scores = {key: task.evaluate(data, rows) for key, rows in tests.items()}
@@ -310,5 +311,6 @@ def main(stage, **options):
     run = Run(**options)
     for name in ORDER if stage == "all" else (stage,):
         started = time.monotonic()
+        torch.manual_seed(run.seed)  # a stage begins the same whether it follows others or stands alone
         getattr(run, name)()
         print(f"{name}: {(time.monotonic() - started) / 60:.1f} min")

@@ -1,0 +1,241 @@
+"""A whole training run in miniature, spoken by tones, a few steps a stage: from the corpus to a model that answers.
+
+The sizes are those of the `tiny` fixtures, so the answers are noise; that every stage finds what it needs is the point.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import aqaa
+from aqaa import checkpoints, pipeline
+from aqaa.checkpoints import ModelError
+from aqaa.tokenizers import interleave
+from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.tokenizers.semantic import SemanticTokenizer
+from aqaa.training import features
+from aqaa.training import run as K
+from aqaa.training.loop import read_log
+from tests import tones
+from tests.conftest import tiny_config
+
+CONFIG = tiny_config()
+TRAINED = ("linguistic", "semantic", "hift", "flow", "pretrain", "sft1")
+STEPS = 3  # the quantiser of the semantic tokenizer comes with the third
+
+
+def options(folder, **more):
+    return dict(
+        out=folder / "run", corpus=folder / "corpus", export=folder / "model", config=CONFIG, scale=0.002, steps=STEPS,
+        workers=1, quiet=True, resume=True, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder of a finished miniature: run, corpus and model."""
+    folder = tmp_path_factory.mktemp("recipe")
+    with pytest.MonkeyPatch.context() as patch:
+        tones.install(patch)
+        patch.setattr(K.Trainer, "_plot", lambda self: None)
+        K.main("all", **options(folder))
+    return folder
+
+
+@pytest.fixture
+def run(place, monkeypatch):
+    monkeypatch.setattr(K.Trainer, "_plot", lambda self: None)
+    return K.Run(**options(place))
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    monkeypatch.setitem(pipeline.SAMPLING, "max_tokens", 80)
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
+
+
+def test_the_finished_model_answers_a_question(place, run, short_answers):
+    model = aqaa.load(place / "model")
+    corpus, items = run.items()
+    question = next(item for item in items if item.role == "question" and item.split == "eval")
+    answer = model.ask((corpus.wav(question) / np.float32(32768), 16_000))
+    assert answer.seconds >= 0.3 and answer.audio.isfinite().all() and answer.audio.abs().max() > 0
+    text, audio = interleave.layout().parse(answer.tokens["answer"], CONFIG.ids)
+    assert len(audio) % 5 == 0 and answer.text == model.text.decode(text).strip()
+    assert checkpoints.inspect(place / "model")["flow"]["as_recorded"]
+
+
+def test_every_stage_leaves_its_traces(place):
+    record = json.loads((place / "run" / "record.json").read_text())
+    for stage in TRAINED:
+        assert record[stage]["steps"] == STEPS and record[stage]["seed"] == 0 and record[stage]["seconds"] >= 0
+        assert np.isfinite(list(record[stage]["last"].values())).all()
+        assert {"date", "commit", "hardware", "torch"} <= set(record[stage])
+        assert (place / "run" / "parts" / f"{stage}.safetensors").is_file()
+        assert read_log(place / "run" / f"{stage}.csv")[-1]["step"] == str(STEPS)
+        state = torch.load(place / "run" / f"{stage}.ckpt", weights_only=True)
+        for tensors in state["modules"].values():
+            assert all(value.isfinite().all() for value in tensors.values())
+    assert set(record["linguistic"]["phone_error"]) == {"answer_voice", "seen_voices", "new_voices", "both_new"}
+    assert set(record["semantic"]["f0_semitones"]) == set(record["semantic"]["phone_error"])
+    exported = json.loads((place / "model" / "record.json").read_text())
+    assert {name: value for name, value in exported.items() if name != "files"} == record
+
+
+def test_codes_are_those_of_the_finished_tokenizers(place, run):
+    """What the backbone learns from is what it will hear: encode() of the parts, up to fp16 on disk."""
+    corpus, items = run.items()
+    codes = features.load_codes(run.out, items)
+    parts = {"linguistic": LinguisticTokenizer(CONFIG.linguistic), "semantic": SemanticTokenizer(CONFIG.semantic)}
+    for which, (name, module) in enumerate(parts.items()):
+        module, same, total = run.part(name, module), 0, 0
+        for i in range(0, len(items), 40):
+            heard = module.encode(features.as_heard(items[i], corpus.wav(items[i])), energy_norm=False).numpy()
+            stored = codes[i][which]
+            assert len(stored) <= len(heard) <= len(stored) + 1  # the semantic tokenizer rounds its last row up
+            same, total = same + (stored == heard[: len(stored)]).sum(), total + len(stored)
+        assert same / total > 0.9
+        record = json.loads((run.out / "record.json").read_text())["codes"][name]
+        assert 1 < record["perplexity"] <= record["used"] <= record["size"]
+
+
+def test_held_out_answers_are_seen_by_no_tokenizer_and_no_vocoder(run):
+    _, items = run.items()
+    train, tests = run._indices(items)
+    kept = [i for i, item in enumerate(items) if K.held_out(item)]
+    assert kept and {items[i].role for i in kept} == {"answer"}
+    assert not set(kept) & set(train) and not set(kept) & set(run._spoken()[2])
+    assert set(tests["answer_voice"].tolist()) == set(kept)
+    assert {items[i].split for i in train} == {"train"}
+    for name, cell in (("seen_voices", "seen_seen"), ("new_voices", "seen_new"), ("both_new", "new_new")):
+        assert {items[i].cell for i in tests[name]} == {cell}
+    assert {items[i].role for i in run._spoken()[2]} == {"answer"}
+
+
+def test_the_book_knows_every_answer(run):
+    book = run.book()
+    assert {item.split for item in book.items} == {"train"}
+    assert book.questions and all(book.items[i].answer_id in book.answers for i in book.questions)
+    assert all(book.encode(book.items[i].text) for i in book.voiced)
+    assert {"question", "answer", "read_only"} <= set(book.lines[0]) and any(line["read_only"] for line in book.lines)
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["linguistic", "sft1"])
+def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
+    path = place / "run" / "parts" / f"{stage}.safetensors"
+    before = path.read_bytes()
+    monkeypatch.setattr(K.Trainer, "_one_step", lambda self: pytest.fail("a finished stage was trained"))
+    getattr(run, stage)()
+    assert path.read_bytes() == before
+    assert json.loads((place / "run" / "record.json").read_text())[stage]["steps"] == STEPS
+
+
+def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
+    """pretrain, stopped after a step and resumed, against pretrain as part of `all`."""
+    monkeypatch.setattr(K.Trainer, "_plot", lambda self: None)
+    part, log = place / "run" / "parts" / "pretrain.safetensors", place / "run" / "pretrain.csv"
+    wanted, step = part.read_bytes(), K.Trainer._one_step
+
+    def stop(trainer):
+        if trainer.step == 1:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(K.Trainer, "_one_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            K.main("pretrain", **{**options(place), "resume": False})
+    assert torch.load(place / "run" / "pretrain.ckpt", weights_only=True)["step"] == 1
+    assert not log.exists() and part.read_bytes() == wanted
+    K.main("pretrain", **options(place))
+    assert part.read_bytes() == wanted
+    assert [row["step"] for row in read_log(log)] == [str(STEPS)]
+
+
+def test_the_semantic_tokenizer_has_a_codebook_after_a_single_step(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(K.Trainer, "_plot", lambda self: None)
+    short = K.Run(**{**options(tmp_path), "corpus": place / "corpus", "steps": 1})
+    (tmp_path / "run" / "features").symlink_to(place / "run" / "features")
+    short.semantic()
+    embed = short.part("semantic", SemanticTokenizer(CONFIG.semantic)).quantizer._codebook.embed
+    assert len(embed.unique(dim=0)) == CONFIG.semantic.n_codebook_size and embed.norm(dim=-1).min() > 0.3
+
+
+def test_a_run_may_start_from_a_model_folder(place, tmp_path):
+    """Its parts stand in for stages that have not run."""
+    later = K.Run(**{**options(tmp_path), "corpus": place / "corpus"}, init=place / "model")
+    for name in ("linguistic", "semantic"):
+        blank = checkpoints.build(name, CONFIG)
+        first = later._warm(name, checkpoints.build(name, CONFIG))
+        assert first.training and not same_weights(first, blank)
+        assert same_weights(first, later.part(name, blank))
+    backbone = later.part("pretrain", checkpoints.build("backbone", CONFIG))
+    assert same_weights(backbone, aqaa.load(place / "model").backbone)
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_stage_before_its_time_says_what_is_missing(tmp_path, place):
+    early = K.Run(**{**options(tmp_path), "corpus": place / "corpus"})
+    with pytest.raises(ModelError, match="linguistic.safetensors is missing"):
+        early.codes()
+    with pytest.raises(FileNotFoundError, match="run `aqaa train codes` first"):
+        early.flow()
+    with pytest.raises(FileNotFoundError, match="holds no corpus"):
+        K.Run(**options(tmp_path)).features()
+
+
+def test_an_unknown_stage_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown stage 'sft2'.*corpus, features.*all"):
+        K.main("sft2", **options(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_named_stage_runs_and_steps_follow_the_scale(tmp_path, monkeypatch):
+    done = []
+    for stage in K.ORDER:
+        monkeypatch.setattr(K.Run, stage, lambda self, stage=stage: done.append(stage))
+    K.main("codes", **options(tmp_path))
+    K.main("all", **options(tmp_path))
+    assert done == ["codes", *K.ORDER]
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_is_a_stable_twentieth_of_the_answers():
+    class Item:
+        def __init__(self, role, name):
+            self.role, self.id = role, name
+
+    kept = [name for name in (f"a{i:04d}" for i in range(4000)) if K.held_out(Item("answer", name))]
+    assert 150 < len(kept) < 250 and kept[:3] == [name for name in kept if name <= kept[2]]
+    assert not any(K.held_out(Item(role, name)) for role in ("question", "generic") for name in kept)
+
+
+def test_only_keeps_the_weights_of_the_chosen_rows():
+    weights = np.array([4.0, 1.0, 2.0, 1.0])
+    assert K.only([0, 3], weights).tolist() == [4, 0, 0, 1]
+    assert weights.tolist() == [4, 1, 2, 1]
+
+
+def test_batches_by_length_hold_every_row_once():
+    lengths = np.random.default_rng(0).integers(1, 50, 37)
+    batches = K.batches_by_length(lengths, 8)
+    assert sorted(np.concatenate(batches)) == list(range(37)) and max(map(len, batches)) == 8
+    ends = [(lengths[rows].min(), lengths[rows].max()) for rows in batches]
+    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))
+
+
+def test_perplexity_of_a_codebook():
+    assert K.codebook_use(np.arange(8).repeat(3), 16) == {"size": 16, "used": 8, "perplexity": 8.0}
+    assert K.codebook_use(np.zeros(9, dtype=int), 16) == {"size": 16, "used": 1, "perplexity": 1.0}
