@@ -93,7 +93,7 @@ def test_streaming_says_the_same(tiny, sound):
 
 
 def test_streaming_gives_sound_before_the_answer_is_finished(tiny, sound):
-    talk = tiny.stream(sound, seed=3, max_tokens=200)
+    talk = tiny.stream(sound, seed=3, max_tokens=200, min_audio=100)
     first = next(iter(talk))
     known = len(talk.steps)
     assert len(first.audio) > 0
