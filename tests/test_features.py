@@ -149,7 +149,7 @@ def test_codes_come_back_in_any_order(tmp_path_factory, pairs, random):
 
 
 def test_codes_before_their_stage_are_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no codes: run `aqaa train codes` first"):
+    with pytest.raises(FileNotFoundError, match="holds no codes.npz: run `aqaa train codes` first"):
         K.load_codes(tmp_path, [])
 
 

@@ -311,7 +311,7 @@ def test_the_codebook_is_used():
     assert len(torch.cat([c.flatten() for c in codes]).unique()) > 0.6 * CONFIG.semantic.n_codebook_size
 
 
-@pytest.mark.parametrize("stop", [2, 7])
+@pytest.mark.parametrize("stop", [2, 6, 7])
 def test_resuming_on_either_side_of_the_quantiser_gives_the_same_bits(tmp_path, monkeypatch, stop):
     monkeypatch.setattr(Trainer, "_plot", lambda self: None)
 

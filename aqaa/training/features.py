@@ -83,24 +83,38 @@ def utterances(folder, items, kind):
 
 
 def store_codes(folder, items, linguistic, semantic):
-    """Write codes.npy and codes.json: for each item its two code sequences."""
-    pairs = list(zip(linguistic, semantic, strict=True))
-    save_array(Path(folder) / "codes.npy", np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16))
-    lengths = [[len(codes) for codes in pair] for pair in pairs]
-    write_json(Path(folder) / "codes.json", {"ids": [item.id for item in items], "lengths": lengths})
+    """Write codes.npz: the code sequences of each item, small enough to travel (10 bits a code before compression)."""
+    folder, pairs = Path(folder), list(zip(linguistic, semantic, strict=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "codes.part.npz"
+    np.savez_compressed(
+        temporary,
+        ids=np.array([item.id for item in items]),
+        lengths=np.array([[len(codes) for codes in pair] for pair in pairs], dtype=np.int16),
+        codes=np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16),
+    )
+    os.replace(temporary, folder / "codes.npz")
 
 
-def load_codes(folder, items):
-    """List of (linguistic, semantic) int arrays, in the order of `items`. FileNotFoundError before `codes` ran."""
-    folder = Path(folder)
-    if not (folder / "codes.json").exists():
-        raise FileNotFoundError(f"{folder} holds no codes: run `aqaa train codes` first")
-    meta = json.loads((folder / "codes.json").read_text())
-    flat = np.load(folder / "codes.npy").astype(np.int64)
-    found, at = {}, 0
-    for name, (n_linguistic, n_semantic) in zip(meta["ids"], meta["lengths"], strict=True):
-        found[name] = flat[at:at + n_linguistic], flat[at + n_linguistic:at + n_linguistic + n_semantic]
-        at += n_linguistic + n_semantic
+def load_codes(folder, items, shipped=None):
+    """List of (linguistic, semantic) int arrays, in the order of `items`, from folder/codes.npz.
+
+    shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if there are none at
+    all, ValueError if they are of other utterances.
+    """
+    path = Path(folder) / "codes.npz"
+    if not path.exists() and shipped:
+        path = Path(shipped) / "codes.npz"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
+    with np.load(path) as file:
+        names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
+    ends = lengths.reshape(-1).cumsum()
+    parts = np.split(flat, ends[:-1])
+    found = {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(names.tolist())}
+    missing = [item.id for item in items if item.id not in found]
+    if missing:
+        raise ValueError(f"{path} has no codes of {missing[0]}: it belongs to another corpus, run `aqaa train codes`")
     return [found[item.id] for item in items]
 
 

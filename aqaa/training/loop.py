@@ -151,8 +151,6 @@ class Trainer:
 
     def _restore(self):
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if hasattr(self.task, "before_restore"):
-            self.task.before_restore(state["progress"])
         for key, module in self.task.modules().items():
             module.load_state_dict(state["modules"][key])
         for key, optimizer in self.optimizers.items():
@@ -249,4 +247,8 @@ class LengthBuckets:
         near = self.order[low:low + width]
         chance = self.chance[near] / self.chance[near].sum()
         count = min(size, np.count_nonzero(chance))
-        return rng.choice(near, size=count, replace=False, p=chance)
+        picks = rng.choice(near, size=count, replace=False, p=chance)
+        picks = picks[np.argsort(self.lengths[picks], kind="stable")]
+        while len(picks) > 1 and len(picks) * self.lengths[picks[-1]] > self.budget:  # the longest sets the padding
+            picks = picks[:-1]
+        return picks

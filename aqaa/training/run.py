@@ -7,6 +7,7 @@ record.json. `export` gathers the finished parts into a model folder that `aqaa.
 import datetime
 import json
 import platform
+import shutil
 import subprocess
 import time
 import zlib
@@ -41,7 +42,7 @@ class Run:
         """init: a model folder whose parts training starts from, and that stand in for stages that have not run."""
         self.out, self.corpus_folder, self.export_folder = Path(out), Path(corpus), Path(export)
         self.device, self.seed, self.resume, self.steps, self.minutes = device, seed, resume, steps, minutes
-        self.scale, self.workers, self.init, self.quiet = scale, workers, init, quiet
+        self.scale, self.workers, self.init, self.quiet = scale, workers, Path(init) if init else None, quiet
         self.config = config or preset("mini")
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -174,17 +175,15 @@ class Run:
         from .language import Book
         from .planning import plan, texts
 
-        _, items = self.items()
-        codes = features.load_codes(self.out, items)
-        train = [i for i, item in enumerate(items) if item.split == "train"]
-        lines = texts(plan(scale=self.scale, seed=self.seed))
-        path = self.out / "tokenizer.json"
+        planned = plan(scale=self.scale, seed=self.seed)  # what was said is known without the sound
+        items = [item for item in planned if item.split == "train"]
+        codes = features.load_codes(self.out, items, checkpoints.data_folder() / "codes")
+        lines = texts(planned)
+        path = self._text_path()
         if not path.exists():
-            said = [items[i].text for i in train] + [line[key] for line in lines for key in ("question", "answer")]
+            said = [item.text for item in items] + [line[key] for line in lines for key in ("question", "answer")]
             TextTokenizer.train(sorted(set(said)), n_text=self.config.ids.n_text).save(path)
-        return Book(
-            self.config, TextTokenizer.from_file(path), [items[i] for i in train], [codes[i] for i in train], lines
-        )
+        return Book(self.config, TextTokenizer.from_file(path), items, codes, lines)
 
     def pretrain(self):
         self._language("pretrain", None)
@@ -240,16 +239,23 @@ class Run:
         path.write_text(json.dumps(record, indent=1))
 
     def export(self):
-        """Gather the finished parts, the tokenizer, the configuration and the record into one model folder."""
-        parts = {
-            "linguistic": "linguistic", "semantic": "semantic", "backbone": "sft1", "flow": "flow", "hift": "hift",
-        }
-        checkpoints.gather(
-            self.export_folder, self.config, self.out / "tokenizer.json",
-            {name: self.out / "parts" / f"{source}.safetensors" for name, source in parts.items()},
-            json.loads((self.out / "record.json").read_text()),
-        )
+        """Gather the finished parts, tokenizer, configuration and record into a model folder, the codes beside it."""
+        made_by = {"backbone": "sft1"}  # the others are named like their stage
+        parts = {name: self.out / "parts" / f"{made_by.get(name, name)}.safetensors" for name in checkpoints.PARTS}
+        record = json.loads((self.out / "record.json").read_text())
+        if self.init:  # what was not trained here comes along unchanged
+            parts = {name: path if path.exists() else self.init / f"{name}.safetensors" for name, path in parts.items()}
+            record = {**json.loads((self.init / "record.json").read_text()), **record}
+        checkpoints.gather(self.export_folder, self.config, self._text_path(), parts, record)
+        if (self.out / "codes.npz").exists():
+            (self.export_folder.parent / "codes").mkdir(exist_ok=True)
+            shutil.copyfile(self.out / "codes.npz", self.export_folder.parent / "codes" / "codes.npz")
         print(f"wrote {self.export_folder}")
+
+    def _text_path(self):
+        """The text tokenizer: this run's, or that of `init`, because ids must mean what they meant."""
+        own = self.out / "tokenizer.json"
+        return self.init / "tokenizer.json" if self.init and not own.exists() else own
 
 
 def held_out(item):

@@ -155,7 +155,7 @@ class LinguisticTask:
 
 @torch.no_grad()
 def kmeans(x, count, rounds=25, seed=0):
-    """Lloyd's k-means with k-means++-like spread start and re-seeding of empty clusters. x (N, D) -> (count, D)."""
+    """Lloyd's k-means from random rows, empty clusters re-seeded. x (N, D) -> (count, D)."""
     generator = torch.Generator().manual_seed(seed)
     centroids = x[torch.randperm(len(x), generator=generator)[:count]].clone()
     for _ in range(rounds):
@@ -202,11 +202,9 @@ class SemanticTask:
     def modules(self):
         return {"model": self.model, "decoder": self.decoder, "register": self.register}
 
-    def before_restore(self, progress):
-        self.quantising = progress >= self.quantise_from
-
     def event(self, progress):
         """Turn the quantiser on when its time comes, with a codebook from k-means over what the encoder says now."""
+        self.quantising = self.quantising or bool(self.register.total.any())  # as it was in a checkpoint
         if self.quantising or progress < self.quantise_from:
             return
         rng = np.random.default_rng(0)
@@ -266,8 +264,9 @@ class SemanticTask:
         """Nearest codes of the valid rows; the codebook follows them by moving averages, dead codes are re-seeded."""
         embed = self.model.quantizer._codebook.embed
         flat = unit[mask].detach()
-        codes, _ = _nearest(flat, embed)
-        if self.model.training:
+        with torch.autocast(flat.device.type, enabled=False):  # in bf16 one code in fourteen would be another
+            codes, _ = _nearest(flat, embed)
+        if self.model.training and flat.isfinite().all():
             size, total = self.register.size, self.register.total
             size.mul_(0.98).add_(torch.bincount(codes, minlength=len(size)).float(), alpha=0.02)
             total.mul_(0.98).add_(torch.zeros_like(total).index_add_(0, codes, flat), alpha=0.02)
