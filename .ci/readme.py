@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-QUESTION = "sum_q001813.wav"
+QUESTION = "product_q001959.wav"
 CELLS = ("all", "seen wording, seen voice", "seen wording, new voice", "new wording, seen voice",
          "new wording, new voice", "seen wording, unseen slot", "facts only ever read")
 COLUMNS = {
@@ -98,7 +98,7 @@ def example():
     answer.save(ROOT / "data/example_answer.wav")
     draw(entry, answer)
     return "\n".join([
-        f"> **Question** ([wav](data/questions/{QUESTION}), a voice of espeak-ng): “{entry['transcript']}”  ",
+        f"> **Question** ([wav](data/questions/{QUESTION}), a voice that was not in training): “{entry['transcript']}”  ",
         f"> **Answer** ([wav](data/example_answer.wav), {answer.seconds:.1f} s): “{answer.text}”", "",
         f"![Spectrograms of the question, {entry['transcript']}, and of the answer, {answer.text}: "
         "frequency over time](data/example.png)", ""])
