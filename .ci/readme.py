@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 QUESTION = "product_q001959.wav"
 CELLS = ("all", "seen wording, seen voice", "seen wording, new voice", "new wording, seen voice",
          "new wording, new voice", "seen wording, unseen slot", "facts only ever read")
