@@ -131,3 +131,8 @@ def test_the_command_line_knows_the_stages_of_training():
     from aqaa.training import run
 
     assert cli.STAGES == (*run.ORDER, "all")
+
+
+def test_readme_shows_the_recorded_results():
+    result = subprocess.run([sys.executable, ".ci/readme.py", "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
