@@ -99,9 +99,9 @@ def example():
     answer.save(ROOT / "data/example_answer.wav")
     draw(entry, answer)
     return "\n".join([
-        f"> **Question** ([wav](data/questions/{QUESTION}), a voice that was not in training): “{entry['transcript']}”  ",
+        f"> **Question** ([wav](data/questions/{QUESTION}), a voice not heard in training): “{entry['transcript']}”  ",
         f"> **Answer** ([wav](data/example_answer.wav), {answer.seconds:.1f} s): “{answer.text}”", "",
-        f"![Spectrograms of the question, {entry['transcript']}, and of the answer, {answer.text}: "
+        f"![Spectrograms of the question, {entry['transcript']}, and the answer, {answer.text}: "
         "frequency over time](data/example.png)", ""])
 
 
@@ -117,7 +117,8 @@ def draw(entry, answer):
     figure, axes = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained", sharey=True)
     for axis, wav, hz, title in ((axes[0], question, rate, f"question: “{entry['transcript']}”"),
                                  (axes[1], answer.audio.numpy(), answer.sample_rate, f"answer: “{answer.text}”")):
-        axis.specgram(wav + 1e-7 * np.random.default_rng(0).standard_normal(len(wav)), NFFT=512, noverlap=384, Fs=hz, cmap="cividis", vmin=-130, vmax=-40)
+        wav = wav + 1e-7 * np.random.default_rng(0).standard_normal(len(wav))  # silence has no logarithm
+        axis.specgram(wav, NFFT=512, noverlap=384, Fs=hz, cmap="cividis", vmin=-130, vmax=-40)
         axis.set(title=title, xlabel="time, s", ylim=(0, 8000))
     axes[0].set_ylabel("frequency, Hz")
     figure.savefig(ROOT / "data/example.png", dpi=90)
