@@ -96,8 +96,9 @@ def test_only_the_answer_and_what_was_heard_are_targets(task, kind, seed):
         return
     start = answer_of(task, ids)
     assert ids[-1] == IDS.eot
-    wanted = np.where(ids[start:] < IDS.n_text, K.TEXT_WEIGHT, K.ANSWER_WEIGHT)
-    assert np.array_equal(weights[start:], wanted)
+    sound = weights[start:][ids[start:] >= IDS.n_text]
+    assert (weights[start:][ids[start:] < IDS.n_text] == K.TEXT_WEIGHT).all()
+    assert (sound[: K.FIRST] == K.FIRST_WEIGHT).all() and (sound[K.FIRST :] == K.ANSWER_WEIGHT).all()
     header = ids.tolist().index(IDS.bot) + 1 + len(task.human)  # where the question begins
     end = start - len(task.assistant) - 2
     assert ids[end] == IDS.eot

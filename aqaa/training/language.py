@@ -22,6 +22,7 @@ MIXTURES = {  # share of the examples drawn
 }
 TEXT, LINGUISTIC, SEMANTIC = 0, 1, 2  # which rows of the head compete at a position
 TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
+FIRST_WEIGHT, FIRST = 8.0, 20  # the first ids of an answer's sound decide its manner; the rest follow from them
 
 
 class Book:
@@ -192,7 +193,8 @@ class LanguageTask:
         heard = slice(len(head) + 1, len(head) + len(question))
         weights[heard] = HEARD_WEIGHT
         written = sequence[-len(answer):] < ids.n_text
-        weights[-len(answer):] = np.where(written, TEXT_WEIGHT, ANSWER_WEIGHT)
+        sound = np.where(np.cumsum(~written) <= FIRST, FIRST_WEIGHT, ANSWER_WEIGHT)
+        weights[-len(answer):] = np.where(written, TEXT_WEIGHT, sound)
         return sequence, weights
 
     def loss(self, batch, step):
