@@ -202,7 +202,9 @@ def _tuples(value):
 
 def _mini():
     n_linguistic, n_semantic, n_text = 512, 1024, 512
-    ids = IdsConfig(n_text=n_text, n_linguistic=n_linguistic, n_semantic=n_semantic)
+    ids = IdsConfig(  # from 42 on: the manner tags are text
+        n_text=n_text, n_linguistic=n_linguistic, n_semantic=n_semantic, first_text=42,
+    )  # fmt: skip
     return AQAAConfig(
         name="mini",
         linguistic=LinguisticConfig(

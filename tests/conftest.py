@@ -30,7 +30,7 @@ def tiny_config():
     from aqaa.config import BackboneConfig, IdsConfig, LinguisticConfig, SemanticConfig, preset
 
     mini = preset("mini")
-    ids = IdsConfig(n_text=128, n_linguistic=16, n_semantic=32)
+    ids = IdsConfig(first_text=42, n_text=128, n_linguistic=16, n_semantic=32)
     return replace(
         mini,
         name="tiny",

@@ -89,6 +89,7 @@ def test_no_answers_no_judge():
 
 def test_normalise():
     assert normalise("  It's  Two, and\tTWO. ") == "it's two and two"
+    assert normalise("(slow) the river (softly) runs") == "the river runs"
 
 
 @settings(deadline=None, max_examples=60)

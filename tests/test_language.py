@@ -6,6 +6,7 @@ import torch
 
 from aqaa.pipeline import ASR_MARKER
 from aqaa.tokenizers import interleave
+from aqaa.tokenizers.text import FIRST_TEXT, tagged
 from aqaa.training import language as K
 from aqaa.training.language import Book, LanguageTask
 from aqaa.training.planning import Item
@@ -13,7 +14,7 @@ from tests.conftest import SENTENCES, tiny_config
 
 CONFIG = tiny_config()
 IDS = CONFIG.ids
-LINES = [{"question": SENTENCES[i], "answer": SENTENCES[i + 1]} for i in range(0, 6, 2)]
+LINES = [{"question": SENTENCES[i], "answer": SENTENCES[i + 1], "manner": m} for i, m in ((0, "slow"), (2, "normal"))]
 EXAMPLES = sorted({kind for mixture in K.MIXTURES.values() for kind in mixture})
 
 
@@ -29,10 +30,10 @@ def library(tokenizer):
         item(0, "answer", SENTENCES[1], manner="slow", answer_id="a0"),
         item(1, "answer", SENTENCES[3], manner="normal", answer_id="a1"),
         item(2, "answer", " ".join(SENTENCES[:4]), manner="happy", answer_id="a2"),
-        item(3, "question", SENTENCES[0], "sum", SENTENCES[1], "a0"),
+        item(3, "question", SENTENCES[0], "sum", SENTENCES[1], "a0", manner="slow"),
         item(4, "question", SENTENCES[2], "person", SENTENCES[3], "a1"),
         item(5, "question", SENTENCES[4], "person", SENTENCES[3], "a1"),
-        item(6, "question", SENTENCES[6], "echo", " ".join(SENTENCES[:4]), "a2"),
+        item(6, "question", SENTENCES[6], "echo", " ".join(SENTENCES[:4]), "a2", manner="happy"),
         item(7, "generic", SENTENCES[5], manner="sad"),
         item(8, "generic", SENTENCES[7]),
     ]
@@ -98,7 +99,7 @@ def test_only_the_answer_and_what_was_heard_are_targets(task, kind, seed):
     assert ids[-1] == IDS.eot
     sound = weights[start:][ids[start:] >= IDS.n_text]
     assert (weights[start:][ids[start:] < IDS.n_text] == K.TEXT_WEIGHT).all()
-    assert (sound[: K.FIRST] == K.FIRST_WEIGHT).all() and (sound[K.FIRST :] == K.ANSWER_WEIGHT).all()
+    assert (sound == K.ANSWER_WEIGHT).all()
     header = ids.tolist().index(IDS.bot) + 1 + len(task.human)  # where the question begins
     end = start - len(task.assistant) - 2
     assert ids[end] == IDS.eot
@@ -109,7 +110,8 @@ def test_only_the_answer_and_what_was_heard_are_targets(task, kind, seed):
 def test_examples_are_what_their_names_say(book):
     task = make(book, noise=0)
     audio = {tuple(ids.tolist()): one for ids, one in zip(book.audio, book.items, strict=True)}
-    said = {tuple(book.encode(text)): text for text in [*SENTENCES, " ".join(SENTENCES[:4])]}
+    said = {tuple(book.encode(text)): text for text in SENTENCES}
+    said |= {tuple(book.encode(tagged(one.text, one.manner))): one.text for one in book.items}
     answers = {one.text: one.answer for one in book.items if one.role == "question"}
     markers = {"asr": 36, "tts": 35, "tqaa": 37, "aqta": 38}
     for kind in set(EXAMPLES) - {"next"}:
@@ -120,16 +122,18 @@ def test_examples_are_what_their_names_say(book):
             question = tuple(ids[ids.index(IDS.bot) + 1 + len(task.human) : start - len(task.assistant) - 2])
             words, sound = (tuple(part) for part in task.layout.parse(ids[start:], IDS))
             if kind == "text":
-                assert {"question": said[question], "answer": said[words]} in LINES and not sound
+                manner = book.tokenizer.decode(words[:1])[1:-1] if words[0] < FIRST_TEXT else "normal"
+                assert {"question": said[question], "answer": said[words], "manner": manner} in LINES and not sound
             elif kind == "asr":
                 assert audio[question].text == said[words] and not sound
             elif kind == "tts":
-                assert task.book.tokenizer.decode(question) == f"{audio[sound].manner} {audio[sound].text}".strip()
+                assert task.book.tokenizer.decode(question) == tagged(audio[sound].text, audio[sound].manner)
                 assert not words and audio[sound].role == "answer"
             elif kind == "tqaa":
                 assert answers[said[question]] == said[words] == audio[sound].text
             else:
                 assert answers[audio[question].text] == said[words] == audio[question].answer
+                assert words == tuple(book.encode(tagged(said[words], audio[question].manner)))
                 assert (not sound) if kind == "aqta" else audio[sound].text == said[words]
 
 

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqaa.tokenizers.text import FIRST_TEXT, MAX_PIECE, ROLES, SPACE, TextTokenizer, read_sentencepiece, train_unigram
+from aqaa.tokenizers.text import (
+    FIRST_TEXT,
+    MANNERS,
+    MAX_PIECE,
+    ROLES,
+    SPACE,
+    TextTokenizer,
+    read_sentencepiece,
+    tagged,
+    train_unigram,
+)  # fmt: skip
 
 SENTENCES = ["seven and five is twelve", "don't say the opposite of hot", "what is a zebra", "jump quick over my box"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -124,6 +134,8 @@ def _mini_for_hypothesis(mini):
 def test_the_mini_keeps_step1_ids_and_is_reproducible(mini):
     assert mini.n_text == 160
     assert [mini.encode(role) for role in ROLES] == [[39], [40], [41]]
+    assert [mini.encode(tagged("", manner).strip()) for manner in MANNERS] == [[42 + i] for i in range(10)]
+    assert mini.decode(mini.encode(tagged("we walk", "slow"))) == "(slow) we walk" and tagged("we", "normal") == "we"
     assert mini.encode("<|EOT|><|BOT|>") == [3, 4] and mini.encode("<text_end>") == [34]
     again = TextTokenizer.train(SENTENCES * 20, n_text=160)
     assert again.tokenizer.to_str() == mini.tokenizer.to_str()

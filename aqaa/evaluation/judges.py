@@ -29,8 +29,11 @@ CHUNK = 4  # wavs a worker takes at a time
 
 
 def normalise(text):
-    """The words of a sentence as the judge compares them: lower case, no punctuation but apostrophes, single spaces."""
-    return " ".join(re.sub(r"[^\w' ]", " ", text.lower()).split())
+    """The words of a sentence as the judge compares them: lower case, no punctuation but apostrophes, single spaces.
+
+    What stands in round brackets, "(slow)", is not spoken and left out.
+    """
+    return " ".join(re.sub(r"\([^)]*\)|[^\w' ]", " ", text.lower()).split())
 
 
 class Judge:

@@ -18,14 +18,21 @@ UNIGRAM = 1  # its model_type
 SPACE = "▁"
 FIRST_TEXT = 68  # ids below are markers
 ROLES = ("human\n", "assistant\n", "system\n")  # ids 39, 40, 41 of the mini, unused in Step-1
+MANNERS = ("slow", "fast", "high", "low", "loud", "soft", "happy", "sad", "angry", "calm")
+TAGS = tuple(f"({manner})" for manner in MANNERS)  # ids 42..51 of the mini: how the words that follow are said
 STEP1_MARKERS = (
     "<unk>", "<s>", "</s>", "<|EOT|>", "<|BOT|>", "<|CALL_START|>", "<|CALL_END|>", "<|THINK_START|>", "<|THINK_END|>",
     "<|IMG_START|>", "<|IMG_END|>", "<|META_START|>", "<|META_END|>", "<im_patch>", "<im_start>", "<im_end>",
     *(f"<unused_{i}>" for i in range(16, 31)), "<audio_start>", "<audio_end>", "<text_start>", "<text_end>",
-    "<|TTS|>", "<|ASR|>", "<|TQAA|>", "<|AQTA|>", *ROLES, *(f"<unused_{i}>" for i in range(42, FIRST_TEXT)),
+    "<|TTS|>", "<|ASR|>", "<|TQAA|>", "<|AQTA|>", *ROLES, *TAGS, *(f"<unused_{i}>" for i in range(52, FIRST_TEXT)),
 )  # fmt: skip
 MAX_PIECE = 4  # characters, ▁ included: keeps pieces near 3 characters
 ANCHOR = "<s>"  # stands before a text that must not get a leading space
+
+
+def tagged(text, manner):
+    """A text that says how it is said: "(slow) the river runs"; as it is in the normal manner, or in none."""
+    return f"({manner}) {text}" if manner in MANNERS else text
 
 
 class TextTokenizer:
@@ -65,8 +72,8 @@ class TextTokenizer:
     def train(cls, texts, n_text=512):
         """A small Unigram model of lower-case English: letters, apostrophe, space (accents are stripped).
 
-        texts: strings to learn from. Ids: Step-1's markers 0..67, with the role headers on three unused ones, then
-        n_text - 68 pieces of at most MAX_PIECE characters (fewer, and spare ids, if the texts hold too little).
+        texts: strings to learn from. Ids: Step-1's markers 0..67, with role headers and manner tags on unused ones,
+        then n_text - 68 pieces of at most MAX_PIECE characters (fewer, and spare ids, if the texts hold too little).
         Raises ValueError if n_text leaves no room for the letters.
         """
         alphabet = [SPACE, "'", *"abcdefghijklmnopqrstuvwxyz"]
@@ -81,7 +88,7 @@ class TextTokenizer:
         tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0))
         tokenizer.normalizer, tokenizer.pre_tokenizer = _mini_normalizer(), _mini_pre_tokenizer()
         tokenizer.decoder = _decoder()
-        return cls(_with_markers(tokenizer, [m for m in STEP1_MARKERS if m not in ROLES], list(ROLES)))
+        return cls(_with_markers(tokenizer, [m for m in STEP1_MARKERS if m not in ROLES + TAGS], [*ROLES, *TAGS]))
 
     def encode(self, text, *, bos=False, prefix=True, specials=True):
         """Ids of a text. bos: begin with `<s>`. prefix=False: the text goes on after a marker (no leading space piece

@@ -1,6 +1,7 @@
 """Training of the backbone: pre-training on text, recognition, synthesis and continuation, then question -> answer.
 
-Stages follow the paper (3.1 and 3.2) at mini size. Every example is one sequence of the one vocabulary:
+Stages follow the paper (3.1 and 3.2) at mini size. Every example is one sequence of the one vocabulary; an answer's
+text begins with its manner, "(slow) …", unless that is the normal one, and its sound follows:
   text   written question -> written answer           asr   speech -> its words
   tts    words (and a manner) -> answer voice          next  speech, continued (audio continuation)
   tqaa   written question -> spoken answer             aqta  spoken question -> written answer (SFT-1)
@@ -14,15 +15,15 @@ import torch.nn.functional as F
 
 from ..backbone import step1
 from ..tokenizers import interleave
+from ..tokenizers.text import tagged
 
 ASR, TTS, TQAA, AQTA = 36, 35, 37, 38  # ids of Step-1's control tokens <|ASR|> <|TTS|> <|TQAA|> <|AQTA|>
 MIXTURES = {  # share of the examples drawn
     "pretrain": {"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
-    "sft1": {"aqtaa": 0.36, "aqta": 0.42, "asr": 0.10, "text": 0.04, "tqaa": 0.08},
+    "sft1": {"aqtaa": 0.50, "aqta": 0.28, "asr": 0.06, "text": 0.03, "tqaa": 0.07, "tts": 0.06},
 }
 TEXT, LINGUISTIC, SEMANTIC = 0, 1, 2  # which rows of the head compete at a position
 TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
-FIRST_WEIGHT, FIRST = 8.0, 20  # the first ids of an answer's sound decide its manner; the rest follow from them
 
 
 class Book:
@@ -54,7 +55,7 @@ class LanguageTask:
 
     warmup = 0.02
 
-    def __init__(self, book, stage, rows=12, length=512, lr=2e-3, noise=0.03, layout=None):
+    def __init__(self, book, stage, rows=12, length=512, lr=1.5e-3, noise=0.05, layout=None):
         config = book.config
         self.floor = 0.3 if stage == "pretrain" else 0.02  # pre-training hands over a rate that is still high
         self.book, self.stage, self.rows, self.length, self.lr, self.noise = book, stage, rows, length, lr, noise
@@ -127,7 +128,8 @@ class LanguageTask:
 
     def _text(self, rng):
         line = self.book.lines[rng.integers(len(self.book.lines))]
-        question, answer = self.book.encode(line["question"]), self.book.encode(line["answer"])
+        question = self.book.encode(line["question"])
+        answer = self.book.encode(tagged(line["answer"], line["manner"]))
         return self._turns(None, question, answer_text=answer)
 
     def _asr(self, rng):
@@ -138,7 +140,7 @@ class LanguageTask:
     def _tts(self, rng):
         index = self.book.voiced[rng.integers(len(self.book.voiced))]
         item = self.book.items[index]
-        words = self.book.encode(f"{item.manner} {item.text}")
+        words = self.book.encode(tagged(item.text, item.manner))
         return self._turns(TTS, words, answer_audio=self.book.audio[index])
 
     def _next(self, rng):
@@ -153,7 +155,8 @@ class LanguageTask:
 
     def _aqta(self, rng):
         item, _ = self._pair(rng)
-        return self._turns(AQTA, self._heard(rng, self._last), answer_text=self.book.encode(item.answer))
+        text = tagged(item.answer, item.manner)
+        return self._turns(AQTA, self._heard(rng, self._last), answer_text=self.book.encode(text))
 
     def _aqtaa(self, rng):
         _, answer = self._pair(rng)
@@ -165,7 +168,8 @@ class LanguageTask:
         return item, self.book.answers[item.answer_id]
 
     def _spoken(self, index):
-        return self.book.encode(self.book.items[index].text), self.book.audio[index]
+        item = self.book.items[index]
+        return self.book.encode(tagged(item.text, item.manner)), self.book.audio[index]
 
     def _heard(self, rng, index):
         """Audio ids of an utterance, some of them replaced by others of their kind."""
@@ -193,8 +197,7 @@ class LanguageTask:
         heard = slice(len(head) + 1, len(head) + len(question))
         weights[heard] = HEARD_WEIGHT
         written = sequence[-len(answer):] < ids.n_text
-        sound = np.where(np.cumsum(~written) <= FIRST, FIRST_WEIGHT, ANSWER_WEIGHT)
-        weights[-len(answer):] = np.where(written, TEXT_WEIGHT, sound)
+        weights[-len(answer):] = np.where(written, TEXT_WEIGHT, ANSWER_WEIGHT)
         return sequence, weights
 
     def loss(self, batch, step):
