@@ -99,7 +99,7 @@ def _parser():
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--seed", type=int, default=0)
     bench.add_argument("--corpus", default="work/corpus", help="accuracy: folder of evaluation questions (%(default)s)")
-    bench.add_argument("--limit", type=_count, metavar="N", help="how many questions to ask")
+    bench.add_argument("--limit", type=_count, metavar="N", help="how many questions of each cell")
     bench.add_argument("--text-only", action="store_true", help="accuracy: leave the sound and its judge out")
     bench.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (%(default)s)")
     bench.add_argument("--json", action="store_true")

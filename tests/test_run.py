@@ -105,7 +105,8 @@ def test_codes_are_those_of_the_finished_tokenizers(place, run):
 
 def test_held_out_answers_are_seen_by_no_tokenizer_and_no_vocoder(run):
     _, items = run.items()
-    train, tests = run._indices(items)
+    data, tests = run._heard("lfr")
+    train = np.flatnonzero(data.weights)
     kept = [i for i, item in enumerate(items) if K.held_out(item)]
     assert kept and {items[i].role for i in kept} == {"answer"}
     assert not set(kept) & set(train) and not set(kept) & set(run._spoken()[2])
@@ -222,20 +223,9 @@ def test_held_out_is_a_stable_twentieth_of_the_answers():
     assert not any(K.held_out(Item(role, name)) for role in ("question", "generic") for name in kept)
 
 
-def test_only_keeps_the_weights_of_the_chosen_rows():
-    weights = np.array([4.0, 1.0, 2.0, 1.0])
-    assert K.only([0, 3], weights).tolist() == [4, 0, 0, 1]
-    assert weights.tolist() == [4, 1, 2, 1]
-
-
 def test_batches_by_length_hold_every_row_once():
     lengths = np.random.default_rng(0).integers(1, 50, 37)
     batches = K.batches_by_length(lengths, 8)
     assert sorted(np.concatenate(batches)) == list(range(37)) and max(map(len, batches)) == 8
     ends = [(lengths[rows].min(), lengths[rows].max()) for rows in batches]
     assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))
-
-
-def test_perplexity_of_a_codebook():
-    assert K.codebook_use(np.arange(8).repeat(3), 16) == {"size": 16, "used": 8, "perplexity": 8.0}
-    assert K.codebook_use(np.zeros(9, dtype=int), 16) == {"size": 16, "used": 1, "perplexity": 1.0}

@@ -8,6 +8,7 @@ utterances in the same order.
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from aqaa.config import LINGUISTIC_PER_GROUP, SEMANTIC_PER_GROUP, BackboneConfig
 
 START = 0  # the id before the first code; linguistic codes follow it, then semantic ones
 IGNORED = -1
+STEPS = 3000  # of 24 utterances each: about two passes
 TINY = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_attention_groups=1)
 KINDS = ("linguistic", "semantic")
 ARRANGEMENTS = ("linguistic", "semantic", "interleaved")
@@ -122,25 +124,26 @@ def _losses(model, rows, n_linguistic, device):
 
 
 def main(args):
-    """`aqaa bench codes`: codebook use of both tokenizers, and next-code perplexity alone and interleaved."""
+    """`aqaa bench codes`: codebook use of both tokenizers, and next-code perplexity alone and interleaved.
+
+    The codes are those that lie beside the weights, of every utterance of the training run; the test is on questions
+    that training never heard.
+    """
     from aqaa import checkpoints
     from aqaa.evaluation import accuracy
+    from aqaa.training.features import load_codes
+    from aqaa.training.planning import plan
     from aqaa.training.run import provenance
 
     model = checkpoints.load(args.preset, device=args.device)
-    corpus = accuracy.evaluation_corpus(args.corpus, args.seed, args.workers)
-    items = corpus.items(split="eval", role="question")[: args.limit]
-    train, test = corpus.items(split="train", role="question")[: 4 * len(items)], items
-    if not train:  # only the evaluation questions were spoken: a quarter of them is kept for the test
-        train, test = items[len(items) // 4 :], items[: len(items) // 4]
-    pairs = {}
-    for name, part in (("train", train), ("test", test)):
-        wavs = [torch.from_numpy(accuracy.recording(corpus, item)) for item in part]
-        coded = [(model.linguistic.encode(wav), model.semantic.encode(wav)) for wav in wavs]
-        pairs[name] = [(first.cpu().numpy(), second.cpu().numpy()) for first, second in coded]
+    beside = checkpoints.data_folder() if args.preset == "mini" else Path(args.preset).parent
+    items = [item for item in plan(seed=args.seed) if item.role != "answer"]
+    pairs = list(zip(items, load_codes(beside / "codes", items), strict=True))
+    train = [pair for item, pair in pairs if item.split == "train"]
+    test = [pair for item, pair in pairs if item.split == "eval"][: args.limit]
     sizes = (model.ids.n_linguistic, model.ids.n_semantic)
-    both = pairs["train"] + pairs["test"]
-    result = {kind: usage([pair[i] for pair in both], sizes[i]) for i, kind in enumerate(KINDS)}
-    result["next_code_perplexity"] = streams(pairs["train"], pairs["test"], *sizes, seed=args.seed, device=args.device)
+    result = {kind: usage([pair[i] for pair in train + test], sizes[i]) for i, kind in enumerate(KINDS)}
+    result |= {"utterances": len(train), "test_utterances": len(test), "steps": STEPS}
+    result["next_code_perplexity"] = streams(train, test, *sizes, steps=STEPS, seed=args.seed, device=args.device)
     about = {"what": "codes", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]])}
     accuracy.report(args, {**about, **result}, [f"{name:24} {value}" for name, value in result.items()])

@@ -18,6 +18,7 @@ import torch
 
 from .. import checkpoints
 from ..config import preset
+from ..evaluation.codes import usage
 from ..tokenizers.linguistic import LinguisticTokenizer
 from ..tokenizers.semantic import SemanticTokenizer
 from ..tokenizers.text import TextTokenizer
@@ -62,25 +63,23 @@ class Run:
         opened, items = self.items()
         features.prepare(opened, items, self.out / "features", self.workers)
 
-    def _indices(self, items):
-        """Training rows, and the rows each reported error is measured on."""
-        train = [i for i, item in enumerate(items) if item.split == "train" and not held_out(item)]
+    def _heard(self, kind):
+        """(features of `kind`, where only training rows have weight; the rows each reported error is measured on)."""
+        _, items = self.items()
+        data = features.utterances(self.out / "features", items, kind)
+        train = np.array([item.split == "train" and not held_out(item) for item in items])
+        data.weights = np.where(train, data.weights, 0.0)
+        cells = {"seen_voices": "seen_seen", "new_voices": "seen_new", "both_new": "new_new"}
+        tests = {"answer_voice": [i for i, item in enumerate(items) if held_out(item)]}
+        for name, cell in cells.items():
+            tests[name] = [i for i, item in enumerate(items) if item.split == "eval" and item.cell == cell]
         rng = np.random.default_rng(0)
-        tests = {
-            "answer_voice": [i for i, item in enumerate(items) if held_out(item)],
-            "seen_voices": [i for i, item in enumerate(items) if item.split == "eval" and item.cell == "seen_seen"],
-            "new_voices": [i for i, item in enumerate(items) if item.split == "eval" and item.cell == "seen_new"],
-            "both_new": [i for i, item in enumerate(items) if item.split == "eval" and item.cell == "new_new"],
-        }
-        return train, {key: rng.permutation(rows)[:200] for key, rows in tests.items() if rows}
+        return data, {key: rng.permutation(rows)[:200] for key, rows in tests.items() if rows}
 
     # --- audio tokenizers -------------------------------------------------------------------------------------
 
     def linguistic(self):
-        _, items = self.items()
-        train, tests = self._indices(items)
-        data = features.utterances(self.out / "features", items, "lfr")
-        data.weights = only(train, data.weights)
+        data, tests = self._heard("lfr")
         task = LinguisticTask(self.config.linguistic, data)
         self._warm("linguistic", task.model)
         features.normalise(data, task.model)
@@ -100,10 +99,7 @@ class Run:
         self._finish("linguistic", task.model, result)
 
     def semantic(self):
-        _, items = self.items()
-        train, tests = self._indices(items)
-        data = features.utterances(self.out / "features", items, "log_mel")
-        data.weights = only(train, data.weights)
+        data, tests = self._heard("log_mel")
         task = SemanticTask(self.config.semantic, data)
         self._warm("semantic", task.model)
         result = self._train(task, "semantic")
@@ -135,7 +131,7 @@ class Run:
                 hidden, _ = semantic.hidden(log_mel, lengths * 4)
                 keep(found["semantic"], rows, semantic.quantize(hidden), lengths)
         features.store_codes(self.out, items, found["linguistic"], found["semantic"])
-        use = {key: codebook_use(np.concatenate(values), size) for (key, values), size in zip(
+        use = {key: usage(values, size) for (key, values), size in zip(
             found.items(), (self.config.ids.n_linguistic, self.config.ids.n_semantic), strict=True)}
         print("codebooks:", use)
         self._record("codes", use)
@@ -263,13 +259,6 @@ def held_out(item):
     return item.role == "answer" and zlib.crc32(item.id.encode()) % HOLD_OUT == 0
 
 
-def only(rows, weights):
-    """`weights` with every row that is not in `rows` at zero."""
-    chosen = np.zeros(len(weights))
-    chosen[rows] = np.asarray(weights)[rows]
-    return chosen
-
-
 def batches_by_length(lengths, size):
     order = np.argsort(lengths, kind="stable")
     return [order[start:start + size] for start in range(0, len(order), size)]
@@ -278,13 +267,6 @@ def batches_by_length(lengths, size):
 def keep(out, rows, codes, lengths):
     for row, code, length in zip(rows, codes, lengths.tolist(), strict=True):
         out[row] = code[:length].numpy()
-
-
-def codebook_use(codes, size):
-    """How many codes occur, and their perplexity."""
-    share = np.bincount(codes, minlength=size) / len(codes)
-    used = share[share > 0]
-    return {"size": size, "used": int(len(used)), "perplexity": round(float(np.exp(-(used * np.log(used)).sum())), 1)}
 
 
 def provenance(device="cpu"):
