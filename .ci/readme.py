@@ -65,6 +65,11 @@ def table(name, title, rows):
     return [*lines, "", source(result), ""]
 
 
+def minutes(stage):
+    """Of a stage and of the runs that it continues."""
+    return stage["seconds"] / 60 + (minutes(stage["continues"]) if "continues" in stage else 0)
+
+
 def results():
     lines = accuracy()
     lines += table("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {
@@ -87,7 +92,7 @@ def results():
     if record.exists():
         stages = {k: v for k, v in json.loads(record.read_text()).items() if isinstance(v, dict) and "seconds" in v}
         lines += ["**Training** of the shipped weights, minutes on one thread each: " + ", ".join(
-            f"{name} {stage['seconds'] / 60:.0f}" for name, stage in stages.items()) + "."]
+            f"{name} {minutes(stage):.0f}" for name, stage in stages.items()) + "."]
     return "\n".join(lines)
 
 

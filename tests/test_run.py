@@ -179,6 +179,10 @@ def test_a_run_may_start_from_a_model_folder(place, tmp_path):
         assert same_weights(first, later.part(name, blank))
     backbone = later.part("pretrain", checkpoints.build("backbone", CONFIG))
     assert same_weights(backbone, aqaa.load(place / "model").backbone)
+    later._record("sft1", {"steps": 3})
+    record = json.loads((later.out / "record.json").read_text())["sft1"]
+    earlier = json.loads((place / "model" / "record.json").read_text())["sft1"]
+    assert record["steps"] == 3 and record["continues"] == earlier
 
 
 def same_weights(one, other):

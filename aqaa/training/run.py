@@ -232,7 +232,13 @@ class Run:
         path = self.out / "record.json"
         record = json.loads(path.read_text()) if path.exists() else {}
         record[name] = {**result, **provenance(self.device)}
+        if self.init and (earlier := self._initial_record().get(name)):
+            record[name]["continues"] = earlier
         path.write_text(json.dumps(record, indent=1))
+
+    def _initial_record(self):
+        path = self.init / "record.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the codes beside it."""
@@ -241,7 +247,7 @@ class Run:
         record = json.loads((self.out / "record.json").read_text())
         if self.init:  # what was not trained here comes along unchanged
             parts = {name: path if path.exists() else self.init / f"{name}.safetensors" for name, path in parts.items()}
-            record = {**json.loads((self.init / "record.json").read_text()), **record}
+            record = {**self._initial_record(), **record}
         checkpoints.gather(self.export_folder, self.config, self._text_path(), parts, record)
         if (self.out / "codes.npz").exists():
             (self.export_folder.parent / "codes").mkdir(exist_ok=True)
