@@ -222,7 +222,7 @@ def _mini():
         flow=FlowConfig(
             vocab_size=ids.n_audio, input_size=160, spk_embed_dim=16, encoder_size=160, encoder_heads=4,
             encoder_units=640, encoder_blocks=4, channels=(128, 128), attention_head_dim=64, num_heads=2,
-            n_blocks=1, num_mid_blocks=4, inference_cfg_rate=0.0, temperature=0.4, mel_mean=-6.1, mel_std=2.4,
+            n_blocks=1, num_mid_blocks=4, inference_cfg_rate=0.0, temperature=0.7, mel_mean=-6.1, mel_std=2.4,
         ),
         hift=HiftConfig(
             base_channels=192, sampling_rate=16_000, upsample_rates=(5, 4), upsample_kernel_sizes=(15, 8),
