@@ -113,7 +113,7 @@ FACTS = {
 }  # fmt: skip
 
 for _name, _entry in F.SCRIPT["intents"].items():
-    _wordings = _entry.get("wordings") or F.SCRIPT["like"][_entry["like"]]["wordings"]
-    for _mark, _words in _entry.get("marks", {}).items():
-        _wordings = _wordings.replace(f"<{_mark}>", _words)
-    register(_name, _entry["category"], _entry["renders"], _wordings, FACTS[_name], _entry.get("hold_one_in", 8))
+    _entry = {**F.SCRIPT["like"].get(_entry.pop("like", ""), {}), **_entry}
+    for _mark, _words in _entry.pop("marks", {}).items():
+        _entry = {key: v.replace(f"<{_mark}>", _words) if isinstance(v, str) else v for key, v in _entry.items()}
+    register(_name, facts=FACTS[_name], **_entry)

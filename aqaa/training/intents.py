@@ -43,6 +43,8 @@ class Intent:
     facts: tuple
     renders: int  # spoken questions in training at scale 1
     hold_one_in: int = 8  # one fact in so many is never asked in a given core; 0: none
+    later: tuple = ()  # wordings that joined when the plan stood: asked after all the rest
+    later_renders: int = 0
 
     def allowed(self, core):
         """Facts that training may ask in this core (a held-out core gets all)."""
@@ -68,14 +70,15 @@ def _closed(name, cores, key, one_in):
     return frozenset() if len(closed) == len(cores) else closed
 
 
-def register(name, category, renders, wordings, facts, hold_one_in=8):
-    """Add an intent. `wordings` is one string, a core a line; a line starting with * is held out."""
-    lines = [line.strip() for line in wordings.strip().splitlines()]
+def register(name, category, renders, wordings, facts, hold_one_in=8, later="", later_renders=0):
+    """Add an intent. `wordings` (and `later`) is one string, a core a line; a line starting with * is held out."""
+    lines, joined = ([line.strip() for line in text.strip().splitlines()] for text in (wordings, later))
     cores = tuple(line for line in lines if not line.startswith("*"))
     held_out = tuple(line[1:].strip() for line in lines if line.startswith("*"))
     if name in INTENTS:
         raise ValueError(f"intent {name!r} is registered twice; choose another name")
-    INTENTS[name] = Intent(name, category, cores, held_out, tuple(facts), renders, hold_one_in)
+    facts, joined = tuple(facts), tuple(joined)
+    INTENTS[name] = Intent(name, category, cores, held_out, facts, renders, hold_one_in, joined, later_renders)
 
 
 def fill(core, fact):

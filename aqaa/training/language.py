@@ -55,7 +55,7 @@ class LanguageTask:
 
     warmup = 0.02
 
-    def __init__(self, book, stage, rows=12, length=512, lr=1.5e-3, noise=0.05, layout=None):
+    def __init__(self, book, stage, rows=12, length=512, lr=2e-3, noise=0.05, layout=None):
         config = book.config
         self.floor = 0.3 if stage == "pretrain" else 0.02  # pre-training hands over a rate that is still high
         self.book, self.stage, self.rows, self.length, self.lr, self.noise = book, stage, rows, length, lr, noise

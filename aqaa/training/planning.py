@@ -67,6 +67,10 @@ def plan(scale=1.0, seed=0):
     training += _generic(_count(GENERIC, scale), rng)
     rng.shuffle(training)
     items += training
+    rng = Random(f"later {seed}")  # its own: the plan before stays what it was
+    later = [item for intent in C.INTENTS.values() for item in _training(intent, scale, ids, rng, later=True)]
+    rng.shuffle(later)
+    items += later
     if scale < 1:  # a miniature also speaks every answer that its training asks for
         asked = {item.answer_id for item in items if item.role == "question" and item.split == "train"}
         items = [item for item in answers if item.id in asked and item not in spoken] + items
@@ -149,14 +153,15 @@ class _Choice:
         return self.rng.choices(list(pool), p)[0]
 
 
-def _training(intent, scale, ids, rng):
-    """Spoken questions of one intent, every fact as often as every other, and its wordings in turn."""
+def _training(intent, scale, ids, rng, later=False):
+    """Spoken questions of one intent, every fact as often as every other, and its (later) wordings in turn."""
     known = [fact for fact in intent.facts if not fact.read_only]
-    turns, count = Counter(), _count(intent.renders, scale)
+    wordings = intent.later if later else intent.cores
+    turns, count = Counter(), _count(intent.later_renders if later else intent.renders, scale) if wordings else 0
     order = [fact for _ in range(count // len(known) + 1) for fact in rng.sample(known, len(known))][:count]
-    allowed = {core: {fact.key for fact in intent.allowed(core)} for core in intent.cores}
+    allowed = {core: {fact.key for fact in intent.allowed(core)} for core in wordings}
     for fact in order:
-        cores = [core for core in intent.cores if fact.key in allowed[core]]
+        cores = [core for core in wordings if fact.key in allowed[core]]
         core = cores[(turns[fact.key] + C.stable_hash(fact.key)) % len(cores)]
         turns[fact.key] += 1
         yield _question("train", "", intent, core, fact, V.TRAINING, ids, rng)

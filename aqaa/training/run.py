@@ -28,7 +28,7 @@ from .loop import Trainer, read_log
 from .tokenizers import LinguisticTask, SemanticTask, kmeans
 
 STEPS = {  # of each stage, about four hours in all on two cores
-    "linguistic": 8000, "semantic": 6000, "hift": 5000, "flow": 5000, "pretrain": 2500, "sft1": 8000,
+    "linguistic": 4400, "semantic": 2700, "hift": 2400, "flow": 6300, "pretrain": 1500, "sft1": 5000,
 }
 ORDER = ("corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export")
 BACKBONE = {"pretrain": "backbone", "sft1": "backbone"}  # the part of a model folder that a stage makes
@@ -190,7 +190,7 @@ class Run:
     def _language(self, stage, parent):
         from .language import LanguageTask
 
-        task = LanguageTask(self.book(), stage)
+        task = LanguageTask(self.book(), stage, lr=6e-4 if self.init else 2e-3)  # weights that have learnt go on gently
         if parent or self.init:
             self.part(parent or "pretrain", task.model).train()
         else:
