@@ -18,6 +18,7 @@ from aqaa.training.f0 import f0
 CEPSTRA = 24  # coefficients compared; the zeroth, loudness, is left out
 FLOOR = 30  # dB: frames of the reference quieter than this under its loudest are not compared
 FRAME = MelConfig(n_fft=640, sampling_rate=SAMPLE_RATE, hop_size=160, win_size=640)
+TAKES = 4  # times that each answer is spoken, from other noise
 OCTAVE_SLIP = 9  # semitones: a larger f0 error is the tracker's and is counted apart
 
 
@@ -105,6 +106,11 @@ def main(args):
     codes = [interleave.merge(*pair, model.ids) for pair in pairs]
     judge, _ = accuracy.make_judge(accuracy.all_answers(), [item.text for item in items], args.seed)
     texts = [item.text for item in items]
-    result = copy_synthesis(model.synthesize, codes, [w.numpy() for w in wavs], texts, judge, args.workers)
+    takes = [copy_synthesis(  # the flow starts from noise: a few answers more or less are heard right with each seed
+        lambda ids, seed=seed: model.synthesize(ids, seed), codes, [w.numpy() for w in wavs], texts, judge, args.workers
+    ) for seed in range(args.seed, args.seed + TAKES)]  # fmt: skip
+    result = {name: float(np.mean([take[name] for take in takes])) for name in takes[0] if name != "misheard"}
+    result |= {"n": len(items), "takes": TAKES, "strict_of_takes": [take["strict"] for take in takes]}
+    result["misheard"] = [miss for take in takes for miss in take["misheard"]]
     about = {"what": "synthesis", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]])}
     accuracy.report(args, {**about, **result}, [f"{name:24} {value}" for name, value in result.items()])
