@@ -1,0 +1,1 @@
+"""What the notebooks draw and play with: `show` (static figures and players) and `widgets` (interactive)."""

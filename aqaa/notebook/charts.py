@@ -1,0 +1,194 @@
+"""Pictures of numbers: training curves, bars, the ledger of an answer's time, a radar of scores; and tables."""
+
+import csv
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.ticker import LogLocator
+
+from aqaa.notebook.figures import LINES, array, canvas, picture, printable, styled
+
+DASHES = ("-", "--", "-.", ":")
+PARTS = ("read", "linguistic", "semantic", "generate", "vocode")  # of Answer.timings, in their order
+MARKS = (  # of Answer.timings: line, words, and height of the words above the bars
+    ("first_token", ":", "first token", 1.02),
+    ("first_audio", "--", "first sound", 1.13),
+    ("total", "-", "end", 1.02),
+)
+
+
+@styled
+def curves(rows, x="step", title="", alt="", log=True, columns=None):
+    """Lines of a training log. rows: dicts, or the path of a CSV; columns: which ones (default all but seconds).
+
+    Values are drawn on a logarithmic axis where log is true and all of them are positive.
+    """
+    if isinstance(rows, (str, Path)):
+        if not Path(rows).is_file():
+            raise ValueError(f"there is no log {Path(rows).name}: name a CSV file.")
+        with open(rows, newline="") as file:
+            rows = list(csv.DictReader(file))
+    if not rows or x not in rows[0]:
+        raise ValueError(f"curves needs rows with a column {x!r}.")
+    names = columns or [n for n in dict.fromkeys(k for row in rows for k in row) if n not in (x, "seconds")]
+    series = {name: [(float(r[x]), float(r[name])) for r in rows if r.get(name) not in (None, "")] for name in names}
+    if not series or not all(series.values()):
+        raise ValueError(f"curves found no values to draw against {x!r} in {', '.join(names) or 'any column'}.")
+    figure, (axis,) = canvas(2.8)
+    for i, (name, points) in enumerate(series.items()):
+        style = {
+            "color": LINES[i % len(LINES)],
+            "marker": "o" if len(points) < 15 else "",
+            "markersize": 4,
+            "linewidth": 2,
+        }
+        axis.plot(*zip(*points), DASHES[i % len(DASHES)], label=printable(name), **style)
+    if log and min(value for points in series.values() for _, value in points) > 0:
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+    axis.grid(color="0.9")
+    axis.set(xlabel=x, ylabel="value" if len(series) > 1 else next(iter(series)))
+    if len(series) > 1:
+        figure.legend(loc="outside right upper", fontsize=9)
+    return picture(figure, alt or f"curves of {', '.join(series)} over {x}", title)
+
+
+@styled
+def bars(values, unit="", title="", alt=""):
+    """Horizontal bars of a dict name -> number, each with its number."""
+    if not values:
+        raise ValueError("bars needs a dict of names and numbers, and this one is empty.")
+    numbers = array(list(values.values()), 1, "the values of bars")
+    figure, (axis,) = canvas(0.75 + 0.3 * len(numbers))
+    _bars(axis, [printable(name) for name in values], numbers)
+    axis.set_xlabel(unit or "value")
+    words = ", ".join(f"{name} {value:.3g}" for name, value in zip(values, numbers))
+    return picture(figure, alt or f"bars: {words}{' ' if unit else ''}{unit}", title, colours=16)
+
+
+def _bars(axis, names, numbers, left=0.0, colours=None, mark="{:.3g}"):
+    """Bars from top to bottom that begin at `left`, numbers at their ends."""
+    drawn = axis.barh(range(len(names)), numbers, left=left, color=colours or LINES[5], edgecolor="0.3", linewidth=0.8)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axis.bar_label(drawn, [mark.format(number) for number in numbers], padding=4, bbox=paper, zorder=4)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.tick_params(axis="y", length=0)
+    return drawn
+
+
+@styled
+def ledger(timings, seconds=None, title="", alt=""):
+    """Where the time of an answer went: a bar for each part of Answer.timings, and when the first sound came.
+
+    seconds: length of the answer's sound, for the real-time factor. In a stream generate and vocode take turns, so
+    both begin at the same place.
+    """
+    parts = {name: timings[name] for name in PARTS if name in timings}
+    if not parts:
+        raise ValueError("ledger needs the timings of an Answer: they hold read, linguistic, semantic and so on.")
+    figure, (axis,) = canvas(1.3 + 0.3 * len(parts))
+    starts = np.concatenate([[0], np.cumsum(list(parts.values()))[:-1]])
+    turns = "vocode" in parts and timings.get("first_audio", np.inf) < starts[-1]
+    if turns:
+        starts[-1] = starts[-2]
+    drawn = _bars(axis, list(parts), list(parts.values()), starts, [LINES[5]] * len(parts), "{:.3f} s")
+    for bar in drawn[-2:] if turns else ():
+        bar.set_hatch("///")
+    total = timings.get("total", sum(parts.values()))
+    last = total - timings.get("first_audio", 0) < 0.03 * total  # the first sound was all of it
+    for name, dash, words, height in MARKS:
+        if name in timings and not (last and name == "total"):
+            words = "first sound, end" if last and name == "first_audio" else words
+            time, side = timings[name], "right" if timings[name] > 0.7 * total else "left"
+            axis.axvline(time, color=LINES[1], linestyle=dash, linewidth=1.6)
+            words, where = f" {words} {time:.2f} s ", axis.get_xaxis_transform()
+            axis.text(time, height, words, transform=where, ha=side, fontsize=9, color=LINES[1])
+    factor = f"; the sound lasts {seconds:.2f} s, real-time factor {total / seconds:.2f}" if seconds else ""
+    axis.set_xlabel(f"time since the question (s){factor}")
+    words = "where the time of an answer went: bars for " + ", ".join(parts) + "; marks at first token and first sound"
+    return picture(figure, alt or words, title, colours=16)
+
+
+@styled
+def radar(scores, title="", alt=""):
+    """Scores from 0 to 1 around a circle, with a table of the numbers below.
+
+    scores: name -> score, or system -> {name -> score}; the names of the first system are the spokes.
+    """
+    systems = scores if scores and all(isinstance(v, dict) for v in scores.values()) else {"score": scores}
+    names = list(next(iter(systems.values())) or ())
+    if len(names) < 3 or any(set(values) != set(names) for values in systems.values()):
+        raise ValueError("radar needs at least three scores, and the same names for every system.")
+    if not all(0 <= value <= 1 for values in systems.values() for value in values.values()):
+        raise ValueError("radar draws scores between 0 and 1.")
+    figure, (axis,) = canvas(4.4, subplot_kw={"projection": "polar"})
+    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    for i, (system, values) in enumerate(systems.items()):
+        ring = [values[name] for name in names]
+        style = {"color": LINES[i % len(LINES)], "linestyle": DASHES[i % len(DASHES)], "marker": "osD^v"[i % 5]}
+        axis.plot([*angles, angles[0]], [*ring, ring[0]], label=printable(system), linewidth=1.8, **style)
+    axis.set_theta_zero_location("N")
+    axis.set_theta_direction(-1)
+    axis.set_rlabel_position(180 / len(names))
+    axis.set_xticks(angles, [printable(name) for name in names])
+    for label, angle in zip(axis.get_xticklabels(), angles):
+        side = np.sin(angle)
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+    axis.set_yticks((0.25, 0.5, 0.75, 1), ("25 %", "50 %", "75 %", "100 %"), fontsize=8)
+    axis.set_ylim(0, 1)
+    if len(systems) > 1:
+        figure.legend(loc="outside right upper", fontsize=9)
+    rows = [[name, *(f"{100 * values[name]:.0f} %" for values in systems.values())] for name in names]
+    fallback = Table(rows, ["", *systems])
+    drawn = picture(figure, alt or f"radar of {', '.join(names)} for {', '.join(systems)}", title, colours=24)
+    drawn.extra, drawn.words = fallback._repr_html_(), repr(fallback)
+    return drawn
+
+
+class Table:
+    """Rows of cells as an HTML table, and as aligned columns where only text is shown."""
+
+    def __init__(self, rows, head=None, caption=""):
+        rows = list(rows)
+        if rows and all(isinstance(row, dict) for row in rows):
+            head = head or list(rows[0])
+            rows = [[row.get(name, "") for name in head] for row in rows]
+        self.rows = [[_cell(value) for value in row] for row in rows]
+        self.head, self.caption = [str(name) for name in head] if head else None, caption
+        if not rows or len({len(row) for row in [*self.rows, *([self.head] if head else [])]}) != 1:
+            raise ValueError("a table needs rows of the same number of cells, and a head of that many if it has one.")
+        numbers = [[isinstance(value, (int, float)) for value in row] for row in rows]
+        self.right = [all(column) for column in zip(*numbers)]
+
+    def __repr__(self):
+        lines = [*([self.head] if self.head else []), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        pads = [str.rjust if right else str.ljust for right in self.right]
+        text = ["  ".join(pad(cell, n) for pad, cell, n in zip(pads, line, widths)).rstrip() for line in lines]
+        if self.head:
+            text.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*([self.caption] if self.caption else []), *text])
+
+    def _repr_html_(self):
+        sides = ["right" if right else "left" for right in self.right]
+        cells = [
+            "".join(f'<td style="text-align:{side}">{escape(cell)}</td>' for side, cell in zip(sides, row))
+            for row in self.rows
+        ]
+        head = "".join(f'<th style="text-align:{s}">{escape(c)}</th>' for s, c in zip(sides, self.head or ()))
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        head = f"<thead><tr>{head}</tr></thead>" if head else ""
+        return f"<table>{caption}{head}<tbody>{''.join(f'<tr>{row}</tr>' for row in cells)}</tbody></table>"
+
+
+def _cell(value):
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)

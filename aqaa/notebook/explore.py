@@ -1,0 +1,309 @@
+"""Widgets to look into a sound and the way it is made: tokens, interleaving, the flow's steps, and a listening test."""
+
+from itertools import groupby
+from statistics import fmean, stdev
+
+import matplotlib
+import numpy as np
+import torch
+
+from aqaa.config import GROUP_SECONDS, GROUP_SIZE, LINGUISTIC_PER_GROUP, SAMPLE_RATE, SEMANTIC_PER_GROUP, IdsConfig
+from aqaa.notebook import show
+from aqaa.notebook.figures import array
+from aqaa.notebook.live import Widget, pcm16
+from aqaa.tokenizers import interleave
+
+STEPS = {"linguistic": GROUP_SECONDS / LINGUISTIC_PER_GROUP, "semantic": GROUP_SECONDS / SEMANTIC_PER_GROUP}  # s a code
+
+
+class Tokens(Widget):
+    """Both streams of tokens of a sound: point at one, hear its 60 or 40 ms, see its neighbours in the codebook.
+
+    audio_ids: merged ids, or (linguistic codes, semantic codes); wav (N,) at `rate` Hz.
+    """
+
+    script = "tokens"
+
+    def __init__(self, model, audio_ids, wav, interactive=False, rate=SAMPLE_RATE):
+        pair = len(audio_ids) == 2 and all(hasattr(codes, "__len__") for codes in audio_ids)
+        streams = audio_ids if pair else interleave.split(audio_ids, model.ids)
+        self.codes = {kind: [int(code) for code in codes] for kind, codes in zip(STEPS, streams)}
+        if not all(self.codes.values()):
+            raise ValueError("the inspector needs tokens of both kinds: pass merged ids or (linguistic, semantic).")
+        self.wav, self.rate = array(wav, 1, "the sound"), rate
+        tables = (model.linguistic.centroids, model.semantic.quantizer._codebook.embed)
+        self.near = {kind: neighbours(self.codes[kind], table) for kind, table in zip(STEPS, tables)}
+        super().__init__(interactive)
+        if interactive:
+            rows = [{"kind": kind, "step": STEPS[kind], "codes": codes,
+                     "near": {str(code): near for code, near in self.near[kind].items()}}
+                    for kind, codes in self.codes.items()]  # fmt: skip
+            self._open(wav=pcm16(self.wav), rate=rate, rows=rows)
+
+    def __repr__(self):
+        linguistic, semantic = map(len, self.codes.values())
+        return f"<tokens: {linguistic} linguistic, {semantic} semantic, {len(self.wav) / self.rate:.2f} s>"
+
+    def _static(self):
+        rows = []
+        for kind, codes in self.codes.items():
+            for code in list(dict.fromkeys(codes))[:6]:
+                times = ", ".join(f"{i * STEPS[kind]:.2f}" for i, other in enumerate(codes) if other == code)
+                near = ", ".join(f"{other} ({distance:.2f})" for other, distance in self.near[kind][code])
+                rows.append([kind, str(code), times, near])
+        head = ["kind", "code", "heard at, s", "nearest codes (distance; the usual one is 1)"]
+        return [show.streams(*self.codes.values(), self.wav, self.rate), show.table(rows, head, "The first codes")]
+
+
+def neighbours(codes, table, count=4):
+    """The nearest other entries of a codebook (K, D) for each distinct code: {code: [(other, distance)]}.
+
+    Distances are shares of the usual one: the median from that code to all the others.
+    """
+    codes, table = sorted(set(codes)), table.detach().float().cpu()
+    distances = torch.cdist(table[codes], table)
+    usual = distances.median(1).values.clamp(min=1e-9)
+    distances[torch.arange(len(codes)), codes] = float("inf")
+    best = distances.topk(min(count, len(table) - 1), largest=False)
+    return {code: [(int(other), round(float(d / scale), 3)) for d, other in zip(values, others)]
+            for code, scale, values, others in zip(codes, usual, best.values, best.indices)}  # fmt: skip
+
+
+class Interleave(Widget):
+    """Drag the ratio of text to audio tokens: the blocks of an answer, and when each sound could start.
+
+    n_text, n_audio: tokens of the whole answer (audio: cut to groups of 5). Time is counted in tokens alone: a vocoder
+    adds its look-ahead and its own work.
+    """
+
+    script = "interleave"
+    SPEED = 100  # tokens a second, to begin with
+
+    def __init__(self, n_text, n_audio, interactive=False):
+        if n_text < 1 or n_audio < GROUP_SIZE:
+            raise ValueError(f"an answer needs text and at least one group of {GROUP_SIZE} audio tokens.")
+        self.n_text, self.n_audio = int(n_text), int(n_audio) // GROUP_SIZE * GROUP_SIZE
+        super().__init__(interactive, blocks=[])
+        self.plan()
+        if interactive:
+            layouts = {name: [self._text_block(made), made.audio_block] for name, made in interleave.LAYOUTS.items()}
+            self._open(layouts=layouts, n_text=self.n_text, n_audio=self.n_audio)
+
+    def _text_block(self, layout):
+        return self.n_text + 1 if layout.text_block is None else layout.text_block
+
+    def plan(self, text_block=10, audio_block=15, tokens_per_second=SPEED):
+        """The blocks in order, see `schedule`; what the page shows from now on. text_block 0: no text at all."""
+        blocks = schedule(self.n_text, self.n_audio, text_block, audio_block, tokens_per_second)
+        sounds = [block for block in blocks if block["kind"] == "audio"]
+        waits = [block["wait"] for block in sounds[1:] if block["wait"] > 1e-6]
+        words = f"First sound after {sounds[0]['plays']:.2f} s; " + (
+            f"{len(waits)} waits, {sum(waits):.2f} s of silence in all." if waits else "then no wait."
+        )
+        self._set(
+            blocks=blocks,
+            message=words,
+            text_block=text_block,
+            audio_block=audio_block,
+            tokens_per_second=tokens_per_second,
+        )
+        return blocks
+
+    def _on_set(self, message, _):
+        names = ("text_block", "audio_block", "tokens_per_second")
+        self.plan(**{name: int(message.get(name, self._state[name])) for name in names})
+
+    def __repr__(self):
+        ratio = f"{self._state['text_block']}:{self._state['audio_block']}"
+        return f"<interleave: {self.n_text} text and {self.n_audio} audio tokens, {ratio}>"
+
+    def _static(self):
+        speed, rows = self._state["tokens_per_second"], []
+        for name, layout in interleave.LAYOUTS.items():
+            blocks = schedule(self.n_text, self.n_audio, self._text_block(layout), layout.audio_block, speed)
+            sounds = [block for block in blocks if block["kind"] == "audio"]
+            silence = sum(block["wait"] for block in sounds[1:])
+            rows.append([name, f"{sounds[0]['plays']:.2f}", f"{silence:.2f}", f"{blocks[-1]['ready']:.2f}"])
+        generated = [(b["start"], b["ready"], f"{b['kind'][0].upper()}{b['count']}") for b in self._state["blocks"]]
+        heard = [(b["plays"], b["plays"] + b["seconds"], f"sound {k + 1}") for k, b in
+                 enumerate(b for b in self._state["blocks"] if b["kind"] == "audio")]  # fmt: skip
+        title = f"{self._state['text_block']} text, {self._state['audio_block']} audio tokens, {speed} tokens a second"
+        head = ["layout", "first sound, s", "silence later, s", "all generated, s"]
+        return [
+            show.alignment(generated, heard, ("generated", "heard"), title, f"{title}. {self._state['message']}"),
+            show.table(rows, head, f"The layouts of the paper's Table 1 at {speed} tokens a second"),
+        ]
+
+
+def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second):
+    """Blocks of an answer as they are generated: dicts kind, count (tokens), start and ready (s); for audio also plays
+    (s, when its sound can start: it is ready and the one before is over), seconds of sound, and wait (s of silence).
+
+    The order of the tokens is that of interleave.Layout; once there is no more text the audio still counts in blocks.
+    """
+    if tokens_per_second <= 0:
+        raise ValueError(f"{tokens_per_second} tokens a second never make an answer: pass a number above 0.")
+    ids, groups = IdsConfig(), n_audio // GROUP_SIZE
+    audio_ids = interleave.merge([0] * LINGUISTIC_PER_GROUP * groups, [0] * SEMANTIC_PER_GROUP * groups, ids)
+    layout = interleave.Layout("yours", text_block, audio_block)
+    answer = layout.arrange([ids.first_text] * n_text if text_block else [], audio_ids, ids)[:-1]  # without eot
+    blocks, done, end = [], 0, 0.0
+    for spoken, run in groupby(answer, lambda token: token >= ids.n_text):
+        count = len(list(run))
+        while count:
+            size = min(count, audio_block) if spoken else count
+            block = {"kind": "audio" if spoken else "text", "count": size, "start": done / tokens_per_second}
+            count, done = count - size, done + size
+            block["ready"] = done / tokens_per_second
+            if spoken:
+                block["plays"] = max(block["ready"], end)
+                block["wait"] = block["plays"] - end
+                block["seconds"] = size / GROUP_SIZE * GROUP_SECONDS
+                end = block["plays"] + block["seconds"]
+            blocks.append(block)
+    return blocks
+
+
+class Ode(Widget):
+    """The flow's way from noise to a mel: drag the step, see the mel, hear it through the vocoder.
+
+    states: (bins, frames) at each of `times`; synth(state) gives (N,) samples at `rate` Hz, called once for each state
+    when it is first needed; hop_seconds: of a frame.
+    """
+
+    script = "ode"
+
+    def __init__(self, states, times, synth, interactive=False, rate=SAMPLE_RATE, hop_seconds=0.010):
+        self.states = [array(torch.as_tensor(state).squeeze(), 2, "a state") for state in states]
+        self.times, self.rate, self.hop_seconds = [float(time) for time in times], rate, hop_seconds
+        if len(self.states) < 2 or len(self.states) != len(self.times):
+            raise ValueError("the stepper needs two states or more and one time for each of them.")
+        self._synth, self._given, self._sounds = synth, list(states), {}
+        super().__init__(interactive)
+        if interactive:
+            low, high = float(self.states[-1].min()), float(self.states[-1].max())  # noise is wider than any mel
+            scaled = [(255 * (state - low) / max(high - low, 1e-6)).clip(0, 255) for state in self.states]
+            palette = (255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).round()
+            bins, frames = self.states[-1].shape
+            self._open(
+                pictures=[picture.astype(np.uint8).tobytes() for picture in scaled],
+                bins=bins,
+                frames=frames,
+                times=self.times,
+                sounds=[pcm16(self.sound(k)) for k in range(len(states))],
+                rate=rate,
+                palette=palette.astype(np.uint8).tobytes(),
+                hop=hop_seconds,
+                low=low,
+                high=high,
+            )
+
+    def sound(self, step):
+        """(N,) samples of what the vocoder makes of the state after `step` steps."""
+        if step not in self._sounds:
+            self._sounds[step] = torch.as_tensor(self._synth(self._given[step])).detach().float().cpu().flatten()
+        return self._sounds[step]
+
+    def __repr__(self):
+        bins, frames = self.states[-1].shape
+        return f"<ode: {len(self.states) - 1} steps, mel ({bins} bins, {frames} frames)>"
+
+    def _static(self):
+        last = len(self.states) - 1
+        chosen = sorted({0, (last + 1) // 2, last})
+        title = f"From noise to mel in {last} steps"
+        return [
+            show.trajectory(self.states, self.times, title),
+            show.compare(*((f"step {k}, t = {self.times[k]:.2f}", self.sound(k)) for k in chosen), rate=self.rate),
+        ]
+
+
+class Listening(Widget):
+    """A listening test: every sound gets a mark from 1 (bad) to 5 (excellent), in a random order and without its name.
+
+    pairs: (name, wav) or (name, wav, transcript), wav (N,) at `rate` Hz; sounds of one system share its name. Each
+    submission of the form is one listener; `rate_all` does the same without a page.
+    """
+
+    script = "listening"
+
+    def __init__(self, pairs, interactive=False, rate=SAMPLE_RATE, seed=0):
+        self.pairs = [(str(pair[0]), array(pair[1], 1, "a sound"), pair[2] if len(pair) > 2 else "") for pair in pairs]
+        if not self.pairs:
+            raise ValueError("a listening test needs sounds: pass pairs (name, wav).")
+        self.rate, self.marks, self._shuffle = rate, [], np.random.default_rng(seed)
+        super().__init__(interactive, done=False, results=[], order=self._order())
+        if interactive:
+            sounds = [pcm16(pair[1]) for pair in self.pairs]
+            self._open(sounds=sounds, rate=rate, transcripts=[pair[2] for pair in self.pairs])
+
+    def _order(self):
+        return self._shuffle.permutation(len(self.pairs)).tolist()
+
+    def rate_all(self, marks):
+        """One listener's marks, one for each pair in the order of `pairs`. Raises ValueError unless all are 1 to 5."""
+        if len(marks) != len(self.pairs) or not all(mark in (1, 2, 3, 4, 5) for mark in marks):
+            raise ValueError(f"a listener gives {len(self.pairs)} marks from 1 to 5, not {list(marks)}.")
+        self.marks.append([int(mark) for mark in marks])
+        return self.result()
+
+    def result(self):
+        """{name: {"n", "mean", "low", "high"}}: mean opinion score and its 95 % interval, and "all" over several names.
+
+        low and high are None for a single mark. Empty before the first listener.
+        """
+        found = {}
+        for row in self.marks:
+            for (name, *_), mark in zip(self.pairs, row):
+                found.setdefault(name, []).append(mark)
+        if len(found) > 1:
+            found["all"] = [mark for row in self.marks for mark in row]
+        keys = ("n", "mean", "low", "high")
+        return {name: dict(zip(keys, (len(marks), *interval(marks)))) for name, marks in found.items()}
+
+    def _on_submit(self, message, _):
+        scores = dict(zip(self._state["order"], message["scores"]))
+        result = self.rate_all([scores[k] for k in range(len(self.pairs))])
+        listeners = f"{len(self.marks)} listener{'s' * (len(self.marks) > 1)}"
+        self._set(
+            done=True,
+            results=[{"title": name, **row} for name, row in result.items()],
+            message=f"Thank you. {listeners} so far; result() has these numbers in the next cell.",
+        )
+
+    def _on_again(self, *_):
+        self._set(done=False, order=self._order(), message="")
+
+    def __repr__(self):
+        return f"<listening test: {len(self.pairs)} sounds, {len(self.marks)} listeners>"
+
+    def _static(self):
+        shuffled = [self.pairs[which] for which in self._state["order"]]
+        sounds = show.compare(*((f"Sound {k + 1}", *pair[1:]) for k, pair in enumerate(shuffled)), rate=self.rate)
+        if not self.marks:
+            return [
+                sounds,
+                show.table(
+                    [["1 bad", "2 poor", "3 fair", "4 good", "5 excellent"]],
+                    caption="How natural does each sound seem?",
+                ),
+            ]
+        rows = [[name, *(value if isinstance(value, int) else "–" if value is None else f"{value:.2f}"
+                         for value in row.values())] for name, row in self.result().items()]  # fmt: skip
+        return [
+            sounds,
+            show.table(
+                rows, ["sound", "marks", "mean", "from", "to"], "Mean opinion score with its 95 % confidence interval"
+            ),
+        ]
+
+
+def interval(marks, level=0.95):
+    """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two."""
+    from scipy.stats import t
+
+    mean = fmean(marks)
+    if len(marks) < 2:
+        return mean, None, None
+    reach = float(t.ppf((1 + level) / 2, len(marks) - 1)) * stdev(marks) / len(marks) ** 0.5
+    return mean, mean - reach, mean + reach

@@ -1,0 +1,289 @@
+"""Pictures that a committed notebook can hold: small, the same bytes each time, and readable without colour.
+
+Every figure is a PNG of few colours on white (so that a dark page does not swallow it) with a text that says what is in
+it. Lines and bars differ in colour (Okabe and Ito's palette) and in dash or place; maps use viridis, which greys well.
+"""
+
+import base64
+import io
+import re
+from functools import wraps
+from html import escape
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from aqaa import audio
+from aqaa.config import SAMPLE_RATE
+
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito 2008
+STYLE = {
+    "figure.dpi": 80, "figure.facecolor": "white", "savefig.facecolor": "white", "font.family": "DejaVu Sans",
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=LINES), "text.parse_math": False, "hatch.linewidth": 0.6,
+    "image.cmap": "viridis", "legend.frameon": False,
+}  # fmt: skip
+WIDTH = 9.0  # inches, 720 pixels
+PALETTE = 48  # colours of a PNG
+LEVELS = 20  # steps of a colour map: enough for the eye, and the file is a third
+COLUMNS = 300  # frames of a map; more are not seen in 600 pixels
+
+
+class Picture:
+    """A PNG with its words. `png` bytes, `alt` says what is seen, `title` stands above, `extra` (HTML) below."""
+
+    def __init__(self, png, alt, title="", extra=""):
+        self.png, self.alt, self.title, self.extra = png, alt, title, extra
+        self.width, self.height = Image.open(io.BytesIO(png)).size
+        self.words = ""  # what a text-only reader gets below the line that names the figure
+
+    def __repr__(self):
+        return f"<figure: {self.alt}>" + ("\n" + self.words if self.words else "")
+
+    def _repr_html_(self):
+        data = base64.b64encode(self.png).decode()
+        return (
+            f'<figure style="margin:0"><figcaption>{escape(self.title or self.alt)}</figcaption>'
+            f'<img alt="{escape(self.alt)}" width="{self.width}" height="{self.height}" '
+            f'style="max-width:100%;height:auto;background:#fff" src="data:image/png;base64,{data}">'
+            f"{self.extra}</figure>"
+        )
+
+
+def styled(function):
+    """Draw in our style whatever the reader has set."""
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        with matplotlib.style.context(["default", STYLE]):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def canvas(height, rows=1, columns=1, **options):
+    """A figure of `height` inches and its axes in a flat list; nothing global is touched."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def picture(figure, alt, title="", extra="", colours=PALETTE):
+    """Matplotlib figure -> Picture. Few colours and no date inside: small, and the same bytes each time."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=80)
+    width, height = figure.canvas.get_width_height()
+    pixels = Image.frombytes("RGBA", (width, height), buffer.getvalue()).convert("RGB")
+    buffer = io.BytesIO()
+    _few_colours(np.asarray(pixels), colours).save(buffer, "PNG", optimize=True)
+    return Picture(buffer.getvalue(), alt, title, extra)
+
+
+def _few_colours(pixels, colours, apart=10):
+    """(H, W, 3) uint8 -> palette image of the commonest colours that differ, exactly; others become the nearest.
+
+    Pillow's own methods mix rare colours: a thin line would change its hue, which the legend then belies.
+    """
+    packed = pixels.astype(np.int64) @ (65536, 256, 1)
+    known, place, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    known = np.stack([known >> 16, known >> 8 & 255, known & 255], 1)
+    left, palette = counts.copy(), []
+    while left.any() and len(palette) < colours:
+        palette.append(known[left.argmax()])
+        left[np.abs(known - palette[-1]).max(1) < apart] = 0
+    nearest = np.square(known[:, None] - np.array(palette)[None]).sum(-1).argmin(1)
+    image = Image.fromarray(nearest[place].reshape(packed.shape).astype(np.uint8), "P")
+    image.putpalette(np.array(palette, dtype=np.uint8).tobytes())
+    return image
+
+
+# ---- what is handed in ----------------------------------------------------------------------------------------------
+
+
+def array(values, dims, name):
+    """Tensor, array or nested lists -> float32 array of `dims` dimensions. Raises ValueError in one sentence."""
+    values = values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    try:
+        values = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers in a tensor or an array.") from None
+    if values.ndim != dims:
+        raise ValueError(f"{name} must have {dims} dimension{'s'[: dims - 1]}, not the shape {values.shape}.")
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError(f"{name} {'is empty' if not values.size else 'holds NaN or infinity'}: nothing can be drawn.")
+    return values
+
+
+def integers(codes, name):
+    """A row of codes or ids -> list of ints."""
+    codes = codes.tolist() if hasattr(codes, "tolist") else codes
+    if not isinstance(codes, (list, tuple)) or not all(isinstance(code, (int, np.integer)) for code in codes):
+        raise ValueError(f"{name} must be one row of whole numbers.")
+    if not codes:
+        raise ValueError(f"{name} is empty: nothing can be drawn.")
+    return [int(code) for code in codes]
+
+
+# ---- waves and maps -------------------------------------------------------------------------------------------------
+
+
+@styled
+def waveform(wav, rate=SAMPLE_RATE, title="", alt=""):
+    """Pressure over time. wav: (N,) at `rate` Hz."""
+    wav = array(wav, 1, "the sound")
+    figure, (axis,) = canvas(1.7)
+    draw_wave(axis, wav, rate)
+    axis.set_xlabel("time (s)")
+    return picture(figure, alt or f"waveform of a sound of {len(wav) / rate:.2f} s", title, colours=16)
+
+
+def draw_wave(axis, wav, rate):
+    """A filled outline: the lowest and the highest sample of each pixel's time."""
+    edges = _edges(len(wav), 600)
+    low, high = np.minimum.reduceat(wav, edges), np.maximum.reduceat(wav, edges)
+    time = edges / rate
+    axis.fill_between(time, low, high, color=LINES[0], linewidth=0.6)
+    limit = max(float(np.abs(wav).max()), 1e-3) * 1.05
+    axis.set(xlim=(0, len(wav) / rate), ylim=(-limit, limit), ylabel="amplitude")
+    axis.yaxis.set_major_locator(MaxNLocator(3))
+
+
+@styled
+def spectrogram(wav, rate=SAMPLE_RATE, title="", alt=""):
+    """How strong each pitch is over time: Whisper's log-mel with 80 bins, in dB below the loudest. wav: (N,)."""
+    wav = torch.from_numpy(array(wav, 1, "the sound"))
+    if len(wav) < 0.03 * rate:
+        raise ValueError(f"a spectrogram needs 30 ms of sound, not {1000 * len(wav) / rate:.0f} ms.")
+    bins = 80
+    decibel = 40 * audio.log_mel(audio.resample(wav, rate), bins).numpy()  # log10 of power / 4 + 1, hence 40
+    figure, (axis,) = canvas(2.6)
+    seconds = len(wav) / rate
+    image = _map(axis, decibel - decibel.max(), seconds, Normalize(-80, 0))
+    figure.colorbar(image, ax=axis, label="dB below the loudest", pad=0.01, ticks=(-80, -60, -40, -20, 0))
+    hertz = np.array([250, 500, 1000, 2000, 4000, 8000])
+    mels = np.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * np.log(np.maximum(hertz, 1000) / 1000) / np.log(6.4))
+    axis.set_yticks(np.minimum(mels / mels[-1] * (bins + 1) - 0.5, bins), [f"{f / 1000:g}" for f in hertz])
+    axis.set(ylabel="frequency (kHz)", xlabel="time (s)", ylim=(0, bins))
+    return picture(figure, alt or f"mel spectrogram of a sound of {seconds:.2f} s, 0 to 8 kHz", title)
+
+
+def _edges(size, most):
+    """Where `most` pieces of a row begin, evenly over all of it, so that time stays where it was."""
+    count = min(size, most)
+    return np.arange(count) * size // count
+
+
+def _map(axis, matrix, width, norm, levels=LEVELS, height=None):
+    """(bins, frames) as an image of `width` seconds or frames; frames that no pixel has room for are averaged."""
+    edges = _edges(matrix.shape[1], COLUMNS)
+    matrix = np.add.reduceat(matrix, edges, axis=1) / np.diff([*edges, matrix.shape[1]])
+    extent = (0, width, 0, height or len(matrix))
+    colours = matplotlib.colormaps["viridis"].resampled(levels)
+    axis.spines[:].set_visible(False)
+    return axis.imshow(
+        matrix, cmap=colours, norm=norm, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
+    )
+
+
+def mel(matrix, hop_seconds=0.010, title="", alt="", bins="mel bin", unit="value"):
+    """Any (bins, frames) map over time; hop_seconds between frames, bins and unit label axis and colours."""
+    matrix = array(matrix, 2, "the map")
+    alt = alt or f"map of {len(matrix)} bins and {matrix.shape[1]} frames, {matrix.shape[1] * hop_seconds:.2f} s"
+    return _maps([("", matrix)], hop_seconds, title, alt, bins, unit)
+
+
+def maps(pairs, hop_seconds=0.010, alt="", title="", bins="mel bin", unit="value"):
+    """Several (title, (bins, frames)) maps below each other, on one time axis and one scale of colours."""
+    pairs = [(str(name), array(matrix, 2, f"the map {name!r}")) for name, matrix in pairs]
+    if not pairs:
+        raise ValueError("maps needs at least one pair (title, matrix).")
+    alt = alt or "maps below each other: " + ", ".join(name for name, _ in pairs)
+    return _maps(pairs, hop_seconds, title, alt, bins, unit)
+
+
+@styled
+def _maps(pairs, hop_seconds, title, alt, bins, unit):
+    figure, axes = canvas(0.5 + (2.1 if len(pairs) == 1 else 1.55 * len(pairs)), len(pairs), sharex=True)
+    norm = _norm([matrix for _, matrix in pairs])
+    for axis, (name, matrix) in zip(axes, pairs):
+        image = _map(axis, matrix, matrix.shape[1] * hop_seconds, norm)
+        axis.set(ylabel=bins)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.tick_params(bottom=axis is axes[-1])
+    axes[-1].set_xlabel("time (s)")
+    axes[-1].set_xlim(0, max(matrix.shape[1] for _, matrix in pairs) * hop_seconds)
+    figure.colorbar(image, ax=axes, label=unit, pad=0.01)
+    return picture(figure, alt, title)
+
+
+def _norm(matrices):
+    """One scale for all; a few outliers (1 in 1000) may saturate."""
+    values = np.concatenate([matrix.ravel() for matrix in matrices])
+    low, high = np.quantile(values, (0.001, 0.999))
+    return Normalize(low, high if high > low else low + 1)
+
+
+@styled
+def trajectory(states, times, title="", alt="", bins="mel bin"):
+    """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side, one scale of colours."""
+    states = [array(state, 2, "a state") for state in states]
+    if not states or len(states) != len(times):
+        raise ValueError(f"trajectory needs one time for each state, not {len(times)} for {len(states)}.")
+    columns = min(len(states), 6)
+    rows = -(-len(states) // columns)
+    figure, axes = canvas(0.4 + 1.5 * rows, rows, columns, sharex=True, sharey=True)
+    norm = _norm(states[-1:])  # the end decides: noise is wider than any mel
+    for axis, state, time in zip(axes, states, times):
+        # Bins and frames are picked, not averaged: averaged noise would look like less noise.
+        picked = state[:: max(1, len(state) // 40), :: max(1, state.shape[1] // 80)]
+        image = _map(axis, picked, state.shape[1], norm, levels=14, height=len(state))
+        axis.set_title(f"t = {float(time):.2f}", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(2))
+    for axis in axes[len(states) :]:
+        axis.set_visible(False)
+    figure.supxlabel("frame", fontsize=10)
+    figure.supylabel(bins, fontsize=10)
+    figure.colorbar(image, ax=axes, label="value", pad=0.01)
+    alt = alt or f"{len(states)} pictures of a mel at times {float(times[0]):g} to {float(times[-1]):g}"
+    return picture(figure, alt, title)
+
+
+@styled
+def attention(weights, rows=None, columns=None, title="", alt=""):
+    """Heat map of weights (Q, K): which key each query looks at. rows, columns: labels, printed when they fit."""
+    weights = array(weights, 2, "the weights")
+    for labels, size, name in ((rows, weights.shape[0], "rows"), (columns, weights.shape[1], "columns")):
+        if labels is not None and len(labels) != size:
+            raise ValueError(f"attention needs {size} labels for its {name}, not {len(labels)}.")
+    figure, (axis,) = canvas(max(2.4, min(5.5, 0.9 + (0.1 if rows is None else 0.18) * len(weights))))
+    colours = matplotlib.colormaps["viridis"].resampled(LEVELS)
+    norm = PowerNorm(0.5, min(0.0, float(weights.min())), float(weights.max()) or 1.0)
+    image = axis.imshow(weights, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axis, label="weight (colours by square root)", pad=0.01)
+    axis.set(xlabel="looked at (key)", ylabel="looking (query)")
+    if rows is not None and len(rows) <= 40:
+        axis.set_yticks(range(len(rows)), [printable(label) for label in rows], fontsize=8)
+    if columns is not None and len(columns) <= 60:
+        axis.set_xticks(range(len(columns)), [printable(label) for label in columns], fontsize=8, rotation=90)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_tick_params(length=2)
+    alt = alt or f"attention of {weights.shape[0]} queries to {weights.shape[1]} keys"
+    return picture(figure, alt, title)
+
+
+def write(axis, x, y, label, size=8, rotation=0, **options):
+    """Text in the middle of a cell, without a say in the layout (hundreds of them would slow it down)."""
+    options = {"ha": "center", "va": "center", "clip_on": True, **options}
+    axis.text(x, y, label, fontsize=size, rotation=rotation, **options).set_in_layout(False)
+
+
+def printable(label):
+    """Characters that the font lacks become dots, so that no warning is printed."""
+    return re.sub(r"[^ -\u024f\u0370-\u03ff\u2013-\u2026▁]", "·", str(label))

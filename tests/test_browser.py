@@ -1,0 +1,294 @@
+"""The widgets where they live: JupyterLab in headless Chromium, with a microphone that plays a spoken question.
+
+What is asserted is the sound itself: the samples that a page was given to play, and those that its microphone heard.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from scipy import stats
+from scipy.signal import fftconvolve
+
+from .browser import lab
+
+REASON = "the browser test needs anywidget, jupyterlab and playwright: pip install -e '.[test]'"
+pytest.importorskip("anywidget", reason=REASON)
+pytest.importorskip("jupyterlab", reason=REASON)
+playwright = pytest.importorskip("playwright.sync_api", reason=REASON)
+if lab.find_browser() is None:
+    pytest.skip("the browser test needs chromium: apt-get install chromium", allow_module_level=True)
+
+RATE = 16_000
+QUESTION = lab.ROOT / "data" / "questions" / "product_q001959.wav"
+BEFORE, AFTER = 0.3, 1.5  # seconds of silence around the question in the microphone
+CELLS = {
+    "load": """
+import time
+import numpy as np, torch
+import aqaa
+from aqaa.notebook import show, widgets
+torch.set_num_threads(1)
+model = aqaa.load("mini")
+question = show.question("product")""",
+    "recorder": "recorder = widgets.Recorder(question, interactive=True)\nrecorder",
+    "recorded": "np.save('recorded.npy', recorder.audio())\nprint(recorder.state, recorder.message)",
+    "player": "player = widgets.Player(interactive=True)\nplayer",
+    "ask": "player.play_stream(model, recorder, seed=1);",
+    "answer": "np.save('answer.npy', player.join(60).answer.audio)\nprint(player.answer.text, '|', player.report)",
+    "slowly": """
+class Patient:  # an answer of long pieces that needs a second for each
+    vocoder = model.vocoder
+    def stream(self, question, **sampling):
+        for piece in model.stream(question, **sampling):
+            yield aqaa.Piece(piece.text, piece.audio.repeat(10))
+            time.sleep(1)
+player.play_stream(Patient(), question["path"]);""",
+    "stopped": "player.join(60)\nprint(player.answer, player.report['where'], len(player.heard))",
+    "form": """
+tones = [torch.sin(torch.arange(3200) * k / 20) / 4 for k in (1, 2, 3)]
+form = widgets.Listening([("low", tones[0]), ("high", tones[1], "a tone"), ("high", tones[2])], interactive=True)
+form""",
+    "result": "import json\nprint(json.dumps(form.result()))",
+    "tokens": """
+ids = model.listen(question["path"])
+wav = aqaa.audio.load_question(question["path"])
+tokens = widgets.Tokens(model, ids, wav, interactive=True)
+tokens""",
+    "ode": """
+states = [torch.full((80, 60), -8 + 2.0 * k) + torch.linspace(0, 4, 60) for k in range(5)]
+flat = lambda mel: torch.full((800,), float(mel.mean()) / 20)
+ode = widgets.Ode(states, torch.linspace(0, 1, 5), flat, interactive=True)
+ode""",
+    "interleave": "blocks = widgets.Interleave(24, 120, interactive=True)\nblocks",
+    "voice": "voice = widgets.VoiceControl(model, interactive=True)\nvoice",
+    "said": "np.save('said.npy', voice.takes[0]['wav'])\nprint(*map(voice.takes[0].get, ('manner', 'temperature')))",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder of the notebooks, with the microphone's file in it."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    wave, rate = soundfile.read(QUESTION)
+    silence = [np.zeros(int(seconds * rate)) for seconds in (BEFORE, AFTER)]
+    soundfile.write(folder / "microphone.wav", np.concatenate([silence[0], wave, silence[1]]), rate)
+    lab.write_notebook(folder / "talk.ipynb", CELLS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(place):
+    with playwright.sync_playwright() as driver:
+        chromium = lab.launch(driver, place / "microphone.wav")
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def server(place, tmp_path_factory):
+    running = lab.Lab(place, tmp_path_factory.mktemp("home"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def shared(browser, server):
+    """The notebook in a page that may use the microphone."""
+    open_page = lab.Book(browser, server, "talk.ipynb", CELLS, permissions=["microphone"])
+    open_page.need("load")
+    yield open_page
+    open_page.close()
+
+
+@pytest.fixture
+def book(shared):
+    """That page; no test may leave an error in its console."""
+    shared.errors.clear()
+    shared.forget()
+    yield shared
+    assert shared.errors == []
+
+
+def likeness(part, whole):
+    """Greatest normalised correlation of (N,) with any N samples of (M,), and where they begin."""
+    match = fftconvolve(whole, part[::-1], "valid")
+    power = np.maximum(fftconvolve(whole**2, np.ones(len(part)), "valid"), 1e-6)
+    score = match / np.sqrt(power * (part**2).sum())
+    return score.max(), score.argmax()
+
+
+def record(book, seconds):
+    """Press Record, wait until so much is recorded, press Stop."""
+    book.need("recorder")
+    book.button("recorder", "Record").click()
+    book.until(lambda: seconds < float(book.says("recorder", r"(\d+\.\d) s")[1]), "the recording")
+    book.button("recorder", "Stop").click()
+    book.says("recorder", "Recorded [0-9.]+ s")
+
+
+def assert_heard(place, book, seconds):
+    """The recording holds the question that the microphone played."""
+    assert book.run("recorded").startswith("recorded")
+    recorded, (question, _) = np.load(place / "recorded.npy"), soundfile.read(QUESTION)
+    assert len(recorded) / RATE > seconds - 0.2
+    score, at = likeness(question.astype(np.float32), recorded)
+    assert score > 0.8, score
+    assert at / RATE < BEFORE + 1
+    return recorded
+
+
+def ask(book):
+    """Ask what is recorded; the answer's words and what was played."""
+    book.need("player")
+    book.forget()
+    book.run("ask")
+    said = book.run("answer").split(" | ")[0]
+    return said, book.silence()
+
+
+def test_record_ask_and_the_answer_is_what_plays(book, place):
+    seconds = BEFORE + soundfile.info(QUESTION).duration + 0.2
+    record(book, seconds)
+    first = assert_heard(place, book, seconds)
+    said, sounds = ask(book)
+    answer = np.load(place / "answer.npy")
+    heard = np.concatenate([sound["samples"] for sound in sounds])
+    assert {sound["rate"] for sound in sounds} == {RATE} and len(sounds) >= 2
+    assert len(heard) == len(answer) > RATE // 2
+    assert np.abs(heard - answer).max() < 1e-4 and np.sqrt((heard**2).mean()) > 0.005
+    ends = [sound["from"] + len(sound["samples"]) / RATE for sound in sounds]
+    gaps = sum(after["from"] > end + 0.002 for end, after in zip(ends, sounds[1:]))
+    assert all(after["from"] > end - 0.002 for end, after in zip(ends, sounds[1:]))  # one after the other
+    assert sounds[-1]["ended"] >= ends[-1] - 0.1 and not any("stopped" in sound for sound in sounds)
+    assert f"“{said}”" in book.output("player").inner_text() and said
+    report = book.says("player", r"made in (\d+) pieces, first sound after (\d+) ms, (\d+) gaps")
+    assert (int(report[1]), int(report[3])) == (len(sounds), gaps)
+
+    record(book, 1.5)  # a second recording takes the place of the first
+    assert book.run("recorded").startswith("recorded Recorded")
+    assert len(np.load(place / "recorded.npy")) < len(first)
+
+
+PRESS_ON_SOUND = """(stop) => { const timer = setInterval(() => {
+  if (window.played.some((sound) => sound.stopped)) clearInterval(timer); else if (window.played.length) stop.click();
+}, 20); }"""
+
+
+def test_stop_in_the_middle_of_an_answer(book):
+    book.need("player")
+    book.button("player", "Stop").evaluate(PRESS_ON_SOUND)  # by the page's own clock: this one may be late
+    book.run("slowly")
+    book.says("player", "Stopped: ")
+    said, where, made = book.run("stopped").split()
+    assert said == "None" and where == "kernel"
+    sounds = book.played()
+    assert sounds and all(sound["stopped"] < sound["from"] + len(sound["samples"]) / RATE for sound in sounds)
+    assert int(made) >= sum(len(sound["samples"]) for sound in sounds)
+    book.page.wait_for_timeout(1500)  # longer than the next piece would have taken
+    assert len(book.played()) == len(sounds)
+
+
+def test_a_second_load_shows_the_same_and_stays_silent(book, place):
+    record(book, 1.0)
+    said, _ = ask(book)
+    book.page.keyboard.press("Control+s")
+    book.until(lambda: said.split()[0] in (place / "talk.ipynb").read_text(), "the saved notebook")
+    book.load()
+    book.says("recorder", "Recorded [0-9.]+ s")
+    book.says("player", "first sound after")
+    assert f"“{said}”" in book.output("player").inner_text()
+    assert book.played() == []
+    book.button("player", "Play again").click()
+    (sound,) = book.silence()
+    assert np.abs(sound["samples"] - np.load(place / "answer.npy")).max() < 1e-4
+    record(book, 1.0)  # and everything still works
+    assert book.run("recorded").startswith("recorded")
+
+
+def test_without_permission_the_fallback_is_asked(browser, server, shared, place):
+    denied = lab.Book(browser, server, "talk.ipynb", CELLS)
+    try:
+        denied.run("recorder")
+        denied.button("recorder", "Record").press("Space")
+        denied.says("recorder", "does not allow this page to use the microphone")
+        assert denied.run("recorded").startswith("refused")
+        assert np.allclose(np.load(place / "recorded.npy"), soundfile.read(QUESTION, dtype="float32")[0], atol=1e-4)
+        denied.button("recorder", "Record").focus()
+        denied.page.keyboard.press("Tab")
+        denied.page.keyboard.press("Enter")  # Play
+        (sound,) = denied.silence()
+        assert np.abs(sound["samples"] - np.load(place / "recorded.npy")).max() < 1e-4
+        _, sounds = ask(denied)
+        heard = np.concatenate([sound["samples"] for sound in sounds])
+        assert np.abs(heard - np.load(place / "answer.npy")).max() < 1e-4
+        assert denied.errors == []
+    finally:
+        denied.close()
+
+
+def test_the_listening_form_ends_in_an_interval(book):
+    book.run("form")
+    form = book.output("form")
+    for k, mark in ((1, "4 good"), (2, "2 poor"), (3, "5 excellent")):
+        assert form.get_by_role("group", name=f"Sound {k}").get_by_role("radio").count() == 5
+        if k == 3:  # not all are judged: the form says which one is missing, and goes there
+            book.button("form", "Submit").click()
+            book.says("form", "Play sound 3 before you judge it")
+        book.button("form", f"Play sound {k}").click()
+        form.get_by_role("group", name=f"Sound {k}").get_by_label(mark).check()
+    sounds = book.played()
+    assert len({round(float(np.abs(np.diff(sound["samples"])).mean()), 4) for sound in sounds}) == len(sounds) == 3
+    book.button("form", "Submit").press("Enter")
+    book.says("form", "1 listener so far")
+    assert form.get_by_role("table").get_by_role("row").count() == 4
+    result = json.loads(book.run("result").splitlines()[-1])
+    assert result["all"]["mean"] == pytest.approx(11 / 3) and result["low"]["n"] == 1 and result["high"]["n"] == 2
+    expected = stats.t.interval(0.95, 2, 11 / 3, stats.sem([4, 2, 5]))
+    assert (result["all"]["low"], result["all"]["high"]) == pytest.approx(expected)
+    assert f"{expected[0]:.2f}" in form.inner_text()
+
+
+def test_tokens_by_keyboard(book):
+    book.run("tokens")
+    wave, _ = soundfile.read(QUESTION, dtype="float32")
+    book.output("tokens").get_by_role("gridcell").first.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "Enter"):
+        book.page.keyboard.press(key)
+    book.says("tokens", r"semantic token \d+ · 0\.12–0\.16 s")
+    sound = book.silence()[-1]["samples"]
+    part = wave[round(0.12 * RATE) : round(0.16 * RATE)]
+    assert len(sound) == len(part) and np.abs(sound - part)[60:-60].max() < 1e-4
+    book.says("tokens", r"Nearest codes.*\d+ \(\d\.\d\d")
+
+
+def test_the_stepper_and_the_ratio_by_keyboard(book):
+    book.run("ode")
+    slider = book.output("ode").get_by_role("slider")
+    book.says("ode", r"step 4 of 4, t = 1\.000")
+    slider.focus()
+    book.page.keyboard.press("ArrowLeft")
+    book.says("ode", r"step 3 of 4, t = 0\.750")
+    assert book.silence()[-1]["samples"] == pytest.approx(np.zeros(800), abs=1e-4)  # the mel's mean is 0 there
+    book.run("interleave")
+    book.says("interleave", r"First sound after 0\.25 s")
+    book.output("interleave").get_by_label("Text tokens a block").focus()
+    book.page.keyboard.press("ArrowRight")
+    book.says("interleave", r"First sound after 0\.26 s")
+    book.output("interleave").get_by_role("combobox").select_option("text_cot")
+    book.says("interleave", r"First sound after 0\.40 s")
+
+
+def test_the_voice_control_speaks(book, place):
+    book.run("voice")
+    book.output("voice").get_by_label("slow").check()
+    slider = book.output("voice").get_by_label("Temperature")
+    slider.focus()
+    book.page.keyboard.press("ArrowRight")
+    book.button("voice", "Speak").click()
+    book.says("voice", r"Said it: [\d.]+ s", lab.CELL)
+    (sound,) = book.silence()
+    assert book.run("said") == "slow 0.4"
+    assert np.abs(sound["samples"] - np.load(place / "said.npy")).max() < 1e-4
+    assert book.output("voice").get_by_role("row").count() == 2

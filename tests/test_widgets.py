@@ -1,0 +1,442 @@
+"""Widgets without a browser: what they do with the messages of a page, and what they show without one."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from aqaa.audio import AudioError
+from aqaa.notebook import explore, live, widgets
+from aqaa.pipeline import Piece
+from aqaa.tokenizers import interleave
+from aqaa.tokenizers.text import MANNERS, tagged
+from aqaa.training.language import LanguageTask
+
+from .conftest import RATE, tone
+
+WAIT = 20  # seconds a thread may take
+
+
+class Page:
+    """Stands in for the anywidget: keeps what it is sent, and says what a page would say."""
+
+    def __init__(self, data, state):
+        self.data, self.state, self.sent = data, state, []
+
+    def on_msg(self, handler):
+        self.handler = handler
+
+    def send(self, message, buffers):
+        self.sent.append((message, buffers))
+
+    def says(self, kind, *buffers, **message):
+        self.handler(self, {"type": kind, **message}, list(buffers))
+
+    def heard(self):
+        return [message["type"] for message, _ in self.sent]
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """Widgets made after this have a Page as their view: page(widget)."""
+    monkeypatch.setattr(live, "front_end", lambda script: Page)
+    return lambda widget: widget._view
+
+
+def html(widget):
+    """The static view, and that nothing in it needs a script or a network."""
+    bundle = widget._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html"} and "0x" not in bundle["text/plain"]
+    assert "<script" not in bundle["text/html"] and "http" not in bundle["text/html"]
+    return bundle["text/html"]
+
+
+# ---- recorder -------------------------------------------------------------------------------------------------------
+
+
+def speak(page, seconds=0.6, rate=44_100, pitch=150.0):
+    wave = tone(seconds, rate, pitch)
+    page.says("start", rate=rate)
+    for part in np.array_split(wave, 4):
+        page.says("chunk", memoryview(part.tobytes()))
+    return wave
+
+
+def test_a_static_recorder_holds_its_fallback(question):
+    recorder = widgets.Recorder(question, transcript="a tone")
+    assert recorder.state == "fallback" and repr(recorder) == "<recorder: fallback, 0.60 s>"
+    assert np.allclose(recorder.audio(), tone(), atol=1e-4) and recorder.audio(8000).shape == (4800,)
+    assert "<audio" in html(recorder) and "a tone" in html(recorder)
+
+
+def test_the_fallback_may_be_samples_or_a_question_of_the_collection(question):
+    assert torch.equal(widgets.Recorder((tone(), RATE)).audio(), torch.from_numpy(tone()))
+    assert widgets.Recorder({"path": question, "transcript": "hello"}).transcript == "hello"
+    with pytest.raises(AudioError, match="missing|no such|not there|does not exist"):
+        widgets.Recorder("nowhere.wav")
+
+
+def test_record_twice_then_go_back(page, question):
+    recorder = widgets.Recorder(question, interactive=True)
+    front = page(recorder)
+    assert recorder.state == front.state["phase"] == "idle"
+    for pitch in (150.0, 300.0):
+        wave = speak(front, pitch=pitch)
+        assert recorder.state == "recording"
+        with pytest.raises(RuntimeError, match="press its Stop button"):
+            recorder.audio()
+        front.says("stop")
+        assert recorder.state == "recorded" and repr(recorder) == "<recorder: recorded, 0.60 s>"
+        assert np.array_equal(recorder.audio(44_100), wave)
+        assert len(recorder.audio()) == 9600 and len(front.state["sound"]) == 2 * 9600
+    front.says("clear")
+    assert recorder.state == "idle" and front.state["sound"] is None
+    assert np.allclose(recorder.audio(), tone(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([("error", {"name": "NotAllowedError", "message": "Permission denied"})], "does not allow this page"),
+        ([("error", {"name": "NotFoundError", "message": ""})], "No microphone was found"),
+        ([("error", {"name": "InsecurePage", "message": ""})], "localhost or https"),
+        ([("error", {"name": "OddError", "message": "why not"})], "OddError: why not"),
+        ([("start", {"rate": 48_000}), ("stop", {})], "Only 0.0 s"),
+        ([("start", {"rate": 48_000}), ("chunk", np.zeros(24_000, np.float32)), ("stop", {})], "is silent"),
+        ([("start", {"rate": 48_000}), ("chunk", np.full(24_000, np.nan, np.float32)), ("stop", {})], "is silent"),
+    ],
+)
+def test_a_refusal_says_why_and_the_fallback_stands_in(page, question, messages, reason):
+    recorder = widgets.Recorder(question, interactive=True)
+    for kind, content in messages:
+        if isinstance(content, dict):
+            page(recorder).says(kind, **content)
+        else:
+            page(recorder).says(kind, content.tobytes())
+    assert recorder.state == "refused" and reason in recorder.message and "sample question is used" in recorder.message
+    assert len(recorder.audio()) == 9600
+
+
+def test_a_recording_has_a_limit_and_stray_messages_do_no_harm(page, question):
+    recorder = widgets.Recorder(question, interactive=True)
+    front = page(recorder)
+    front.says("chunk", tone().tobytes())
+    front.says("stop")
+    assert recorder.state == "idle"
+    front.says("start", rate=8000)
+    second = np.full(8000, 0.5, np.float32).tobytes()
+    for _ in range(recorder.LIMIT + 5):
+        front.says("chunk", second)
+    front.says("chunk", b"abc")
+    front.says("stop")
+    assert len(recorder.audio(8000)) == recorder.LIMIT * 8000
+    front.says("nonsense")
+    assert "nonsense" in front.state["error"]
+    front.says("clear")
+    assert front.state["error"] == ""
+
+
+# ---- player ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_static_player_collects_the_answer(tiny, question):
+    player = widgets.Player()
+    assert repr(player) == "<player: idle, 0.00 s>" and "Nothing said yet" in html(player)
+    assert player.play_stream(tiny, question, seed=3, max_tokens=120) is player
+    whole = tiny.ask(question, seed=3, max_tokens=120)
+    assert player.answer.tokens == whole.tokens and player.text == player.answer.text
+    assert torch.equal(player.heard, player.answer.audio)
+    assert player.report["where"] == "kernel" and player.report["chunks"] >= 1 and player.report["first_ms"] > 0
+    assert repr(player).startswith(f"<player: done, {player.answer.seconds:.2f} s") and "<audio" in html(player)
+
+
+def test_a_recorder_can_be_asked_directly(tiny, question):
+    player = widgets.Player().play_stream(tiny, widgets.Recorder(question), max_tokens=60)
+    assert player.answer.tokens == tiny.ask(question, max_tokens=60).tokens
+
+
+def finish(player):
+    player.join(WAIT)
+    assert not player._thread.is_alive()
+
+
+def test_the_page_gets_the_answer_in_order_once_it_listens(page, tiny, question):
+    player = widgets.Player(interactive=True).play_stream(tiny, question, seed=3, max_tokens=120)
+    front = page(player)
+    finish(player)
+    assert front.sent == [] and player.answer.text == front.state["text"].strip()
+    front.says("ready")
+    assert front.heard()[0] == "start" and front.heard()[-1] == "end" and front.sent[0][0]["age_ms"] > 0
+    assert set(front.heard()[1:-1]) == {"chunk"}
+    played = b"".join(bytes(buffers[0]) for message, buffers in front.sent if message["type"] == "chunk")
+    assert played == live.pcm16(player.answer.audio) == front.state["sound"]
+    count = len(front.sent)
+    front.says("ready")  # the page was loaded again: it shows the state and stays silent
+    assert len(front.sent) == count
+    front.says("report", chunks=7, gaps=1, first_ms=240)
+    assert player.report == {"chunks": 7, "gaps": 1, "first_ms": 240, "where": "page"}
+    assert "7 pieces" in front.state["message"] and "240 ms" in front.state["message"]
+
+
+class Slow:
+    """A model whose answer never ends; `more` lets one piece out."""
+
+    vocoder = SimpleNamespace(sample_rate=RATE)
+
+    def __init__(self):
+        self.more = threading.Semaphore(2)
+
+    def stream(self, question, **sampling):
+        while self.more.acquire(timeout=WAIT):
+            yield Piece(" la", torch.from_numpy(tone(0.1)))
+
+
+@pytest.mark.parametrize("by", ["page", "cell"])
+def test_stop_in_the_middle(page, by):
+    model, player = Slow(), widgets.Player(interactive=True)
+    front = page(player)
+    front.says("ready")
+    player.play_stream(model, "q")
+    end = time.monotonic() + WAIT
+    while front.heard().count("chunk") < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    front.says("stop") if by == "page" else player.stop()
+    model.more.release()
+    finish(player)
+    assert player.answer is None and front.state["phase"] == "stopped" and player.text == "la la"
+    assert len(player.heard) == 2 * 1600 and "Stopped" in front.state["message"]
+
+
+def test_a_second_question_ends_the_first(page):
+    first, player = Slow(), widgets.Player(interactive=True)
+    page(player).says("ready")
+    player.play_stream(first, "q")
+    thread = player._thread
+    first.more.release()
+    second = Slow()
+    threading.Timer(0.05, first.more.release).start()
+    player.play_stream(second, "q")
+    assert not thread.is_alive()
+    player.stop()
+    second.more.release()
+    finish(player)
+
+
+def test_a_fault_is_shown_and_raised_where_it_is_waited_for(page, tiny):
+    silent = (np.zeros(RATE, np.float32), RATE)
+    with pytest.raises(AudioError, match="silent"):
+        widgets.Player().play_stream(tiny, silent)
+    player = widgets.Player(interactive=True).play_stream(tiny, silent)
+    with pytest.raises(AudioError, match="silent"):
+        player.join(WAIT)
+    assert "silent" in page(player).state["error"] and page(player).state["phase"] == "failed"
+    player.join(WAIT)  # said once
+
+
+def test_gaps_are_waits_between_pieces():
+    assert widgets.waits([]) == {"chunks": 0, "gaps": 0, "first_ms": None}
+    pieces = [(0.5, 1.0), (1.0, 1.0), (2.6, 1.0), (3.0, 0.5)]
+    assert widgets.waits(pieces) == {"chunks": 4, "gaps": 1, "first_ms": 500.0}
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_are_the_nearest_others():
+    table = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.5]])
+    near = explore.neighbours([3, 0, 3], table, count=2)
+    assert list(near) == [0, 3] and [other for other, _ in near[0]] == [1, 2] and [o for o, _ in near[3]] == [4, 2]
+    usual = float((table - 7).abs().flatten().median())
+    assert near[3][0][1] == round(0.5 / usual, 3)
+
+
+def test_the_token_inspector_takes_merged_ids_or_two_rows(page, tiny, question):
+    ids = tiny.listen(question)
+    both = interleave.split(ids, tiny.ids)
+    static = widgets.Tokens(tiny, ids, tone())
+    assert repr(static) == f"<tokens: {len(both[0])} linguistic, {len(both[1])} semantic, 0.60 s>"
+    assert "<img" in html(static) and "<table" in html(static)
+    rows = page(widgets.Tokens(tiny, both, tone(), interactive=True)).data["rows"]
+    assert [row["codes"] for row in rows] == list(both)
+    assert [round(row["step"], 6) for row in rows] == [0.06, 0.04]
+    assert all(set(row["near"]) == set(map(str, row["codes"])) for row in rows)
+    with pytest.raises(ValueError, match="both kinds"):
+        widgets.Tokens(tiny, [tiny.ids.n_text], tone())
+
+
+# ---- voice ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
+    asked = []
+    generate = type(tiny).generate
+    monkeypatch.setattr(type(tiny), "generate", lambda self, prompt, **options: (
+        asked.append(prompt) or generate(self, prompt, **options | {"max_tokens": 30})))
+    control = widgets.VoiceControl(tiny, "the river runs")
+    control.speak("slow", temperature=0)
+    words = tiny.text.encode(tagged("the river runs", "slow"))
+    task = SimpleNamespace(ids=tiny.ids, layout=tiny.layout, human=tiny.text.encode("human\n"),
+                           assistant=tiny.text.encode("assistant\n"))
+    trained, _ = LanguageTask._turns(task, widgets.TTS, words, answer_audio=[tiny.ids.n_text])
+    assert asked[0] == trained[:-2].tolist()
+    assert tiny.text.encode("(slow)")[-1] in asked[0]
+
+
+def test_the_voice_control_speaks_and_measures(page, tiny, monkeypatch):
+    monkeypatch.setattr(widgets.VoiceControl, "LONGEST", 30)
+    control = widgets.VoiceControl(tiny, "good morning", interactive=True)
+    front = page(control)
+    assert sorted(m for group in front.data["groups"].values() for m in group) == sorted([*MANNERS, "normal"])
+    front.says("speak", manner="happy", temperature=0.5, seed=2, sentence="The river runs")
+    assert front.state["phase"] == "speaking" or front.state["takes"]
+    control._thread.join(WAIT)
+    (take,) = front.state["takes"]
+    assert take["manner"] == "happy" and take["rate"] == RATE and front.heard() == ["play"]
+    assert take["sound"] == live.pcm16(control.takes[0]["wav"])
+    front.says("speak", manner="happy", temperature=0.5, seed=2, sentence="  ")
+    control._thread.join(WAIT)
+    assert "type a sentence" in front.state["error"] and front.state["phase"] == "idle"
+    with pytest.raises(ValueError, match="unknown manner 'merry'"):
+        control.speak("merry")
+
+
+def test_the_static_voice_control_says_its_manners(tiny, monkeypatch):
+    monkeypatch.setattr(widgets.VoiceControl, "LONGEST", 30)
+    control = widgets.VoiceControl(tiny, "good morning", manners=("normal", "slow"))
+    shown = html(control)
+    assert shown.count("<audio") == 2 and "pitch, Hz" in shown
+    assert html(control) == shown and len(control.takes) == 2
+    assert repr(control) == '<voice control: "good morning", 2 takes>'
+
+
+# ---- interleave -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_come_in_the_order_of_the_layout():
+    blocks = widgets.Interleave(13, 50).plan(10, 15, tokens_per_second=100)
+    assert [(b["kind"], b["count"]) for b in blocks] == [
+        ("text", 10), ("audio", 15), ("text", 4), ("audio", 15), ("audio", 15), ("audio", 5)]  # 3 words and text_end
+    first = blocks[1]
+    assert first["ready"] == first["plays"] == pytest.approx(0.25) and first["seconds"] == pytest.approx(0.36)
+    assert blocks[3]["plays"] == pytest.approx(0.61) and blocks[3]["wait"] == 0  # ready at 0.44, when the first plays
+
+
+def test_a_slow_model_leaves_silence_and_text_first_delays_the_first_sound():
+    slow = explore.schedule(20, 60, 10, 15, tokens_per_second=30)
+    assert sum(b["wait"] for b in slow[2:] if b["kind"] == "audio") > 0.5
+    fast, late = (explore.schedule(20, 60, size, 15, 100)[1]["plays"] for size in (10, 21))
+    assert late > fast
+    assert explore.schedule(20, 60, 0, 15, 100)[0]["kind"] == "audio"
+    with pytest.raises(ValueError, match="above 0"):
+        explore.schedule(20, 60, 10, 15, 0)
+
+
+def test_dragging_plans_anew(page):
+    widget = widgets.Interleave(20, 62, interactive=True)
+    front = page(widget)
+    layouts = front.data["layouts"]
+    assert widget.n_audio == 60 and layouts["ratio_3_5"] == [3, 5] and layouts["text_cot"] == [21, 15]
+    front.says("set", text_block=3, audio_block=5)
+    assert (front.state["text_block"], front.state["audio_block"], front.state["tokens_per_second"]) == (3, 5, 100)
+    assert front.state["blocks"] == explore.schedule(20, 60, 3, 5, 100)
+    front.says("set", audio_block=7)
+    assert "multiple of 5" in front.state["error"] and front.state["audio_block"] == 5
+    assert repr(widget) == "<interleave: 20 text and 60 audio tokens, 3:5>"
+    shown = html(widgets.Interleave(20, 60))
+    assert "<img" in shown and all(name in shown for name in interleave.LAYOUTS)
+    with pytest.raises(ValueError, match="at least one group"):
+        widgets.Interleave(3, 4)
+
+
+# ---- flow -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_stepper_shows_and_sounds_every_state(page):
+    states = [torch.full((1, 8, 30), float(k)) + torch.arange(30) / 30 for k in range(4)]
+    calls = []
+
+    def synth(state):
+        calls.append(state.shape)
+        return state.flatten() / 10
+
+    static = widgets.Ode(states, [0, 0.1, 0.4, 1], synth)
+    assert repr(static) == "<ode: 3 steps, mel (8 bins, 30 frames)>" and not calls
+    assert "<img" in html(static) and html(static).count("<audio") == 3
+    assert calls == [(1, 8, 30)] * 3 and torch.equal(static.sound(3), states[3].flatten() / 10)
+    data = page(widgets.Ode(states, [0, 0.1, 0.4, 1], synth, interactive=True)).data
+    assert len(data["sounds"]) == 4 and [len(picture) for picture in data["pictures"]] == [240] * 4
+    assert data["pictures"][3][29] == 255 and data["pictures"][3][0] == 0 and len(data["palette"]) == 768
+    with pytest.raises(ValueError, match="one time for each"):
+        widgets.Ode(states, [0, 1], synth)
+
+
+# ---- listening ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marks", [[3, 4, 5, 4, 2, 5], [1, 5], [4, 4, 4]])
+def test_the_interval_is_students(marks):
+    mean, low, high = explore.interval(marks)
+    assert mean == np.mean(marks)
+    if np.std(marks):
+        assert (low, high) == pytest.approx(stats.t.interval(0.95, len(marks) - 1, mean, stats.sem(marks)))
+    else:
+        assert low == high == 4
+    assert explore.interval(marks[:1]) == (marks[0], None, None)
+
+
+def test_a_listener_is_asked_in_random_order_without_names(page):
+    pairs = [("teacher", tone(0.1)), ("mini", tone(0.2), "good morning"), ("teacher", tone(0.3))]
+    form = widgets.Listening(pairs, interactive=True)
+    front = page(form)
+    assert form.result() == {} and "teacher" not in str({**front.data, "sounds": None})
+    given = {0: 5, 1: 2, 2: 4}
+    for listeners in (1, 2):
+        front.says("submit", scores=[given[which] for which in front.state["order"]])
+        assert front.state["done"] and len(form.marks) == listeners
+        front.says("again")
+        assert not front.state["done"] and sorted(front.state["order"]) == [0, 1, 2]
+    result = form.result()
+    assert result["teacher"] == dict(zip(("n", "mean", "low", "high"), (4, *explore.interval([5, 4, 5, 4]))))
+    assert result["mini"]["mean"] == 2 and result["all"]["n"] == 6
+    for scores in ([1, 2], [1, 2, 6], [1, 2, 2.5], [0, 1, 2]):
+        front.says("submit", scores=scores)
+        assert front.state["error"] and len(form.marks) == 2
+    assert repr(form) == "<listening test: 3 sounds, 2 listeners>"
+
+
+def test_the_static_listening_test(tiny):
+    form = widgets.Listening([("mini", tone(0.2), "good morning")])
+    assert "5 excellent" in html(form) and "Sound 1" in html(form) and "mini" not in html(form)
+    with pytest.raises(ValueError, match="1 marks from 1 to 5"):
+        form.rate_all([0])
+    assert form.rate_all([4]) == {"mini": {"n": 1, "mean": 4, "low": None, "high": None}}
+    assert "95 % confidence" in html(form)
+    with pytest.raises(ValueError, match="needs sounds"):
+        widgets.Listening([])
+
+
+# ---- the real front end ---------------------------------------------------------------------------------------------
+
+
+def test_every_widget_has_a_page(tiny, question):
+    pytest.importorskip("anywidget")
+    states = [torch.zeros(8, 30), torch.rand(8, 30)]
+    made = [
+        widgets.Recorder(question, interactive=True),
+        widgets.Player(interactive=True),
+        widgets.Tokens(tiny, tiny.listen(question), tone(), interactive=True),
+        widgets.VoiceControl(tiny, interactive=True),
+        widgets.Interleave(20, 60, interactive=True),
+        widgets.Ode(states, [0, 1], lambda state: state.flatten(), interactive=True),
+        widgets.Listening([("a", tone())], interactive=True),
+    ]
+    for widget in made:
+        script = widget._view._esm
+        assert "export default" in script and "http://" not in script.replace("http://www.w3.org/2000/svg", "")
+        data, _ = widget._repr_mimebundle_()
+        assert data["text/plain"] == repr(widget) and "application/vnd.jupyter.widget-view+json" in data
+    assert len({type(widget._view) for widget in made}) == 7
