@@ -73,7 +73,8 @@ def minutes(stage):
 def results():
     lines = accuracy()
     lines += table("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {
-        "n": "answers, each spoken four times", "lenient": "heard right, lenient", "teacher_lenient": "teacher's own wavs",
+        "n": "answers, each spoken four times", "lenient": "heard right, lenient",
+        "teacher_lenient": "teacher's own wavs",
         "strict": "heard right, strict", "teacher_strict": "teacher's own wavs, strict",
         "mel_cepstral_distance_db": "mel-cepstral distance, dB", "f0_semitones": "f0 error, semitones"})
     lines += table("codes", "Codes", {
