@@ -64,7 +64,7 @@ def test_wrong_codes_and_strings_are_refused():
 
 
 def test_kinds():
-    tokens = [0, 3, 34, 67, 68, 511, 512, 1023, 1024, 2047, 2048]
+    tokens = [0, 3, 34, 41, 42, 511, 512, 1023, 1024, 2047, 2048]
     names = [interleave.KINDS[k] for k in interleave.kinds(tokens, MINI)]
     assert names == ["marker"] * 4 + ["text"] * 2 + ["linguistic"] * 2 + ["semantic"] * 2 + ["marker"]
 
