@@ -15,10 +15,9 @@ REPEATS = 5
 
 def main(args):
     """Measure and print. args: preset, device, seed, json, out, limit (how many questions are asked)."""
-    from aqaa.training.run import provenance
+    from aqaa.training.run import about
 
-    about = {"what": "speed", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]])}
-    results = {**about, **speed(args.preset, args.device, args.limit or REPEATS, args.seed)}
+    results = {**about("speed", args.device), **speed(args.preset, args.device, args.limit or REPEATS, args.seed)}
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     if args.json:

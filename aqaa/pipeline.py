@@ -130,9 +130,13 @@ class AQAA:
             return question
         return self.listen(question, ledger)
 
-    def prompt(self, question, history=()):
-        """Ids of a dialogue: history ((role, text) pairs), the question (audio ids or text), and an open turn."""
-        return interleave.prompt([*history, ("user", question)], self.text, self.ids)
+    def prompt(self, question, history=(), marker=None):
+        """Ids of a dialogue: history ((role, text) pairs), the question (audio ids or text), and an open turn.
+
+        marker: one of Step-1's control tokens after bos, as ASR_MARKER, which asks for another kind of answer.
+        """
+        ids = interleave.prompt([*history, ("user", question)], self.text, self.ids)
+        return ids if marker is None else [ids[0], marker, *ids[1:]]
 
     def generate(self, prompt, *, layout=None, **sampling):
         """Ids of a dialogue -> Steps (id, kind, logprob), one by one, as the layout allows.
@@ -147,8 +151,7 @@ class AQAA:
     def transcribe(self, question):
         """The words of a question, as the backbone understands them; question: a sound, or audio ids."""
         ids = self.heard(question)
-        prompt = self.prompt(ids)
-        prompt.insert(1, ASR_MARKER)
+        prompt = self.prompt(ids, marker=ASR_MARKER)
         steps = self.generate(prompt, layout=TextOnly(), temperature=0, max_tokens=len(ids) + 8)
         return self.text.decode([step.id for step in steps if step.kind == "text"])
 

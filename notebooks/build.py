@@ -53,9 +53,10 @@ def notebooks(wanted=(), folder="notebooks", suffix=".ipynb"):
 
 @contextlib.contextmanager
 def environment(folder):
-    """What kernels inherit: this clone first, no chance in hashes, nobody's start-up files."""
+    """What kernels inherit: this clone first, no chance in hashes, no start-up files, threads that wait asleep."""
     path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
-    mine = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "IPYTHONDIR": str(folder), "JUPYTER_PLATFORM_DIRS": "1"}
+    mine = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "IPYTHONDIR": str(folder), "JUPYTER_PLATFORM_DIRS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
     before = {name: os.environ.get(name) for name in mine}
     os.environ.update(mine)
     try:

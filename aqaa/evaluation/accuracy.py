@@ -7,7 +7,6 @@ something else than its text.
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -320,7 +319,7 @@ def _listen(rows, items, sounds, corpus, workers, seed, progress):
 def main(args):
     """`aqaa bench accuracy`; args: preset, device, seed, corpus, limit (a cell), text_only, workers, json, out."""
     from aqaa import checkpoints
-    from aqaa.training.run import provenance
+    from aqaa.training.run import about
 
     if args.out and not Path(args.out).resolve().parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"{args.out} cannot be written, its folder does not exist: make it first")
@@ -330,7 +329,6 @@ def main(args):
         model, corpus, limit=args.limit, text_only=args.text_only, workers=args.workers, seed=args.seed,
         progress=not args.json,
     )
-    about = {"what": "accuracy", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]]), **facts}
     lines = [
         table(summary),
         f"{facts['questions']} questions in {facts['minutes']} min; in percent ± standard error.",
@@ -338,7 +336,8 @@ def main(args):
     ]
     if facts.get("answers", FEWEST_ANSWERS) < FEWEST_ANSWERS:
         lines.append(f"The judge chose among only {facts['answers']} answers: its lenient scores flatter.")
-    report(args, {**about, "summary": summary}, lines, {"rows": [asdict(row) for row in rows]})
+    result = {**about("accuracy", args.device), **facts, "summary": summary}
+    report(args, result, lines, {"rows": [asdict(row) for row in rows]})
     return 0
 
 

@@ -7,7 +7,6 @@ utterances in the same order.
 """
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +132,7 @@ def main(args):
     from aqaa.evaluation import accuracy
     from aqaa.training.features import load_codes
     from aqaa.training.planning import plan
-    from aqaa.training.run import provenance
+    from aqaa.training.run import about
 
     model = checkpoints.load(args.preset, device=args.device)
     beside = checkpoints.data_folder() if args.preset == "mini" else Path(args.preset).parent
@@ -145,5 +144,5 @@ def main(args):
     result = {kind: usage([pair[i] for pair in train + test], sizes[i]) for i, kind in enumerate(KINDS)}
     result |= {"utterances": len(train), "test_utterances": len(test), "steps": STEPS}
     result["next_code_perplexity"] = streams(train, test, *sizes, steps=STEPS, seed=args.seed, device=args.device)
-    about = {"what": "codes", **provenance(args.device), "command": " ".join(["aqaa", *sys.argv[1:]])}
-    accuracy.report(args, {**about, **result}, [f"{name:24} {value}" for name, value in result.items()])
+    result = {**about("codes", args.device), **result}
+    accuracy.report(args, result, [f"{name:24} {value}" for name, value in result.items()])

@@ -71,11 +71,8 @@ class Recorder(Widget):
         return audio.resample(*((self._recording, self._rate) if recorded else (self.fallback, SAMPLE_RATE)), to=rate)
 
     def __repr__(self):
-        return (
-            f"<recorder: {self.state}, {len(self.audio()) / SAMPLE_RATE:.2f} s>"
-            if self.state != "recording"
-            else ("<recorder: recording>")
-        )
+        seconds = "" if self.state == "recording" else f", {len(self.audio()) / SAMPLE_RATE:.2f} s"
+        return f"<recorder: {self.state}{seconds}>"
 
     def _static(self):
         return [show.sound(self.fallback, title="Your question: the sample", transcript=self.transcript)]
@@ -282,8 +279,7 @@ class VoiceControl(Widget):
         if not sentence:
             raise ValueError("there is nothing to say: type a sentence.")
         model = self.model
-        prompt = model.prompt(model.text.encode(tagged(sentence, manner)))
-        prompt.insert(1, TTS)
+        prompt = model.prompt(model.text.encode(tagged(sentence, manner)), marker=TTS)
         steps = model.generate(
             prompt, layout=interleave.layout("audio_only"), temperature=temperature, seed=seed, max_tokens=self.LONGEST
         )

@@ -3,12 +3,12 @@
 curriculum.toml has the wordings and the words; here each intent gets its facts. A new category is more of the same.
 """
 
+from aqaa.tokenizers.text import MANNERS
 from aqaa.training import facts as F
 from aqaa.training.intents import Fact, register, stable_hash
 
 LOGIC, LANGUAGE, VOICE = "Logical Reasoning", "Language Ability", "Voice Understanding"
 FOLLOW, EMOTION = "Voice Instruction Following", "Speech Emotion Control"
-MANNERS = "slow fast high low loud soft happy sad angry calm".split()
 N = F.number
 READ_SUMS, READ_DIFFERENCES, READ_PRODUCTS = ({3, 9}, {6, 8}, {4, 10}), ((11, 4), (9, 6), (12, 7)), ({4, 7}, {6, 9})
 

@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -286,6 +287,11 @@ def provenance(device="cpu"):
         commit = "unknown"
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu_name()
     return {"date": datetime.date.today().isoformat(), "commit": commit, "hardware": name, "torch": torch.__version__}
+
+
+def about(what, device="cpu"):
+    """The head of a recorded result: its name, its provenance and the command that made it."""
+    return {"what": what, **provenance(device), "command": " ".join(["aqaa", *sys.argv[1:]])}
 
 
 def cpu_name():
