@@ -182,10 +182,14 @@ def _channels_last(samples):
 
 
 def full_precision(function):
-    """Spectra and distances need float32 also inside an autocast region; the first argument names the device."""
+    """Spectra and distances need float32 also inside an autocast region.
+
+    The first argument, a tensor or an array, names the device.
+    """
 
     @wraps(function)
     def wrapped(wav, *args, **kwargs):
+        wav = torch.as_tensor(wav)
         with torch.autocast(wav.device.type, enabled=False):
             return function(wav, *args, **kwargs)
 

@@ -159,6 +159,11 @@ def test_resample_is_torchaudio_bit_for_bit(rate):
     assert torch.equal(audio.resample(wav, rate), torchaudio.transforms.Resample(rate, 16_000)(wav))
 
 
+def test_resample_takes_arrays_too():
+    wav = noise(2000)
+    assert torch.equal(audio.resample(wav.numpy(), 8000), audio.resample(wav, 8000))
+
+
 @pytest.mark.parametrize("rate", [24_000, 44_100, 8000])
 def test_rates_without_a_common_divisor_take_the_same_sum(rate):
     wav = noise(3000)

@@ -58,6 +58,19 @@ def task(book):
     return make(book)
 
 
+def test_voices_are_not_asked_about_in_writing(tiny_text):
+    """No transcript holds the answer; so such a question is only ever heard."""
+    book = library(tiny_text)
+    for one in book.items:
+        one.category = K.VOICE if one.intent == "person" else "Language Ability"
+    task, asked = make(book), set()
+    for seed in range(40):
+        example(task, "tqaa", seed)
+        asked.add(book.items[task._last].intent)
+    assert asked == {"sum", "echo"} and "person" in {book.items[task._last].intent for seed in range(40)
+                                                     if example(task, "aqtaa", seed)}  # fmt: skip
+
+
 def example(task, kind, seed=0):
     return getattr(task, f"_{kind}")(np.random.default_rng(seed))
 

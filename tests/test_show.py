@@ -171,6 +171,24 @@ def test_radar_has_its_numbers_as_a_table():
     assert "<table>" in figure._repr_html_()
 
 
+def test_what_was_not_measured_is_no_zero_in_a_radar():
+    open_spoke, zero = show.radar({**SCORES, "song": None}), show.radar({**SCORES, "song": 0})
+    assert repr(open_spoke).splitlines()[-1].split() == ["song", "not", "measured"]
+    assert open_spoke.png != zero.png
+
+
+def test_axes_take_the_names_and_units_they_are_given():
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert show.curves(rows).png != show.curves(rows, xlabel="time (s)", ylabel="loss (nats)").png
+    assert show.attention(MAP).png != show.attention(MAP, names=("frame", "code")).png
+
+
+def test_in_a_stream_generating_and_vocoding_take_turns():
+    """Also where the first sound came after what all generation took together."""
+    late = {**TIMINGS, "first_audio": 1.0}
+    assert show.ledger(late).png != show.ledger({**late, "first_audio_share": 0.4}).png
+
+
 def test_shape_names_axes(capsys):
     show.shape("mel", torch.zeros(1, 80, 258), "batch", "bins", "frames")
     show.shape("ids", np.zeros(3, np.int64), "tokens")

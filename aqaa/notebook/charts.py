@@ -20,8 +20,9 @@ MARKS = (  # of Answer.timings: line, words, and height of the words above the b
 
 
 @styled
-def curves(rows, x="step", title="", alt="", log=True, columns=None):
+def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", ylabel=""):
     """Lines of a training log. rows: dicts, or the path of a CSV; columns: which ones (default all but seconds).
+    xlabel, ylabel: what the axes measure, with its unit; by default the names of the columns.
 
     Values are drawn on a logarithmic axis where log is true and all of them are positive.
     """
@@ -52,7 +53,7 @@ def curves(rows, x="step", title="", alt="", log=True, columns=None):
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
     axis.grid(color="0.9")
-    axis.set(xlabel=x, ylabel="value" if len(series) > 1 else next(iter(series)))
+    axis.set(xlabel=xlabel or x, ylabel=ylabel or ("value" if len(series) > 1 else next(iter(series))))
     if len(series) > 1:
         figure.legend(loc="outside right upper", fontsize=9)
     return picture(figure, alt or f"curves of {', '.join(series)} over {x}", title)
@@ -95,7 +96,7 @@ def ledger(timings, seconds=None, title="", alt=""):
         raise ValueError("ledger needs the timings of an Answer: they hold read, linguistic, semantic and so on.")
     figure, (axis,) = canvas(1.3 + 0.3 * len(parts))
     starts = np.concatenate([[0], np.cumsum(list(parts.values()))[:-1]])
-    turns = "vocode" in parts and timings.get("first_audio", np.inf) < starts[-1]
+    turns = "vocode" in parts and timings.get("first_audio_share", 1) < 1
     if turns:
         starts[-1] = starts[-2]
     drawn = _bars(axis, list(parts), list(parts.values()), starts, [LINES[5]] * len(parts), "{:.3f} s")
@@ -120,18 +121,19 @@ def ledger(timings, seconds=None, title="", alt=""):
 def radar(scores, title="", alt=""):
     """Scores from 0 to 1 around a circle, with a table of the numbers below.
 
-    scores: name -> score, or system -> {name -> score}; the names of the first system are the spokes.
+    scores: name -> score, or system -> {name -> score}; the names of the first system are the spokes. A score of None
+    was not measured: its spoke stays free, and the table says so.
     """
     systems = scores if scores and all(isinstance(v, dict) for v in scores.values()) else {"score": scores}
     names = list(next(iter(systems.values())) or ())
     if len(names) < 3 or any(set(values) != set(names) for values in systems.values()):
         raise ValueError("radar needs at least three scores, and the same names for every system.")
-    if not all(0 <= value <= 1 for values in systems.values() for value in values.values()):
+    if not all(value is None or 0 <= value <= 1 for values in systems.values() for value in values.values()):
         raise ValueError("radar draws scores between 0 and 1.")
     figure, (axis,) = canvas(4.4, subplot_kw={"projection": "polar"})
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     for i, (system, values) in enumerate(systems.items()):
-        ring = [values[name] for name in names]
+        ring = [np.nan if values[name] is None else values[name] for name in names]
         style = {"color": LINES[i % len(LINES)], "linestyle": DASHES[i % len(DASHES)], "marker": "osD^v"[i % 5]}
         axis.plot([*angles, angles[0]], [*ring, ring[0]], label=printable(system), linewidth=1.8, **style)
     axis.set_theta_zero_location("N")
@@ -145,11 +147,15 @@ def radar(scores, title="", alt=""):
     axis.set_ylim(0, 1)
     if len(systems) > 1:
         figure.legend(loc="outside right upper", fontsize=9)
-    rows = [[name, *(f"{100 * values[name]:.0f} %" for values in systems.values())] for name in names]
+    rows = [[name, *(_percent(values[name]) for values in systems.values())] for name in names]
     fallback = Table(rows, ["", *systems])
     drawn = picture(figure, alt or f"radar of {', '.join(names)} for {', '.join(systems)}", title, colours=24)
     drawn.extra, drawn.words = fallback._repr_html_(), repr(fallback)
     return drawn
+
+
+def _percent(share):
+    return "not measured" if share is None else f"{100 * share:.0f} %"
 
 
 class Table:

@@ -256,8 +256,11 @@ def trajectory(states, times, title="", alt="", bins="mel bin"):
 
 
 @styled
-def attention(weights, rows=None, columns=None, title="", alt=""):
-    """Heat map of weights (Q, K): which key each query looks at. rows, columns: labels, printed when they fit."""
+def attention(weights, rows=None, columns=None, title="", alt="", names=("looking (query)", "looked at (key)")):
+    """Heat map of weights (Q, K): which key each query looks at.
+
+    rows, columns: labels, printed when they fit; names: of the two axes.
+    """
     weights = array(weights, 2, "the weights")
     for labels, size, name in ((rows, weights.shape[0], "rows"), (columns, weights.shape[1], "columns")):
         if labels is not None and len(labels) != size:
@@ -267,7 +270,7 @@ def attention(weights, rows=None, columns=None, title="", alt=""):
     norm = PowerNorm(0.5, min(0.0, float(weights.min())), float(weights.max()) or 1.0)
     image = axis.imshow(weights, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axis, label="weight (colours by square root)", pad=0.01)
-    axis.set(xlabel="looked at (key)", ylabel="looking (query)")
+    axis.set(xlabel=names[1], ylabel=names[0])
     if rows is not None and len(rows) <= 40:
         axis.set_yticks(range(len(rows)), [printable(label) for label in rows], fontsize=8)
     if columns is not None and len(columns) <= 60:

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from ..backbone import step1
+from ..pipeline import ASR_MARKER as ASR
 from ..tokenizers import interleave
 from ..tokenizers.text import tagged
+from .curriculum import VOICE
 
-ASR, TTS, TQAA, AQTA = 36, 35, 37, 38  # ids of Step-1's control tokens <|ASR|> <|TTS|> <|TQAA|> <|AQTA|>
+TTS, TQAA, AQTA = 35, 37, 38  # ids of Step-1's control tokens <|TTS|> <|TQAA|> <|AQTA|>
 MIXTURES = {  # share of the examples drawn
     "pretrain": {"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
     "sft1": {"aqtaa": 0.50, "aqta": 0.28, "asr": 0.06, "text": 0.03, "tqaa": 0.07, "tts": 0.06},
@@ -67,6 +69,8 @@ class LanguageTask:
         encode = book.encode
         self.human, self.assistant = encode("human\n"), encode("assistant\n")
         self.chances = self._balance()
+        askable = [book.items[i].category != VOICE for i in book.questions]  # in writing no voice is heard
+        self.written = self.chances * askable / max(self.chances[askable].sum(), 1e-9)
 
     def modules(self):
         return {"model": self.model}
@@ -150,7 +154,7 @@ class LanguageTask:
         return ids, np.concatenate([[0], np.full(len(audio), ANSWER_WEIGHT)])
 
     def _tqaa(self, rng):
-        item, answer = self._pair(rng)
+        item, answer = self._pair(rng, self.written)
         return self._turns(TQAA, self.book.encode(item.text), *self._spoken(answer))
 
     def _aqta(self, rng):
@@ -162,8 +166,9 @@ class LanguageTask:
         _, answer = self._pair(rng)
         return self._turns(None, self._heard(rng, self._last), *self._spoken(answer))
 
-    def _pair(self, rng):
-        self._last = self.book.questions[rng.choice(len(self.chances), p=self.chances)]
+    def _pair(self, rng, chances=None):
+        chances = self.chances if chances is None else chances
+        self._last = self.book.questions[rng.choice(len(chances), p=chances)]
         item = self.book.items[self._last]
         return item, self.book.answers[item.answer_id]
 
