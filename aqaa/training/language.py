@@ -70,7 +70,8 @@ class LanguageTask:
         self.human, self.assistant = encode("human\n"), encode("assistant\n")
         self.chances = self._balance()
         askable = [book.items[i].category != VOICE for i in book.questions]  # in writing no voice is heard
-        self.written = self.chances * askable / max(self.chances[askable].sum(), 1e-9)
+        written = self.chances * askable if any(askable) else self.chances  # a book may hold nothing else
+        self.written = written / written.sum()
 
     def modules(self):
         return {"model": self.model}
