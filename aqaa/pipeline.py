@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp
+from typing import NamedTuple
 
 import torch
 
 from aqaa import audio
-from aqaa.config import GROUP_SIZE
+from aqaa.config import GROUP_SIZE, TOKENS_PER_SECOND
 from aqaa.tokenizers import interleave
+from aqaa.tokenizers.interleave import TextOnly
 from aqaa.vocoder.streaming import Vocoder
 
 ASR_MARKER = 36  # `<|ASR|>` after bos asks for the words of a recording (Step-1's control token)
@@ -22,6 +24,7 @@ MIN_AUDIO = 3 * GROUP_SIZE  # ids: an answer is never silent
 MAX_ANSWER = 1500  # ids, text and audio: about half a minute
 SAMPLING = {"temperature": 0.3, "top_p": 0.9, "seed": 0, "max_tokens": MAX_ANSWER}
 SPOKEN = ("linguistic", "semantic")  # kinds of ids that are sound
+TOO_SHORT = "the question is too short to hear anything in it: 0.2 s are needed."
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Answer:
 
     audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text") and codes
     ("linguistic", "semantic"); timings in seconds, see Ledger; confidence: geometric mean of the probabilities of
-    the text tokens, 0 when there is no text.
+    the text tokens, 0 when there is no text; pieces: (when ready, length) of each part of the sound, in seconds.
     """
 
     text: str
@@ -47,6 +50,12 @@ class Answer:
     tokens: dict
     timings: dict
     confidence: float
+    pieces: tuple = ()
+
+    @property
+    def playout(self):
+        """When this answer could have begun to sound, see `playout`."""
+        return playout(self.pieces)
 
     @property
     def seconds(self):
@@ -63,16 +72,37 @@ class Answer:
         audio.write(path, self.audio, self.sample_rate)
 
 
+class Playout(NamedTuple):
+    """delay: seconds after which speech can begin and never stalls; gaps: silence before each piece without waiting."""
+
+    delay: float
+    gaps: tuple
+
+
+def playout(pieces):
+    """(ready, seconds) of each piece in turn, `ready` counted from the beginning -> Playout.
+
+    Whoever plays each piece as soon as it can be played is silent for the gaps; their sum is the delay that, spent
+    before the first piece, leaves none between the others.
+    """
+    end, gaps = 0.0, []
+    for ready, seconds in pieces:
+        gaps.append(max(0.0, ready - end))
+        end = max(ready, end) + seconds
+    return Playout(sum(gaps), tuple(gaps))
+
+
 @dataclass
 class Ledger:
     """Where the time went, in seconds: read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
 
     first_* count from the start; first_audio_share is the share of the answer's ids known when the first sound came
-    (not a time).
+    (not a time). pieces: (when ready, length) of each part of the sound.
     """
 
     began: float = field(default_factory=time.perf_counter)
     times: dict = field(default_factory=dict)
+    pieces: list = field(default_factory=list)
 
     @contextmanager
     def step(self, name):
@@ -92,13 +122,17 @@ class AQAA:
     """Question in, answer out.
 
     Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift`; each is fetched by part(name) when first
-    used, so a dict's `__getitem__` will do. config: AQAAConfig; layout: a name of Table 1 or a Layout.
+    used, so a dict's `__getitem__` will do. config: AQAAConfig; layout: a name of Table 1 or a Layout; voice: a
+    function of this object that returns options of the Vocoder; notes: sentences on what was left out in loading.
+    engine: None, or what generates in place of the backbone: its generate(prompt, ids, layout, **sampling) gives Steps.
     """
 
-    def __init__(self, config, part, *, device="cpu", layout="ratio_10_15"):
+    engine = None
+
+    def __init__(self, config, part, *, device="cpu", layout="ratio_10_15", voice=None, notes=()):
         self.config, self.ids, self.device = config, config.ids, torch.device(device)
         self.layout = interleave.layout(layout) if isinstance(layout, str) else layout
-        self._part = part
+        self._part, self._voice, self.notes = part, voice or (lambda model: {}), notes
 
     text = cached_property(lambda self: self._part("text"))
     linguistic = cached_property(lambda self: self._part("linguistic"))
@@ -106,7 +140,7 @@ class AQAA:
     backbone = cached_property(lambda self: self._part("backbone"))
     flow = cached_property(lambda self: self._part("flow"))
     hift = cached_property(lambda self: self._part("hift"))
-    vocoder = cached_property(lambda self: Vocoder(self.flow, self.hift))
+    vocoder = cached_property(lambda self: Vocoder(self.flow, self.hift, **self._voice(self)))
 
     # ---- single steps ----
 
@@ -121,8 +155,17 @@ class AQAA:
             semantic = self.semantic.encode(wav)
         ids = interleave.merge(linguistic.cpu(), semantic.cpu(), self.ids)
         if not ids:
-            raise audio.AudioError("the question is too short to hear anything in it: 0.2 s are needed.")
+            raise audio.AudioError(TOO_SHORT)
         return ids
+
+    def listener(self, *, every=0.24, history=(), prefill=True):
+        """A listening.Listener for a question that is still being spoken; prefill: read the prompt as it grows."""
+        from aqaa.backbone.generation import Prefill
+        from aqaa.listening import Listener
+
+        room = len(self.prompt([], history)) + int(audio.MAX_SECONDS * TOKENS_PER_SECOND) + MAX_ANSWER
+        prefill = Prefill(self.backbone, room) if prefill and self.engine is None else None
+        return Listener(self, every=every, history=history, prefill=prefill)
 
     def heard(self, question, ledger=None):
         """A question as audio ids; ids that are already there pass through."""
@@ -143,10 +186,12 @@ class AQAA:
 
         sampling: temperature, top_p, seed, max_tokens, repetition (see backbone.generation), by default SAMPLING.
         """
+        layout, sampling = layout or self.layout, {**SAMPLING, "min_audio": MIN_AUDIO, **sampling}
+        if self.engine is not None:
+            return self.engine.generate(prompt, self.ids, layout, **sampling)
         from aqaa.backbone.generation import generate
 
-        layout = layout or self.layout
-        return generate(self.backbone, prompt, self.ids, layout, **{**SAMPLING, "min_audio": MIN_AUDIO, **sampling})
+        return generate(self.backbone, prompt, self.ids, layout, **sampling)
 
     def transcribe(self, question):
         """The words of a question, as the backbone understands them; question: a sound, or audio ids."""
@@ -185,11 +230,12 @@ class Talk:
     """One answer being made: iterate to get its Pieces; `answer` finishes it."""
 
     def __init__(self, model, question, history, sampling, live):
-        self.model, self.ledger = model, Ledger()
+        self.model, self.ledger, self.sampling = model, Ledger(), sampling
         self.seed = sampling.get("seed", 0)
         self.prompt = model.prompt(model.heard(question, self.ledger), history)
         self.stream = model.vocoder.stream(self.seed) if live else None
         self.steps, self.sound, self._known, self._answer = [], [], 0, None
+        self._said, self._waiting = "", []  # words given out; audio ids not yet spoken
         self._source = model.generate(self.prompt, **sampling)
         self._pieces = self._run()
 
@@ -203,23 +249,40 @@ class Talk:
             pass
         return self._answer
 
+    def resume(self):
+        """Go on after the engine failed in mid-answer (EngineError), from the ids that are here; returns this Talk.
+
+        What was said stays as it is and is not said again. Drawn ids are not those of an unbroken answer.
+        """
+        said = tuple(step.id for step in self.steps)
+        layout = interleave.Resumed(self.sampling.get("layout") or self.model.layout, said)
+        left = self.sampling.get("max_tokens", SAMPLING["max_tokens"]) - len(said)
+        options = {**self.sampling, "layout": layout, "max_tokens": left}
+        ended = said[-1:] == (self.model.ids.eot,)
+        self._source = iter(()) if ended else self.model.generate([*self.prompt, *said], **options)
+        self._pieces = self._run()
+        return self
+
     def _run(self):
-        said, waiting = "", []
         for step in self._generated():
-            waiting += [step.id] if step.kind in SPOKEN else []
-            if self.stream and len(waiting) == GROUP_SIZE:
-                wave, waiting = self._sound(self.stream.push, waiting), []
+            self._waiting += [step.id] if step.kind in SPOKEN else []
+            if self.stream and len(self._waiting) == GROUP_SIZE:
+                wave, self._waiting = self._sound(self.stream.push, self._waiting), []
                 if len(wave):
-                    words = self._words()
-                    yield Piece(words[len(said):], wave)
-                    said = words
-        whole = waiting[: len(waiting) - len(waiting) % GROUP_SIZE]  # max_tokens may have cut the last group
+                    yield self._piece(wave)
+        n = len(self._waiting)
+        whole = self._waiting[: n - n % GROUP_SIZE]  # max_tokens may have cut the last group
         if self.stream:
             wave = self._sound(lambda _: self.stream.finish(), [])
         else:
             wave = self._sound(lambda ids: self.model.vocoder.synthesize(ids, self.seed), whole)
-        yield Piece(self._words()[len(said):], wave)
+        yield self._piece(wave)
         self._answer = self._finish()
+
+    def _piece(self, wave):
+        words = self._words()
+        piece, self._said = Piece(words[len(self._said):], wave), words
+        return piece
 
     def _generated(self):
         while True:
@@ -238,6 +301,9 @@ class Talk:
         if len(wave) and not self._known:
             self.ledger.mark("first_audio")
             self._known = len(self.steps)
+        if len(wave):
+            ready = time.perf_counter() - self.ledger.began
+            self.ledger.pieces.append((ready, len(wave) / self.model.vocoder.sample_rate))
         self.sound.append(wave)
         return wave
 
@@ -263,6 +329,7 @@ class Talk:
             },
             timings=self.ledger.times,
             confidence=exp(sum(chances) / len(chances)) if chances else 0.0,
+            pieces=tuple(self.ledger.pieces),
         )
 
 
@@ -298,23 +365,3 @@ class Chat:
 
     def _remember(self, heard, answer):
         self.history += [("user", self.model.transcribe(heard)), ("assistant", answer.text)]
-
-
-class TextOnly:
-    """Stands in for a Layout where only text is wanted: text ids, then eot."""
-
-    def machine(self, ids, min_audio=0):
-        return TextMachine(ids)
-
-
-class TextMachine:
-    """Stands in for interleave.Machine."""
-
-    def __init__(self, ids):
-        self.ids, self.finished = ids, False
-
-    def allowed(self):
-        return interleave.Allowed("text", self.ids.first_text, self.ids.n_text, (self.ids.eot,), False, True)
-
-    def advance(self, token):
-        self.finished = token == self.ids.eot

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only get in each other's way
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton asks once, when it is first imported
 
 from dataclasses import replace
 

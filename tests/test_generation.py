@@ -1,10 +1,12 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from aqaa.backbone.generation import Repetition, generate, generate_batch
+from aqaa.backbone.generation import Decoder, Prefill, Repetition, generate, generate_batch
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import IdsConfig
-from aqaa.tokenizers.interleave import LAYOUTS, Layout, merge, split
+from aqaa.tokenizers.interleave import LAYOUTS, Allowed, Layout, merge, split
 
 IDS = IdsConfig(n_text=100, n_linguistic=20, n_semantic=30)
 GREEDY = {"temperature": 0.0, "max_tokens": 60}
@@ -50,8 +52,6 @@ def test_every_answer_obeys_its_layout(model, name):
 
 
 def test_one_token_by_hand_equals_the_modules(model):
-    from aqaa.backbone.generation import Decoder
-
     embeddings = model.model.embed_tokens(torch.tensor([PROMPTS[2]])).detach()
     fast, plain = Decoder(model, 1, 30), Decoder(model, 1, 30)
     assert fast.by_hand
@@ -146,3 +146,67 @@ def test_repetition_rule():
 def test_embeddings_can_stand_for_the_prompt(model):
     embeds = model.model.embed_tokens(torch.tensor([PROMPTS[0]])).detach()
     assert answer(model, prompt_embeds=embeds) == answer(model)
+
+
+class Anything:
+    """Stands in for a layout: every id is legal at every step, as it is for transformers."""
+
+    finished = False
+
+    def machine(self, ids, min_audio=0):
+        return self
+
+    def allowed(self):
+        return Allowed("text", 0, IDS.end, (), False, False)
+
+    def advance(self, token):
+        pass
+
+
+@pytest.mark.parametrize("question", PROMPTS[:3])
+def test_greedy_ids_are_those_of_transformers_with_its_growing_cache(model, question):
+    steps = list(generate(model, question, IDS, Anything(), temperature=0, max_tokens=40))
+    options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(torch.tensor([question]), **options)[0, len(question) :]
+    assert [step.id for step in steps] == found.tolist()
+
+
+def test_keys_and_values_are_written_where_they_stay(model):
+    decoder = Decoder(model, 1, 30)
+    places, embed = (decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()), model.model.embed_tokens
+    with torch.inference_mode():
+        for by_hand, part in ((True, 20), (True, 1), (False, 1), (False, 7), (True, 1)):
+            decoder.by_hand, before = by_hand, decoder.cache.keys.clone()
+            decoder.feed(embed(torch.tensor([prompt(part)])))
+            new = (decoder.cache.keys != before).any(-1).any(2)[0, 0]
+            assert new.nonzero().flatten().tolist() == [*range(decoder.cache.length - part, decoder.cache.length)]
+    assert decoder.cache.length == 30 and decoder.cache.keys.shape == (2, 1, 2, 30, 8)  # layers, B, G, slots, D
+    assert (decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()) == places
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(forms=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30), st.integers(0, 2)), max_size=5))
+def test_a_prompt_read_while_it_grew_is_answered_the_same(model, forms):
+    """forms: lengths of earlier forms of the prompt, and from where on they differ from it."""
+    final, reader = prompt(28), Prefill(model, 60)
+    for length, same, seed in forms:
+        reader.read([*final[:same], *prompt(30, seed + 1)][:length])
+    expected = answer(model, question=final, max_tokens=20)
+    for _ in range(2):  # and once more from the same cache, which now also holds an answer
+        found = answer(model, question=final, max_tokens=20, prefill=reader)
+        assert [s.id for s in found] == [s.id for s in expected]
+        assert [s.logprob for s in found] == pytest.approx([s.logprob for s in expected], abs=1e-6)
+
+
+def test_only_what_is_new_is_read(model, monkeypatch):
+    reader, fed = Prefill(model, 60), []
+    feed = reader.decoder.feed
+    monkeypatch.setattr(reader.decoder, "feed", lambda x: (fed.append(x.shape[1]), feed(x))[1])
+    question, other = prompt(20), prompt(20, 1)
+    for ids in (question[:12], question[:15], question[:15] + other[:2], question, question, question[:4]):
+        reader.read(ids)
+    assert fed == [12, 3, 2, 5, 1, 1]
+    assert reader.known(question) == 4 and reader.known(other) == 0
+    with pytest.raises(ValueError, match="1 to 59"):
+        reader.read(prompt(60))
+    assert len(answer(model, question=prompt(50), prefill=reader, max_tokens=100)) <= 10  # its room is full

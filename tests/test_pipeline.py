@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from aqaa.audio import AudioError
-from aqaa.pipeline import MIN_AUDIO, Answer, Chat, Ledger, Piece
+from aqaa.config import IdsConfig
+from aqaa.pipeline import MIN_AUDIO, Answer, Chat, Ledger, Piece, playout
 from aqaa.tokenizers import interleave
 from tests.conftest import RATE, tone
 
@@ -195,3 +196,54 @@ def test_an_answer_is_saved_as_wav(answer, tmp_path):
     answer.save(tmp_path / "a.wav")
     wave, rate = soundfile.read(tmp_path / "a.wav")
     assert rate == answer.sample_rate and len(wave) == len(answer.audio)
+
+
+# ---- when to begin to play ----
+
+
+def simulated(tokens_per_s, seconds):
+    """(ready, length) of the blocks of 15 audio ids of an answer with 5 text ids a second; markers cost nothing."""
+    ids, layout = IdsConfig(), interleave.layout("ratio_10_15")
+    groups = round(seconds / 0.12)
+    audio = interleave.merge([0] * 2 * groups, [0] * 3 * groups, ids)
+    answer = layout.arrange([ids.first_text] * int(5 * seconds), audio, ids)
+    at = [i for i, kind in enumerate(interleave.kinds([t for t in answer if t >= ids.first_text], ids)) if kind]
+    blocks = [at[i : i + 15] for i in range(0, len(at), 15)]
+    return [((block[-1] + 1) / tokens_per_s, 0.024 * len(block)) for block in blocks]
+
+
+@pytest.mark.parametrize(("speed", "delays"), [
+    (45, (0.84, 1.34, 2.32)), (50, (0.68, 1.06, 1.76)), (55, (0.55, 0.83, 1.31)), (60, (0.47, 0.64, 0.93)),
+    (70, (0.36, 0.36, 0.36)),
+])  # fmt: skip
+def test_the_delay_that_a_decoding_speed_needs(speed, delays):
+    """Text and audio at 69.4 ids a second play on from the first block; slower decoding has to run ahead."""
+    assert [playout(simulated(speed, s)).delay for s in (5, 10, 20)] == pytest.approx(delays, abs=0.0051)
+
+
+def test_playout_begins_as_early_as_it_can():
+    pieces = [(0.5, 0.3), (0.6, 0.2), (1.4, 0.5), (1.5, 0.1)]
+    delay, gaps = playout(pieces)
+    assert gaps == pytest.approx((0.5, 0, 0.4, 0)) and delay == pytest.approx(0.9)
+    starts = [delay + sum(seconds for _, seconds in pieces[:i]) for i in range(4)]
+    late = [start - ready for start, (ready, _) in zip(starts, pieces, strict=True)]
+    assert min(late) == pytest.approx(0)  # never late, and no sooner would do
+    assert playout([]) == (0, ())
+
+
+def test_an_answer_knows_when_its_pieces_were_ready(tiny, sound, answer):
+    streamed = tiny.stream(sound, seed=3, max_tokens=200).answer
+    for one in (answer, streamed):
+        assert sum(seconds for _, seconds in one.pieces) == pytest.approx(one.seconds)
+        assert one.pieces[0][0] == pytest.approx(one.timings["first_audio"], abs=0.01)
+        assert one.timings["first_audio"] - 0.01 <= one.playout.delay <= one.timings["total"]
+    assert len(answer.pieces) == 1 < len(streamed.pieces)
+    assert [ready for ready, _ in streamed.pieces] == sorted(ready for ready, _ in streamed.pieces)
+
+
+def test_sound_begins_with_the_first_block(tiny, sound):
+    """After 10 text and 15 audio ids, or sooner where the text is shorter: 0.24 s, and a group to look ahead."""
+    talk = tiny.stream(sound, seed=3, max_tokens=200)
+    first = next(iter(talk))
+    heard = [step for step in talk.steps if step.kind in ("linguistic", "semantic")]
+    assert len(heard) == 15 and len(talk.steps) <= 25 and len(first.audio) == 0.24 * RATE

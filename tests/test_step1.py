@@ -47,6 +47,12 @@ def test_bias_falls_with_the_root_of_the_distance():
     assert (bias[0, 0, 0, 5:] == -torch.inf).all()
 
 
+def test_a_head_without_slope_sees_all_of_the_past_alike():
+    bias = attention.sqrt_bias(torch.tensor([0.0, 1.0]), 3, 4, first=1)[0, 0]
+    assert torch.equal(bias == 0, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool())
+    assert (bias[bias != 0] == -torch.inf).all()
+
+
 def test_parameter_count_of_the_published_model():
     full = AQAAConfig().backbone
     with torch.device("meta"):
@@ -62,6 +68,20 @@ def test_eager_and_fused_attention_agree_and_show_weights():
     assert len(out.hidden_states) == 3 and out.attentions[0].shape == (2, 6, 30, 30)
     close(out.attentions[1].sum(-1), torch.ones(2, 6, 30))
     assert out.attentions[0].triu(1).abs().max() == 0
+
+
+@torch.no_grad()
+def test_attention_is_chosen_by_the_call_of_transformers():
+    model, ids = tiny(attn_implementation="sdpa"), tokens(2, 12)
+    want = model(ids).logits
+    model.set_attn_implementation("eager")
+    out = model(ids, output_attentions=True)
+    close(out.logits, want)
+    assert out.attentions[0].shape == (2, 6, 12, 12)
+    model.set_attn_implementation("sdpa")
+    assert model.model.config._attn_implementation == "sdpa" and torch.equal(model(ids).logits, want)
+    with pytest.raises(ValueError, match="[Ff]lash"):
+        model.set_attn_implementation("flash_attention_2")
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa.config import HiftConfig, MelConfig, preset
+from aqaa import checkpoints
+from aqaa.config import GROUP_SIZE, HiftConfig, MelConfig, preset
 from aqaa.vocoder.flow import Flow
 from aqaa.vocoder.hift import HiFT
 from aqaa.vocoder.streaming import StreamingVocoder, Vocoder, WaveStream
@@ -68,6 +69,45 @@ def test_published_rate_does_not_drift():
     stream = StreamingVocoder(flow, hift, chunks=(1, 2, 3))
     made = sum(len(stream.push(IDS[i : i + 5])) for i in range(0, 200, 5)) + len(stream.finish())
     assert made == flow.frames(200) * 256 == int(40 * 0.12 * 22050 / 256) * 256
+
+
+def test_ten_minutes_at_the_published_rate_do_not_drift():
+    """25,000 tokens, 86.13 frames a second: after every chunk the sound is as long as the frames of its tokens."""
+    torch.manual_seed(0)
+    narrow = HiftConfig(
+        in_channels=8, base_channels=4, f0_channels=4, nb_harmonics=1, resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1,),), source_resblock_kernel_sizes=(3, 3),
+        source_resblock_dilation_sizes=((1,), (1,)),
+    )  # fmt: skip
+    flow, hift = Flow(TINY, MelConfig(num_mels=8)).eval(), HiFT(narrow).eval()
+    ids = np.random.default_rng(0).integers(0, 40, 25_000).tolist()
+    stream, made = StreamingVocoder(flow, hift, chunks=(7, 24), look_back=2, n_timesteps=1), 0
+    for i in range(0, 25_000, 25):
+        made += len(stream.push(ids[i : i + 25]))
+        assert made == flow.frames(stream.spoken) * 256
+        assert abs(made / 22_050 - stream.spoken * 0.024) < 256 / 22_050  # less than a frame
+    assert made + len(stream.finish()) == flow.frames(25_000) * 256 == 600 * 22_050 // 256 * 256
+
+
+@given(cuts=st.lists(st.integers(1, 40), min_size=1, max_size=60), hop=st.sampled_from([160, 256, 441]))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_frames_of_chunks_add_up_to_those_of_the_whole(cuts, hop):
+    flow = Flow(TINY, replace(MEL, sampling_rate=22_050, hop_size=hop))
+    ends = GROUP_SIZE * np.cumsum([0, *cuts])
+    assert sum(flow.frames(b) - flow.frames(a) for a, b in zip(ends, ends[1:], strict=False)) == flow.frames(ends[-1])
+    assert [flow.frames(n) for n in ends] == [int(n) * 22_050 * 24 // (hop * 1000) for n in ends]
+
+
+def test_one_chunk_is_the_whole():
+    stream, vocoder = StreamingVocoder(FLOW, HIFT, chunks=(12,), seed=4), Vocoder(FLOW, HIFT)
+    assert len(stream.push(IDS[:60])) == 0  # nothing is known beyond it
+    assert torch.equal(stream.finish(), vocoder.synthesize(IDS[:60], seed=4))
+
+
+@pytest.mark.parametrize("wrong", [{"chunks": ()}, {"chunks": (2, 0)}, {"look_ahead": -1}, {"look_back": -1}])
+def test_chunks_without_a_group_are_refused(wrong):
+    with pytest.raises(ValueError, match="one or more groups"):
+        StreamingVocoder(FLOW, HIFT, **wrong)
 
 
 def test_first_sound_after_three_groups():
@@ -156,3 +196,72 @@ def test_the_measure_hears_a_break():
     joins = np.cumsum([len(p) for p in cut])[:-1]
     (bend, elsewhere), _ = roughness(torch.cat(cut), joins.tolist())
     assert bend > elsewhere
+
+
+# ---- the shipped voice ----
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return checkpoints.load("mini")
+
+
+@pytest.fixture(scope="module")
+def spoken(mini):
+    """Codes of two spoken answers, four seconds in all."""
+    folder = checkpoints.data_folder() / "questions"
+    asked = [mini.ask(folder / name) for name in ("count_q002490.wav", "say_fast_q001837.wav")]
+    ids = [token for answer in asked for token in answer.tokens["answer"]]
+    return mini.codes([token for token in ids if mini.ids.n_text <= token < mini.ids.end])
+
+
+def roughest(wave):
+    """How rough each place of a sound is, in three ways (3, places): a place begins every ms and lasts 10 ms.
+
+    Logarithms of the largest second difference, against the loudness of 10 ms; of the energy above 4 kHz; and of the
+    change of the log spectrum within 5 ms.
+    """
+    wave, hop, half = wave.double().numpy(), 16, 80
+    loudness = np.sqrt(np.convolve(wave**2, np.ones(2 * half) / (2 * half), "same")) + 1e-3
+    bend = np.abs(np.diff(wave, 2, prepend=0, append=0)) / loudness
+    bend = bend[: len(bend) // hop * hop].reshape(-1, hop).max(1)
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, half), 2 * half)[::hop][: len(bend)]
+    spectrum = np.abs(np.fft.rfft(frames * np.hanning(2 * half), axis=1))
+    high = (spectrum[:, half // 2 :] ** 2).sum(1)
+    logs = np.log(spectrum + 1e-2)
+    flux = np.pad(np.abs(logs[5:] - logs[:-5]).sum(1), (2, 3))
+    measures = np.log(np.stack([bend, high, flux + 1]) + 1e-4)
+    return np.lib.stride_tricks.sliding_window_view(measures, 10, axis=1).max(2)
+
+
+def ranks(values, joins):
+    """The share of all places whose value lies below that of the place around each join: (J, 3)."""
+    return np.stack([(values < values[:, [join // 16 - 5]]).mean(1) for join in joins])
+
+
+def test_no_join_of_any_chunking_is_heard(mini, spoken):
+    """No join is among the roughest places of its sound, and against the whole rendered at once joins do not stand out:
+    what they add to its roughness ranks evenly, from 0 to 1, among what other places add."""
+    rng, plain, added = np.random.default_rng(0), [], []
+    for seed in range(4):
+        chunks, ahead = tuple(rng.integers(1, 7, rng.integers(1, 5)).tolist()), int(rng.integers(1, 4))
+        stream = StreamingVocoder(
+            mini.flow, mini.hift, seed=seed, chunks=chunks, look_ahead=ahead, look_back=int(rng.integers(1, 11))
+        )
+        pieces = [stream.push(spoken[i : i + GROUP_SIZE]) for i in range(0, len(spoken), GROUP_SIZE)]
+        pieces = [piece for piece in [*pieces, stream.finish()] if len(piece)]
+        joins, found = np.cumsum([len(piece) for piece in pieces])[:-1], roughest(torch.cat(pieces))
+        plain.append(ranks(found, joins))
+        added.append(ranks(found - roughest(mini.vocoder.synthesize(spoken, seed=seed)), joins))
+    plain, added = np.concatenate(plain), np.concatenate(added)  # (J, 3)
+    assert len(plain) > 25
+    assert (plain < 0.995).all() and (added < 1).all() and (added.mean(0) < 0.63).all()
+
+
+def test_the_ranks_hear_two_renderings_spliced(mini, spoken):
+    """Same voice, same words, cut without a fade: the joins stand out."""
+    one, other = (mini.vocoder.synthesize(spoken, seed=seed) for seed in (1, 2))
+    joins = np.arange(4000, len(one) - 4000, 4000)
+    parts = [(one, other)[i % 2].tensor_split(joins.tolist())[i] for i in range(len(joins) + 1)]
+    assert ranks(roughest(torch.cat(parts)) - roughest(one), joins).mean(0).max() > 0.75
+    assert (ranks(roughest(other) - roughest(one), joins).mean(0) < 0.6).all()

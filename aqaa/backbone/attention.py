@@ -27,8 +27,8 @@ def sqrt_bias(slope, n_query, n_key, first=0):
     """
     query = torch.arange(n_query, device=slope.device) + first
     distance = query[:, None] - torch.arange(n_key, device=slope.device)  # (Q, K)
-    root = distance.clamp(min=0).float().sqrt().masked_fill(distance < 0, torch.inf)
-    return -slope[None, :, None, None] * root
+    root = distance.clamp(min=0).float().sqrt()
+    return (-slope[None, :, None, None] * root).masked_fill_(distance < 0, -torch.inf)
 
 
 def with_mask(bias, mask):

@@ -109,6 +109,34 @@ class Decoder:
             self.padding = self.padding[rows]
 
 
+class Prefill:
+    """A prompt that is read while it grows, so that an answer can begin as soon as it ends: see `generate`.
+
+    room: ids of the longest prompt and its answer together; the cache is made for them at once.
+    """
+
+    def __init__(self, model, room):
+        self.decoder, self.ids = Decoder(model, 1, min(room, model.config.max_seq_len)), []
+
+    @torch.inference_mode()
+    def read(self, ids):
+        """Run what is new in `ids`, a later form of the prompt. Raises ValueError if they leave no room."""
+        _room(self.decoder.size, len(ids), 0)
+        new, embed = ids[self.rewind(ids) :], self.decoder.model.model.embed_tokens
+        self.decoder.feed(embed(torch.tensor([new], device=embed.weight.device)))
+
+    def known(self, ids):
+        """How many of the ids, from the first on, need not be run; the last one always must."""
+        limit = min(len(self.ids), len(ids) - 1)
+        return next((i for i in range(limit) if self.ids[i] != ids[i]), limit)
+
+    def rewind(self, ids):
+        """Forget what differs from `ids`; returns the number of those known. The others are to be fed next."""
+        self.decoder.cache.length = known = self.known(ids)
+        self.ids = list(ids)
+        return known
+
+
 def _is_plain(model):
     """Whether `_single` may stand in for the modules: a CPU, fp32 or fp64, and nothing but ordinary linear layers."""
     weight = model.embed_tokens.weight
@@ -185,9 +213,8 @@ def _check(temperature, top_p, max_tokens):
         raise ValueError("temperature must be ≥ 0, top_p in (0, 1] and max_tokens ≥ 0")
 
 
-def _room(model, n_prompt, max_tokens):
+def _room(limit, n_prompt, max_tokens):
     """How many ids may follow a prompt. Raises ValueError for an empty prompt or one that fills the context."""
-    limit = model.config.max_seq_len
     if not 0 < n_prompt < limit:
         raise ValueError(f"the prompt has {n_prompt} ids; the model takes 1 to {limit - 1}: shorten the question")
     return min(max_tokens, limit - n_prompt)
@@ -196,23 +223,25 @@ def _room(model, n_prompt, max_tokens):
 @torch.inference_mode()
 def generate(
     model, prompt_ids, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024, repetition=None,
-    min_audio=0, prompt_embeds=None,
+    min_audio=0, prompt_embeds=None, prefill=None,
 ):  # fmt: skip
     """Answer a prompt, one Step at a time, as soon as each is known. The last one is eot, unless max_tokens ends first.
 
     prompt_ids: list of ids; ids: IdsConfig; layout: has machine(ids, min_audio). temperature 0 is greedy; the same
     seed gives the same answer. repetition: a Repetition, or None. prompt_embeds (1, T, D): used in place of the
-    prompt's embeddings (images). Raises ValueError for settings out of range or a prompt too long.
+    prompt's embeddings (images). prefill: a Prefill that has read earlier forms of the prompt; what they share is not
+    run again. Raises ValueError for settings out of range or a prompt too long.
     """
     _check(temperature, top_p, max_tokens)
     prompt_ids = [int(i) for i in prompt_ids]
-    max_tokens = _room(model, len(prompt_ids), max_tokens)
+    max_tokens = _room(prefill.decoder.size if prefill else model.config.max_seq_len, len(prompt_ids), max_tokens)
     embed = model.model.embed_tokens
     device = embed.weight.device
     generator = torch.Generator(device).manual_seed(seed) if temperature else None
     machine, vocabulary = layout.machine(ids, min_audio), Vocabulary(model)
-    decoder = Decoder(model, 1, len(prompt_ids) + max_tokens)
+    decoder = prefill.decoder if prefill else Decoder(model, 1, len(prompt_ids) + max_tokens)
     embeddings = embed(torch.tensor([prompt_ids], device=device)) if prompt_embeds is None else prompt_embeds
+    embeddings = embeddings[:, prefill.rewind(prompt_ids) :] if prefill else embeddings
     history = prompt_ids
     for _ in range(max_tokens):
         hidden, may = decoder.feed(embeddings)[0], machine.allowed()
@@ -270,9 +299,10 @@ class _Row:
 def _run_batch(model, rows, vocabulary, max_tokens, settings, generator):
     """Fill in the steps of rows, in one left-padded batch."""
     embed, n_prompt = model.model.embed_tokens, max(len(row.history) for row in rows)
-    max_tokens = _room(model, n_prompt, max_tokens)
+    limit = model.config.max_seq_len
+    max_tokens = _room(limit, n_prompt, max_tokens)
     for row in rows:
-        _room(model, len(row.history), max_tokens)
+        _room(limit, len(row.history), max_tokens)
     padded = [[0] * (n_prompt - len(row.history)) + row.history for row in rows]
     padding = torch.arange(n_prompt) < torch.tensor([[n_prompt - len(row.history)] for row in rows])
     device = embed.weight.device

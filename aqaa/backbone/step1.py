@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -170,6 +169,11 @@ class Step1PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Step1DecoderLayer, "attentions": Step1Attention}
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        """transformers looks for a call of its own in this file; our layers read the name at every step themselves."""
+        return True
+
 
 class Step1Model(Step1PreTrainedModel):
     """Embedding, decoder layers, last norm."""
@@ -283,7 +287,8 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, segment_ids=segment_ids, **kwargs,
         )  # fmt: skip
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

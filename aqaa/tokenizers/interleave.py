@@ -326,3 +326,38 @@ class Machine:
             self.state, self.audio_done = "closed", False
         else:
             self.state = "end"
+
+
+class TextOnly:
+    """Stands in for a Layout where only text is wanted: text ids, then eot."""
+
+    def machine(self, ids, min_audio=0):
+        return TextMachine(ids)
+
+
+class TextMachine:
+    """Stands in for Machine."""
+
+    def __init__(self, ids):
+        self.ids, self.finished = ids, False
+
+    def allowed(self):
+        return Allowed("text", self.ids.first_text, self.ids.n_text, (self.ids.eot,), False, True)
+
+    def advance(self, token):
+        self.finished = token == self.ids.eot
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A Layout whose answer has begun: the prompt ends with the ids in `said`, and the machine knows them."""
+
+    layout: object
+    said: tuple
+
+    def machine(self, ids, min_audio=0):
+        """The layout's machine after `said`. Raises ValueError if those are not the beginning of such an answer."""
+        machine = self.layout.machine(ids, min_audio)
+        for token in self.said:
+            machine.advance(token)
+        return machine

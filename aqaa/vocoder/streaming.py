@@ -67,11 +67,14 @@ class StreamingVocoder:
     chunks: groups spoken in the first, second … chunk, the last number repeating; look_ahead: groups that must be known
     beyond a chunk; look_back: groups of the past that the flow continues. prompt_token (1, P), prompt_feat
     (1, T, n_mels) and embedding (1, spk_embed_dim) are the voice, where the flow takes one; every chunk sees them.
-    What comes out depends on ids and seed alone, not on how the ids were divided among pushes.
+    What comes out depends on ids and seed alone, not on how the ids were divided among pushes. Raises ValueError for
+    chunks without a group.
     """
 
     def __init__(self, flow, hift, *, chunks=(2, 4, 8), look_ahead=1, look_back=8, seed=0, prompt_token=None,
                  prompt_feat=None, embedding=None, n_timesteps=None, temperature=None, cfg_rate=None):
+        if not chunks or min(chunks) < 1 or min(look_ahead, look_back) < 0:
+            raise ValueError("chunks must be one or more groups each, look_ahead and look_back 0 or more.")
         self.flow, self.chunks, self.look_ahead, self.look_back = flow, chunks, look_ahead, look_back
         self.options = {"embedding": embedding, "n_timesteps": n_timesteps, "temperature": temperature,
                         "cfg_rate": cfg_rate}

@@ -1,0 +1,234 @@
+"""Linear layers whose weights have 4 or 8 bits; activations are as they were, weights are unpacked in use.
+
+int4 keeps a scale for each `group` inputs of each output, int8 and fp8 one for each output. All three are symmetric:
+weight = code · scale. Codes come from rounding to the nearest (with a search for the scale that errs least) or from
+GPTQ (Frantar et al. 2023), which rounds one input after another and lets those to come make up for the error.
+`forward` here is the readable reference: unpack, then an ordinary product; aqaa/scale/kernels.py does it in one pass.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aqaa.config import check_group
+
+DTYPE = torch.bfloat16  # of the scales
+SHRINK = torch.linspace(1, 0.65, 15)  # of the scale that fits the largest weight: what the search tries
+DAMP = 0.01  # of the mean of the Hessian's diagonal, added to it
+AT_ONCE = 1 << 24  # weights rounded together
+BLOCK = 128  # inputs that GPTQ rounds before it updates all later ones
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ without a bias, W (N, K) kept as codes and scales; subclasses say how a code is stored.
+
+    Buffers: `qweight` (layout: see the subclass) and `scale` (N, K / group) bfloat16. Both may live on `meta`.
+    Raises ValueError if the group does not divide K.
+    """
+
+    name, bits, group_by_default = "", 8, None  # no group: one scale for each output
+
+    def __init__(self, in_features, out_features, group=None, device=None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.group = group or self.group_by_default or in_features
+        check_group(in_features, self.group)
+        size = (out_features, in_features * self.bits // 8)
+        self.register_buffer("qweight", torch.empty(size, dtype=self.storage, device=device))
+        self.register_buffer("scale", torch.empty(out_features, in_features // self.group, dtype=DTYPE, device=device))
+
+    @classmethod
+    def from_weights(cls, weight, group=None, hessian=None, search=True):
+        """Quantise `weight` (N, K). hessian (K, K), the mean of x xᵀ over inputs: rounds by GPTQ; None: to nearest."""
+        group = group or cls.group_by_default or weight.shape[1]
+        check_group(weight.shape[1], group)
+        if hessian is None:  # some rows at a time: the search needs several copies in fp32
+            rows = weight.split(max(1, AT_ONCE // weight.shape[1]))
+            scale = torch.cat([find_scale(cls, some, group, search) for some in rows])
+            qweight = torch.cat([cls.pack(to_nearest(cls, *pair)) for pair in zip(rows, scale.split(len(rows[0])))])
+        else:
+            scale = find_scale(cls, weight, group, search)
+            qweight = cls.pack(gptq(cls, weight, scale, hessian))
+        layer = cls(weight.shape[1], weight.shape[0], group, "meta")
+        layer.qweight, layer.scale = qweight, scale
+        return layer
+
+    @classmethod
+    def from_linear(cls, linear, group=None, **options):
+        """Quantise an nn.Linear; see from_weights. Raises ValueError if it has a bias."""
+        if linear.bias is not None:
+            raise ValueError("a layer with a bias cannot be quantised: Step-1 has none")
+        return cls.from_weights(linear.weight.detach(), group, **options)
+
+    def codes(self):
+        """All codes (N, K) float32."""
+        return self.unpack(self.qweight)
+
+    def dequantized(self, dtype=torch.float32):
+        """W (N, K) in `dtype`; code · scale is rounded once, from fp32."""
+        return (_grouped(self.codes(), self.group) * self.scale.float()[..., None]).flatten(1).to(dtype)
+
+    def forward(self, x):
+        return F.linear(x, self.dequantized(x.dtype))
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}, {self.name}, group={self.group}"
+
+
+class Int4Linear(QuantizedLinear):
+    """Two codes a byte.
+
+    `qweight` uint8 (N, K/2), contiguous: byte [n, j] holds input k = 2j in its low nibble and k = 2j + 1 in its high
+    one; code = nibble − 8, in −8 … 7. `scale` bfloat16 (N, K/group): input k of output n uses scale[n, k // group], so
+    W[n, k] = (nibble − 8) · scale[n, k // group]. Groups are runs of `group` inputs. A scale may be negative: its sign
+    is such that the largest weight of the group falls on the side of −8, which has one step more.
+    """
+
+    name, bits, storage, group_by_default = "int4", 4, torch.uint8, 128
+    top = -8.0  # the code of a group's largest weight
+
+    @staticmethod
+    def nearest(x):
+        return x.round().clamp_(-8, 7)
+
+    @staticmethod
+    def pack(codes):
+        nibbles = (codes + 8).to(torch.uint8)
+        return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+    @staticmethod
+    def unpack(qweight):
+        return torch.stack((qweight & 15, qweight >> 4), -1).flatten(1).float() - 8
+
+
+class Int8Linear(QuantizedLinear):
+    """`qweight` int8 (N, K), codes −127 … 127; `scale` (N, 1)."""
+
+    name, storage, top = "int8", torch.int8, 127.0
+
+    @staticmethod
+    def nearest(x):
+        return x.round().clamp_(-127, 127)
+
+    @staticmethod
+    def pack(codes):
+        return codes.to(torch.int8)
+
+    @staticmethod
+    def unpack(qweight):
+        return qweight.float()
+
+
+class Fp8Linear(QuantizedLinear):
+    """`qweight` uint8 (N, K), the bytes of float8_e4m3fn (`.view(torch.float8_e4m3fn)` costs nothing; as uint8 they
+    survive `model.to(dtype)`); `scale` (N, 1)."""
+
+    name, storage, top = "fp8", torch.uint8, 448.0
+
+    @staticmethod
+    def nearest(x):
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+    @staticmethod
+    def pack(codes):
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8)
+
+    @staticmethod
+    def unpack(qweight):
+        return qweight.view(torch.float8_e4m3fn).float()
+
+
+FORMATS = {cls.name: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
+
+
+
+def _grouped(x, group):
+    """(N, K) → (N, K / group, group)."""
+    return x.unflatten(1, (-1, group))
+
+
+# ---- to codes -------------------------------------------------------------------------------------------------------
+
+
+def find_scale(cls, weight, group, search=True):
+    """Scales (N, K / group) of `weight` (N, K) in DTYPE, for the format `cls`.
+
+    The largest weight of a group gets the code cls.top; with 4 bits a search shrinks the scale where cutting the
+    largest weights costs less squared error than coarse steps for all the others.
+    """
+    grouped = _grouped(weight.float(), group)
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    widest = extreme / cls.top if cls.top < 0 else extreme.abs() / cls.top
+    widest = torch.where(extreme == 0, 1.0, widest)
+    best, least = widest.to(DTYPE), torch.full_like(widest, torch.inf)
+    for share in SHRINK.tolist() if search and cls.bits == 4 else ():
+        scale = (widest * share).to(DTYPE)
+        error = (cls.nearest(grouped / scale.float()) * scale.float() - grouped).square_().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best[..., 0]
+
+
+def to_nearest(cls, weight, scale):
+    """Codes (N, K) of `weight` with scales (N, K / group)."""
+    grouped = _grouped(weight.float(), weight.shape[1] // scale.shape[1])
+    return cls.nearest(grouped / scale.float()[..., None]).flatten(1)
+
+
+def gptq(cls, weight, scale, hessian):
+    """Codes (N, K) of `weight` by GPTQ: the inputs that matter most first, errors made up for by those to come.
+
+    scale (N, K / group) is found beforehand, so the order of the inputs is free ("act order" with static groups).
+    hessian (K, K): the mean of x xᵀ. Raises ValueError if it is not finite.
+    """
+    if not hessian.isfinite().all():
+        raise ValueError("the calibration dialogues gave activations that are not finite: the weights are damaged")
+    weight, hessian = weight.float(), hessian.to(weight.device, torch.float32).clone()
+    diagonal = hessian.diagonal()  # a view
+    diagonal += DAMP * diagonal.mean().clamp(min=1e-8)
+    order = diagonal.argsort(descending=True)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    step = scale.float().repeat_interleave(weight.shape[1] // scale.shape[1], 1)[:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    codes = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], BLOCK):
+        end = min(start + BLOCK, weight.shape[1])
+        errors = torch.zeros_like(weight[:, start:end])
+        for i in range(start, end):
+            codes[:, i] = cls.nearest(weight[:, i] / step[:, i])
+            error = (weight[:, i] - codes[:, i] * step[:, i]) / upper[i, i]
+            weight[:, i + 1 : end] -= error[:, None] * upper[i, i + 1 : end]
+            errors[:, i - start] = error
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return codes[:, order.argsort()]
+
+
+# ---- within a module -------------------------------------------------------------------------------------------------
+
+
+def empty_linears(module, weights, group=None, skip=("lm_head",), device="meta"):
+    """Replace the linear layers within `module` by empty ones of a format, whose buffers are to be filled."""
+    cls = format_of(weights)
+    for name, linear in list(linears(module, skip)):
+        put(module, name, cls(linear.in_features, linear.out_features, group, device))
+    return module
+
+
+def put(module, name, child):
+    """Set the submodule of a dotted name."""
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, child)
+
+
+def format_of(weights):
+    """The class of a format's name. Raises ValueError for an unknown one."""
+    if weights not in FORMATS:
+        raise ValueError(f"unknown format {weights!r}: choose one of {', '.join(FORMATS)}")
+    return FORMATS[weights]
+
+
+def linears(module, skip=()):
+    """(name, nn.Linear) of those within `module` whose name does not end in one of `skip`."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and not name.endswith(tuple(skip)):
+            yield name, part

@@ -1,0 +1,165 @@
+"""A question heard while it is spoken: the ids of offline listening, whatever the packets, and an early answer."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aqaa import audio, checkpoints
+from aqaa.evaluation import streaming
+from aqaa.tokenizers.linguistic import STRIDE, row_count
+from aqaa.tokenizers.semantic import PIECE
+from tests.conftest import RATE, tone
+from tests.test_linguistic import MODEL as PUBLISHED_STYLE
+
+LENGTHS = st.sampled_from([0, 500, 879, 880, STRIDE, 3 * STRIDE, 20_000, 27_111])
+SIZES = st.one_of(st.just(0), st.just(1), st.integers(2, 900), st.integers(3000, 9000), st.sampled_from([STRIDE, 7680]))
+QUESTION = checkpoints.data_folder() / "questions" / "sum_q001813.wav"
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return checkpoints.load("mini")
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    return audio.load_question(QUESTION)
+
+
+def swell(seconds=1.5):
+    """A tone that gets louder: the peak of the whole comes late."""
+    wav = torch.from_numpy(tone(seconds))
+    return wav * torch.linspace(0.1, 1, len(wav)) ** 2
+
+
+def cut(wav, sizes):
+    """Packets of these sizes, then the rest."""
+    return wav.split([*sizes, len(wav) - sum(sizes)]) if sum(sizes) <= len(wav) else wav[: sum(sizes)].split(640)
+
+
+# ---- linguistic packets ----
+
+
+@pytest.mark.parametrize("weights", ["shipped", "published_style"])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(sizes=st.lists(SIZES, max_size=6), length=LENGTHS)
+def test_linguistic_codes_do_not_depend_on_packets(mini, spoken, weights, sizes, length):
+    model = mini.linguistic if weights == "shipped" else PUBLISHED_STYLE
+    wav = spoken[6000 : 6000 + length]
+    state, codes, packets = model.start(), [], cut(wav, sizes)
+    for i, packet in enumerate(packets):
+        found, state = model.push(state, packet, final=i == len(packets) - 1)
+        codes += found.tolist()
+    if not packets:  # nothing was said at all
+        codes = model.push(state, wav, final=True)[0].tolist()
+    assert codes == model.encode(wav, energy_norm=False).tolist() and len(codes) == row_count(len(wav))
+
+
+def test_single_samples_and_a_final_packet_without_any(mini, spoken):
+    wav = spoken[6000 : 6000 + STRIDE + 1]
+    state, codes = mini.linguistic.start(), []
+    for packet in [wav[:2], *wav[2:40].split(1), wav[40:], wav[:0]]:
+        found, state = mini.linguistic.push(state, packet)
+        codes += found.tolist()
+    codes += mini.linguistic.push(state, wav[:0], final=True)[0].tolist()
+    assert codes == mini.linguistic.encode(wav, energy_norm=False).tolist()
+
+
+# ---- the listener ----
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(sizes=st.lists(SIZES, max_size=8), every=st.sampled_from([0.05, 0.24, 0.5]))
+def test_whatever_the_packets_the_ids_are_those_of_listening_afterwards(tiny, sizes, every):
+    wav, listener, heard = swell(), tiny.listener(every=every, prefill=False), 0
+    for packet in cut(wav, sizes):
+        ids, heard = listener.push(packet), heard + len(packet)
+        if listener.heard == heard and ids:  # a look has just been taken
+            assert ids == tiny.listen((wav[:heard], RATE))[: len(ids)]
+    heard = wav[:heard]
+    assert listener.finish() == tiny.listen((heard, RATE)) == listener.finish()
+
+
+def test_a_shipped_question_with_shipped_weights(mini, spoken):
+    listener = mini.listener(prefill=False)
+    for packet in spoken.split(320):
+        listener.push(packet)
+    assert listener.finish() == mini.listen((spoken, RATE))
+    assert listener.restarts > 0
+
+
+def test_finished_pieces_stay_until_a_louder_sample(tiny, monkeypatch):
+    wav, encoded, encode = torch.from_numpy(tone(34)), [], tiny.semantic.encode
+    monkeypatch.setattr(tiny.semantic, "encode", lambda wav, **how: (encoded.append(len(wav)), encode(wav, **how))[1])
+    wav[0] = 0.9
+    listener = tiny.listener(every=2, prefill=False)
+    for packet in wav.split(RATE):
+        listener.push(packet)
+    assert max(encoded) == PIECE and encoded[-1] == len(wav) - PIECE and listener.restarts == 0
+    assert tiny.listen((wav, RATE)) == listener.finish()
+    louder = torch.cat([wav, wav.new_tensor([0.99]), wav[:RATE]])
+    again = tiny.listener(every=2, prefill=False)
+    again.push(wav)
+    again.push(louder[len(wav) :])
+    assert again.finish() == tiny.listen((louder, RATE)) and again.restarts == 1
+
+
+def test_faults_are_those_of_a_question_in_a_file(tiny):
+    for wav, fault in ((torch.zeros(RATE), "silent"), (torch.zeros(0), "no samples"), (swell(0.03), "at least 60 ms"),
+                       (swell(0.07), "too short")):
+        listener = tiny.listener(prefill=False)
+        listener.push(wav)
+        with pytest.raises(audio.AudioError, match=fault):
+            listener.finish()
+    with pytest.raises(audio.AudioError, match="more than 60 s"):
+        tiny.listener(prefill=False).push(torch.ones(61 * RATE))
+    ended = tiny.listener()
+    ended.push(swell())
+    ended.finish()
+    with pytest.raises(ValueError, match="has ended"):
+        ended.push([0.1])
+
+
+# ---- an early answer ----
+
+
+@pytest.mark.parametrize("history", [(), (("user", "seven"), ("assistant", "twelve"))])
+def test_reading_while_listening_changes_no_answer(tiny, history):
+    wav, short = swell(), {"seed": 2, "max_tokens": 80}
+    listener = tiny.listener(history=history)
+    for packet in wav.split(320):
+        listener.push(packet)
+    expected = tiny.ask((wav, RATE), history=history, **short)
+    assert listener.stream(**short).answer.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("history", [(), (("user", "seven"), ("assistant", "twelve"))])
+def test_what_has_been_read_is_not_read_again(tiny, monkeypatch, history):
+    wav, fed = torch.from_numpy(tone(2)), []
+    listener = tiny.listener(history=history)
+    feed = listener.prefill.decoder.feed
+    monkeypatch.setattr(listener.prefill.decoder, "feed", lambda x: (fed.append(x.shape[1]), feed(x))[1])
+    for packet in wav.split(320):
+        listener.push(packet)
+    ids = listener.finish()
+    next(tiny.generate(tiny.prompt(ids, history), prefill=listener.prefill))
+    assert fed[-1] == 1 and len(fed) > 5
+
+
+def test_the_bench_reports_what_it_found(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(checkpoints, "load", lambda *args, **options: tiny)
+    monkeypatch.setattr(streaming, "STEPS", (0.24,))
+    out = tmp_path / "streaming.json"
+    streaming.main(SimpleNamespace(preset="tiny", device="cpu", limit=1, seed=0, json=False, out=str(out)))
+    found = json.loads(out.read_text())
+    assert found["what"] == "streaming" and found["questions"] == 1 and found["every 0.24 s"]["equal"] == 1
+    assert found["answers"]["first_id"] > 0 and "semantic_changed" in capsys.readouterr().out
+
+
+def test_changes_are_counted_by_distance():
+    found = list(streaming.changes([5, 6, 7], [5, 0, 0], 0.6, "linguistic"))
+    assert found == [((0.5, 1), False), ((0.5, 1), True), ((0.24, 0.5), True)]
