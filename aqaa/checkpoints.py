@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+from aqaa.backbone.quantized import empty_linears
 from aqaa.config import PRESETS, AQAAConfig
 from aqaa.pipeline import AQAA
 from aqaa.tokenizers.text import TextTokenizer
@@ -31,6 +32,10 @@ PARTS = {  # name of the part: its class, and how its configuration becomes the 
 }
 SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 LFS_POINTER = b"version https://git-lfs"
+AGAIN = "get the whole folder again"
+TRAIN = f"{AGAIN}, or train it with `aqaa train`"
+ROLES = ("tokenizer", "backbone", "vocoder")  # what a released folder can stand in for
+CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
 
 
 class ModelError(ValueError):
@@ -56,10 +61,18 @@ def find(source):
             raise ModelError(f"no weights at {folder}: set AQAA_DATA to the `data` folder of a clone of aqaa.")
         return folder
     if source in PRESETS:
-        raise ModelError(f"no weights are shipped for preset {source!r}: use mini, or name a folder that holds them.")
+        raise ModelError(f"no weights are shipped for preset {source!r}: use mini, or name the released folders.")
     if not Path(source).is_dir():
         raise ModelError(f"unknown preset {str(source)!r}: use mini, or name a folder with config.json and weights.")
     return Path(source)
+
+
+def dtype_of(name):
+    """torch.dtype called `name` ("bfloat16"); None stays None. Raises ModelError."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16) or name and dtype is None:
+        raise ModelError(f"weights cannot be {str(name)!r}: choose float32, bfloat16 or float16.")
+    return dtype
 
 
 def device_of(name):
@@ -75,44 +88,83 @@ def device_of(name):
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def load(source="mini", *, device="cpu"):
-    """The whole system, ready to answer: source is "mini" or a folder. Parts are read when first used.
+def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=None, device="cpu", dtype=None):
+    """The whole system, ready to answer. Parts are read when first used.
 
-    Raises ModelError at once if a file is missing, cut short or damaged.
+    source: "mini", a folder like it, or "full", which takes nothing but released folders (or those
+    of $AQAA_TOKENIZER, $AQAA_BACKBONE, $AQAA_VOCODER). tokenizer, backbone, vocoder: released folders
+    (Step-Audio-Tokenizer; a Step-1 language model; Step-Audio-TTS-3B's CosyVoice-300M-25Hz), which replace those parts
+    of source. speaker: a recording whose voice the released vocoder takes. dtype: of backbone and flow, as "bfloat16";
+    by default the backbone keeps that of its files and the flow is fp32.
+
+    Raises ModelError at once if a file is missing, cut short or damaged, or if the parts do not fit one another.
     """
-    folder, device = find(source), device_of(device)
-    config = read_config(folder)
+    device, dtype = device_of(device), dtype_of(dtype)
+    given = _folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))
+    if speaker is not None and "vocoder" not in given:
+        raise ModelError("a speaker's voice needs a released vocoder: name its folder with --vocoder.")
+    folder, config, sources, voice = None, AQAAConfig(), {}, None
+    if len(given) < len(ROLES):
+        folder = find(source)
+        config = read_config(folder)
+    if given:
+        from aqaa import released
+
+        sources = released.open_folders(given)
+        config = released.combine(config, sources, folder)
+        voice = released.voice(given["vocoder"], speaker) if speaker is not None else None
     for name in PARTS:
-        _check_weights(folder / f"{name}.safetensors")
+        if name not in sources:
+            _check_weights(folder / f"{name}.safetensors")
 
     def part(name):
+        wanted = dtype if name in CAST else None
+        if name in sources:
+            return sources[name].load(device, wanted)
         if name == "text":
             return read_text(folder, config.ids.n_text)
         with skip_init():
             module = build(name, config)
-        return load_part(folder, name, module).to(device)
+        return load_part(folder, name, module).to(device, wanted)
 
-    return AQAA(config, part, device=device)
+    notes = tuple(found.note for found in sources.values() if found.note)
+    return AQAA(config, part, device=device, voice=voice, notes=notes)
+
+
+def _folders(source, given):
+    """The released folders that were named, by role; for "full" the environment may name them. Raises ModelError."""
+    if source == "full":
+        given = {role: folder or os.environ.get(f"AQAA_{role.upper()}") for role, folder in given.items()}
+        if lost := [role for role, folder in given.items() if not folder]:
+            options = " and ".join(f"--{role}" for role in lost)
+            variables = " and ".join(f"$AQAA_{role.upper()}" for role in lost)
+            raise ModelError(
+                f"preset 'full' is made of released folders, and {options} names none: add it, or set {variables}."
+            )
+    return {role: folder for role, folder in given.items() if folder is not None}
 
 
 def read_config(folder):
     """AQAAConfig of a folder's config.json. Raises ModelError."""
     path = Path(folder) / "config.json"
-    _check_file(path)
+    check_file(path)
     try:
-        return AQAAConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if "model_type" not in data:
+            return AQAAConfig.from_dict(data)
     except (ValueError, TypeError, AttributeError) as fault:
         raise ModelError(f"{path} is not a configuration of aqaa ({fault}): get the file again.") from None
+    raise ModelError(f"{folder} is a language model alone: name it with --backbone, not --preset.")
 
 
 def read_text(folder, n_text):
     """TextTokenizer of a folder's tokenizer.json, which may use up to n_text ids. Raises ModelError."""
     path = Path(folder) / "tokenizer.json"
-    _check_file(path)
+    check_file(path)
     try:
         tokenizer = TextTokenizer.from_file(path)
     except ValueError as fault:
-        raise ModelError(f"{path} is damaged ({_brief(fault)}): get the file again.") from None
+        raise ModelError(f"{path} is damaged ({brief(fault)}): get the file again.") from None
     if tokenizer.n_text > n_text:
         raise ModelError(f"{path} has {tokenizer.n_text} ids, config.json allows {n_text}: use matching files.")
     return tokenizer
@@ -122,12 +174,29 @@ def load_part(folder, name, module):
     """Fill `module` with the weights of folder/name.safetensors; returns it in eval mode. Raises ModelError."""
     path = Path(folder) / f"{name}.safetensors"
     _check_weights(path)
-    try:
-        module.load_state_dict(load_file(path))
-    except RuntimeError as fault:
-        detail = str(fault).splitlines()[1:2] or [str(fault)]
-        raise ModelError(f"{path} does not fit its configuration ({detail[0].strip()}): use matching files.") from None
+    with safe_open(path, "pt") as file:
+        how = (file.metadata() or {}).get("quantization")
+    if how:  # by `aqaa convert`
+        empty_linears(module, **json.loads(how), device="cpu")
+    fit(module, load_file(path), path)
     return module.eval()
+
+
+def fit(module, state, path, config="its configuration"):
+    """load_state_dict, strictly: ModelError tells what is missing, left over, or of another shape."""
+    try:
+        missing, extra = module.load_state_dict(state, strict=False)
+    except RuntimeError as fault:
+        detail = (str(fault).splitlines()[1:2] or [str(fault)])[0].strip(" \t.")
+        raise ModelError(f"{path} does not fit {config} ({detail}): use matching files.") from None
+    for names, has in ((missing, "it lacks"), (extra, "there is no place for")):
+        if names:
+            raise ModelError(f"{path} does not fit {config} ({has} {named(names)}): use matching files.")
+
+
+def named(names):
+    """"a", or "a and 3 more"."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def build(name, config):
@@ -150,9 +219,10 @@ class skip_init(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _check_file(path):
+def check_file(path, remedy=TRAIN):
+    """Is there a file, and not a Git LFS pointer, at path? Raises ModelError."""
     if not path.is_file():
-        raise ModelError(f"{path} is missing: get the whole folder again, or train it with `aqaa train`.")
+        raise ModelError(f"{path} is missing: {remedy}.")
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
@@ -160,15 +230,15 @@ def _check_file(path):
 
 def _check_weights(path):
     """Is there a safetensors file at path, whole by its own header? Raises ModelError; reads no weights."""
-    _check_file(path)
+    check_file(path)
     try:
         with safe_open(path, "pt"):
             pass
     except (SafetensorError, OSError) as fault:
-        raise ModelError(f"{path} is cut short or damaged ({_brief(fault)}): get the file again.") from None
+        raise ModelError(f"{path} is cut short or damaged ({brief(fault)}): get the file again.") from None
 
 
-def _brief(fault):
+def brief(fault):
     """The first line of an exception's message, without a closing full stop."""
     return (str(fault).splitlines() or [type(fault).__name__])[0].strip(" .")
 
@@ -181,7 +251,7 @@ def save(model, folder):
     folder = Path(folder)
     for name in PARTS:
         save_part(folder, name, getattr(model, name))
-    with _replacing(folder / "tokenizer.json") as part:
+    with replacing(folder / "tokenizer.json") as part:
         model.text.save(part)
     _describe(folder, model.config, {})
 
@@ -190,7 +260,7 @@ def save_part(folder, name, module, meta=None):
     """Write the weights of `module` to folder/name.safetensors; meta (dict of strings) goes into its header."""
     path = Path(folder) / f"{name}.safetensors"
     state = {key: _compact(value.detach().cpu()) for key, value in module.state_dict().items()}
-    with _replacing(path) as part:
+    with replacing(path) as part:
         save_file(state, part, {"part": name, **{key: str(value) for key, value in (meta or {}).items()}})
     return path
 
@@ -200,9 +270,9 @@ def gather(folder, config, tokenizer, parts, record):
     folder, sources = Path(folder), {"tokenizer.json": Path(tokenizer)}
     sources |= {f"{name}.safetensors": Path(parts[name]) for name in PARTS}
     for path in sources.values():
-        _check_file(path)
+        check_file(path)
     for name, path in sources.items():
-        with _replacing(folder / name) as part:
+        with replacing(folder / name) as part:
             shutil.copyfile(path, part)
     _describe(folder, config, record)
 
@@ -211,7 +281,7 @@ def _describe(folder, config, record):
     """config.json, and record.json with the size and hash of every file."""
     files = {path.name: fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
     for name, content in (("config", config.to_dict()), ("record", {**record, "files": files})):
-        with _replacing(folder / f"{name}.json") as part:
+        with replacing(folder / f"{name}.json") as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -242,7 +312,7 @@ def _compact(tensor):
 
 
 @contextmanager
-def _replacing(path):
+def replacing(path):
     """A temporary path in the same folder that takes the name `path` if all goes well, and goes away if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

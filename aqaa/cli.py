@@ -21,6 +21,14 @@ BENCHES = {
     "accuracy": "aqaa.evaluation.accuracy",
     "synthesis": "aqaa.evaluation.synthesis",
     "codes": "aqaa.evaluation.codes",
+    "quantize": "aqaa.scale.fidelity",
+    "streaming": "aqaa.evaluation.streaming",
+    "scale": "aqaa.scale.record",
+}
+RELEASED = {  # option: what its folder holds
+    "tokenizer": "Step-Audio-Tokenizer",
+    "backbone": "Step-Audio-AQAA or another Step-1 model",
+    "vocoder": "CosyVoice-300M-25Hz of Step-Audio-TTS-3B",
 }
 UNSURE = 0.5  # confidence below which the printed answer is marked
 
@@ -56,7 +64,12 @@ def _parser():
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     sampling = argparse.ArgumentParser(add_help=False)
-    sampling.add_argument("--preset", default="mini", metavar="NAME", help="mini, or a folder with weights")
+    sampling.add_argument("--preset", default="mini", metavar="NAME", help="mini, a folder with weights, or full")
+    for role, what in RELEASED.items():
+        sampling.add_argument(f"--{role}", metavar="FOLDER", help=f"{what}, in place of the preset's")
+    sampling.add_argument("--speaker", metavar="WAV", help="a recording whose voice the released vocoder takes")
+    sampling.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32: of backbone and flow")
+    sampling.add_argument("--engine", metavar="URL", help="a server of vLLM that generates in place of the backbone")
     sampling.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
     sampling.add_argument("--seed", type=int, default=0, help="same seed, same answer")
     sampling.add_argument("--temperature", type=_not_negative, help="0 takes the likeliest token")
@@ -93,20 +106,42 @@ def _parser():
     train.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (%(default)s)")
     train.set_defaults(run=_train)
 
-    bench = commands.add_parser("bench", help="measure speed, accuracy, the vocoder alone, or the codes")
+    bench = commands.add_parser("bench", help="measure speed, accuracy, the vocoder alone, the codes, or streaming")
     bench.add_argument("what", nargs="?", default="speed", choices=BENCHES)
     bench.add_argument("--preset", default="mini", metavar="NAME")
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--seed", type=int, default=0)
     bench.add_argument("--corpus", default="work/corpus", help="accuracy: folder of evaluation questions (%(default)s)")
     bench.add_argument("--limit", type=_count, metavar="N", help="how many questions of each cell")
+    bench.add_argument("--layers", type=_count, metavar="N", help="scale: so many layers of those of --preset full")
     bench.add_argument("--text-only", action="store_true", help="accuracy: leave the sound and its judge out")
     bench.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (%(default)s)")
     bench.add_argument("--json", action="store_true")
     bench.add_argument("--out", metavar="FILE", help="also write the numbers to this JSON file")
     bench.set_defaults(run=_bench)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, speech engines, weights")
+    plan = commands.add_parser("plan", help="what a language model needs on given GPUs, and how fast it will talk")
+    plan.add_argument("model", nargs="?", default="130b", metavar="MODEL", help="130b, 3b, mini, or a folder")
+    plan.add_argument("--gpus", action="append", default=[], metavar="4xH100-80", help="again for another row")
+    plan.add_argument("--weights", choices=("bf16", "fp8", "int8", "int4"), help="all of them, if not given")
+    plan.add_argument("--group", type=_count, metavar="N", help="inputs that share a scale in int4: 128, 64, 32")
+    plan.add_argument("--context", type=_count, default=2048, metavar="IDS", help="(%(default)s)")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(run=_plan)
+
+    convert = commands.add_parser("convert", help="quantise a language model, a layer at a time")
+    convert.add_argument("source", metavar="SOURCE", help="mini, a folder like it, or a released language model")
+    convert.add_argument("out", metavar="OUT", help="folder of the result; an interrupted one is gone on with")
+    convert.add_argument("--weights", choices=("int4", "int8", "fp8"), default="int4", help="(%(default)s)")
+    convert.add_argument("--group", type=_count, metavar="N", help="inputs that share a scale in int4 (128)")
+    convert.add_argument("--method", choices=("rtn", "gptq"), default="rtn", help="rtn rounds each weight by itself")
+    convert.add_argument("--calibration", metavar="FILE", help="gptq: JSON, a list of dialogues, each a list of ids")
+    convert.add_argument("--device", default="cpu", help="where to quantise (%(default)s)")
+    convert.add_argument("--json", action="store_true")
+    convert.set_defaults(run=_convert)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, speech engines, weights; what a folder holds")
+    doctor.add_argument("folders", nargs="*", metavar="FOLDER", help="released folders, or ones like the mini")
     doctor.add_argument("--preset", default="mini", metavar="NAME")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
@@ -142,7 +177,7 @@ def _sampling(args):
 def _ask(args):
     questions = args.questions or (line.strip() for line in sys.stdin if line.strip())
     with Places(args.output, args.questions, folder=args.chat or len(args.questions) > 1) as places:
-        from aqaa import audio, checkpoints
+        from aqaa import audio
 
         failed, model, respond = 0, None, None
         for question in questions:
@@ -150,7 +185,7 @@ def _ask(args):
                 wav = audio.load_question(question), audio.SAMPLE_RATE
                 place = places.of(question)
                 if model is None:  # only now: a bad question is told at once
-                    model = checkpoints.load(args.preset, device=args.device)
+                    model = _load(args)
                     respond = _responder(model, args)
                 answer = respond(wav)
                 answer.save(place)
@@ -163,6 +198,23 @@ def _ask(args):
             line = json.dumps(_facts(question, place, answer)) if args.json else _line(question, place, answer)
             print(line, flush=True)
     return int(failed > 0)
+
+
+def _load(args):
+    """The model of --preset and of the released folders; what was left out of them is told on stderr."""
+    from aqaa import checkpoints
+
+    engine = None
+    if args.engine:  # first: whether a server answers is known in a moment
+        from aqaa.scale.vllm_engine import Server
+
+        engine = Server(args.engine)
+    folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
+    model = checkpoints.load(args.preset, device=args.device, dtype=args.dtype, **folders)
+    model.engine = engine
+    for note in model.notes:
+        print("aqaa: note:", note, file=sys.stderr)
+    return model
 
 
 def _responder(model, args):
@@ -252,11 +304,11 @@ class Places:
 
 
 def _listen(args):
-    from aqaa import audio, checkpoints
+    from aqaa import audio
     from aqaa.tokenizers import interleave
 
     wav = audio.load_question(args.question)
-    model = checkpoints.load(args.preset, device=args.device)
+    model = _load(args)
     heard = model.listen((wav, audio.SAMPLE_RATE))
     answer = model.ask(heard, **_sampling(args))
     linguistic, semantic = interleave.split(heard, model.ids)
@@ -289,6 +341,18 @@ def _train(args):
 
 def _bench(args):
     return importlib.import_module(BENCHES[args.what]).main(args)
+
+
+def _plan(args):
+    from aqaa.scale import setups
+
+    return setups.main(args)
+
+
+def _convert(args):
+    from aqaa.scale import convert
+
+    return convert.main(args)
 
 
 def _doctor(args):

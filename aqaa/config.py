@@ -12,6 +12,7 @@ SEMANTIC_PER_GROUP = 3  # 25 Hz
 GROUP_SIZE = LINGUISTIC_PER_GROUP + SEMANTIC_PER_GROUP  # tokens in 120 ms
 GROUP_SECONDS = 0.12
 TOKENS_PER_SECOND = GROUP_SIZE / GROUP_SECONDS  # 41.67
+INT4_GROUPS = (128, 64, 32)  # inputs that share a scale in int4 weights, the preferred number first
 
 
 @dataclass(frozen=True)
@@ -239,3 +240,14 @@ def preset(name):
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def check_group(in_features, group, ranks=1, what="an input"):
+    """Raise ValueError if groups of `group` do not fill the in_features / ranks inputs that each GPU holds."""
+    own = in_features // ranks
+    if in_features % ranks == 0 and own % group == 0:
+        return
+    fitting = [size for size in INT4_GROUPS if own % size == 0 and in_features % ranks == 0]
+    shared = f" over {ranks} GPUs, {in_features / ranks:g} each" if ranks > 1 else ""
+    remedy = f"use groups of {fitting[0]}" if fitting else "use int8 or fp8" + (", or fewer GPUs" if ranks > 1 else "")
+    raise ValueError(f"groups of {group} do not divide {what} of {in_features} inputs{shared}: {remedy}.")

@@ -1,9 +1,13 @@
-"""`aqaa doctor`: what this machine has, and what is missing for asking, for training, for judging."""
+"""`aqaa doctor`: what this machine has, and what is missing for asking, for training, for judging.
+
+`aqaa doctor FOLDER`: what a folder of weights is good for, from names and headers; weights are not loaded.
+"""
 
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,24 +18,117 @@ ENGINES = {  # program: what it is for, and the Debian packages that bring it an
     "flite": ("questions and the answer voice", "flite"),
     "festival": ("questions", "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"),
 }
+LICENCES = {"Apache License": "Apache-2.0", "MIT License": "MIT"}  # words of a LICENSE file: its short name
+SIGNS = {  # role of a folder: files that tell it
+    "tokenizer": ("linguistic_tokenizer.npy", "dengcunqin"),
+    "backbone": ("*.safetensors", "*.safetensors.index.json", "tokenizer.model"),
+    "vocoder": ("flow.pt", "hift.pt", "cosyvoice.yaml"),
+}
+FIRST_S3 = "56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486"  # CosyVoice-300M-25Hz's own file
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def main(args):
-    """Print the report. Returns 0 if `aqaa ask` can work here, 1 if not."""
+    """Print the report. Returns 0 if `aqaa ask` can work here (or all folders are whole), 1 if not."""
+    if args.folders:
+        return _folders(args)
     report = {
         "versions": versions(), "devices": devices(), "speech engines": engines(), "weights": weights(args.preset),
     }
-    if args.json:
-        print(json.dumps(report))
-    else:
-        for title, rows in report.items():
-            print(title)
-            for name, value in rows.items():
-                print(f"  {name:14} {value}")
+    _show(report, args.json)
     if fault := report["weights"].get("fault"):
         print("aqaa:", fault, file=sys.stderr)
     return int(fault is not None)
+
+
+def _show(report, as_json):
+    """Print {title: {name: value}}; a list takes a line for each of its entries."""
+    if as_json:
+        print(json.dumps(report))
+        return
+    for title, rows in report.items():
+        print(title)
+        for name, value in rows.items():
+            for line in value if isinstance(value, list) else [value]:
+                print(f"  {name:14} {line}")
+
+
+def _folders(args):
+    """Report on the folders named and, together, on whether they make a whole system."""
+    from aqaa import checkpoints, released
+
+    report, sources = {}, {}
+    for path in [place for name in args.folders for place in _places(name)]:
+        report[str(path)], found = folder(path)
+        sources |= found
+    faults = [fault for rows in report.values() for fault in rows["faults"]]
+    if not faults and len(sources) == sum(map(len, released.PARTS.values())):
+        try:
+            released.combine(checkpoints.AQAAConfig(), sources)
+        except checkpoints.ModelError as fault:
+            faults.append(str(fault))
+    _show(report, args.json)
+    for fault in faults:
+        print("aqaa:", fault, file=sys.stderr)
+    return int(bool(faults))
+
+
+def _places(name):
+    """A folder, and those in it that hold weights (Step-Audio-TTS-3B brings two vocoders)."""
+    from aqaa import checkpoints
+
+    path = checkpoints.find(name)
+    inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and _roles(folder))
+    return [path, *inside] if not inside or _roles(path) else inside
+
+
+def _roles(path):
+    return [role for role, signs in SIGNS.items() if any(any(path.glob(sign)) for sign in signs)]
+
+
+def folder(path):
+    """What a folder holds: (rows for the report, {part: released.Source} of what is whole). Loads no weights."""
+    from aqaa import checkpoints, released
+    from aqaa.shards import in_bytes
+
+    files, sources, faults = [file for file in path.rglob("*") if file.is_file()], {}, []
+    size = f"{in_bytes(sum(file.stat().st_size for file in files))} in {len(files)} files"
+    rows = {"roles": _roles(path), "size": size, "licence": licence(path)}
+    if any((path / f"{part}.safetensors").is_file() for part in checkpoints.PARTS):
+        rows |= {"roles": ["model"], **weights(path)}
+        faults += [rows.pop("fault")] if "fault" in rows else []
+    elif not rows["roles"]:
+        faults.append(f"{path} holds nothing that aqaa knows: name a released folder, or one like data/mini.")
+    else:
+        for part, look in [row for role in rows["roles"] for row in released.PARTS[role].items()]:
+            try:
+                sources[part] = look(path)
+                rows[part] = sources[part].facts
+                rows |= {"note": sources[part].note} if sources[part].note else {}
+            except checkpoints.ModelError as fault:
+                rows[part] = "not usable"
+                faults.append(str(fault))
+    if "semantic" in sources:
+        same = checkpoints.fingerprint(path / released.ONNX)["sha256"] == FIRST_S3
+        rows["semantic"] += f", {'' if same else 'not '}the file of CosyVoice-300M-25Hz"
+    try:
+        released.recorded(path, hashes=True)
+    except checkpoints.ModelError as fault:
+        faults.append(str(fault))
+    return rows | {"faults": faults}, sources
+
+
+def licence(path):
+    """What a LICENSE file, or the head of README.md, says; "not stated" if nothing."""
+    for file in sorted(path.glob("LICENSE*")):
+        text = file.read_text(errors="replace")
+        return next((short for words, short in LICENCES.items() if words in text), f"see {file.name}")
+    try:
+        head = (path / "README.md").read_text(errors="replace").split("---")
+    except OSError:
+        return "not stated"
+    found = re.search(r"^license: *(\S+)", head[1], re.MULTILINE) if len(head) > 2 and not head[0].strip() else None
+    return f"{found[1]} (README.md)" if found else "not stated"
 
 
 def versions():

@@ -15,7 +15,7 @@ LAYERS = (  # a module may import from layers above its own line, and within its
     {"aqaa", "config"},
     {"audio"},
     {"tokenizers", "backbone", "vocoder"},  # never from each other
-    {"pipeline", "checkpoints"},
+    {"pipeline", "checkpoints", "listening", "foreign", "shards", "released"},
     {"training", "evaluation", "lineage", "scale", "notebook", "doctor", "bench"},
     {"cli"},
     {"__main__"},

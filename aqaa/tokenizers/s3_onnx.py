@@ -1,9 +1,11 @@
 """Reads the released S3 tokenizer (`speech_tokenizer_v1.onnx`) without the onnx package.
 
 The exporter renamed most tensors (`onnx::MatMul_1123`), so a tensor is told by the node that consumes it. Of the
-protobuf format only what this needs is understood: a message is a list of (field number, value).
+protobuf format only what this needs is understood: a message is a list of (field number, value). The file is mapped,
+and its tensors are views of it: to look at them costs no memory.
 """
 
+import mmap
 import re
 from pathlib import Path
 
@@ -30,16 +32,23 @@ NODES = {  # consuming node -> our name of the tensor
 def read(path, n_audio_head=None):
     """(SemanticConfig, state dict) of an S3 v1 25 Hz network. Heads are not in the file: 64 wide unless told.
 
-    Raises FileNotFoundError, and ValueError when the file is not such a network.
+    Raises FileNotFoundError, and ValueError when the file is not such a network; the 50 Hz variant of version 1 and
+    version 2, which would give other codes, are told by their convolutions.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name the released speech_tokenizer_v1.onnx.")
     try:
-        graph = next(v for number, v in fields(memoryview(path.read_bytes())) if number == GRAPH)
-        tensors, nodes = _parts(graph)
+        with open(path, "rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        graph = next(v for number, v in fields(data) if number == GRAPH)
+        tensors, nodes, strides = _parts(graph)
     except (StopIteration, IndexError, KeyError, TypeError, ValueError) as fault:
         raise ValueError(f"{path} is no ONNX file ({fault or 'no graph'}): download it again.") from None
+    if any("fsmn" in node for node, _ in nodes):
+        raise ValueError(f"{path} is version 2 of the S3 tokenizer: version 1 at 25 Hz is needed, from Step-Audio.")
+    if 1 in strides:
+        raise ValueError(f"{path} is the 50 Hz S3 tokenizer: the one at 25 Hz is needed, from Step-Audio-Tokenizer.")
     state = _state(tensors, nodes)
     needed = ("encoder.conv1.weight", "encoder.positional_embedding", "quantizer._codebook.embed")
     missing = [name for name in needed if name not in state]
@@ -84,8 +93,8 @@ def _varint(data, place):
 
 
 def _parts(graph):
-    """({tensor name: tensor}, [(node name, input names)])."""
-    tensors, nodes = {}, []
+    """({tensor name: tensor}, [(node name, input names)], [stride of each convolution])."""
+    tensors, nodes, strides = {}, [], []
     for number, value in fields(graph):
         if number == INITIALIZER:
             name, tensor = _tensor(value)
@@ -95,7 +104,15 @@ def _parts(graph):
             parts = list(fields(value))
             name = next((bytes(v).decode() for n, v in parts if n == 3), "")
             nodes.append((name, [bytes(v).decode() for n, v in parts if n == 1]))
-    return tensors, nodes
+            if (4, b"Conv") in parts:
+                strides.append(_stride([list(fields(v)) for n, v in parts if n == 5]))
+    return tensors, nodes, strides
+
+
+def _stride(attributes):
+    """The first number of the attribute `strides`, 1 where there is none."""
+    ints = [v for parts in attributes if (1, b"strides") in parts for n, v in parts if n == 8]
+    return next((v if isinstance(v, int) else _packed(v)[0] for v in ints), 1)
 
 
 def _tensor(data):
@@ -115,7 +132,7 @@ def _tensor(data):
     if kind not in DTYPES:
         return name, None
     array = np.frombuffer(raw, DTYPES[kind]) if raw is not None else np.concatenate(floats or [np.zeros(0)])
-    return name, torch.from_numpy(array.astype(np.float32).reshape(shape))
+    return name, torch.from_numpy(array.astype(np.float32, copy=False).reshape(shape))
 
 
 def _packed(data):
@@ -127,7 +144,7 @@ def _packed(data):
 
 
 def _state(tensors, nodes):
-    """Our names. Linear weights and the codebook are stored transposed; the positional table is not."""
+    """Our names. Linear weights and the codebook are stored transposed (views here); the positional table is not."""
     state = {}
     for name, tensor in tensors.items():
         if name == "encoders.positional_embedding" or re.fullmatch(r"encoders\.conv[12]\.(weight|bias)", name):
@@ -137,5 +154,5 @@ def _state(tensors, nodes):
             found = re.fullmatch(pattern, node)
             stored = next((tensors[i] for i in inputs if i in tensors and tensors[i].ndim), None)
             if found and stored is not None:
-                state[name.format(*found.groups())] = stored.T.contiguous() if stored.ndim == 2 else stored
+                state[name.format(*found.groups())] = stored.T if stored.ndim == 2 else stored
     return state

@@ -1,0 +1,488 @@
+"""The released folders, as tiny fakes with the real names: they answer through the command line, and each damage that
+a download or a mix-up can do to them is one sentence of its own."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import aqaa
+from aqaa import checkpoints, cli, foreign, shards
+from aqaa.checkpoints import ModelError
+from aqaa.pipeline import AQAA
+from tests import release
+from tests.conftest import tiny_config, tone
+
+N_TEXT = 512  # pieces of the small release; the whole way is gone once with 65,536
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    from aqaa import pipeline
+
+    monkeypatch.setitem(pipeline.SAMPLING, "max_tokens", 60)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """{role: folder}; copy before breaking."""
+    return release.write(tmp_path_factory.mktemp("small"), N_TEXT)
+
+
+@pytest.fixture
+def copy(small, tmp_path):
+    """The folder that holds a copy of all three."""
+    return shutil.copytree(small["backbone"].parent, tmp_path / "copy")
+
+
+def options(folder, *roles):
+    return [word for role in roles or checkpoints.ROLES for word in (f"--{role}", str(folder / role))]
+
+
+def test_the_environment_may_name_the_folders(small, question, monkeypatch):
+    for role in checkpoints.ROLES:
+        monkeypatch.setenv(f"AQAA_{role.upper()}", str(small[role]))
+    by_name = model(small["backbone"].parent).ask(question, max_tokens=20)
+    assert aqaa.load("full").ask(question, max_tokens=20).tokens == by_name.tokens
+    with pytest.raises(ModelError, match="no-such-folder"):
+        aqaa.load("full", vocoder="no-such-folder")  # an argument is stronger
+
+
+def model(folder, *roles, **more):
+    return aqaa.load("full" if not roles else "mini", **{r: folder / r for r in roles or checkpoints.ROLES}, **more)
+
+
+# ---- the whole way --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_release_answers_through_the_command_line(tmp_path, question, capsys):
+    release.write(tmp_path / "full")
+    args = ["ask", str(question), "--preset", "full", *options(tmp_path / "full"), "-o", str(tmp_path / "out.wav")]
+    code = cli.main([*args, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0 and err.startswith("aqaa: note: 3 tensors (576 values)") and err.count("\n") == 1
+    row = json.loads(out)
+    wave, rate = soundfile.read(tmp_path / "out.wav")
+    assert rate == 22_050 and len(wave) == int(row["tokens"]["semantic"] / 3 * 5 * 22_050 / 256 / 41.67) * 256
+    assert cli.main(["listen", *args[1:-2]]) == 0
+    heard = capsys.readouterr()[0]
+    assert "prompt" in heard and "answer" in heard
+
+
+def test_weights_arrive_where_they_belong(small):
+    """Each part holds the very values of the files, and the output layer is not the embedding."""
+    system = model(small["backbone"].parent)
+    state = {}
+    for path in sorted(small["backbone"].glob("*.safetensors")):
+        state |= load_file(path)
+    mine = system.backbone.state_dict()
+    assert set(state) - set(mine) == {n for n in state if n.startswith("vi")} and set(mine) <= set(state)
+    assert all(torch.equal(value, state[name]) for name, value in mine.items())
+    assert not torch.equal(system.backbone.lm_head.weight, system.backbone.model.embed_tokens.weight)
+    assert system.backbone.dtype == torch.bfloat16 and not system.backbone.training
+    for name, path in (("flow", "vocoder/flow.pt"), ("hift", "vocoder/hift.pt")):
+        saved = torch.load(small["backbone"].parent / path, weights_only=True)
+        assert all(torch.equal(value, saved[key]) for key, value in getattr(system, name).state_dict().items())
+    centroids = np.load(small["tokenizer"] / "linguistic_tokenizer.npy")
+    assert torch.equal(system.linguistic.centroids, torch.from_numpy(centroids))
+    assert system.linguistic.add_shift.tolist() == [-8.0] * 560 and system.linguistic.config.dither == 0
+    assert system.semantic.quantizer._codebook.embed.shape == (4096, 16)
+    expected = release.sizes(N_TEXT)
+    for name in ("linguistic", "semantic", "hift", "mel"):
+        assert getattr(system.config, name) == getattr(expected, name)
+    assert system.config.flow.input_frame_rate == 41.67 and system.config.flow.sigma_min == 1e-6
+    assert system.ids.n_text == N_TEXT and system.text.decode(system.text.encode("w3 w41")) == "w3 w41"
+
+
+def test_dtype_is_of_backbone_and_flow_alone(small, question):
+    system = model(small["backbone"].parent, dtype="float16")
+    kinds = {name: next(getattr(system, name).parameters()).dtype for name in checkpoints.PARTS}
+    assert {name for name, kind in kinds.items() if kind == torch.float16} == {"backbone", "flow"}
+    assert model(small["backbone"].parent).flow.encoder_proj.weight.dtype == torch.float32
+    with pytest.raises(ModelError, match="'int4': choose"):
+        model(small["backbone"].parent, dtype="int4")
+
+
+@pytest.mark.parametrize("role", checkpoints.ROLES)
+def test_the_mini_takes_no_part_with_other_codes(small, question, capsys, role):
+    assert cli.main(["ask", str(question), *options(small["backbone"].parent, role)]) == 1
+    assert "they are no pair" in capsys.readouterr()[1]
+
+
+def test_parts_mix_where_their_ids_fit(tiny_text, small, tmp_path, question):
+    """A folder like the mini, with as many codes as the released tokenizers have, takes them and the vocoder."""
+    config, ids = tiny_config(), replace(tiny_config().ids, n_linguistic=1024, n_semantic=4096)
+    config = replace(
+        config, ids=ids, backbone=replace(config.backbone, vocab_size=ids.end),
+        linguistic=replace(config.linguistic, codebook_size=1024), flow=replace(config.flow, vocab_size=ids.n_audio),
+        semantic=replace(config.semantic, n_codebook_size=4096),
+    )  # fmt: skip
+    parts = {name: checkpoints.build(name, config) for name in checkpoints.PARTS} | {"text": tiny_text}
+    checkpoints.save(AQAA(config, parts.__getitem__), tmp_path / "own")
+    (tmp_path / "own" / "flow.safetensors").unlink()  # not needed
+    mixed = aqaa.load(tmp_path / "own", tokenizer=small["tokenizer"], vocoder=small["vocoder"])
+    answer = mixed.ask(question)
+    assert answer.sample_rate == 22_050 and len(answer.audio) and mixed.backbone.config.hidden_size == 16
+
+
+def test_one_folder_that_holds_the_vocoder_will_do(small, copy):
+    (copy / "vocoder").rename(copy / "inner")
+    (copy / "vocoder").mkdir()
+    (copy / "inner").rename(copy / "vocoder" / "CosyVoice-300M-25Hz")
+    assert model(copy).flow is not None
+    shutil.copytree(copy / "vocoder" / "CosyVoice-300M-25Hz", copy / "vocoder" / "CosyVoice-300M-25Hz-Music")
+    with pytest.raises(ModelError, match="2 vocoders, CosyVoice-300M-25Hz and CosyVoice-300M-25Hz-Music: name one"):
+        model(copy)
+
+
+@pytest.mark.parametrize("names", ["single", "of", "zero-based", "no index"])
+def test_shards_of_any_name(copy, names):
+    folder = copy / "backbone"
+    state = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    forms = {"single": ("model.safetensors",), "of": ("model-00001-of-00002.safetensors",
+             "model-00002-of-00002.safetensors"), "zero-based": ("a-0.safetensors", "a-1.safetensors"),
+             "no index": ("model-00001.safetensors", "model-00002.safetensors")}[names]  # fmt: skip
+    for i, file in enumerate(forms):
+        save_file(dict(list(state.items())[i :: len(forms)]), folder / file)
+    assert torch.equal(model(copy).backbone.lm_head.weight, state["lm_head.weight"])
+
+
+def test_nested_configuration_and_prefix(copy):
+    """As other releases of the family wrap them: text_config, and the language model below a prefix."""
+    folder = copy / "backbone"
+    for path in sorted(folder.glob("*.safetensors")):
+        save_file({f"language_model.{k}" if k[:2] != "vi" else k: v for k, v in load_file(path).items()}, path)
+    (folder / "model.safetensors.index.json").unlink()
+    data = json.loads((folder / "config.json").read_text())
+    nested = {"model_type": "mmgpt_step1_v2", "text_config": data | {"model_type": "step1"}}
+    (folder / "config.json").write_text(json.dumps(nested))
+    system = model(copy)
+    assert system.backbone.config.hidden_size == 32 and "3 tensors" in system.notes[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"abc" * 99, pickle.dumps({1: 2}, 2), b"PK\3\4" + bytes(99)])
+def test_what_is_no_pickle_of_tensors_is_told(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ModelError, match="a.pt is cut short or no file of torch.save"):
+        foreign.pickled(tmp_path / "a.pt")
+
+
+def test_old_names_of_weight_norm_and_old_pickles(copy):
+    path = copy / "vocoder" / "hift.pt"
+    state = torch.load(path, weights_only=True)
+    before = model(copy).hift.conv_pre.kernel()
+    renamed = {
+        "generator." + k.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"): v for k, v in state.items()
+    }  # fmt: skip
+    torch.save(renamed, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(model(copy).hift.conv_pre.kernel(), before)
+
+
+def test_yaml_is_read_and_never_executed(tmp_path):
+    text = release.COSYVOICE_YAML + f"\nx: !!python/object/apply:os.mkdir ['{tmp_path}/made']\ny: !ref <z>\n"
+    (tmp_path / "a.yaml").write_text(text)
+    data = foreign.read_yaml(tmp_path / "a.yaml")
+    assert not (tmp_path / "made").exists() and data["__set_seed1"] == [1986]
+    assert data["flow"]["decoder"]["estimator"]["channels"] == [16, 16]
+    assert yaml.SafeLoader.yaml_multi_constructors != foreign.PlainLoader.yaml_multi_constructors
+
+
+# ---- damages --------------------------------------------------------------------------------------------------------
+
+
+def pointer(name):
+    return lambda folder: (folder / name).write_bytes(POINTER)
+
+
+def cut(name, keep=0.7):
+    def damage(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(keep * len(data))])
+
+    return damage
+
+
+def gone(*names):
+    def damage(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def replaced(path, old, new):
+    assert old in (before := path.read_bytes())
+    path.write_bytes(before.replace(old, new))
+
+
+def text(name, old, new):
+    """Replace words of a file."""
+    return lambda folder: replaced(folder / name, old.encode(), new.encode())
+
+
+def pickle_with(name, change):
+    def damage(folder):
+        torch.save(change(torch.load(folder / name, weights_only=True)), folder / name)
+
+    return damage
+
+
+def without(name, key):
+    return pickle_with(name, lambda state: {k: v for k, v in state.items() if k != key})
+
+
+def shard_with(change, index=True):
+    """Rewrite the shards' tensors; with index=False the index goes."""
+
+    def damage(folder):
+        for path in sorted((folder / "backbone").glob("*.safetensors")):
+            save_file(change(load_file(path)), path)
+        if not index:
+            (folder / INDEX).unlink()
+
+    return damage
+
+
+def config_with(**values):
+    def damage(folder):
+        path = folder / "backbone/config.json"
+        data = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({name: value for name, value in data.items() if value is not None}))
+
+    return damage
+
+
+def s3(change=lambda state: state, **more):
+    def damage(folder):
+        state = checkpoints.build("semantic", release.sizes(N_TEXT)).state_dict()
+        release.write_s3(folder / ONNX, change(state), **more)
+
+    return damage
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)
+
+
+def record(facts):
+    def damage(folder):
+        (folder / "vocoder/record.json").write_text(json.dumps({"files": {"flow.pt": facts}}))
+
+    return damage
+
+
+PT, MVN = f"tokenizer/{release.PARAFORMER}/model.pt", f"tokenizer/{release.PARAFORMER}/am.mvn"
+PARAFORMER = f"tokenizer/{release.PARAFORMER}/config.yaml"
+NPY, ONNX = "tokenizer/linguistic_tokenizer.npy", "tokenizer/speech_tokenizer_v1.onnx"
+INDEX, LAST, VOCABULARY = "backbone/model.safetensors.index.json", "backbone/model-00003.safetensors", N_TEXT + 9216
+LAYER = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {  # name: (what is done to a copy, words of the sentence that no other damage gives)
+    "pointer model.pt": (pointer(PT), "model.pt is a Git LFS pointer"),
+    "pointer shard": (pointer(LAST), "model-00003.safetensors is a Git LFS pointer"),
+    "pointer onnx": (pointer(ONNX), "speech_tokenizer_v1.onnx is a Git LFS pointer"),
+    "pointer yaml": (pointer("vocoder/cosyvoice.yaml"), "cosyvoice.yaml is a Git LFS pointer"),
+    "npy missing": (gone(NPY), "linguistic_tokenizer.npy is missing"),
+    "npy cut": (cut(NPY), "linguistic_tokenizer.npy is no whole npy file"),
+    "npy flat": (lambda f: np.save(f / NPY, np.zeros(9)), "float64 of shape (9,), not a table of centroids"),
+    "npy narrow": (lambda f: np.save(f / NPY, np.zeros((1024, 8))), "has rows of 8, config.yaml says 16"),
+    "npy short": (lambda f: np.save(f / NPY, np.ones((500, 16))), "linguistic tokenizer has 500 codes"),
+    "model.pt missing": (gone(PT), "model.pt is missing"),
+    "model.pt cut": (cut(PT), "model.pt is cut short or no file of torch.save"),
+    "model.pt foreign": (pickle_with(PT, lambda s: {"a": s["encoder.after_norm.bias"]}), "lacks encoder.encoders0.0"),
+    "model.pt empty": (pickle_with(PT, lambda s: {"epoch": 3}), "model.pt holds no named tensors"),
+    "model.pt bomb": (lambda f: torch.save({"a": Bomb()}, f / PT), "model.pt wants to run posix.mkdir"),
+    "am.mvn": (text(MVN, "<Rescale>", "<Other>"), "am.mvn is no Kaldi normalisation file"),
+    "am.mvn short": (lambda f: (f / MVN).write_text(release.mvn(8)), "am.mvn normalises 8 values"),
+    "paraformer yaml": (text(PARAFORMER, "encoder:", "encoder: ["), "config.yaml is no yaml that can be read"),
+    "offline paraformer": (text(PARAFORMER, "SANMEncoderChunkOpt", "SANMEncoder"), "is of an encoder SANMEncoder:"),
+    "deeper paraformer": (text(PARAFORMER, "num_blocks: 3", "num_blocks: 4"), "lacks encoder.encoders.2"),
+    "s3 50 Hz": (s3(stride=1), "is the 50 Hz S3 tokenizer"),
+    "s3 version 2": (
+        text(ONNX, "/blocks.0/attn/out/MatMul", "/blocks.0/attn/fsmn_block"), "is version 2 of the S3 tokenizer"),
+    "s3 cut": (cut(ONNX), "speech_tokenizer_v1.onnx is no ONNX file"),
+    "s3 other": (s3(lambda s: {k: v for k, v in s.items() if "codebook" not in k}), "is no 25 Hz S3 tokenizer"),
+    "s3 lacks": (s3(lambda s: {k: v for k, v in s.items() if "blocks.1.mlp_ln" not in k}), "lacks encoder.blocks.1"),
+    "tokenizer.model missing": (gone("backbone/tokenizer.model"), "tokenizer.model is missing"),
+    "tokenizer.model cut": (cut("backbone/tokenizer.model"), "tokenizer.model is not a SentencePiece model"),
+    "tokenizer.model other": (
+        lambda f: (f / "backbone/tokenizer.model").write_bytes(release.sentencepiece(6000)),
+        "has 9,728 rows, audio ids go up to 11,119"),
+    "tokenizer.model mute": (text("backbone/tokenizer.model", "<audio_0>", "<radio_0>"), "knows no <audio_0>"),
+    "tokenizer.model markers": (text("backbone/tokenizer.model", "<|EOT|>", "<|TOE|>"), "has <|EOT|> at None"),
+    "config missing": (gone("backbone/config.json"), "config.json is missing"),
+    "config broken": (cut("backbone/config.json"), "config.json is no JSON that can be read"),
+    "config of another": (config_with(model_type="qwen2"), "is of model_type 'qwen2'"),
+    "config without size": (config_with(num_attention_groups=None), "config.json gives no num_attention_groups"),
+    "config heads": (config_with(num_attention_heads=5), "describes no Step-1 model"),
+    "config layers": (config_with(num_hidden_layers=4), "lacks model.layers.3"),
+    "config fewer layers": (config_with(num_hidden_layers=2), "no place for model.layers.2"),
+    "config width": (config_with(intermediate_size=64), "size mismatch for model.layers.0.mlp.gate_proj.weight"),
+    "shard missing": (gone(LAST), "lacks model-00003.safetensors of the 3 shards"),
+    "shard missing, no index": (gone("backbone/model-00002.safetensors", INDEX), "lacks shard number 2"),
+    "no shards": (gone(INDEX, *(f"backbone/model-0000{i}.safetensors" for i in (1, 2, 3))), "holds no *.safetensors"),
+    "shard cut": (cut(LAST, 0.9), "model-00003.safetensors is cut short"),
+    "shard foreign": (cut(LAST, 0.01), "no safetensors header"),
+    "index broken": (lambda f: (f / INDEX).write_text("{}"), "it has no weight_map"),
+    "index of another": (text(INDEX, "model.norm.weight", "model.norm.gain"), "does not hold model.norm.gain"),
+    "no lm_head": (shard_with(lambda s: {k: v for k, v in s.items() if "lm" not in k}, False), "lacks lm_head.weight"),
+    "tensor lost": (shard_with(lambda s: {k: v for k, v in s.items() if k != LAYER}, False), f"lacks {LAYER}"),
+    "quantised": (shard_with(lambda s: s | {k: v.char() for k, v in s.items() if k == LAYER}), f"{LAYER} as I8"),
+    "flow missing": (gone("vocoder/flow.pt"), "flow.pt is missing"),
+    "flow cut": (cut("vocoder/flow.pt"), "flow.pt is cut short or no file of torch.save"),
+    "flow of EditX": (
+        pickle_with("vocoder/flow.pt", lambda s: s | {"decoder.estimator.blocks.0.w": s["encoder_proj.bias"]}),
+        "is the DiT flow of Step-Audio-EditX"),
+    "flow without ids": (without("vocoder/flow.pt", "input_embedding.weight"), "holds no input_embedding"),
+    "flow of CosyVoice": (
+        pickle_with("vocoder/flow.pt", lambda s: s | {"input_embedding.weight": s["input_embedding.weight"][:4096]}),
+        "the flow has 4,096 audio ids"),
+    "flow with more": (
+        pickle_with("vocoder/flow.pt", lambda s: s | {"llm.weight": torch.ones(1)}), "no place for llm.weight"),
+    "hift missing": (gone("vocoder/hift.pt"), "hift.pt is missing"),
+    "hift lacks": (without("vocoder/hift.pt", "m_source.l_linear.bias"), "lacks m_source.l_linear.bias"),
+    "cosyvoice missing": (gone("vocoder/cosyvoice.yaml"), "cosyvoice.yaml is missing"),
+    "cosyvoice broken": (text("vocoder/cosyvoice.yaml", "flow: ", "\tflow: "), "cosyvoice.yaml is no yaml that"),
+    "cosyvoice empty": (lambda f: (f / "vocoder/cosyvoice.yaml").write_text(""), "is no yaml of names and values"),
+    "cosyvoice rate": (text("vocoder/cosyvoice.yaml", "sample_rate: 22050", "sample_rate: x"), "gives feat_extractor."),
+    "cosyvoice hop": (text("vocoder/cosyvoice.yaml", "hop_size: 256", "hop_size: 480"), "a frame are 480 and 256"),
+    "cosyvoice heads": (
+        text("vocoder/cosyvoice.yaml", "attention_heads: 2", "attention_heads: 0"), "describes no network for"),
+    "record of sizes": (record({"bytes": 7}), "record.json says 7"),
+}  # fmt: skip
+
+
+def test_no_two_damages_share_a_sentence():
+    words = [words for _, words in DAMAGES.values()]
+    assert len(DAMAGES) >= 20 and len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_release(copy, question, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    damage, words = DAMAGES[name]
+    damage(copy)
+    code = cli.main(["ask", str(question), "--preset", "full", *options(copy), "-o", "out.wav"])
+    out, err = capsys.readouterr()
+    assert code == 1 and out == "" and not (tmp_path / "out.wav").exists() and not (tmp_path / "bomb").exists()
+    assert err.startswith("aqaa: ") and err.count("\n") == 1 and err.endswith(".\n") and "Traceback" not in err, err
+    assert words in err and len(err) < 600, err
+    assert not any(other in err for _, other in DAMAGES.values() if other != words), err
+    assert cli.main(["doctor", *(str(copy / role) for role in checkpoints.ROLES)]) == 1
+    assert words in capsys.readouterr()[1].replace("\n", " ")
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--preset", "full"], "--tokenizer and --backbone and --vocoder names none"),
+    (["--preset", "full", "--tokenizer", "t", "--vocoder", "v"], "and --backbone names none"),
+    (["--backbone", "/no/such/folder"], "no folder at /no/such/folder"),
+    (["--speaker", "a.wav"], "needs a released vocoder"),
+    (["--dtype", "int8"], "'int8': choose"),
+])  # fmt: skip
+def test_wrong_usage_is_told(question, capsys, args, words):
+    assert cli.main(["ask", str(question), *args]) == 1
+    err = capsys.readouterr()[1]
+    assert words in err and err.count("\n") == 1
+
+
+def test_a_language_model_is_no_preset(small, question, capsys):
+    assert cli.main(["ask", str(question), "--preset", str(small["backbone"])]) == 1
+    assert "name it with --backbone" in capsys.readouterr()[1]
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_tells_what_folders_hold_without_loading_them(small, capsys, monkeypatch):
+    monkeypatch.setattr(shards, "safe_open", lambda *_: pytest.fail("weights were opened"))
+    folders = [str(small[role]) for role in checkpoints.ROLES]
+    assert cli.main(["doctor", *folders, "--json"]) == 0
+    report = json.loads(capsys.readouterr()[0])
+    assert [report[folder]["roles"] for folder in folders] == [["tokenizer"], ["backbone"], ["vocoder"]]
+    count = sum(t.numel() for t in checkpoints.build("backbone", release.sizes(N_TEXT)).state_dict().values())
+    assert f"30 tensors, {count:,} parameters" in report[folders[1]]["backbone"]
+    assert report[folders[1]]["licence"] == "apache-2.0 (README.md)" and "3 tensors" in report[folders[1]]["note"]
+    assert "not the file of CosyVoice" in report[folders[0]]["semantic"]
+    assert cli.main(["doctor", *folders]) == 0 and "22,050 Hz" in capsys.readouterr()[0]
+
+
+def test_doctor_knows_the_mini_and_what_is_nothing(tiny_folder, tmp_path, capsys):
+    assert cli.main(["doctor", str(tiny_folder)]) == 0
+    assert "as recorded" in capsys.readouterr()[0]
+    (tmp_path / "LICENSE").write_text("MIT License\n\n…")
+    assert cli.main(["doctor", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "MIT" in out and "holds nothing that aqaa knows" in err
+    assert cli.main(["doctor", str(tmp_path / "none")]) == 1
+
+
+def test_doctor_checks_hashes_and_looks_into_folders(copy, capsys):
+    facts = checkpoints.fingerprint(copy / "vocoder/flow.pt")
+    record(facts)(copy)
+    assert cli.main(["doctor", str(copy)]) == 0  # all three in it
+    out = capsys.readouterr()[0]
+    assert all(f"{copy / role}\n" in out for role in checkpoints.ROLES)
+    record(facts | {"sha256": "0" * 64})(copy)
+    assert cli.main(["doctor", str(copy)]) == 1
+    assert "does not have the hash" in capsys.readouterr()[1]
+
+
+def test_doctor_tells_all_faults_at_once_and_whether_folders_fit(copy, capsys):
+    DAMAGES["npy missing"][0](copy)
+    DAMAGES["s3 50 Hz"][0](copy)
+    assert cli.main(["doctor", str(copy / "tokenizer")]) == 1
+    assert capsys.readouterr()[1].count("aqaa: ") == 2
+
+
+# ---- a speaker's voice ----------------------------------------------------------------------------------------------
+
+
+def test_a_voice_without_onnxruntime_is_one_sentence(small, question, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    args = ["--preset", "full", *options(small["backbone"].parent), "--speaker", str(question)]
+    assert cli.main(["ask", str(question), *args]) == 1
+    assert "needs onnxruntime" in capsys.readouterr()[1]
+
+
+class Session:
+    """Stands in for onnxruntime: speaks of what it was shown."""
+
+    def __init__(self, path, providers):
+        self.seen = None
+
+    def get_inputs(self):
+        return [type("Input", (), {"name": "input"})]
+
+    def run(self, _, feeds):
+        self.seen = feeds["input"]
+        return [np.tile(self.seen.std(1), 3)[:, :192].astype(np.float32)]
+
+
+def test_a_voice_is_a_prompt_of_ids_mel_and_vector(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", type("onnxruntime", (), {"InferenceSession": Session}))
+    soundfile.write(tmp_path / "voice.wav", tone(1.0, 22_050), 22_050)
+    system = model(small["backbone"].parent, speaker=tmp_path / "voice.wav")
+    voice = system.vocoder.options
+    n = voice["prompt_token"].shape[1]
+    assert n == 40 and 0 <= voice["prompt_token"].min() and voice["prompt_token"].max() < 5120
+    assert voice["prompt_feat"].shape == (1, system.flow.frames(n), 80) and voice["embedding"].shape == (1, 192)
+    plain = model(small["backbone"].parent)
+    ids = list(voice["prompt_token"][0, :10])
+    assert not torch.equal(system.vocoder.synthesize(ids), plain.vocoder.synthesize(ids))
+    with pytest.raises(ModelError, match="none.wav does not exist"):
+        model(small["backbone"].parent, speaker=tmp_path / "none.wav")
