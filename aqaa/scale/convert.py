@@ -1,0 +1,358 @@
+"""`aqaa convert`: a language model of 16 bits to one of 4 or 8, a decoder layer at a time.
+
+A layer goes from the mapped shards through the quantiser into a shard of its own, so memory holds one layer and what
+rounding it needs. Each finished shard is entered, with its hash, in progress.json; a conversion that was cut off is
+called again and goes on behind the last whole one. The folder has the names of the published one with `qweight` and
+`scale` in place of `weight`, and a config.json that says how under "quantization".
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import aqaa
+from aqaa import checkpoints, shards
+from aqaa.backbone.quantized import empty_linears, format_of
+from aqaa.backbone.step1 import Step1Config, Step1DecoderLayer
+from aqaa.checkpoints import ModelError, check_file, fingerprint, replacing
+from aqaa.config import BackboneConfig, check_group
+from aqaa.scale.plan import resident_bytes
+from aqaa.scale.quantize import Calibration, replace_linears
+
+METHODS = ("rtn", "gptq")
+PROGRESS = "progress.json"
+SPARE = 1.02  # room on the disk beyond the weights
+DIALOGUES = 128  # to calibrate with
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A language model on disk: its sizes, {our name: its name}, {its name: Entry}, and the names left out."""
+
+    folder: Path
+    config: BackboneConfig
+    names: dict
+    tensors: dict
+    others: tuple = ()
+
+    def tensor(self, name):
+        """On the CPU, a view of the mapped file."""
+        entry = self.tensors[self.names[name]]
+        with safe_open(entry.path, "pt") as file:
+            return file.get_tensor(self.names[name])
+
+    def parts(self):
+        """Names of what is converted together: the embedding, each layer, then the last norm and lm_head."""
+        found = [[] for _ in range(self.config.num_hidden_layers + 2)]
+        for name in self.names:
+            pieces = name.split(".")
+            number = int(pieces[2]) + 1 if pieces[1] == "layers" else 0 if pieces[1] == "embed_tokens" else -1
+            found[number].append(name)
+        return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantise: weights int4, int8 or fp8; group of int4; method rtn (to the nearest) or gptq."""
+
+    weights: str = "int4"
+    group: int | None = None
+    method: str = "rtn"
+
+    def check(self, config):
+        """Raise ValueError for what is unknown, or a group that does not divide the widths of `config`."""
+        group = self.group or format_of(self.weights).group_by_default
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if group and self.weights != "int4":
+            raise ValueError(f"{self.weights} has one scale for each output: leave --group out.")
+        for what, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
+            if group:
+                check_group(size, group, what=what)
+        return Recipe(self.weights, group, self.method)
+
+    def block(self):
+        """As config.json tells it, and as empty_linears takes it."""
+        return {"weights": self.weights, **({"group": self.group} if self.group else {})}
+
+
+# ---- the two kinds of source ----------------------------------------------------------------------------------------
+
+
+def convert(source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu", quiet=False):
+    """Quantise the language model in `source` into the folder `out`; returns the record that it writes there.
+
+    source: "mini", a folder like it (all its parts come along), or the folder of a released language model. rows:
+    dialogues (lists of ids) for gptq. Raises ValueError or OSError before anything is written if it cannot be done.
+    """
+    device = checkpoints.device_of(device)
+    folder, out = checkpoints.find(source), Path(out)
+    if out.resolve() == folder.resolve():
+        raise ModelError(f"{out} is the source itself: name another folder.")
+    own = (folder / "backbone.safetensors").is_file()
+    origin = _own(folder) if own else _released(folder)
+    recipe = Recipe(weights, group, method).check(origin.config)
+    if method == "gptq":
+        _check_rows(rows, origin.config)
+    _check_room(out, origin, recipe)
+    started = {"source": str(folder), "recipe": asdict(recipe)}
+    work = _Work(origin, recipe, rows, device, quiet)
+    return _write_own(work, out, started) if own else _write_shards(work, out, started)
+
+
+def _own(folder):
+    """The backbone of a folder like data/mini."""
+    config, path = checkpoints.read_config(folder), folder / "backbone.safetensors"
+    tensors = shards.header(path)
+    if any(name.endswith("qweight") for name in tensors):
+        raise ModelError(f"{path} is quantised already: convert the original.")
+    return Origin(folder, config.backbone, {name: name for name in tensors}, tensors)
+
+
+def _released(folder):
+    """A published language model; pictures' tensors are left out."""
+    from aqaa import released
+
+    check_file(folder / "config.json", checkpoints.AGAIN)
+    if read_quantization(folder):
+        raise ModelError(f"{folder} is quantised already: convert the original.")
+    found = released.backbone(folder)  # looks at every header
+    tensors = shards.scan(folder)
+    names, others = shards.language_model(tensors, folder)
+    return Origin(folder, found.sizes["backbone"], names, tensors, tuple(others))
+
+
+def read_quantization(folder):
+    """The "quantization" of a folder's config.json, or None."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _check_rows(rows, config):
+    if not rows:
+        raise ValueError("gptq needs dialogues to calibrate with: name a file of them with --calibration, or use rtn.")
+    highest = max((max(row) for row in rows if row), default=-1)
+    if not all(rows) or highest >= config.vocab_size or max(map(len, rows)) > config.max_seq_len:
+        raise ValueError(f"the dialogues hold id {highest} or an empty or over-long row: the model has "
+                         f"{config.vocab_size} ids and takes rows of 1 to {config.max_seq_len}.")  # fmt: skip
+
+
+def _check_room(out, origin, recipe):
+    """Raise OSError if the disk cannot take the result."""
+    parent = next(path for path in (out, *out.resolve().parents) if path.is_dir())
+    done = sum(path.stat().st_size for path in out.glob("*.safetensors")) if out.is_dir() else 0
+    need = SPARE * resident_bytes(origin.config, recipe.weights, recipe.group) - done
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: choose another place.")
+
+
+# ---- layer by layer -------------------------------------------------------------------------------------------------
+
+
+class _Work:
+    """Converts the parts in order; `skip` takes a part that is there already."""
+
+    def __init__(self, origin, recipe, rows, device, quiet):
+        self.origin, self.recipe, self.rows, self.device = origin, recipe, rows, device
+        self.parts, self.calibration = origin.parts(), None
+        self.bar = tqdm(total=len(self.parts), desc=recipe.weights, unit="part", disable=True if quiet else None)
+
+    def convert(self, number):
+        """{name: tensor} of a part as it is written."""
+        names = self.parts[number]
+        if not 0 < number <= self.origin.config.num_hidden_layers:
+            state = {name: self.origin.tensor(name) for name in names}
+            self._begin(state)
+        else:
+            layer = self._layer({name: self.origin.tensor(name).to(self.device) for name in names})
+            hessians = self.calibration.hessians(layer) if self.calibration else None
+            replace_linears(layer, format_of(self.recipe.weights), self.recipe.group, hessians=hessians)
+            state = self._state(number, layer)
+            self._advance(layer)
+        self.bar.update()
+        return {name: value.cpu().contiguous() for name, value in state.items()}
+
+    def skip(self, number, path):
+        """A part that was converted before: only the dialogues have to go through it."""
+        if self.recipe.method == "gptq":
+            state = load_file(path)
+            if not 0 < number <= self.origin.config.num_hidden_layers:
+                self._begin(state)
+            else:
+                self._advance(self._layer({name: value.to(self.device) for name, value in state.items()}, True))
+        self.bar.update()
+
+    def _begin(self, state):
+        embedding = state.get("model.embed_tokens.weight")
+        if embedding is not None and self.recipe.method == "gptq":
+            embedding = self._computable(embedding.to(self.device))
+            self.calibration = Calibration(self.rows, embedding, self.origin.config.num_attention_heads)
+
+    def _advance(self, layer):
+        if self.calibration:
+            self.calibration.advance(layer)
+
+    def _layer(self, state, quantized=False):
+        """A decoder layer that holds `state`, in a dtype that self.device computes well."""
+        with torch.device("meta"):
+            layer = Step1DecoderLayer(Step1Config(**asdict(self.origin.config), attn_implementation="sdpa"), 0)
+        if quantized:
+            empty_linears(layer, **self.recipe.block())
+        for name, value in state.items():
+            owner, _, leaf = name.split(".", 3)[3].rpartition(".")
+            plain = leaf == "weight"
+            value = nn.Parameter(self._computable(value), requires_grad=False) if plain else value
+            setattr(layer.get_submodule(owner), leaf, value)
+        return layer
+
+    def _computable(self, value):
+        """Half precision is slow on a CPU; only calibration computes."""
+        return value.float() if self.recipe.method == "gptq" and self.device.type == "cpu" else value
+
+    def _state(self, number, layer):
+        """The layer's tensors by our names; norms as they were stored."""
+        head = f"model.layers.{number - 1}."
+        state = {head + name: value for name, value in layer.state_dict().items()}
+        return {name: self.origin.tensor(name) if name.endswith(".weight") else value for name, value in state.items()}
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def _write_own(work, out, started):
+    """A whole folder of aqaa whose backbone.safetensors says in its header how it is quantised."""
+    folder = work.origin.folder
+    state = {}
+    for number in range(len(work.parts)):
+        state |= work.convert(number)
+    work.bar.close()
+    path = out / "backbone.safetensors"
+    with replacing(path) as part:
+        save_file(state, part, {"part": "backbone", "quantization": json.dumps(work.recipe.block())})
+    parts = {name: folder / f"{name}.safetensors" for name in checkpoints.PARTS} | {"backbone": path}
+    record = {"quantization": _about(work, started)}
+    checkpoints.gather(out, checkpoints.read_config(folder), folder / "tokenizer.json", parts, record)
+    return record
+
+
+def _write_shards(work, out, started):
+    """Shards and an index, config.json, tokenizer.model, record.json: what `--backbone` reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = _resume(out, started)
+    for number in range(len(work.parts)):
+        path = out / f"model-{number + 1:05d}.safetensors"
+        if path.name in done:
+            work.skip(number, path)
+            continue
+        state = work.convert(number)
+        with replacing(path) as part:
+            save_file(state, part, {"format": "pt"})
+        done[path.name] = fingerprint(path)
+        _write_json(out / PROGRESS, {**started, "files": done})
+    work.bar.close()
+    return _finish(work, out, started, done)
+
+
+def _resume(out, started):
+    """{file: fingerprint} of the shards that are there and whole. Raises ModelError if they are of something else."""
+    found = next((path for path in (out / "record.json", out / PROGRESS) if path.is_file()), None)
+    if found is None:
+        if any(out.glob("*.safetensors")):
+            raise ModelError(f"{out} holds weights of something else: name another folder.")
+        return {}
+    try:
+        record = json.loads(found.read_text(encoding="utf-8"))
+        begun = {name: record[name] for name in started}
+        files = dict(record["files"])
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{found} is damaged: remove {out} and convert again.") from None
+    if begun != started:
+        raise ModelError(f"{out} holds a conversion by {begun['recipe']} of {begun['source']}: name another folder.")
+    return {name: facts for name, facts in files.items() if (out / name).is_file() and fingerprint(out / name) == facts}
+
+
+def _finish(work, out, started, done):
+    origin, index, total = work.origin, {}, 0
+    for name in sorted(done):
+        for tensor, entry in shards.header(out / name).items():
+            index[tensor], total = name, total + entry.bytes
+    config = Step1Config(**asdict(origin.config)).to_dict()
+    config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False}
+    _write_json(out / "config.json", {**config, "quantization": {**work.recipe.block(), "method": work.recipe.method}})
+    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    for name in ("tokenizer.model", "tokenizer_config.json", "LICENSE"):
+        if (origin.folder / name).is_file():
+            with replacing(out / name) as part:
+                shutil.copyfile(origin.folder / name, part)
+    record = {**_about(work, started), "files": dict(sorted(done.items()))}
+    _write_json(out / "record.json", record)
+    (out / PROGRESS).unlink(missing_ok=True)
+    return record
+
+
+def _about(work, started):
+    origin = work.origin
+    return {
+        **started, "aqaa": aqaa.__version__, "torch": torch.__version__, "dialogues": len(work.rows or ()),
+        "dropped": len(origin.others), "dropped_values": sum(origin.tensors[name].numel for name in origin.others),
+    }  # fmt: skip
+
+
+def _write_json(path, content):
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main(args):
+    """`aqaa convert`; args: source, out, weights, group, method, calibration, device, json."""
+    rows = None
+    if args.method == "gptq" and args.calibration:
+        rows = read_rows(args.calibration)
+    elif args.method == "gptq" and (checkpoints.find(args.source) / "backbone.safetensors").is_file():
+        from aqaa.scale.fidelity import dialogues
+
+        rows = [dialogue.ids for dialogue in dialogues(args.source, "train", DIALOGUES)]
+    record = convert(
+        args.source, args.out, args.weights, args.group, args.method, rows=rows, device=args.device, quiet=args.json
+    )
+    if args.json:
+        print(json.dumps(record))
+        return
+    facts = record.get("quantization", record)
+    size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
+    left = f"; left out {facts['dropped']} tensors that see pictures" if facts["dropped"] else ""
+    print(f"{args.out}: {args.weights} by {args.method}, {size / 1e9:.3f} GB of weights{left}.")
+
+
+def read_rows(path):
+    """Dialogues of a JSON file: a list of lists of ids. Raises ValueError."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        whole = bool(rows) and all(type(i) is int and i >= 0 for row in rows for i in row)
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not a JSON list of lists of ids: write one list for each dialogue.")
+    return rows
+
+
+def load_quantized(folder, device="cpu"):
+    """The Step1ForCausalLM of a converted folder, filled tensor by tensor. Raises ModelError."""
+    from aqaa import released
+
+    if not read_quantization(folder):
+        raise ModelError(f"{folder} is not quantised: its config.json has no \"quantization\".")
+    return released.backbone(Path(folder)).load(checkpoints.device_of(device), None)

@@ -1,0 +1,282 @@
+"""What a backbone needs on given GPUs, and how fast it will talk, from first principles.
+
+A decoding step reads every weight once (the embedding only where it is looked up) and the keys and values so far, so
+bytes / bandwidth is the least time of a token: the roofline. What is reached of it, and what is not arithmetic, are the
+named assumptions below (setups.py holds the estimates against recorded runs). No torch here: a plan is only sums.
+"""
+
+from dataclasses import asdict, dataclass, field
+from math import ceil
+
+from aqaa.config import GROUP_SECONDS, GROUP_SIZE, INT4_GROUPS, TOKENS_PER_SECOND, BackboneConfig, check_group
+
+GIB = 2**30
+TEXT_BLOCK, AUDIO_BLOCK = 10, 15  # ids: the layout of an answer (AQAA Table 1, best row)
+INTERLEAVE_RATE = TOKENS_PER_SECOND * (TEXT_BLOCK + AUDIO_BLOCK) / AUDIO_BLOCK  # 69.4 ids a second while text lasts
+TEXT_RATE = 5.0  # text ids in a second of speech
+SCALE_BITS = 16  # a bfloat16 scale for each group, or for each output
+BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}  # of a weight in a linear layer
+
+# Assumptions; none was measured by this project. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs with
+# tensor parallelism. They are solved for, from estimates made by hand for H100 and H200, so agreeing with those proves
+# nothing. For comparison, gpt-fast's README on 70 B and A100, of the bandwidth it saw: bf16 87, 79, 67 % on 2, 4, 8;
+# int8 78 % on one, 44 % on eight; int4 65 % and 32 %. What else has no source is a guess, and says so.
+EFFICIENCY = {
+    "bf16": {1: 0.80, 2: 0.80, 4: 0.73, 8: 0.645},
+    "fp8": {1: 0.775, 2: 0.78, 4: 0.665, 8: 0.525},
+    "int8": {1: 0.775, 2: 0.78, 4: 0.665, 8: 0.525},
+    "int4": {1: 0.725, 2: 0.72, 4: 0.56, 8: 0.415},
+}
+ALL_REDUCE = {1: 0.0, 2: 9e-6, 4: 10.5e-6, 8: 12e-6}  # s over NVLink, two a layer: 9 to 12 µs, spread by us
+PCIE = 4.0  # times as long without NVLink: a guess
+KERNEL, KERNELS_PER_LAYER = 2e-6, 8  # s that no kernel of a CUDA graph goes below, a guess: bounds small models
+PREFILL_SHARE = 0.5  # of the tensor cores' peak
+PREFILL_CHUNK = 512  # ids: a longer question is read in parts, which bounds its buffers
+PROMPT = 100  # ids of a prompt beside the question
+VOCODER_SHARE = 0.05  # s of work for a second of sound: the goal for the full-size flow and HiFT
+RESERVED = 1.5  # GiB a GPU, a guess: the driver's context, graphs, workspaces
+SPEECH_PARTS = {"full": 400e6 * 4, "mini": 13e6 * 4}  # bytes of tokenizers, flow, HiFT, about
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card, by its public data sheet; memory as the driver reports it."""
+
+    name: str
+    memory: float  # GiB
+    bandwidth: float  # TB/s
+    bf16: float  # dense TFLOPS
+    fp8: float | None  # dense TFLOPS; None: no such tensor cores
+    nvlink: bool = True
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H200", 139.8, 4.8, 989, 1979),
+        Gpu("H100-80", 79.1, 3.35, 989, 1979),
+        Gpu("H20", 95.6, 4.0, 148, 296),
+        Gpu("A100-80", 79.2, 2.039, 312, None),
+        Gpu("A800-80", 79.2, 2.039, 312, None),
+        Gpu("A100-40", 39.4, 1.555, 312, None),
+        Gpu("B200", 178.4, 7.7, 2250, 4500),
+        Gpu("MI300X", 191.7, 5.3, 1307, 2615),
+        Gpu("L40S", 44.4, 0.864, 362, 733, nvlink=False),
+        Gpu("RTX-4090", 23.5, 1.008, 165, 330, nvlink=False),
+        Gpu("RTX-5090", 31.4, 1.792, 209, 419, nvlink=False),
+    )
+}
+USUAL = ("1xH200", "2xH200", "4xH100-80", "8xH100-80", "8xH200", "4xA800-80")
+SMALL = ("1xRTX-4090", "1xL40S", "1xA100-80", "1xH100-80", "1xH200")  # for a model that one card holds
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is asked about."""
+
+    model: str
+    backbone: BackboneConfig
+    gpu: Gpu
+    count: int
+    weights: str = "bf16"
+    group: int | None = None  # of int4
+    context: int = 2048  # ids
+
+    @property
+    def format(self):
+        return f"{self.weights} g{self.group}" if self.group else self.weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer: memory in GiB a GPU (the fullest one), GB for each token, times in s, rates in tokens a second."""
+
+    setup: Setup
+    memory: dict  # weights, embedding, cache, buffers, speech, reserved
+    total: float  # their sum
+    spare: float  # below 0: it does not fit
+    streamed: float  # GB a token, cache included, over all GPUs
+    floor: float  # s a token: bytes / bandwidth
+    ceiling: float
+    rate: float  # estimated
+    first_sound: dict  # {seconds of question: s}
+    delay: dict = field(default_factory=dict)  # {seconds of answer: s by which play-out starts late}
+
+    @property
+    def fits(self):
+        return self.spare >= 0
+
+    @property
+    def steady(self):
+        """Audio alone keeps up with speech: 41.67 a second."""
+        return self.rate >= TOKENS_PER_SECOND
+
+    @property
+    def interleave(self):
+        """So do blocks of text and audio: 69.4 a second, no play-out buffer beyond the first block."""
+        return self.rate >= INTERLEAVE_RATE
+
+    def to_dict(self):
+        """As JSON wants it."""
+        setup, numbers = self.setup, {k: v for k, v in asdict(self).items() if k != "setup"}
+        head = {"model": setup.model, "gpus": f"{setup.count}x{setup.gpu.name}", "weights": setup.weights}
+        head |= {"group": setup.group, "context": setup.context}
+        return {**head, "fits": self.fits, "steady": self.steady, "interleave": self.interleave, **_rounded(numbers)}
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    return round(value, 5)
+
+
+# ---- the sums -------------------------------------------------------------------------------------------------------
+
+
+def n_linear(backbone):
+    """(weights, outputs) of all linear layers of the decoder, lm_head not among them."""
+    width, inner = backbone.hidden_size, backbone.intermediate_size
+    shared = width // backbone.num_attention_heads * backbone.num_attention_groups
+    weights = 2 * width * width + 2 * width * shared + 3 * width * inner
+    outputs = 3 * width + 2 * shared + 2 * inner
+    return weights * backbone.num_hidden_layers, outputs * backbone.num_hidden_layers
+
+
+def linear_bytes(backbone, weights, group=None):
+    """Bytes of the decoder's linear layers in a format, scales included."""
+    count, outputs = n_linear(backbone)
+    scales = 0 if weights == "bf16" else count / group if weights == "int4" else outputs
+    return count * BITS[weights] / 8 + scales * SCALE_BITS / 8
+
+
+def table_bytes(backbone):
+    """Bytes of the embedding, and as many of lm_head: both stay bf16."""
+    return backbone.vocab_size * backbone.hidden_size * 2
+
+
+def norm_bytes(backbone):
+    return (2 * backbone.num_hidden_layers + 1) * backbone.hidden_size * 2
+
+
+def resident_bytes(backbone, weights, group=None):
+    """Bytes of all weights."""
+    return linear_bytes(backbone, weights, group) + 2 * table_bytes(backbone) + norm_bytes(backbone)
+
+
+def streamed_bytes(backbone, weights, group=None, context=0):
+    """Bytes that one decoding step reads: linear layers, lm_head, norms, and the cache of `context` ids."""
+    read = linear_bytes(backbone, weights, group) + table_bytes(backbone) + norm_bytes(backbone)
+    return read + context * cache_bytes(backbone)
+
+
+def cache_bytes(backbone):
+    """Bytes of keys and values of one id, bf16."""
+    width = backbone.hidden_size // backbone.num_attention_heads
+    return 2 * backbone.num_hidden_layers * backbone.num_attention_groups * width * 2
+
+
+def buffer_bytes(backbone, weights, context, ranks):
+    """Bytes that reading a prompt needs at a time on each GPU: bias and scores of a chunk in fp32, the inner values of
+    the feed-forward layer, and one matrix unpacked to bf16 if the weights are packed."""
+    chunk = min(PREFILL_CHUNK, context)
+    scores = 2 * backbone.num_attention_heads * chunk * context * 4
+    inner = 3 * chunk * backbone.intermediate_size * 2
+    unpacked = 0 if weights == "bf16" else backbone.intermediate_size * backbone.hidden_size * 2
+    return (scores + inner + unpacked) / ranks
+
+
+def prefill_seconds(setup, n_ids):
+    """Time to read a prompt: floating-point operations at half the peak, and unpacking where weights are packed.
+
+    fp8 is multiplied as it is where the card can (vLLM does so; our own layers unpack it).
+    """
+    backbone, gpu = setup.backbone, setup.gpu
+    operations = 2 * n_linear(backbone)[0] * n_ids
+    operations += 2 * backbone.num_hidden_layers * backbone.hidden_size * n_ids**2  # attention, half of it masked
+    native = setup.weights == "fp8" and gpu.fp8
+    seconds = operations / ((gpu.fp8 if native else gpu.bf16) * 1e12 * PREFILL_SHARE)
+    if setup.weights != "bf16" and not native:
+        moved = linear_bytes(backbone, setup.weights, setup.group) + 2 * linear_bytes(backbone, "bf16")
+        seconds += moved / (gpu.bandwidth * 1e12)
+    return seconds / setup.count
+
+
+def token_seconds(setup):
+    """(least, estimated) time of a decoding step."""
+    backbone, ranks = setup.backbone, setup.count
+    streamed = streamed_bytes(backbone, setup.weights, setup.group, setup.context)
+    floor = streamed / (setup.gpu.bandwidth * 1e12 * ranks)
+    busy = max(floor / EFFICIENCY[setup.weights][ranks], KERNEL * KERNELS_PER_LAYER * backbone.num_hidden_layers)
+    reduce = ALL_REDUCE[ranks] * (1 if setup.gpu.nvlink else PCIE)
+    return floor, busy + 2 * backbone.num_hidden_layers * reduce
+
+
+def start_delay(rate, seconds):
+    """How late (s) the sound of an answer of `seconds` must start, if ids come at `rate` a second, never to stall.
+
+    Blocks of 10 text and 15 audio ids until the text (5 ids a second of speech) is used up, then audio alone; a block
+    is played once it is whole, 0.36 s each.
+    """
+    block = AUDIO_BLOCK / GROUP_SIZE * GROUP_SECONDS
+    text = TEXT_RATE * seconds
+    made = (min(k * TEXT_BLOCK, text) + k * AUDIO_BLOCK for k in range(1, ceil(seconds / block - 1e-9) + 1))
+    return max((n / rate - i * block for i, n in enumerate(made)), default=0.0)
+
+
+def first_sound(setup, question, token=None):
+    """Seconds from the end of a question of `question` seconds to the first sound: prefill, one block, its vocoding."""
+    n_ids = ceil(question * TOKENS_PER_SECOND) + PROMPT
+    token = token_seconds(setup)[1] if token is None else token
+    vocoding = VOCODER_SHARE * AUDIO_BLOCK / GROUP_SIZE * GROUP_SECONDS
+    return prefill_seconds(setup, n_ids) + (TEXT_BLOCK + AUDIO_BLOCK) * token + vocoding
+
+
+def plan(setup):
+    """The Plan of a Setup. Raises ValueError if the model cannot be divided so."""
+    check_ranks(setup)
+    backbone, ranks, weights = setup.backbone, setup.count, setup.weights
+    shared = linear_bytes(backbone, weights, setup.group) + table_bytes(backbone)
+    parts = {
+        "weights": shared / ranks + norm_bytes(backbone),
+        "embedding": table_bytes(backbone),  # whole on every GPU
+        "cache": setup.context * cache_bytes(backbone) / ranks,
+        "buffers": buffer_bytes(backbone, weights, setup.context, ranks),
+        "speech": SPEECH_PARTS["mini" if backbone.hidden_size < 1024 else "full"],
+    }
+    memory = {name: size / GIB for name, size in parts.items()} | {"reserved": RESERVED}
+    total, (floor, token) = sum(memory.values()), token_seconds(setup)
+    return Plan(
+        setup, memory, total, setup.gpu.memory - total,
+        streamed_bytes(backbone, weights, setup.group, setup.context) / 1e9, floor, 1 / floor, 1 / token,
+        {seconds: first_sound(setup, seconds, token) for seconds in (3, 10)},
+        {seconds: start_delay(1 / token, seconds) for seconds in (5, 10, 20)},
+    )  # fmt: skip
+
+
+# ---- what can be divided --------------------------------------------------------------------------------------------
+
+
+def check_ranks(setup):
+    """Raise ValueError if heads, key-value groups, widths or int4 groups cannot be shared by setup.count GPUs."""
+    backbone, ranks = setup.backbone, setup.count
+    shared = {
+        "attention heads": backbone.num_attention_heads, "key-value groups": backbone.num_attention_groups,
+        "inner values": backbone.intermediate_size,
+    }  # fmt: skip
+    possible = [n for n in ALL_REDUCE if all(size % n == 0 for size in shared.values())]
+    if ranks not in possible:
+        names = ", ".join(f"{size} {name}" for name, size in shared.items())
+        raise ValueError(f"{ranks} GPUs cannot share {names}: use {', '.join(map(str, possible))}.")
+    if setup.group:
+        check_group(backbone.hidden_size, setup.group, ranks, "o_proj")
+        check_group(backbone.intermediate_size, setup.group, ranks, "down_proj")
+
+
+def largest_group(backbone, ranks):
+    """The largest usual int4 group that divides. Raises ValueError if none does."""
+    sizes = (backbone.hidden_size, backbone.intermediate_size)
+    for group in INT4_GROUPS:
+        if all(size % (ranks * group) == 0 for size in sizes):
+            return group
+    check_group(min(sizes, key=lambda size: size % ranks == 0), INT4_GROUPS[-1], ranks)
+    raise ValueError(f"int4 needs groups of 32 inputs at least, which {ranks} GPUs cannot share: use int8 or fp8.")

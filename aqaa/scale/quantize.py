@@ -1,0 +1,107 @@
+"""Weights of 4 or 8 bits for a whole model: rounded to the nearest, or by GPTQ with dialogues that go through it.
+
+The layers themselves, and how their bytes are laid out, are in aqaa/backbone/quantized.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aqaa.backbone import attention
+from aqaa.backbone.quantized import (  # the formats are this module's too
+    FORMATS,
+    Fp8Linear,
+    Int4Linear,
+    Int8Linear,
+    QuantizedLinear,
+    check_group,
+    empty_linears,
+    format_of,
+    linears,
+    put,
+)
+
+__all__ = ["FORMATS", "Calibration", "Fp8Linear", "Int4Linear", "Int8Linear", "QuantizedLinear", "dequantized",
+           "empty_linears", "n_bytes", "quantize_", "replace_linears"]  # fmt: skip
+
+
+class Calibration:
+    """The hidden states of some dialogues, carried from layer to layer, so that one layer at a time is in memory.
+
+    rows: lists of ids; embedding (V, D); heads: of attention. States are kept as (1, T, D), in the embedding's dtype.
+    """
+
+    def __init__(self, rows, embedding, heads):
+        self.slopes = attention.slopes(heads).to(embedding.device)
+        self.states = [F.embedding(torch.tensor([row], device=embedding.device), embedding) for row in rows]
+
+    @torch.inference_mode()
+    def run(self, layer):
+        """The states after a decoder layer."""
+        biases = (attention.sqrt_bias(self.slopes, x.shape[1], x.shape[1]) for x in self.states)
+        return [layer(x, bias) for x, bias in zip(self.states, biases, strict=True)]
+
+    def hessians(self, layer):
+        """{name of a linear: mean of x xᵀ over its inputs, (K, K) fp32} of a decoder layer."""
+        found, count = {}, sum(x.shape[1] for x in self.states)
+
+        def watch(name):
+            def hook(_, inputs):
+                x = inputs[0].flatten(0, -2).float()
+                found[name] = found.get(name, 0) + x.T @ x / count
+
+            return hook
+
+        hooks = [part.register_forward_pre_hook(watch(name)) for name, part in linears(layer)]
+        self.run(layer)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def advance(self, layer):
+        """Go on to the next layer; `layer` is quantised by now, so that later ones can make up for its errors."""
+        self.states = self.run(layer)
+
+
+def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
+    """Replace the linear layers of a Step1ForCausalLM, in place; returns it.
+
+    weights: int4, int8, fp8. skip: names, or ends of names, of those left as they are. rows: dialogues (lists of ids),
+    with which layers are calibrated by GPTQ; none: rounded to the nearest. Raises ValueError before anything is changed
+    if a group does not divide.
+    """
+    cls = format_of(weights)
+    for name, linear in linears(model, skip):
+        check_group(linear.in_features, group or cls.group_by_default or linear.in_features, what=name)
+    if rows:
+        calibration = Calibration(rows, model.model.embed_tokens.weight.detach(), model.config.num_attention_heads)
+        for layer in model.model.layers:
+            replace_linears(layer, cls, group, skip, calibration.hessians(layer))
+            calibration.advance(layer)
+    return replace_linears(model, cls, group, skip)
+
+
+def replace_linears(module, cls, group=None, skip=(), hessians=None):
+    """Quantise the linear layers within `module`, in place; hessians: {name: matrix} of those that GPTQ rounds."""
+    for name, linear in list(linears(module, skip)):
+        put(module, name, cls.from_linear(linear, group, hessian=(hessians or {}).get(name)))
+    return module
+
+
+def dequantized(module):
+    """The same module with ordinary linear layers in fp32, in place of the quantised ones; changes it, returns it."""
+    for name, part in list(module.named_modules()):
+        if isinstance(part, QuantizedLinear):
+            linear = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(part.dequantized(), requires_grad=False)
+            put(module, name, linear)
+    return module
+
+
+def n_bytes(model):
+    """{"linear", "scale", "other"}: bytes of the decoder's linear layers or their codes, of scales, of all else."""
+    counts = {"linear": 0, "scale": 0, "other": 0}
+    for name, value in model.state_dict().items():
+        kind = "linear" if "_proj." in name else "other"
+        counts["scale" if name.endswith(".scale") else kind] += value.nbytes
+    return counts

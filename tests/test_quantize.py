@@ -1,0 +1,414 @@
+"""Layers of 4 and 8 bits: how bytes are laid out, what rounding costs, whole folders converted, interrupted, broken."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from aqaa import checkpoints, cli, shards
+from aqaa.backbone import step1
+from aqaa.config import BackboneConfig
+from aqaa.scale import convert, fidelity, quantize
+from aqaa.scale import plan as sums
+from aqaa.scale.quantize import FORMATS, Int4Linear, Int8Linear, quantize_
+
+SIZES = BackboneConfig(
+    vocab_size=48, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_attention_groups=2, max_seq_len=512,
+)  # fmt: skip
+ROWS = [torch.randint(0, 48, (40,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(6)]
+
+
+def weights(n=24, k=192, seed=0):
+    return 0.02 * torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def model(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return step1.build(SIZES, initializer_range=0.2).eval()
+
+
+def error(found, wanted):
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
+
+
+# ---- layers ----
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 5), groups=st.integers(1, 3), group=st.sampled_from([2, 32, 64]), seed=st.integers(0, 99))
+def test_int4_bytes_are_laid_out_as_documented(n, groups, group, seed):
+    layer, generator = Int4Linear(groups * group, n, group), torch.Generator().manual_seed(seed)
+    layer.qweight = torch.randint(0, 256, layer.qweight.shape, generator=generator, dtype=torch.uint8)
+    layer.scale = torch.randn(layer.scale.shape, generator=generator).bfloat16()
+    found = layer.dequantized()
+    for row in range(n):
+        for k in range(groups * group):
+            byte = int(layer.qweight[row, k // 2])
+            nibble = byte >> 4 if k % 2 else byte & 15
+            assert found[row, k] == (nibble - 8) * layer.scale[row, k // group].float()
+    assert torch.equal(Int4Linear.pack(Int4Linear.unpack(layer.qweight)), layer.qweight)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_can_be_said_exactly_comes_back_exactly(name):
+    cls = FORMATS[name]
+    codes = cls.nearest(torch.linspace(-500, 500, 4 * 128).view(4, 128) * (1 if name != "int4" else 0.015))
+    codes[:, ::64] = cls.top
+    layer = cls.from_weights(codes * 0.125, search=False)
+    assert torch.equal(layer.dequantized(), codes * 0.125) and layer.scale.dtype == torch.bfloat16
+    assert torch.equal(layer.codes() * layer.scale.float(), codes * 0.125)
+    assert layer.qweight.element_size() == 1 and layer.qweight.shape == (4, 128 * cls.bits // 8)
+    assert torch.equal(cls.unpack(cls.pack(codes)), codes)
+
+
+def test_errors_are_those_of_the_bits():
+    w = weights(64, 512)
+    found = {name: error(cls.from_weights(w).dequantized(), w) for name, cls in FORMATS.items()}
+    assert 0.08 < found["int4"] < 0.117 and 0.005 < found["int8"] < 0.012 and 0.015 < found["fp8"] < 0.04
+    assert error(Int4Linear.from_weights(w, 32).dequantized(), w) < found["int4"]
+
+
+def test_the_search_never_errs_more_than_the_widest_scale():
+    w = weights(48, 256)
+    plain, searched = (Int4Linear.from_weights(w, 64, search=search).dequantized() for search in (False, True))
+    per_group = [(x - w).unflatten(1, (-1, 64)).square().sum(-1) for x in (plain, searched)]
+    assert (per_group[1] <= per_group[0] + 1e-9).all() and error(searched, w) < 0.97 * error(plain, w)
+
+
+def test_rows_are_quantised_alike_alone_and_together(monkeypatch):
+    w = weights(7, 128)
+    whole = Int4Linear.from_weights(w)
+    monkeypatch.setattr("aqaa.backbone.quantized.AT_ONCE", 300)
+    parts = Int4Linear.from_weights(w)
+    assert torch.equal(whole.qweight, parts.qweight) and torch.equal(whole.scale, parts.scale)
+
+
+@pytest.mark.parametrize("cls", FORMATS.values(), ids=FORMATS)
+def test_degenerate_weights(cls):
+    for w in (torch.zeros(3, 128), torch.full((3, 128), 1e-30), torch.eye(128)[:3] * 1e4):
+        found = cls.from_weights(w).dequantized()
+        assert found.isfinite().all() and (found - w).abs().max() <= 0.1 * w.abs().max() + 1e-20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_forward_is_the_product_with_the_unpacked_weights(dtype):
+    x = torch.randn(2, 3, 192, dtype=dtype)
+    for cls in FORMATS.values():
+        layer = cls.from_linear(linear_of(weights()), 64 if cls is Int4Linear else None)
+        assert torch.equal(layer(x), x @ layer.dequantized(dtype).T) and layer(x).dtype == dtype
+        moved = cls(192, 24, 64 if cls is Int4Linear else None, "meta")
+        moved.load_state_dict(layer.state_dict(), assign=True)
+        moved.to(dtype)  # codes are no floats, so they stay what they are
+        assert torch.equal(moved.qweight, layer.qweight) and moved.qweight.dtype == cls.storage
+
+
+def linear_of(w, bias=False):
+    linear = nn.Linear(w.shape[1], w.shape[0], bias=bias)
+    linear.weight = nn.Parameter(w)
+    return linear
+
+
+def test_what_a_layer_cannot_be():
+    with pytest.raises(ValueError, match="groups of 128 do not divide an input of 704 inputs: use groups of 64"):
+        Int4Linear(704, 8, 128)
+    with pytest.raises(ValueError, match="down_proj of 31232 inputs over 8 GPUs, 3904 each: use groups of 64"):
+        sums.check_group(31232, 128, 8, "down_proj")
+    with pytest.raises(ValueError, match="use int8 or fp8"):
+        Int4Linear(20, 8, 64)
+    with pytest.raises(ValueError, match="bias"):
+        Int8Linear.from_linear(linear_of(weights(), bias=True))
+    with pytest.raises(ValueError, match="unknown format 'int3'"):
+        quantize_(model(), "int3")
+    untouched = model()
+    with pytest.raises(ValueError, match="mlp.down_proj of 96 inputs"):
+        quantize_(untouched, "int4", 64)
+    assert all(type(part) is not Int4Linear for part in untouched.modules())
+
+
+# ---- GPTQ ----
+
+
+def test_gptq_errs_less_where_inputs_are_related():
+    w, generator = weights(64, 192), torch.Generator().manual_seed(1)
+    x = torch.randn(800, 192, generator=generator) @ torch.randn(192, 192, generator=generator) / 14
+    x[:, 10] = 0  # a dead input
+    plain, data_aware = Int4Linear.from_weights(w, 64), Int4Linear.from_weights(w, 64, hessian=x.T @ x / 800)
+    assert torch.equal(plain.scale, data_aware.scale)
+    assert error(data_aware(x), x @ w.T) < 0.8 * error(plain(x), x @ w.T)
+
+
+def test_gptq_with_unrelated_inputs_rounds_to_the_nearest():
+    w = weights(8, 128)
+    plain, data_aware = Int4Linear.from_weights(w), Int4Linear.from_weights(w, hessian=3 * torch.eye(128))
+    assert torch.equal(plain.qweight, data_aware.qweight)
+    with pytest.raises(ValueError, match="not finite"):
+        Int4Linear.from_weights(w, hessian=torch.full((128, 128), torch.nan))
+
+
+def test_calibration_goes_through_the_model_as_forward_does():
+    plain = model()
+    calibration = quantize.Calibration(ROWS[:2], plain.model.embed_tokens.weight, SIZES.num_attention_heads)
+    for layer in plain.model.layers:
+        found = calibration.hessians(layer)
+        assert found["self_attn.q_proj"].shape == (64, 64) and found["mlp.down_proj"].shape == (96, 96)
+        calibration.advance(layer)
+    for row, state in zip(ROWS, calibration.states):
+        wanted = plain.model(input_ids=torch.tensor([row])).last_hidden_state
+        assert torch.allclose(plain.model.norm(state), wanted, atol=1e-5)
+
+
+def test_a_model_quantised_by_gptq_is_nearer_to_itself():
+    ids = torch.tensor(ROWS)
+    wanted = model()(ids).logits
+    nearest, gptq = quantize_(model(), "int4", 32)(ids).logits, quantize_(model(), "int4", 32, rows=ROWS)(ids).logits
+    assert error(gptq, wanted) < 0.8 * error(nearest, wanted)
+    assert error(quantize_(model(), "int8")(ids).logits, wanted) < 0.1 * error(nearest, wanted)
+
+
+def test_a_quantised_model_answers_and_gives_its_weights_back():
+    from transformers import GenerationConfig
+
+    found = quantize_(model(), "int4", 32, skip=("lm_head", "o_proj"))
+    kinds = {name.split(".")[-1]: type(part) for name, part in found.named_modules()}
+    assert kinds["o_proj"] is nn.Linear and kinds["lm_head"] is nn.Linear and kinds["q_proj"] is Int4Linear
+    ids = torch.tensor(ROWS[:1])
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    with torch.no_grad():
+        before, said = found(ids).logits, found.generate(ids, settings)
+        quantize.dequantized(found)
+        assert all(not isinstance(part, quantize.QuantizedLinear) for part in found.modules())
+        assert torch.allclose(found(ids).logits, before, atol=1e-5)
+        assert torch.equal(found.generate(ids, settings), said)
+
+
+@pytest.mark.parametrize("name, group", [("int4", 32), ("int8", None), ("fp8", None)])
+def test_bytes_are_as_planned(name, group):
+    found = quantize.n_bytes(quantize_(model(), name, group))
+    assert found["linear"] + found["scale"] == sums.linear_bytes(SIZES, name, group)
+
+
+# ---- folders ----
+
+
+def write_release(folder, vision=True, shards=3):
+    """A released language model: three shards, nested names, tensors that see pictures among them."""
+    folder.mkdir(parents=True)
+    state = {f"language_model.{name}": value.bfloat16() for name, value in model().state_dict().items()}
+    if vision:
+        state |= {f"vision_model.layers.0.self_attn.{p}_proj.weight": torch.ones(4, 4) for p in "qk"}
+    names, placed = sorted(state), {}
+    for number in range(shards):
+        part = {name: state[name] for name in names[number::shards]}
+        placed |= dict.fromkeys(part, f"model-{number + 1:05d}.safetensors")
+        save_file(part, folder / f"model-{number + 1:05d}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    sizes = asdict(SIZES)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mmgpt_step1_v2", **sizes}))
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return write_release(tmp_path_factory.mktemp("release") / "lm")
+
+
+def go(source, out, *arguments):
+    return cli.main(["convert", str(source), str(out), "--json", *arguments])
+
+
+@pytest.mark.parametrize("name, group", [("int4", 32), ("int8", None), ("fp8", None)])
+def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, capsys):
+    out = tmp_path / "small"
+    assert go(release, out, "--weights", name, *(["--group", str(group)] if group else [])) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["dropped"] == 2 and record["dropped_values"] == 32
+    assert (out / "tokenizer.model").read_bytes() == b"pieces" and not (out / convert.PROGRESS).exists()
+    assert len(record["files"]) == 2 + SIZES.num_hidden_layers
+    assert all(checkpoints.fingerprint(out / file) == facts for file, facts in record["files"].items())
+    assert convert.read_quantization(out)["weights"] == name
+    found, wanted = convert.load_quantized(out), quantize_(model().bfloat16(), name, group)
+    ids = torch.tensor(ROWS)
+    assert torch.equal(found(ids).logits, wanted(ids).logits)
+    assert all(parameter.device.type == "cpu" for parameter in found.parameters())
+    assert set(shards.scan(out)) == set(wanted.state_dict())
+
+
+def test_a_release_converted_by_gptq_is_what_gptq_makes_of_the_model(release, tmp_path, capsys):
+    dialogues = tmp_path / "dialogues.json"
+    dialogues.write_text(json.dumps(ROWS))
+    arguments = ("--group", "32", "--method", "gptq", "--calibration", str(dialogues))
+    assert go(release, tmp_path / "small", *arguments) == 0
+    wanted = quantize_(model().bfloat16().float(), "int4", 32, rows=ROWS)
+    found = convert.load_quantized(tmp_path / "small")
+    for name, value in wanted.state_dict().items():
+        if name.endswith(("qweight", "scale")):
+            assert torch.equal(found.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_conversion_that_was_cut_off_goes_on(release, tmp_path, monkeypatch, method):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"group": 32, "method": method, "rows": ROWS, "quiet": True}
+    convert.convert(release, whole, **options)
+    made, real = [], convert.save_file
+
+    def stop_at(limit):
+        def save(state, path, metadata):
+            if len(made) == limit:
+                Path(path).write_bytes(b"half of it")
+                raise KeyboardInterrupt
+            made.append(path)
+            real(state, path, metadata)
+
+        return save
+
+    for limit in (2, 3):
+        monkeypatch.setattr(convert, "save_file", stop_at(limit))
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(release, cut, **options)
+        assert len(list(cut.glob("*.safetensors"))) == limit and not (cut / "config.json").exists()
+    assert not list(cut.glob(".*.part"))
+    damaged = cut / "model-00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    monkeypatch.setattr(convert, "save_file", lambda *a: made.append("again") or real(*a))
+    convert.convert(release, cut, **options)
+    assert made.count("again") == 2, "the damaged shard and the missing one"
+    for path in sorted(whole.iterdir()):
+        assert path.read_bytes() == (cut / path.name).read_bytes(), path.name
+    convert.convert(release, cut, **options)
+    assert made.count("again") == 2, "a finished one is left as it is"
+
+
+def test_what_cannot_be_converted_is_one_sentence(release, tmp_path, capsys, monkeypatch):
+    cut = tmp_path / "short"
+    shutil.copytree(release, cut)
+    (cut / "model-00002.safetensors").write_bytes((cut / "model-00002.safetensors").read_bytes()[:-9])
+    other, rows = tmp_path / "other", tmp_path / "rows.json"
+    rows.write_text('[["a"]]')
+    assert go(release, other, "--group", "32") == 0
+    (tmp_path / "full").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "full" / "model.safetensors")
+    capsys.readouterr()
+    for source, out, arguments, said in (
+        (release, "a", (), "groups of 128 do not divide hidden_size of 64 inputs: use groups of 64"),
+        (release, "a", ("--group", "64"), "intermediate_size of 96 inputs: use groups of 32"),
+        (release, "a", ("--weights", "int8", "--group", "32"), "leave --group out"),
+        (release, "a", ("--group", "32", "--method", "gptq"), "needs dialogues"),
+        (release, "a", ("--group", "32", "--method", "gptq", "--calibration", str(rows)), "list of lists of ids"),
+        (release, release, ("--group", "32"), "is the source itself"),
+        (release, "other", ("--weights", "int8"), "name another folder"),
+        (release, "full", ("--group", "32"), "holds weights of something else"),
+        (other, "a", ("--group", "32"), "is quantised already"),
+        (cut, "a", ("--group", "32"), "cut short"),
+        (tmp_path / "nowhere", "a", (), "nowhere"),
+        (release, "a", ("--group", "32", "--device", "cuda:77"), "not usable here"),
+    ):  # fmt: skip
+        assert go(source, tmp_path / out, *arguments) == 1
+        shown = capsys.readouterr().err
+        assert said in shown and shown.count("\n") == 1, shown
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    assert go(release, tmp_path / "a", "--group", "32") == 1
+    assert "its disk has 0.0 GB free" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists(), "nothing was written"
+
+
+def test_a_converted_folder_that_is_broken_says_so(release, tmp_path):
+    out = tmp_path / "small"
+    convert.convert(release, out, group=32, quiet=True)
+    config = json.loads((out / "config.json").read_text())
+    for quantization, said in (({"weights": "int4", "group": 16}, "does not fit"), ({"weights": "int3"}, "int3")):
+        (out / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+        with pytest.raises(checkpoints.ModelError, match=said):
+            convert.load_quantized(out)
+
+
+def test_a_folder_of_aqaa_stays_one(tiny, tiny_folder, tmp_path):
+    import aqaa
+
+    out = tmp_path / "small"
+    with pytest.raises(ValueError, match="groups of 128 do not divide hidden_size of 16"):
+        convert.convert(tiny_folder, out)
+    record = convert.convert(tiny_folder, out, "int8", quiet=True)
+    assert record["quantization"]["recipe"]["weights"] == "int8"
+    found = aqaa.load(out)
+    assert type(found.backbone.model.layers[0].mlp.up_proj) is Int8Linear
+    assert all(facts["as_recorded"] for facts in checkpoints.inspect(out).values())
+    wanted = quantize_(checkpoints.load(tiny_folder).backbone, "int8")
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(found.backbone.state_dict()[name], value), name
+    prompt = found.prompt("what is seven plus five")
+    answers = [[s.id for s in m.generate(prompt, max_tokens=40, seed=1)] for m in (found, aqaa.load(out))]
+    assert answers[0] == answers[1] and len(answers[0]) > 10
+    with pytest.raises(checkpoints.ModelError, match="quantised already"):
+        convert.convert(out, tmp_path / "again", "int8")
+
+
+# ---- the shipped mini ----
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return checkpoints.load("mini")
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return fidelity.dialogues("mini", "eval", 24)
+
+
+def test_the_dialogues_are_what_training_and_the_pipeline_use(mini, asked):
+    assert len(asked) == 24
+    for dialogue in asked:
+        text, audio_ids = mini.layout.parse(dialogue.ids[dialogue.start :], mini.ids)
+        assert fidelity.normalise(mini.text.decode(text)) == dialogue.answer and len(audio_ids) % 5 == 0
+    heard = [token for token in asked[0].prompt if token >= mini.ids.n_text]
+    assert mini.prompt(heard) == asked[0].prompt
+
+
+def test_comparing_scores():
+    a = [torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 0.0])]
+    assert fidelity.compare(a, a) == {"agreement": 1.0, "relative_error": 0.0, "kl": 0.0}
+    assert fidelity.compare(a, [row + 5 for row in a])["relative_error"] == pytest.approx(0, abs=1e-6)
+    other = fidelity.compare(a, [a[0], a[1].flip(0)])
+    assert other["agreement"] == 0.5 and other["kl"] > 1
+
+
+def test_the_words_of_an_answer_do_not_depend_on_its_sound(mini, asked):
+    for dialogue in asked[:2]:
+        steps = mini.generate(dialogue.prompt, temperature=0)
+        text = mini.text.decode([step.id for step in steps if step.kind == "text"])
+        assert fidelity.words(mini, [dialogue.prompt]) == [fidelity.normalise(text)]
+
+
+def test_the_quantised_mini_answers_as_the_mini_does(mini, asked):
+    """A sample; the whole is `aqaa bench quantize`, whose record is held to its promise below."""
+    plain, calibration = mini.backbone, fidelity.dialogues("mini", "train", 24)
+    variants = {name: fidelity.VARIANTS[name] for name in ("int4 g64 rtn", "int4 g64 gptq")}
+    found = fidelity.measure(mini, asked[:3], asked, calibration, variants, recordings=False)
+    assert mini.backbone is plain and found["none"]["scores"]["kl"] == 0
+    for name in variants:
+        facts = found[name]
+        assert facts["questions"]["of_right"] >= 0.95 and facts["scores"]["agreement"] > 0.98, name
+        assert facts["bytes"]["linear"] + facts["bytes"]["scale"] == facts["bytes"]["planned"]
+    errors = [found[name]["scores"]["relative_error"] for name in variants]
+    assert 0 < errors[1] < errors[0]
+
+
+def test_the_recorded_comparison_keeps_the_promise():
+    path = checkpoints.data_folder() / "runs" / "quantize.json"
+    formats = json.loads(path.read_text())["formats"]
+    assert formats["none"]["questions"]["n"] >= 500
+    for name in ("int8", "fp8", "int4 g64 gptq"):
+        assert formats[name]["questions"]["of_right"] >= 0.98, name
+        assert formats[name]["recordings"]["of_right"] >= 0.95, name
+    assert formats["int4 g64 gptq"]["scores"]["kl"] < formats["int4 g64 rtn"]["scores"]["kl"]
