@@ -30,6 +30,7 @@ RELEASED = {  # option: what its folder holds
     "backbone": "Step-Audio-AQAA or another Step-1 model",
     "vocoder": "CosyVoice-300M-25Hz of Step-Audio-TTS-3B",
 }
+LONGEST_DIALOGUE = 8192  # ids that the fast engine keeps room for
 UNSURE = 0.5  # confidence below which the printed answer is marked
 
 
@@ -69,7 +70,7 @@ def _parser():
         sampling.add_argument(f"--{role}", metavar="FOLDER", help=f"{what}, in place of the preset's")
     sampling.add_argument("--speaker", metavar="WAV", help="a recording whose voice the released vocoder takes")
     sampling.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32: of backbone and flow")
-    sampling.add_argument("--engine", metavar="URL", help="a server of vLLM that generates in place of the backbone")
+    sampling.add_argument("--engine", metavar="URL", help="a vLLM server that generates, or fast: our GPU kernels")
     sampling.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
     sampling.add_argument("--seed", type=int, default=0, help="same seed, same answer")
     sampling.add_argument("--temperature", type=_not_negative, help="0 takes the likeliest token")
@@ -205,12 +206,16 @@ def _load(args):
     from aqaa import checkpoints
 
     engine = None
-    if args.engine:  # first: whether a server answers is known in a moment
+    if args.engine and args.engine != "fast":  # first: whether a server answers is known in a moment
         from aqaa.scale.vllm_engine import Server
 
         engine = Server(args.engine)
     folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
     model = checkpoints.load(args.preset, device=args.device, dtype=args.dtype, **folders)
+    if args.engine == "fast":
+        from aqaa.scale.decode import Engine
+
+        engine = Engine(model.backbone, min(LONGEST_DIALOGUE, model.config.backbone.max_seq_len))
     model.engine = engine
     for note in model.notes:
         print("aqaa: note:", note, file=sys.stderr)

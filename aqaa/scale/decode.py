@@ -1,0 +1,211 @@
+"""Decoding at the speed of memory: a cache that never moves, and a step that a GPU repeats as one CUDA graph.
+
+An Engine stands where backbone.generation has its Decoder, so the loop, the layouts, the sampling and the answers are
+those of `generate`; only how a hidden state comes about differs. On a CPU, and with fast=False, that is the readable
+way: the modules one after the other, attention by hand. With fast=True attention and quantised layers are the kernels
+of aqaa/scale/kernels.py, int4 models take a step of six kernels a layer, and a GPU records the step as a graph. The
+output layer, whose rows depend on the layout's position, stays outside of it, and so do sampling and its seed.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from aqaa.backbone import attention
+from aqaa.backbone.generation import Prefill, generate
+from aqaa.backbone.quantized import QuantizedLinear
+from aqaa.checkpoints import ModelError
+from aqaa.scale import kernels
+from aqaa.scale.plan import BITS, GIB, buffer_bytes, cache_bytes, resident_bytes
+
+CHUNK = 512  # ids of a prompt that are read together
+WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, libraries start
+
+
+@dataclass
+class Cache:
+    """Keys and values (layers, B, G, S, d), and how many of the S slots are filled."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: int = 0
+
+
+class Engine:
+    """A Step1ForCausalLM with a static cache of `size` ids (by default its longest context), for one answer at a time.
+
+    fast: use the kernels (by default on a GPU that has triton). Attention's bias is fp32, whatever bias_dtype says.
+    Raises ModelError before anything is allocated if the cache does not fit the GPU.
+    """
+
+    def __init__(self, model, size=None, fast=None):
+        self.model, self.size = model, size or model.config.max_seq_len
+        weight, attn = model.model.embed_tokens.weight, model.model.layers[0].self_attn
+        self.device, self.width = weight.device, attn.head_dim
+        self.fast = self.device.type == "cuda" and kernels.usable(self.device) if fast is None else fast
+        if self.device.type == "cuda":
+            check_room(model.config, self.size, free_bytes(self.device))
+        rank, ranks = getattr(model, "ranks", (0, 1))
+        heads = model.config.num_attention_heads // ranks
+        shape = (len(model.model.layers), 1, model.config.num_attention_groups // ranks, self.size, self.width)
+        self.cache = Cache(weight.new_zeros(shape), weight.new_zeros(shape))
+        self.slopes = attention.slopes(model.config.num_attention_heads)[rank * heads :][:heads].to(self.device)
+        self.first = torch.zeros(1, dtype=torch.long, device=self.device)  # slot of the first new query
+        self.attend = kernels.attend if self.fast else kernels.attend_eager
+        for part in model.modules():
+            if isinstance(part, QuantizedLinear):
+                part.__dict__.pop("forward", None)
+                if self.fast:
+                    part.forward = partial(linear, part)
+        fused = self.fast and ranks == 1 and all(kernels.fits(part) for part in _linears(model))
+        self.step, self.graph = Fused(self) if fused else self.run, None
+
+    def generate(self, prompt, ids, layout, **options):
+        """Steps as of backbone.generation.generate."""
+        return generate(self.model, prompt, ids, layout, prefill=self.reader(), **options)
+
+    def reader(self):
+        """What `generate` takes as `prefill`, with nothing read yet: the engine's cache is given to a new prompt."""
+        return Reader(self)
+
+    @torch.inference_mode()
+    def feed(self, embeddings, padding=None):
+        """embeddings (1, Q, D) of the next ids → hidden state (1, D) of the last; `padding` is there for batches only.
+
+        Raises ValueError if they do not fit.
+        """
+        length = self.cache.length + embeddings.shape[1]
+        if length > self.size:
+            raise ValueError(f"{length} ids do not fit the {self.size} slots of the engine: make it larger.")
+        for part in embeddings[0].split(CHUNK):
+            self.first.fill_(self.cache.length)
+            hidden = self._one(part) if len(part) == 1 else self.run(part)
+            self.cache.length += len(part)
+        return hidden
+
+    def run(self, x):
+        """The layers, one by one: x (Q, D) of the ids from slot `first` on → (1, D) of the last."""
+        slots, row = self.first + torch.arange(len(x), device=self.device), (len(x), -1, self.width)
+        for layer, keys, values in zip(self.model.model.layers, self.cache.keys, self.cache.values, strict=True):
+            attn, y = layer.self_attn, layer.input_layernorm(x)
+            keys[0].index_copy_(1, slots, attn.k_proj(y).view(row).transpose(0, 1))
+            values[0].index_copy_(1, slots, attn.v_proj(y).view(row).transpose(0, 1))
+            query = attn.q_proj(y).view(1, *row)
+            heard = self.attend(query, keys, values, self.slopes, self.first, attn.scaling)
+            x = x + attn.o_proj(heard.reshape(len(x), -1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.model.model.norm(x[-1:])
+
+    def _one(self, x):
+        if not self.fast or self.device.type != "cuda":
+            return self.step(x)
+        if self.graph is None:
+            self._capture(x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.hidden
+
+    def _capture(self, x):
+        """Record the step as a graph that reads self.x and self.first and writes the cache and self.hidden."""
+        self.x, self.graph, side = x.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self.step(self.x)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.hidden = self.step(self.x)
+
+
+class Reader(Prefill):
+    """Prefill over an Engine's cache."""
+
+    def __init__(self, engine):
+        self.decoder, self.ids = engine, []
+
+
+class Fused:
+    """The step of an int4 model, x (1, D) → hidden (1, D), six kernels a layer; the residual stream is fp32.
+
+    Norms cost nothing of their own: whoever adds to the stream multiplies by the next norm's weights and leaves sums of
+    squares, and whoever reads it divides its result by their root.
+    """
+
+    def __init__(self, engine):
+        model, self.engine, self.layers = engine.model.model, engine, []
+        norms = [layer.input_layernorm.weight for layer in model.layers] + [model.norm.weight]
+        for layer, following in zip(model.layers, norms[1:], strict=True):
+            attn, mlp = layer.self_attn, layer.mlp
+            packed = (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), (mlp.gate_proj, mlp.up_proj)
+            rows = [kernels.Rows(*linears) for linears in (*packed, (mlp.down_proj,))]
+            self.layers.append((*rows, layer.post_attention_layernorm.weight, following))
+        self.first_norm, self.norm, self.eps = norms[0], model.norm, model.config.rms_norm_eps
+
+    def __call__(self, x):
+        engine, cache, size = self.engine, self.engine.cache, x.shape[1]
+        stream = x.to(torch.float32, copy=True)
+        squares, planes = stream.square().sum(-1, keepdim=True), kernels.spread(stream * self.first_norm)
+        query, heard = x.new_empty(1, size), torch.empty_like(stream)
+        for i, (heads, out, inner, down, middle, following) in enumerate(self.layers):
+            keys, values = cache.keys[i], cache.values[i]
+            kernels.product(heads, planes, query, squares, self.eps, (keys, values), engine.first)
+            shaped = query.view(1, 1, -1, engine.width)
+            kernels.attend(shaped, keys, values, engine.slopes, engine.first, engine.width**-0.5, heard)
+            squares = kernels.added(out, heard, stream, middle, planes)
+            gated = kernels.gated(inner, planes, squares, self.eps, stream.new_empty(1, down.size))
+            squares = kernels.added(down, gated, stream, following, planes)
+        return self.norm(stream.to(x.dtype))
+
+
+def linear(layer, x):
+    """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: what takes the place of its `forward`, which is their twin.
+
+    Up to FEW rows weights are multiplied as they are read; for more they are unpacked, once, for an ordinary product.
+    """
+    flat, int4 = x.reshape(-1, x.shape[-1]), kernels.fits(layer)
+    if not int4 and (layer.name == "int4" or layer.scale.shape[1] > 1):
+        return type(layer).forward(layer, x)  # groups that the kernels do not know
+    if len(flat) <= kernels.FEW:
+        out = x.new_empty(len(flat), layer.out_features)
+        if int4:
+            kernels.product(kernels.Rows(layer), kernels.spread(flat), out)
+        else:
+            kernels.product_bytes(layer, flat.contiguous(), out)
+        return out.view(*x.shape[:-1], -1)
+    if int4:
+        return F.linear(x, kernels.unpack(layer, x.dtype))
+    codes = layer.qweight.view(torch.float8_e4m3fn) if layer.name == "fp8" else layer.qweight
+    return F.linear(x, codes.to(x.dtype)) * layer.scale[:, 0].to(x.dtype)
+
+
+def _linears(model):
+    return (child for layer in model.model.layers for part in (layer.self_attn, layer.mlp) for child in part.children())
+
+
+def free_bytes(device):
+    """Bytes of a GPU that tensors can still take: what is free, and what torch keeps for them."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def check_room(config, size, free, weights=None, group=None):
+    """Raise ModelError if a cache of `size` ids does not fit `free` bytes; with `weights`, a format, neither do they.
+
+    config: sizes as of BackboneConfig. The message says what would fit.
+    """
+    def need(weights, size):
+        loaded = resident_bytes(config, weights, group or 128) if weights else 0
+        return loaded + size * cache_bytes(config) + buffer_bytes(config, weights or "int4", 0, 1)
+
+    if need(weights, size) <= free:
+        return
+    fitting = [name for name in BITS if weights and need(name, size) <= free]
+    ids = int((free - need(weights, 0)) // cache_bytes(config))
+    if ids > 1:
+        remedy = f"a context of {ids} ids would fit"
+    else:
+        remedy = f"{fitting[0]} would fit" if fitting else "see `aqaa plan` for what would"
+    what = f"{weights} weights and a cache of {size} ids need" if weights else f"a cache of {size} ids needs"
+    raise ModelError(f"{what} {need(weights, size) / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: {remedy}.")

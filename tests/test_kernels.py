@@ -1,0 +1,217 @@
+"""Each kernel, run by Triton's interpreter on the CPU, against its twin in plain torch."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tests.interpreter  # noqa: F401  first: it sets the interpreter up
+from aqaa.backbone.attention import slopes
+from aqaa.backbone.quantized import Fp8Linear, Int4Linear, Int8Linear
+from aqaa.scale import kernels
+from aqaa.scale.decode import linear
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(found, wanted, limit=1e-5):
+    assert (found - wanted).abs().max() <= limit * wanted.abs().max()
+
+
+def attention_inputs(batch, n_query, heads, groups, width, size, first, dtype=torch.float32):
+    query = noise(batch, n_query, heads, width, dtype=dtype)
+    keys, values = (noise(batch, groups, size, width, seed=seed, dtype=dtype) for seed in (1, 2))
+    return query, keys, values, slopes(heads), torch.tensor([first]), width**-0.5
+
+
+@pytest.mark.parametrize(
+    "sizes, splits",
+    [
+        ((1, 1, 12, 1, 16, 100, 70), None),  # more runs than keys: most are empty
+        ((1, 1, 96, 8, 16, 40, 36), 4),  # as in the published model, narrower
+        ((2, 1, 12, 2, 64, 300, 256), 4),
+        ((1, 1, 6, 2, 16, 8, 0), 2),  # the very first id
+        ((1, 23, 12, 2, 16, 100, 41), None),  # part of a prompt: tiles of several queries, causal
+    ],
+)
+def test_attention(sizes, splits):
+    inputs = attention_inputs(*sizes)
+    close(kernels.attend(*inputs, splits=splits), kernels.attend_eager(*inputs))
+
+
+def test_attention_in_half_precision_and_spread_for_the_next_product():
+    inputs = attention_inputs(2, 1, 12, 2, 16, 90, 77, dtype=torch.float16)
+    wanted = kernels.attend_eager(*(x.float() if x.is_floating_point() else x for x in inputs[:-1]), inputs[-1])
+    close(kernels.attend(*inputs).float(), wanted, 2e-3)
+    out = torch.empty(2, 12 * 16)
+    kernels.attend(*inputs, out=out)
+    close(out, kernels.spread(wanted.reshape(2, -1)), 2e-3)
+
+
+def test_attention_sees_nothing_beyond_the_newest_id():
+    query, keys, values, *others = attention_inputs(1, 3, 12, 1, 16, 64, 20)
+    before = kernels.attend(query, keys, values, *others)
+    keys[:, :, 23:], values[:, :, 23:] = torch.nan, torch.nan
+    assert torch.equal(kernels.attend(query, keys, values, *others), before)
+
+
+def test_the_bias_is_exact_at_a_distance_of_32_thousand():
+    """Scores are the bias alone; in bf16 it would be off by up to 0.5, a factor of 1.6 in the weights."""
+    size = 32_768
+    query, keys = torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, size, 16)
+    values, slope = noise(1, 1, size, 16), torch.tensor([0.917, 0.0039063])
+    out = kernels.attend(query, keys, values, slope, torch.tensor([size - 1]), 0.25, splits=4)
+    distance = torch.arange(size - 1, -1, -1, dtype=torch.float64)
+    for head, value in enumerate(slope.double()):
+        weights = (-value * distance.sqrt()).softmax(0)
+        close(out[0, 0, head].double(), weights @ values[0, 0].double(), 2e-6)
+
+
+def test_spread_loses_nothing():
+    x = noise(3, 64)
+    planes = kernels.spread(x).unflatten(-1, (8, 8))
+    factors = torch.tensor([16.0 ** (i if i < 5 else i - 5) for i in range(8)])
+    assert torch.equal((planes * factors[:, None]).mT.flatten(-2), x)
+
+
+@pytest.mark.parametrize("outputs, inputs, group, batch", [
+    (70, 256, 64, 1), (33, 384, 128, 3), (17, 640, 128, 8), (16, 32, 16, 2), (9, 1152, 128, 1),
+])  # fmt: skip
+def test_int4_product(outputs, inputs, group, batch):
+    layer, x = Int4Linear.from_weights(noise(outputs, inputs), group), noise(batch, inputs, seed=1)
+    close(linear(layer, x), layer(x))
+    more = noise(kernels.FEW + 1, inputs, seed=2)
+    close(linear(layer, more), layer(more))  # unpacked first
+    assert torch.equal(kernels.unpack(layer, torch.float32), layer.dequantized())
+
+
+def test_every_code_and_every_tile():
+    layer = Int4Linear(128, 8, 16)
+    layer.qweight.copy_(torch.arange(512).remainder(256).view(8, 64))
+    layer.scale.copy_(noise(8, 8))
+    x = noise(1, 128)
+    try:
+        for tile in kernels.CANDIDATES:
+            kernels.TILES["heads", 8, 128] = tile
+            close(linear(layer, x), layer(x))
+    finally:
+        kernels.TILES.clear()
+
+
+@pytest.mark.parametrize("cls", [Int8Linear, Fp8Linear])
+@pytest.mark.parametrize("batch", [1, 5, 9])
+def test_products_with_weights_of_a_byte(cls, batch):
+    layer, x = cls.from_weights(noise(33, 600)), noise(batch, 600, seed=1)
+    close(linear(layer, x), layer(x))
+    if cls is Fp8Linear:  # every byte that is a number
+        layer = cls(256, 1)
+        layer.qweight.copy_(torch.where(torch.arange(256) % 128 == 127, 0, torch.arange(256)))
+        layer.scale.fill_(0.5)
+        x = torch.eye(256)
+        close(torch.cat([linear(layer, row) for row in x.split(8)]), layer(x), 0)
+
+
+def test_query_key_and_value_in_one_launch():
+    group, inputs, (heads, groups, width) = 16, 64, (4, 2, 8)
+    layers = [Int4Linear.from_weights(noise(n, inputs, seed=n), group) for n in (heads * width, 16, 16)]
+    alone = [layer.dequantized() for layer in layers]
+    rows = kernels.Rows(*layers)
+    assert all(torch.equal(layer.dequantized(), one) for layer, one in zip(layers, alone))  # views still work
+    x, norm, cache = noise(2, inputs), 1 + noise(inputs) / 9, [torch.zeros(2, groups, 5, width) for _ in range(2)]
+    squares = x.square().unflatten(1, (4, 16)).sum(-1)
+    out = kernels.product(rows, kernels.spread(x * norm), torch.empty(2, heads * width), squares, 1e-5, cache,
+                          torch.tensor([3]))  # fmt: skip
+    y = torch.nn.functional.rms_norm(x, (inputs,), norm, 1e-5)
+    for found, weight in zip((out, cache[0][:, :, 3].flatten(1), cache[1][:, :, 3].flatten(1)), alone):
+        close(found, y @ weight.T)
+    assert not cache[0][:, :, [0, 1, 2, 4]].any() and not cache[1][:, :, [0, 1, 2, 4]].any()
+
+
+def test_gate_and_up_with_their_product_and_the_sum_with_the_residual_stream():
+    sizes = ((48, 64), (48, 64), (64, 48))
+    gate, up, down = (Int4Linear.from_weights(noise(*size, seed=i) / 8, 16) for i, size in enumerate(sizes))
+    x = noise(2, 64)
+    wanted = torch.nn.functional.silu(gate(x)) * up(x)
+    squares = torch.full((2, 1), 64.0)  # an RMS of one
+    inner = kernels.gated(kernels.Rows(gate, up), kernels.spread(x), squares, 0.0, torch.empty(2, 48))
+    close(inner, kernels.spread(wanted))
+    stream, norm, out = noise(2, 64, seed=5), noise(64, seed=6), torch.empty(2, 64)
+    total = stream + down(wanted)
+    squares = kernels.added(kernels.Rows(down), inner, stream, norm, out)
+    close(stream, total)
+    close(out, kernels.spread(total * norm))
+    close(squares.sum(1), total.square().sum(1))
+    assert squares.shape == (2, math.ceil(64 / kernels.TILE[0]))
+
+
+def test_layers_that_do_not_fit():
+    with pytest.raises(ValueError, match="does not fit the kernels"):
+        kernels.Rows(Int8Linear.from_weights(noise(8, 32)))
+    odd = Int4Linear.from_weights(noise(8, 48), 48)
+    assert not kernels.fits(odd)
+    assert torch.equal(linear(odd, noise(2, 48)), odd(noise(2, 48)))
+
+
+def test_kernels_can_be_imported_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+from aqaa.scale import decode, kernels
+assert kernels.triton is None and not kernels.usable("cpu") and not kernels.usable("cuda")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+GPU = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from aqaa.scale import kernels
+
+POINTERS = {"words": "*i32", "scale": "*bf16", "first": "*i64", "query": "*bf16", "keys": "*bf16", "values": "*bf16",
+            "norm": "*bf16", "weight": "*u8", "codes": "*u8", "x": "*bf16"}
+NUMBERS = {"n_rows", "n_out", "parts", "size", "n_query"}
+
+def build(name, warps=4, **constants):
+    kernel = getattr(kernels, name)
+    types = {}
+    for argument in kernel.arg_names:
+        number = "i32" if argument in NUMBERS else "fp32" if argument == "eps" else None
+        types[argument] = "constexpr" if argument in constants else number or POINTERS.get(argument, "*fp32")
+    if name == "_attend":
+        types["scale"] = "fp32"
+    elif name == "_unpack":
+        types["out"] = "*bf16"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+
+wide = {"SIZE": 12288, "GROUP": 128, "ROWS": 8, "UNITS": 128, "warps": 1}
+build("_heads", PARTS=2048, HEADS=8, WIDTH=128, **wide)
+build("_heads", PARTS=1, parts=1, HEADS=8, WIDTH=128, **wide)  # the first layer: Triton makes a 1 a constant
+build("_heads", PARTS=0, parts=0, HEADS=0, WIDTH=1, first=None, **wide)
+build("_gated", PARTS=2048, **wide)
+ptx = build("_added", **wide)
+assert ptx.count("evict_first.L2::cache_hint.v4.b32") == 8, "weights are read 16 bytes a thread"
+assert ptx.count("bar.sync") <= 2, "nothing goes through shared memory while weights are multiplied"
+build("_attend", n_query=1, GROUPS=8, RATIO=12, WIDTH=128, ROWS=16, KEYS=32, SPLITS=32)
+build("_attend", GROUPS=8, RATIO=12, WIDTH=128, ROWS=64, KEYS=32, SPLITS=1)
+build("_combine", HEADS=96, WIDTH=128, SPLITS=32, SPREAD=True)
+build("_bytes", SIZE=12288, FP8=True, ROWS=4, COLUMNS=512, warps=1)
+build("_unpack", SIZE=12288, GROUP=128, ROWS=4, COLUMNS=256)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler comes with triton, which is made for Linux")
+def test_every_kernel_compiles_for_a_gpu_at_the_published_sizes(tmp_path):
+    """Down to PTX for an H100 or H200; no GPU is needed for that."""
+    import os
+
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", GPU], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,92 @@
+"""The benchmark of the full-scale model, rehearsed at a small size: what it writes, and when."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tests.interpreter  # noqa: F401  first: it sets the interpreter up
+from aqaa import cli
+from aqaa.config import BackboneConfig
+from aqaa.scale import kernels, plan, record
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def config():
+    tiny = tiny_config()
+    return replace(tiny, backbone=BackboneConfig(tiny.ids.end, 128, 192, 2, 8, 2, max_seq_len=1024))
+
+
+def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, monkeypatch):
+    for name, value in {"QUESTION": 60, "TOKENS": 12, "ASKED": 0.5, "ANSWER": 60, "REPEATS": 1, "SPOKEN": 0.5}.items():
+        monkeypatch.setattr(record, name, value)
+    monkeypatch.setattr(kernels, "TILE", (128, 64, 1))
+    path = tmp_path / "run.json"
+    bench, seen = record.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
+    real = {}
+    found = bench.record(path)
+    assert list(json.loads(path.read_text()))[:2] == ["what", "date"]
+    for name in ("copy", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
+        real[name] = getattr(bench, name)
+
+        def measure(record, name=name):
+            seen[name] = set(json.loads(path.read_text()))
+            real[name](record)
+
+        monkeypatch.setattr(bench, name, measure)
+    bench.run(found)
+    data = json.loads(path.read_text())
+    assert data == found.data and data["faults"] == {} and data["what"] == "scale-rehearsal"
+    assert {"command", "commit", "versions", "hardware", "setup", "build_s", "host_peak_gib"} <= set(data)
+    assert data["setup"]["sizes"]["hidden_size"] == 128 and data["setup"]["weights"] == "int4"
+    linear = plan.linear_bytes(config.backbone, "int4", 64)  # the rest is fp32 here and bf16 in the plan
+    assert data["resident_bytes"] == 2 * plan.resident_bytes(config.backbone, "int4", 64) - linear
+    assert data["copy_gb_per_s"] > 0 and data["kernels"] and data["layer_error"] < 1e-3
+    assert data["prefill"][0]["ids"] == 60 and data["prefill"][0]["seconds"] > 0
+    assert [point["context"] for point in data["decode"]] == [16, 64]
+    for point in data["decode"] + data["fp8"]["decode"]:
+        assert point["tokens_per_s"] > 0 and point["step_ms"] > 0 and 0 < point["share_of_copy"] < 1
+    assert data["ask"]["ids"] == 60 and 0 < data["ask"]["first_audio_s"] < data["ask"]["timings"]["total"]
+    assert data["vocoder"]["rtf"] > 0
+    assert "copy_gb_per_s" in seen["check_layer"] and "decode" in seen["vocoder"] and "ask" in seen["fp8"]
+
+
+def test_bytes_of_a_step_are_those_of_the_planner(config):
+    bench, backbone = record.Bench(config, torch.device("cpu"), contexts=(16,)), config.backbone
+    bench.build("int4", 64, record.Record(None, {}))
+    linear = plan.linear_bytes(backbone, "int4", 64)
+    wide = plan.norm_bytes(backbone) + 300 * plan.cache_bytes(backbone)  # fp32 here, bf16 in the plan
+    assert bench.step_bytes(300) == linear + 2 * wide
+
+
+def test_a_fault_is_named_and_the_rest_still_measured(config, tmp_path, monkeypatch, capsys):
+    bench = record.Bench(config, torch.device("cpu"), contexts=(16,))
+    for name in ("check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
+        monkeypatch.setattr(bench, name, lambda record: None)
+    monkeypatch.setattr(bench, "copy", lambda record: 1 / 0)
+    monkeypatch.setattr(bench, "vocoder", lambda record: record.add(vocoder=1))
+    found = bench.record(tmp_path / "run.json")
+    bench.run(found)
+    assert found.data["faults"] == {"copy": "ZeroDivisionError: division by zero"} and found.data["vocoder"] == 1
+    assert "copy was not measured" in capsys.readouterr().err
+
+
+def test_random_weights_are_as_wide_as_they_should_be(config):
+    for weights, group in (("int4", 64), ("int8", None), ("fp8", None)):
+        model = record.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
+        matrix = model.model.layers[1].mlp.down_proj.dequantized()
+        assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(record.STD, rel=0.1)
+
+
+def test_the_command(monkeypatch, capsys):
+    class Small(record.Bench):
+        def run(self, found):
+            found.add(layers=self.config.backbone.num_hidden_layers, group=self.group)
+
+    monkeypatch.setattr(record, "Bench", Small)
+    assert cli.main(["bench", "scale", "--preset", "full", "--layers", "3", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert data["layers"] == 3 and data["group"] == 128 and data["setup"]["model"] == "130b"
+    assert cli.main(["bench", "scale", "--preset", "huge"]) == 1
