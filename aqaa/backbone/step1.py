@@ -65,6 +65,12 @@ class Step1Config(PreTrainedConfig):
             )
 
 
+class Step1AQAAConfig(Step1Config):
+    """AQAA's own checkpoint: Step-1's fields at the top, beside those of the parts that see pictures."""
+
+    model_type = "mmgpt_step1_v2"
+
+
 class _TrainNorm(torch.autograd.Function):
     """RMSNorm of fp32 x (…, D) that answers in `dtype`, written for few passes over memory: a CPU trains 1/6 faster."""
 
@@ -304,4 +310,5 @@ def build(backbone, **overrides):
 
 
 AutoConfig.register(Step1Config.model_type, Step1Config, exist_ok=True)
+AutoConfig.register(Step1AQAAConfig.model_type, Step1AQAAConfig, exist_ok=True)
 AutoModelForCausalLM.register(Step1Config, Step1ForCausalLM, exist_ok=True)

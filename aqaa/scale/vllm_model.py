@@ -1,0 +1,19 @@
+"""Step-1 in vLLM, taken out of AQAA's checkpoint. Imported by vLLM alone, by its name (see vllm_plugin.register)."""
+
+from vllm.model_executor.models.step1 import Step1ForCausalLM
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from aqaa.scale.vllm_engine import ATTENTION
+from aqaa.scale.vllm_plugin import language_weights
+
+
+class Step1AQAAForCausalLM(Step1ForCausalLM):
+    """vLLM's class, with the one backend that has the distance bias, untied output rows, and no vision towers."""
+
+    def __init__(self, *, vllm_config, prefix=""):
+        vllm_config.attention_config.backend = vllm_config.attention_config.backend or AttentionBackendEnum[ATTENTION]
+        vllm_config.model_config.hf_config.tie_word_embeddings = False
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self, weights):
+        return super().load_weights(language_weights(weights))

@@ -1,0 +1,125 @@
+"""What vLLM loads of this package: Step-1's configurations, AQAA's checkpoint, and the layout as a logits processor.
+
+`register` is called in each of vLLM's processes (entry point vllm.general_plugins). `Layouts` is named on the command
+line and not as an entry point: vLLM would load it for every model in that environment, and its older model runner does
+not hand the drawn ids to processors that it found by itself. Without vLLM this module still imports.
+"""
+
+import logging
+import re
+from importlib import import_module
+
+from aqaa.scale.rules import KEY, Follower, Rules
+from aqaa.scale.vllm_engine import MODEL_CLASS, TESTED, version
+
+PROCESSORS = (  # base classes of the V2 and of the older model runner; either may come to load our class
+    "vllm.v1.worker.gpu.sample.logits_processor",
+    "vllm.v1.sample.logits_processor",
+)
+STEP1_NAME = re.compile(r"(?:^|.*\.)(model\.(?:embed_tokens|norm|layers\.\d+)\..+|lm_head\.weight)")
+log = logging.getLogger(__name__)
+
+
+def register():
+    """Make vLLM know model types step1 and mmgpt_step1_v2, and our class for the latter. Raises EngineError."""
+    if (found := version()) != TESTED:
+        log.warning("aqaa was tested with vLLM %s, this is %s: install that version if it fails.", TESTED, found)
+    from vllm import ModelRegistry
+
+    from aqaa.backbone import step1  # noqa: F401  (registers the configurations with transformers)
+
+    ModelRegistry.register_model(MODEL_CLASS, f"aqaa.scale.vllm_model:{MODEL_CLASS}")
+
+
+def language_weights(weights):
+    """(name, tensor) pairs of a checkpoint -> those of the language model, under Step-1's own names.
+
+    AQAA's file holds vision towers beside it, and nobody has published what stands before the names.
+    """
+    dropped = 0
+    for name, tensor in weights:
+        if found := STEP1_NAME.fullmatch(name):
+            yield found[1], tensor
+        else:
+            dropped += 1
+    if dropped:
+        log.info("aqaa: %d tensors that are not the language model's were left out.", dropped)
+
+
+def _bases():
+    found = []
+    for home in PROCESSORS:
+        try:
+            found.append(import_module(home).LogitsProcessor)
+        except (ImportError, AttributeError):  # no vLLM here, or one without this runner
+            continue
+    return tuple(found)
+
+
+class Layouts(*_bases()):
+    """Strikes out what the layout of a request does not allow; requests without rules are left alone.
+
+    Both of vLLM's interfaces in one class. V2: (vllm_config, req_states); requests have slots, and their ids are read
+    from its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the list that the drawn ids are put into.
+    """
+
+    def __init__(self, vllm_config, state, is_pin_memory=None):
+        if vllm_config.speculative_config:
+            raise ValueError("aqaa's layouts do not go with speculative decoding: leave --speculative-config out.")
+        self.state, self.vocabulary = state, vllm_config.model_config.get_vocab_size()
+        self.rows = {}  # by slot a Follower (V2), or by row of the batch a Follower and the drawn ids (V1)
+
+    @classmethod
+    def validate_params(cls, sampling_params):
+        """Raises ValueError, which the server turns into an answer 400, for rules that cannot be read."""
+        _rules(sampling_params)
+
+    def is_argmax_invariant(self):
+        return False
+
+    # ---- V2 ----
+
+    def add_request(self, req_idx, sampling_params):
+        """A request enters slot req_idx, anew or after it had to wait."""
+        rules = self._usable(sampling_params)
+        self.rows.pop(req_idx, None)
+        if rules:
+            self.rows[req_idx] = Follower(rules, int(self.state.prompt_len.np[req_idx]))
+        return rules is not None
+
+    def apply(self, logits, ctx=None):
+        """logits (rows, V), changed in place. ctx: V2's LogitsContext; without one this is V1."""
+        if ctx is None:
+            for row, (follower, drawn) in self.rows.items():
+                follower.read(drawn[len(follower.ids) - follower.n_prompt :])
+                follower.mask(logits[row])
+            return logits
+        for row, (slot, known) in enumerate(zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist())):
+            if follower := self.rows.get(slot):  # reading waits for the GPU, once a request and step
+                follower.read(self.state.all_token_ids.gpu[slot, len(follower.ids) : known].tolist())
+                follower.mask(logits[row])
+        return logits
+
+    # ---- V1 ----
+
+    def update_state(self, batch_update):
+        from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+        process_dict_updates(self.rows, batch_update, self._enter)
+
+    def _enter(self, params, prompt, drawn):
+        if prompt is None or not (rules := self._usable(params)):  # None: embeddings, which have no ids
+            return None
+        follower = Follower(rules, len(prompt))
+        follower.read(prompt)
+        return follower, drawn
+
+    def _usable(self, params):
+        """The rules of a request, or None; ids that the model lacks cannot be masked: the client will object."""
+        rules = _rules(params)
+        return rules if rules and rules.ids.end <= self.vocabulary else None
+
+
+def _rules(params):
+    text = (params.extra_args or {}).get(KEY)
+    return None if text is None else Rules.from_json(text)

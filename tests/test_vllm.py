@@ -1,0 +1,360 @@
+"""vLLM as the engine: its protocol against a stub that speaks it, its classes where it is installed."""
+
+import json
+import re
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aqaa import cli
+from aqaa.backbone.generation import Repetition, generate
+from aqaa.pipeline import AQAA
+from aqaa.scale import vllm_engine, vllm_plugin
+from aqaa.scale.rules import Follower, Rules
+from aqaa.scale.vllm_engine import EngineError, Server, serve_command
+from aqaa.tokenizers import interleave
+from tests import vllm_check
+from tests.conftest import RATE, tone
+from tests.stub_server import serve
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "data" / "runs" / "vllm-signatures.json"
+SHORT = {"seed": 3, "max_tokens": 120}
+
+
+def connected(model, server, **settings):
+    """The same model, but for its backbone, which is on the server."""
+    far = AQAA(model.config, lambda name: getattr(model, name) if name != "backbone" else pytest.fail("was used"))
+    far.engine = Server(server.url, **settings)
+    return far
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return torch.from_numpy(tone()), RATE
+
+
+# ---- good answers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_server_gives_the_answer_of_the_local_run(tiny, sound):
+    with serve(tiny) as server:
+        far, near = connected(tiny, server).ask(sound, **SHORT), tiny.ask(sound, **SHORT)
+    assert far.tokens == near.tokens and far.text == near.text and torch.equal(far.audio, near.audio)
+    assert far.confidence == near.confidence  # every logprob came through unchanged
+
+
+@pytest.mark.parametrize("layout", [*interleave.LAYOUTS, "marked"])
+def test_every_layout_travels(tiny, sound, layout):
+    marked = interleave.Layout("marked", 10, 15, marked=True)
+    options = {"layout": interleave.LAYOUTS.get(layout, marked), **SHORT, "repetition": Repetition(kinds=("text",))}
+    prompt = tiny.prompt(tiny.listen(sound))
+    with serve(tiny) as server:
+        assert list(connected(tiny, server).generate(prompt, **options)) == list(tiny.generate(prompt, **options))
+
+
+def test_a_chat_transcribes_through_the_engine(tiny, sound):
+    with serve(tiny) as server:
+        chat, near = connected(tiny, server).chat(**SHORT), tiny.chat(**SHORT)
+        for _ in range(2):
+            assert chat.ask(sound).tokens == near.ask(sound).tokens
+    assert chat.history == near.history
+
+
+def test_the_mini_answers_the_same_on_the_command_line(tmp_path, capsys, monkeypatch):
+    """`aqaa ask --engine URL` against `aqaa ask`: the same wav, bit by bit."""
+    from aqaa import checkpoints
+
+    monkeypatch.chdir(tmp_path)
+    question = str(ROOT / "data" / "questions" / "sum_q001813.wav")
+    with serve(checkpoints.load("mini")) as server:
+        assert cli.main(["ask", question, "-o", "far.wav", "--engine", server.url]) == 0
+        assert cli.main(["listen", question, "--engine", server.url]) == 0
+    assert cli.main(["ask", question, "-o", "near.wav"]) == 0
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "far.wav").read_bytes() == (tmp_path / "near.wav").read_bytes()
+
+
+def test_the_request_is_what_vllm_takes(tiny, sound):
+    """Its fields are those that the real classes were seen to have; the answer's are those of a real chunk."""
+    record = json.loads(RECORD.read_text())
+    with serve(tiny) as server:
+        list(connected(tiny, server).generate(tiny.prompt(tiny.listen(sound)), **SHORT))
+        (request,) = server.requests
+    assert set(request) <= set(record["completion_request_fields"])
+    settings = set(request) - {"model", "prompt", "stream", "add_special_tokens", "return_token_ids", "vllm_xargs",
+                               "return_tokens_as_token_ids"}  # fmt: skip
+    assert settings <= set(record["sampling_params_fields"])
+    real = json.loads(record["completion_stream"][0].removeprefix("data: "))
+    (ours,) = vllm_check.stub_chunks(tiny)
+    assert set(ours) == set(real) and set(ours["choices"][0]) == set(real["choices"][0])
+    assert set(ours["choices"][0]["logprobs"]) == set(real["choices"][0]["logprobs"])
+
+
+def test_real_chunks_are_read(tiny):
+    """Lines that vLLM's own code wrote (recorded) give the ids and logprobs that went into them."""
+    record = json.loads(RECORD.read_text())
+    found, expected = [], record["completion_stream_of"]
+    for line in "".join(record["completion_stream"]).encode().splitlines():
+        data = vllm_engine._event(line, "it")
+        if data and data != b"[DONE]":
+            found += vllm_engine._tokens(json.loads(data), "it")
+    assert [token for token, _ in found] == [token for token, _ in expected]
+    assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-6)
+    assert record["completion_stream"][-1] == "data: [DONE]\n\n"
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+FAULTS = {
+    "dies": "lost after", "ends early": "in the middle", "gives up": "EngineCore encountered an issue",
+    "babbles": "no JSON", "no event": "in place of an event", "no ids": "no token ids", "stalls": "no word in time",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_gone_in_mid_answer_leaves_what_was_said(tiny, sound, fault):
+    """Pieces that came stay, the fault is one sentence, and the same talk goes on once the server is back."""
+    options = {"temperature": 0, "max_tokens": 200, "min_audio": 150}
+    near = tiny.ask(sound, **options)
+    with serve(tiny, fault=fault, after=92) as server:
+        talk, pieces = connected(tiny, server, answer_time=0.3).stream(sound, **options), []
+        with pytest.raises(EngineError, match=FAULTS[fault]) as caught:
+            for piece in talk:
+                pieces.append(piece)
+        assert "\n" not in str(caught.value) and len(talk.steps) >= 92
+        assert talk._waiting, "the fault should come in the middle of a group"
+        heard = torch.cat([piece.audio for piece in pieces])
+        assert len(heard) > 0
+        with pytest.raises(EngineError):  # it is still broken: nothing is lost by trying
+            server.after = 0
+            talk.resume().answer  # noqa: B018
+        server.fault = None
+        answer = talk.resume().answer
+    assert answer.tokens == near.tokens and answer.text == near.text
+    assert torch.equal(answer.audio[: len(heard)], heard)
+    assert answer.text.startswith("".join(piece.text for piece in pieces).strip())
+    assert torch.equal(answer.audio, tiny.stream(sound, **options).answer.audio)
+    said = json.loads(server.requests[-1]["vllm_xargs"]["aqaa"])["said"]
+    assert 92 <= said and server.requests[-1]["prompt"][-said:] == near.tokens["answer"][:said]
+
+
+def test_a_server_without_the_plug_in_is_found_out(tiny, sound):
+    with serve(tiny, fault="no plug-in") as server, pytest.raises(EngineError, match="lacks aqaa's plug-in"):
+        connected(tiny, server).ask(sound, **SHORT)
+
+
+def test_what_the_server_refuses_is_told_in_its_own_words(tiny, sound):
+    with serve(tiny, fault="refuses") as server, pytest.raises(EngineError, match=r"\(503\): the engine is asleep\.$"):
+        connected(tiny, server).ask(sound, **SHORT)
+    wide = replace(tiny.config, ids=replace(tiny.ids, n_text=300))  # the server has another, smaller model
+    model = AQAA(wide, lambda name: getattr(tiny, name))
+    with serve(tiny) as server, pytest.raises(EngineError, match="out of vocabulary"):
+        model.engine = Server(server.url)
+        list(model.generate(model.prompt(interleave.merge([1] * 8, [2] * 12, wide.ids))))
+
+
+def test_no_server_and_other_services_are_told(tiny):
+    with serve(tiny) as server:
+        url = server.url
+    with pytest.raises(EngineError, match="does not answer"):
+        Server(url, connect_time=0.5)
+    with serve(tiny, fault="another service") as server, pytest.raises(EngineError, match="no JSON"):
+        Server(server.url)
+    for wrong in ("ftp://somewhere", "http://", "http://here:there"):
+        with pytest.raises(ValueError, match="no address"):
+            Server(wrong)
+
+
+def test_a_silent_server_is_not_waited_for(tiny, sound):
+    with serve(tiny, fault="silent") as server, pytest.raises(EngineError, match="no word in time"):
+        connected(tiny, server, answer_time=0.2).ask(sound, **SHORT)
+
+
+def test_a_prompt_too_long_for_the_server(tiny, sound):
+    with serve(tiny, max_model_len=20) as server:
+        model = connected(tiny, server)
+        with pytest.raises(ValueError, match="shorten the question"):
+            model.generate(list(range(1, 21)))
+        assert len(list(model.generate(list(range(50, 60))))) == 10  # and never more than there is room for
+
+
+def test_the_command_line_says_one_sentence(tmp_path, capsys, tiny, tiny_folder, question, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = ["ask", str(question), "--preset", str(tiny_folder)]
+    with serve(tiny, fault="dies", after=40) as server:
+        assert cli.main([*ask, "-o", "answer.wav", "--engine", server.url]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("aqaa: the server at") and err.count("\n") == 1 and "lost after" in err
+    assert cli.main([*ask, "-o", "answer.wav", "--engine", server.url]) == 1
+    assert "does not answer" in capsys.readouterr().err and not (tmp_path / "answer.wav").exists()
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [*interleave.LAYOUTS.values(), interleave.TextOnly()], ids=str)
+def test_rules_survive_the_journey(tiny, layout):
+    rules = Rules.of(layout, tiny.ids, 15, Repetition(kinds=("text",)))
+    again = Rules.from_json(rules.to_json())
+    assert again.ids == rules.ids and again.repetition == rules.repetition and again.min_audio == 15
+    assert type(again.layout) is type(layout) and again.layout.__dict__ == layout.__dict__
+    for damaged in ("{}", "[]", "no", rules.to_json()[:-9], rules.to_json().replace("audio_block", "block")):
+        if damaged != rules.to_json():
+            with pytest.raises(ValueError, match="rules of an answer"):
+                Rules.from_json(damaged)
+
+
+@pytest.mark.parametrize("said", [0, 7, 30])
+def test_a_follower_masks_as_the_local_generator_does(tiny, said):
+    """Greedy decoding under masked rows of the whole vocabulary is greedy decoding of legal rows."""
+    prompt, repetition = tiny.prompt("what is seven plus five"), Repetition(kinds=("text",))
+    steps = list(tiny.generate(prompt, temperature=0, max_tokens=100, repetition=repetition))
+    ids = [step.id for step in steps]
+    layout = interleave.Resumed(tiny.layout, tuple(ids[:said])) if said else tiny.layout
+    follower = Follower(Rules.of(layout, tiny.ids, 15, repetition), len(prompt) + said)
+    follower.read(prompt + ids[:said])
+    with torch.inference_mode():
+        logits = tiny.backbone(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 :].float()
+        for token, row in zip(ids[said:], logits[said:].clone(), strict=False):
+            follower.mask(row)
+            assert int(row.argmax()) == token
+            follower.read([token])
+
+
+def test_a_follower_bans_what_crowds(tiny):
+    follower = Follower(Rules.of(tiny.layout, tiny.ids, 0, Repetition(kinds=("text",))), 1)
+    follower.read([60, 60, 61, 60])  # the prompt's does count, as it does here
+    follower.mask(row := torch.zeros(tiny.ids.end))
+    legal = [i for i in range(len(row)) if row[i] == 0]
+    assert legal == [tiny.ids.text_end, *(i for i in range(tiny.ids.first_text, tiny.ids.n_text) if i != 60)]
+
+
+def test_a_follower_lets_go_of_what_breaks_the_rules(tiny):
+    follower = Follower(Rules.of(tiny.layout, tiny.ids), 2)
+    follower.read([1, 2, tiny.ids.end - 1])  # audio where text must come
+    row = torch.randn(tiny.ids.end)
+    follower.mask(kept := row.clone())
+    assert torch.equal(kept, row)
+
+
+def test_a_resumed_layout_goes_on(tiny):
+    """The local generator too can be told what was said."""
+    prompt = tiny.prompt("what is seven plus five")
+    whole = [step.id for step in generate(tiny.backbone, prompt, tiny.ids, tiny.layout, temperature=0, max_tokens=90)]
+    rest = tiny.generate(prompt + whole[:37], layout=interleave.Resumed(tiny.layout, tuple(whole[:37])), temperature=0,
+                         min_audio=0, max_tokens=90 - 37)  # fmt: skip
+    assert [step.id for step in rest] == whole[37:]
+
+
+# ---- launching ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(tmp_path):
+    """released(**changes): a folder with the published configuration."""
+    from aqaa.config import BackboneConfig
+
+    def folder(**changes):
+        given = {"model_type": "step1", "architectures": ["Step1ForCausalLM"], **asdict(BackboneConfig()), **changes}
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        return tmp_path
+
+    return folder
+
+
+def flags(command):
+    words = shlex.split(command)
+    return dict(zip(words[3:-1:2], words[4:-1:2], strict=True))
+
+
+def test_the_launch_command_has_what_vllm_needs(released):
+    command = serve_command(released(), 4, "fp8")
+    found = flags(command)
+    assert command.startswith("vllm serve ") and command.endswith(" --skip-tokenizer-init")
+    assert found["--attention-backend"] == "TRITON_ATTN" and found["--tensor-parallel-size"] == "4"
+    assert json.loads(found["--hf-overrides"]) == {"tie_word_embeddings": False}
+    assert found["--quantization"] == "fp8_per_channel" and found["--generation-config"] == "vllm"
+    assert found["--logits-processors"] == "aqaa.scale.vllm_plugin:Layouts"
+    assert hasattr(vllm_plugin, "Layouts") and "--quantization" not in flags(serve_command(released()))
+    aqaa = flags(serve_command(released(model_type="mmgpt_step1_v2", vision_tower_config={})))
+    assert json.loads(aqaa["--hf-overrides"])["architectures"] == ["Step1AQAAForCausalLM"]
+
+
+def packed(group, method="gptq"):
+    return {"quantization_config": {"quant_method": method, "bits": 4, "group_size": group}}
+
+
+def test_what_gpus_cannot_share_is_told_before(released):
+    assert "--tensor-parallel-size 4" in serve_command(released(**packed(128)), 4, "int4")
+    assert serve_command(released(**packed(64)), 8, "int4")
+    with pytest.raises(ValueError, match="groups of 128 do not divide .* use groups of 64"):
+        serve_command(released(**packed(128)), 8, "int4")
+    groups = {"group_0": {"weights": {"group_size": 128}}}
+    with pytest.raises(ValueError, match="groups of 128"):
+        serve_command(released(quantization_config={"quant_method": "compressed-tensors", "config_groups": groups}), 8,
+                      "int4")  # fmt: skip
+    with pytest.raises(ValueError, match="3 GPUs cannot share 96 attention heads"):
+        serve_command(released(), 3)
+    with pytest.raises(ValueError, match="not a 4-bit checkpoint"):
+        serve_command(released(), 1, "int4")
+    with pytest.raises(ValueError, match="choose bf16"):
+        serve_command(released(), 1, "int3")
+    with pytest.raises(ValueError, match="aqaa's own format"):
+        serve_command(released(quantization={"weights": "int4", "group": 128}), 1, "int4")
+    with pytest.raises(ValueError, match="whole system"):
+        serve_command(ROOT / "data" / "mini")
+    with pytest.raises(ValueError, match="no folder"):
+        serve_command("mini")
+
+
+def test_language_weights_leave_vision_out():
+    names = {
+        "model.embed_tokens.weight": "model.embed_tokens.weight",
+        "model.layers.87.self_attn.q_proj.weight": "model.layers.87.self_attn.q_proj.weight",
+        "language_model.model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+        "llm.lm_head.weight": "lm_head.weight", "language_model.model.norm.weight": "model.norm.weight",
+        "vision_model.encoder.layers.0.self_attn.q_proj.weight": None, "vit_downsampler.weight": None,
+        "sam_model.blocks.0.norm1.weight": None, "vision_model.embeddings.patch_embedding.weight": None,
+    }  # fmt: skip
+    found = dict(vllm_plugin.language_weights((name, name) for name in names))
+    assert found == {ours: theirs for theirs, ours in names.items() if ours}
+
+
+# ---- the real one ---------------------------------------------------------------------------------------------------
+
+
+def test_vllm_that_is_missing_is_told(monkeypatch):
+    if vllm_check.installed():
+        pytest.skip("vLLM is installed here: there is nothing to miss")
+    for call in (vllm_engine.version, lambda: vllm_engine.InProcess("anywhere"), vllm_plugin.register):
+        with pytest.raises(EngineError, match="not installed in this environment"):
+            call()
+    with pytest.raises(EngineError, match="install that version"):  # another one, whose modules lie elsewhere
+        monkeypatch.setattr(vllm_engine, "version", lambda: "0.6.0")
+        vllm_engine.InProcess("anywhere")
+
+
+def test_the_plug_in_is_declared():
+    import tomllib
+
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert entries == {"vllm.general_plugins": {"aqaa": "aqaa.scale.vllm_plugin:register"}}
+
+
+def test_the_record_is_of_the_version_that_is_named():
+    record = json.loads(RECORD.read_text())
+    assert record["vllm"] == vllm_engine.TESTED and record["failed"] == []
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
+    assert {check["name"] for check in record["checks"]} == {check.__name__ for check in vllm_check.CHECKS}
+
+
+@pytest.mark.parametrize("check", vllm_check.CHECKS, ids=lambda check: check.__name__)
+def test_against_vllm_itself(check):
+    if not vllm_check.installed():
+        pytest.skip("vLLM is not installed in this environment; data/runs/vllm-signatures.json has the last result")
+    check({})
