@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+from aqaa import kernels
 from aqaa.backbone.quantized import empty_linears
 from aqaa.config import PRESETS, AQAAConfig
 from aqaa.pipeline import AQAA
@@ -35,6 +36,7 @@ LFS_POINTER = b"version https://git-lfs"
 AGAIN = "get the whole folder again"
 TRAIN = f"{AGAIN}, or train it with `aqaa train`"
 ROLES = ("tokenizer", "backbone", "vocoder")  # what a released folder can stand in for
+PREPARED = ("linguistic", "semantic", "flow", "hift")  # laid out for a CPU; the backbone's decoder has its own way
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
 
 
@@ -120,12 +122,14 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
     def part(name):
         wanted = dtype if name in CAST else None
         if name in sources:
-            return sources[name].load(device, wanted)
-        if name == "text":
-            return read_text(folder, config.ids.n_text)
-        with skip_init():
-            module = build(name, config)
-        return load_part(folder, name, module).to(device, wanted)
+            found = sources[name].load(device, wanted)
+        elif name == "text":
+            found = read_text(folder, config.ids.n_text)
+        else:
+            with skip_init():
+                module = build(name, config)
+            found = load_part(folder, name, module).to(device, wanted)
+        return kernels.prepare(found) if device.type == "cpu" and name in PREPARED else found
 
     notes = tuple(found.note for found in sources.values() if found.note)
     return AQAA(config, part, device=device, voice=voice, notes=notes)

@@ -21,6 +21,7 @@ BENCHES = {
     "accuracy": "aqaa.evaluation.accuracy",
     "synthesis": "aqaa.evaluation.synthesis",
     "codes": "aqaa.evaluation.codes",
+    "parts": "aqaa.evaluation.parts",
     "quantize": "aqaa.scale.fidelity",
     "streaming": "aqaa.evaluation.streaming",
     "scale": "aqaa.scale.record",
@@ -115,6 +116,7 @@ def _parser():
     bench.add_argument("--corpus", default="work/corpus", help="accuracy: folder of evaluation questions (%(default)s)")
     bench.add_argument("--limit", type=_count, metavar="N", help="how many questions of each cell")
     bench.add_argument("--layers", type=_count, metavar="N", help="scale: so many layers of those of --preset full")
+    bench.add_argument("--only", choices=("linguistic", "semantic", "flow", "hift", "backbone"), help="parts: this one")
     bench.add_argument("--text-only", action="store_true", help="accuracy: leave the sound and its judge out")
     bench.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (%(default)s)")
     bench.add_argument("--json", action="store_true")

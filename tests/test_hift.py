@@ -2,12 +2,19 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aqaa.config import HiftConfig, preset
+from aqaa.vocoder import spectral
 from aqaa.vocoder.hift import HiFT, SourceState
+from tests.parity import vocoder_kinds
+from tests.parity.__main__ import check
 
 TINY = HiftConfig(in_channels=8, base_channels=16, f0_channels=8)
 
@@ -119,3 +126,56 @@ def test_harmonics_stay_in_tune():
     last = source._sines(f0, state)[0, 8, -1].item()
     cycles = 9 * 200.3 / rate * (rate * seconds)
     assert last == pytest.approx(math.sin(2 * math.pi * cycles), abs=0.05)
+
+
+# ---- long kernels through short spectra ----
+
+
+@given(length=st.integers(1, 400), taps=st.sampled_from([3, 7, 11]), dilation=st.sampled_from([1, 3, 5]),
+       padding=st.integers(0, 30), seed=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_a_product_of_spectra_is_the_convolution(length, taps, dilation, padding, seed):
+    padding += max(0, (taps - 1) * dilation + 1 - length)  # at least one sample comes out
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((length, 6), (4, 6, taps), (4,)))
+    got = spectral.convolve(x, spectral.of_kernel(weight), bias, padding, dilation, lambda out, x: out.copy_(x).mul_(2))
+    exact = F.conv1d(2 * x.T.double(), weight.double(), bias.double(), padding=padding, dilation=dilation).T
+    assert got.shape == exact.shape and (got - exact).abs().max() < 5e-5  # values up to 40
+
+
+WIDE = HiftConfig(in_channels=8, base_channels=64, f0_channels=8)  # 32 and 16 channels: the first stage is wide enough
+
+
+def spectra(model):
+    return [block.convs1[0].spectrum for block in (*model.source_resblocks, *model.resblocks)]
+
+
+def test_spectra_are_for_long_kernels_folded_and_without_gradient():
+    model, mel, other = build(WIDE), torch.randn(2, 8, 21), build(replace(WIDE, lrelu_slope=0.1))
+    for parameter in model.parameters():
+        parameter.data *= 1 + 0.3 * torch.rand_like(parameter)  # alphas that are not 1, norms that fold to something
+    source = 0.1 * torch.randn(2, 1, 21 * model.hop)
+    with torch.no_grad():
+        expected = model.decode(mel, source)
+        assert not any(map(bool, spectra(model)))
+        got = model.fold_weight_norm().decode(mel, source)
+        assert [s is not None for s in spectra(model)] == [True, False, False, True, True, False, False, False]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        model.load_state_dict(other.state_dict())  # other weights: the old spectra must not stay
+        torch.testing.assert_close(model.decode(mel, source), other.decode(mel, source), atol=1e-5, rtol=1e-4)
+    model.decode(mel, source).sum().backward()
+    assert model.resblocks[1].convs1[0].weight.grad.abs().sum() > 0
+
+
+def test_the_golden_tensors_by_spectra(monkeypatch):
+    class Folded(HiFT):
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            made.append(self.fold_weight_norm())
+
+    made = []
+    monkeypatch.setattr(vocoder_kinds, "HiFT", Folded)
+    monkeypatch.setattr(spectral, "CHANNELS", 1)  # the golden network is narrow
+    lines = list(check("hift", Path(__file__).parent / "parity/golden/speech/hift_edge"))
+    assert len(lines) >= 9 and all(passed for *_, passed in lines), lines
+    assert any(map(bool, spectra(made[0])))

@@ -90,7 +90,8 @@ class SANMAttention(nn.Module):
         taps = F.pad(self.fsmn_block.weight[:, 0], (rows, rows))  # (D, kernel + 2 R)
         place = torch.arange(rows, device=v.device)
         toeplitz = taps[:, place[:, None] - place + self.pad[0] + rows]  # (D, R in, R out)
-        y = v.flatten(0, 1).permute(2, 0, 1) @ toeplitz.to(v.dtype)  # (D, B C, R)
+        rows_first = v.flatten(0, 1).permute(2, 0, 1).contiguous()  # (D, B C, R); only then the products are one call
+        y = rows_first @ toeplitz.to(v.dtype)
         return y.permute(1, 2, 0).view_as(v) + v
 
 
@@ -101,7 +102,7 @@ class FeedForward(nn.Module):
         self.w_2 = nn.Linear(units, size)
 
     def forward(self, x):
-        return self.w_2(F.relu(self.w_1(x)))
+        return self.w_2(F.relu(self.w_1(x), inplace=True))
 
 
 class EncoderLayer(nn.Module):

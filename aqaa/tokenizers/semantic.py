@@ -112,7 +112,8 @@ class Quantizer(nn.Module):
 def distances(hidden, embed):
     """(..., D), (K, D) -> (..., K): squared distance of the L2-normalised rows to every entry."""
     x, embed = F.normalize(hidden.float(), dim=-1), embed.float()
-    return x.square().sum(-1, keepdim=True) - 2 * x @ embed.T + embed.square().sum(-1)
+    lengths = torch.linalg.vector_norm(embed, dim=-1).square()  # in one pass over the codebook
+    return x.square().sum(-1, keepdim=True) - 2 * x @ embed.T + lengths
 
 
 class SemanticTokenizer(nn.Module):

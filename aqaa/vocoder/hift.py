@@ -5,11 +5,14 @@ source, guided by the mel, into magnitude and phase of a very short STFT, whose 
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from math import pi, prod
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from aqaa.vocoder import spectral
 
 MAX_MAGNITUDE = 100.0
 FINAL_SLOPE = 0.01  # the last leaky ReLU has torch's default slope, not lrelu_slope
@@ -29,6 +32,7 @@ class WeightNormConv(nn.Module):
         self.weight_v = nn.Parameter(conv.weight.detach())
         self.weight_g = nn.Parameter(self._norm(conv.weight.detach()))
         self.bias = nn.Parameter(conv.bias.detach())
+        self.spectrum = None  # of the folded weight, for long kernels; made when first needed
         self._register_load_state_dict_pre_hook(self._rename)
 
     @staticmethod
@@ -45,6 +49,13 @@ class WeightNormConv(nn.Module):
         convolve = F.conv_transpose1d if self.transposed else F.conv1d
         return convolve(x, self.kernel(), self.bias, **self.options)
 
+    def through_spectrum(self, x, activation):
+        """forward(activation(x)) for x (T, C), not transposed, by fewer products (see spectral.py)."""
+        if self.spectrum is None:
+            self.spectrum = spectral.of_kernel(self.kernel().detach())
+        padding, dilation = self.options["padding"], self.options["dilation"]
+        return spectral.convolve(x, self.spectrum, self.bias, padding, dilation, activation.into)
+
     def fold(self):
         """Replace the two factors by their product, for inference."""
         if "weight" not in self._parameters:
@@ -53,6 +64,7 @@ class WeightNormConv(nn.Module):
             self.weight = nn.Parameter(weight)
 
     def _rename(self, state, prefix, *_):
+        self.spectrum = None
         for old, new in (("original0", "weight_g"), ("original1", "weight_v")):
             if (value := state.pop(f"{prefix}parametrizations.weight.{old}", None)) is not None:
                 state[prefix + new] = value
@@ -76,6 +88,11 @@ class Snake(nn.Module):
         alpha = self.alpha[:, None].to(x.dtype)  # (C, 1)
         return torch.addcmul(x, torch.sin(alpha * x).square(), 1 / (alpha + 1e-9))
 
+    def into(self, out, x):
+        """Writes the same of x (T, C) to `out`, for a piece that a core's cache holds; without a gradient."""
+        sine = torch.mul(x, self.alpha, out=out).sin_()
+        torch.addcmul(x, sine, sine * (1 / (self.alpha + 1e-9)), out=out)
+
 
 class ResBlock(nn.Module):
     """Pairs of convolutions, the first of each pair dilated, each behind a Snake; every pair is a residual."""
@@ -90,9 +107,29 @@ class ResBlock(nn.Module):
         self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
 
     def forward(self, x):
-        for snake1, conv1, snake2, conv2 in zip(self.activations1, self.convs1, self.activations2, self.convs2):
+        if self._has_spectra(x):
+            return self._through_spectra(x)
+        for snake1, conv1, snake2, conv2 in self._layers():
             x = x + conv2(snake2(conv1(snake1(x))))
         return x
+
+    def _layers(self):
+        return zip(self.activations1, self.convs1, self.activations2, self.convs2)
+
+    def _through_spectra(self, x):
+        out = torch.empty_like(x)
+        for row, place in zip(x, out):
+            y = row.T.contiguous()  # (T, C)
+            for snake1, conv1, snake2, conv2 in self._layers():
+                y = conv2.through_spectrum(conv1.through_spectrum(y, snake1), snake2).add_(y)
+            place.copy_(y.T)
+        return out
+
+    def _has_spectra(self, x):
+        """Whether to convolve through spectra: folded for inference, on a CPU, and cheaper so."""
+        conv = self.convs1[0]
+        folded = "weight" in conv._parameters and not torch.is_grad_enabled()
+        return folded and x.device.type == "cpu" and x.dtype == torch.float32 and spectral.pays(conv.weight)
 
 
 class F0Predictor(nn.Module):
@@ -230,7 +267,7 @@ class HiFT(nn.Module):
             if i == len(self.ups) - 1:
                 x = F.pad(x, (1, 0), mode="reflect")  # an STFT has one frame more than hops
             x = x + self.source_resblocks[i](self.source_downs[i](stft))
-            x = sum(block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels]) / kernels
+            x = reduce(torch.add, (block(x) for block in self.resblocks[i * kernels : (i + 1) * kernels])) / kernels
         x = self.conv_post(F.leaky_relu(x, FINAL_SLOPE)).float()
         log_magnitude, phase = x.chunk(2, 1)
         # far above the clip at 100, far below overflow: an infinite magnitude would make its gradient NaN

@@ -207,7 +207,7 @@ class UNet(nn.Module):
 
 def _stage(stage, x, mask, time):
     resnet, transformers = stage
-    x = resnet(x, mask, time).transpose(1, 2)  # (B, T, C)
+    x = resnet(x, mask, time).transpose(1, 2).contiguous()  # (B, T, C); sums of two layouts would be slow
     for block in transformers:
         x = block(x, mask)
-    return x.transpose(1, 2)
+    return x.transpose(1, 2).contiguous()

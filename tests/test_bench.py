@@ -1,0 +1,89 @@
+"""`aqaa bench parts`: who takes turns, what is counted, and modules that are prepared without being changed."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from aqaa import checkpoints, cli, kernels
+from aqaa.config import preset
+from aqaa.evaluation import parts, peers
+
+
+def test_turns_are_taken_and_ratios_are_of_neighbours(monkeypatch):
+    clock, ran = [0.0], []
+
+    def work(name, costs):
+        costs = iter(costs)
+
+        def run():
+            ran.append(name)
+            clock[0] += next(costs)
+
+        return run
+
+    monkeypatch.setattr(parts.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: clock[0])
+    ours, theirs = [9, 1, 2, 4, 9, 1], [9, 3, 6, 12, 9, 5]  # the machine slows down; the ratio stays
+    row = parts.measure(parts.Case("x", 2, work("a", ours), {"b": work("b", theirs)}, lambda: {"max_error": 0.5}), 3)
+    assert ran == ["a", "b"] * 6
+    assert row["cpu"] == {"aqaa": 0.5, "b": 1.5} and row["wall"] == {"aqaa": 0.5, "b": 2.5}
+    assert row["times_faster"] == {"b": 3.0} and row["max_error"] == 0.5
+
+
+def test_threads_are_given_back_after_a_fault():
+    def fail():
+        raise RuntimeError("no")
+
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError):
+        parts.measure(parts.Case("x", 1, fail, {}), 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("only", ["linguistic", "hift", "backbone"])
+def test_the_command(tmp_path, capsys, monkeypatch, only):
+    monkeypatch.setattr(peers, "installed", lambda package: False)
+    out = tmp_path / "parts.json"
+    assert cli.main(["bench", "parts", "--only", only, "--limit", "1", "--out", str(out)]) == 0
+    results, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert results["what"] == "parts" and results["preset"] == "mini" and results["commit"] is not None
+    assert results["peers"] == {"s3tokenizer": None, "funasr": None, "matcha-tts": None}
+    assert "| part |" in printed and "pip install 'aqaa[peers]'" in printed
+    for row in results["parts"]:
+        assert f"| {row['part']} |" in printed
+        speed = row["cpu"]["aqaa"] if "cpu" in row else row["tokens_per_s"]
+        assert speed > 0
+        assert row.get("max_error", 0) < 1e-4
+
+
+def test_it_wants_sizes_not_weights(capsys):
+    assert cli.main(["bench", "parts", "--preset", "data/mini"]) == 1
+    assert "--preset is mini or full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["linguistic", "semantic", "flow", "hift"])
+def test_prepared_weights_are_the_same_weights(name, tmp_path):
+    torch.manual_seed(0)
+    config = preset("mini")
+    module = checkpoints.build(name, config)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    matrices = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    after = kernels.prepare(module).state_dict()
+    assert not module.training and all(layer.weight.stride(0) == 1 for layer in matrices)
+    for key, value in before.items():
+        assert key.endswith(("weight_g", "weight_v")) or torch.equal(value, after[key])
+    checkpoints.save_part(tmp_path, name, module)
+    again = checkpoints.load_part(tmp_path, name, checkpoints.build(name, config))
+    assert again.state_dict().keys() == before.keys()
+
+
+def test_a_prepared_layer_still_learns():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 8), torch.randn(5, 24)
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
+    kernels.prepare(layer)
+    found = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
