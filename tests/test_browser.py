@@ -62,6 +62,8 @@ flat = lambda mel: torch.full((800,), float(mel.mean()) / 20)
 ode = widgets.Ode(states, torch.linspace(0, 1, 5), flat, interactive=True)
 ode""",
     "interleave": "blocks = widgets.Interleave(24, 120, interactive=True)\nblocks",
+    "planner": "planner = widgets.Planner(interactive=True)\nplanner",
+    "planned": "print(planner)",
     "voice": "voice = widgets.VoiceControl(model, interactive=True)\nvoice",
     "said": "np.save('said.npy', voice.takes[0]['wav'])\nprint(*map(voice.takes[0].get, ('manner', 'temperature')))",
 }
@@ -278,6 +280,22 @@ def test_the_stepper_and_the_ratio_by_keyboard(book):
     book.says("interleave", r"First sound after 0\.26 s")
     book.output("interleave").get_by_role("combobox").select_option("text_cot")
     book.says("interleave", r"First sound after 0\.40 s")
+
+
+def test_the_planner_by_keyboard(book):
+    book.run("planner")
+    book.says("planner", r"int4 g128 on 1xH200 with 2048 ids: [\d.]+ of 139\.8 GiB")
+    assert book.output("planner").get_by_role("table").count() == 3
+    for label, key in (("Number", "8"), ("GPU", "H100"), ("Context", "4")):
+        book.output("planner").get_by_label(label, exact=False).first.focus()
+        book.page.keyboard.type(key)
+    book.says("planner", r"int4 g64 on 8xH100-80 with 4096 ids")
+    assert book.output("planner").get_by_role("img", name="79.1 GiB").count() == 1
+    book.output("planner").get_by_label("Number").select_option("1")
+    book.output("planner").get_by_label("Weights").select_option("bf16")
+    book.says("planner", r"needs [\d.]+ GiB on each of 1xH100-80.* would fit")
+    assert book.output("planner").get_by_role("table").count() == 1
+    assert "bf16 on 1xH100-80, 4096 ids" in book.run("planned")
 
 
 def test_the_voice_control_speaks(book, place):

@@ -64,7 +64,7 @@ def test_a_figure_is_small_described_and_the_same_each_time(name):
 
 def test_every_public_name_of_the_contract_is_there():
     names = "setup sound compare waveform spectrogram mel maps streams sequence blocks attention alignment trajectory"
-    names += " curves bars radar ledger table shape source recorded check question questions"
+    names += " curves bars radar ledger table shape source recorded released check question questions"
     assert set(names.split()) <= set(show.__all__)
     assert all(hasattr(show, name) and getattr(show, name).__doc__ for name in names.split())
 
@@ -180,6 +180,8 @@ def test_what_was_not_measured_is_no_zero_in_a_radar():
 def test_axes_take_the_names_and_units_they_are_given():
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     assert show.curves(rows).png != show.curves(rows, xlabel="time (s)", ylabel="loss (nats)").png
+    marked = [show.curves(rows, marks=marks).png for marks in (None, {"half": 1.5}, {"middle": 1.5}, {"half": 1.6})]
+    assert len(set(marked)) == 4
     assert show.attention(MAP).png != show.attention(MAP, names=("frame", "code")).png
 
 
@@ -232,6 +234,17 @@ def test_check_prints_or_fails_with_its_sentence(capsys):
         show.check(torch.tensor([True, True]), "all")
 
 
+def test_a_released_folder_is_what_the_environment_names(monkeypatch, tmp_path, capsys):
+    for role, name in show.PUBLISHED.items():
+        monkeypatch.setenv(f"AQAA_{role.upper()}", str(tmp_path))
+        assert show.released(role) == tmp_path and capsys.readouterr().out == ""
+        for nothing in (lambda v: monkeypatch.setenv(v, ""), monkeypatch.delenv):
+            nothing(f"AQAA_{role.upper()}")
+            assert show.released(role) is None
+            said = capsys.readouterr().out
+            assert f"$AQAA_{role.upper()} " in said and name in said and said.count("\n") == 1
+
+
 def test_questions_are_found_by_intent_or_name():
     known = show.questions()
     assert all(entry["path"].is_file() and not entry["path"].is_absolute() for entry in known)
@@ -270,6 +283,7 @@ def test_questions_are_found_by_intent_or_name():
         (lambda: show.table([[1, 2], [3]]), "same number of cells"),
         (lambda: show.shape("x", np.zeros((2, 3)), "a"), "give as many names"),
         (lambda: show.questions("tests"), "no questions.json"),
+        (lambda: show.released("speaker"), "choose tokenizer, backbone, vocoder"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, sentence):

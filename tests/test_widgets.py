@@ -10,8 +10,10 @@ import torch
 from scipy import stats
 
 from aqaa.audio import AudioError
-from aqaa.notebook import explore, live, widgets
+from aqaa.notebook import explore, live, planner, widgets
 from aqaa.pipeline import Piece
+from aqaa.scale import plan as sums
+from aqaa.scale.setups import setups
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import MANNERS, tagged
 from aqaa.training.language import LanguageTask
@@ -419,6 +421,61 @@ def test_the_static_listening_test(tiny):
         widgets.Listening([])
 
 
+# ---- planner --------------------------------------------------------------------------------------------------------
+
+
+def test_the_static_planner_compares_the_usual_gpus():
+    static = widgets.Planner(context=8192)
+    shown = html(static)
+    card = f"{static.found.total:.1f} of 139.8 GiB a card"
+    assert repr(static) == f"<planner: 130b int4 g128 on 1xH200, 8192 ids, {card}>"
+    assert "<img" in shown and "with 8192 ids" in shown and card in shown
+    for setup in setups("130b", context=8192):
+        found = sums.plan(setup)
+        row = f">{setup.count}x{setup.gpu.name}</td><td style=\"text-align:left\">{setup.format}</td>"
+        assert (row in shown) == (setup.weights != "int8")
+        if found.fits and setup.weights != "int8":
+            numbers = (found.floor * 1000, 1), (found.ceiling, 0), (found.rate, 0), (found.delay[20], 2)
+            line = shown[shown.index(row) :].split("</tr>")[0]
+            assert all(f">{number:.{digits}f}<" in line for number, digits in numbers), (setup.format, line)
+    assert shown.count("does not fit") == 1 and html(widgets.Planner(context=8192)) == shown
+
+
+def test_choosing_plans_anew(page):
+    widget = widgets.Planner(interactive=True)
+    front = page(widget)
+    assert front.data["counts"] == [1, 2, 4, 8] and "RTX-4090" in front.data["gpus"] and 32768 in front.data["contexts"]
+    assert {name for name, *_ in front.data["parts"]} == set(front.state["plan"]["memory"])
+    front.says("set", count=8, gpu="H100-80")
+    front.says("set", context=4096)
+    (setup,) = setups("130b", ["8xH100-80"], "int4", context=4096)
+    assert front.state["plan"] == {**sums.plan(setup).to_dict(), "format": "int4 g64", "card": 79.1}
+    assert widget.found == sums.plan(setup) and "8xH100-80 with 4096 ids" in front.state["message"]
+    front.says("set", count=1, weights="bf16")
+    assert not front.state["plan"]["fits"] and "would fit" in front.state["message"]
+    assert "bf16 on 1xH100-80" in repr(widget)
+    front.says("set", count=3)
+    assert "3 GPUs cannot share" in front.state["error"] and front.state["chosen"]["count"] == 1
+    with pytest.raises(ValueError, match="unknown GPUs 'abacus'"):
+        widget.plan("abacus")
+
+
+def test_the_planner_says_what_estimates_are_worth(tmp_path, monkeypatch):
+    assert "by estimate" in planner.in_words(widgets.Planner().found) and "assumed efficiencies" in planner.reliance()
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(planner, "data_folder", lambda: tmp_path)
+    assert "no recorded run" in planner.reliance()
+    run = '{"what": "scale", "setup": {"model": "130b", "gpus": "H200", "weights": "int4"}, "decode": [%s]}'
+    (tmp_path / "runs" / "a.json").write_text(run % '{"context": 2048, "tokens_per_s": 25}')
+    (ratio,) = {row["ratio"] for row in planner.check(tmp_path / "runs")}
+    assert f"reached {ratio} to {ratio}" in planner.reliance() and 0.4 < ratio < 0.6
+
+
+def test_a_small_model_has_a_planner_too():
+    static = widgets.Planner("mini", gpus="1xRTX-4090", weights="bf16")
+    assert "1xRTX-4090" in html(static) and static.found.fits and "does not fit" not in html(static)
+
+
 # ---- the real front end ---------------------------------------------------------------------------------------------
 
 
@@ -433,10 +490,11 @@ def test_every_widget_has_a_page(tiny, question):
         widgets.Interleave(20, 60, interactive=True),
         widgets.Ode(states, [0, 1], lambda state: state.flatten(), interactive=True),
         widgets.Listening([("a", tone())], interactive=True),
+        widgets.Planner(interactive=True),
     ]
     for widget in made:
         script = widget._view._esm
         assert "export default" in script and "http://" not in script.replace("http://www.w3.org/2000/svg", "")
         data, _ = widget._repr_mimebundle_()
         assert data["text/plain"] == repr(widget) and "application/vnd.jupyter.widget-view+json" in data
-    assert len({type(widget._view) for widget in made}) == 7
+    assert len({type(widget._view) for widget in made}) == len(widgets.__all__) == 8

@@ -195,7 +195,7 @@ def _pocketsphinx():
     try:
         import pocketsphinx
     except ImportError:
-        raise ImportError("the judge needs pocketsphinx: pip install 'aqaa[test]'") from None
+        raise ImportError("the judge needs pocketsphinx: pip install 'aqaa[notebooks]'") from None
     return pocketsphinx
 
 

@@ -20,9 +20,10 @@ MARKS = (  # of Answer.timings: line, words, and height of the words above the b
 
 
 @styled
-def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", ylabel=""):
+def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", ylabel="", marks=None):
     """Lines of a training log. rows: dicts, or the path of a CSV; columns: which ones (default all but seconds).
-    xlabel, ylabel: what the axes measure, with its unit; by default the names of the columns.
+    xlabel, ylabel: what the axes measure, with its unit; by default the names of the columns. marks: {words: x} of
+    places to point out.
 
     Values are drawn on a logarithmic axis where log is true and all of them are positive.
     """
@@ -52,6 +53,9 @@ def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", 
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
+    for words, place in (marks or {}).items():
+        axis.axvline(place, color="0.35", linewidth=1)
+        axis.text(place, 1.01, printable(words), transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
     axis.grid(color="0.9")
     axis.set(xlabel=xlabel or x, ylabel=ylabel or ("value" if len(series) > 1 else next(iter(series))))
     if len(series) > 1:

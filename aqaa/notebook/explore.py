@@ -213,7 +213,7 @@ class Ode(Widget):
         chosen = sorted({0, (last + 1) // 2, last})
         title = f"From noise to mel in {last} steps"
         return [
-            show.trajectory(self.states, self.times, title),
+            show.trajectory(self.states, self.times, title, hop_seconds=self.hop_seconds),
             show.compare(*((f"step {k}, t = {self.times[k]:.2f}", self.sound(k)) for k in chosen), rate=self.rate),
         ]
 

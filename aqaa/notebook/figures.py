@@ -231,8 +231,11 @@ def _norm(matrices):
 
 
 @styled
-def trajectory(states, times, title="", alt="", bins="mel bin"):
-    """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side, one scale of colours."""
+def trajectory(states, times, title="", alt="", bins="mel bin", hop_seconds=0.010, unit="log amplitude"):
+    """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side, one scale of colours.
+
+    hop_seconds between frames; unit of what the states hold.
+    """
     states = [array(state, 2, "a state") for state in states]
     if not states or len(states) != len(times):
         raise ValueError(f"trajectory needs one time for each state, not {len(times)} for {len(states)}.")
@@ -243,14 +246,14 @@ def trajectory(states, times, title="", alt="", bins="mel bin"):
     for axis, state, time in zip(axes, states, times):
         # Bins and frames are picked, not averaged: averaged noise would look like less noise.
         picked = state[:: max(1, len(state) // 40), :: max(1, state.shape[1] // 80)]
-        image = _map(axis, picked, state.shape[1], norm, levels=14, height=len(state))
+        image = _map(axis, picked, state.shape[1] * hop_seconds, norm, levels=14, height=len(state))
         axis.set_title(f"t = {float(time):.2f}", fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(2))
     for axis in axes[len(states) :]:
         axis.set_visible(False)
-    figure.supxlabel("frame", fontsize=10)
+    figure.supxlabel("time (s)", fontsize=10)
     figure.supylabel(bins, fontsize=10)
-    figure.colorbar(image, ax=axes, label="value", pad=0.01)
+    figure.colorbar(image, ax=axes, label=unit, pad=0.01)
     alt = alt or f"{len(states)} pictures of a mel at times {float(times[0]):g} to {float(times[-1]):g}"
     return picture(figure, alt, title)
 

@@ -24,7 +24,7 @@ import torch
 
 import aqaa
 from aqaa import audio
-from aqaa.checkpoints import data_folder
+from aqaa.checkpoints import ROLES, data_folder
 from aqaa.config import SAMPLE_RATE
 from aqaa.notebook.charts import Table, bars, curves, ledger, radar
 from aqaa.notebook.figures import STYLE, Picture, array, attention, maps, mel, spectrogram, trajectory, waveform
@@ -32,11 +32,12 @@ from aqaa.notebook.strips import KINDS, alignment, blocks, sequence, streams, to
 
 __all__ = [
     "KINDS", "Picture", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars", "blocks", "check",
-    "compare", "curves", "ledger", "maps", "mel", "question", "questions", "radar", "recorded", "sequence", "setup",
-    "shape", "sound", "source", "spectrogram", "streams", "table", "token_cells", "trajectory", "waveform",
+    "compare", "curves", "ledger", "maps", "mel", "question", "questions", "radar", "recorded", "released", "sequence",
+    "setup", "shape", "sound", "source", "spectrogram", "streams", "table", "token_cells", "trajectory", "waveform",
 ]  # fmt: skip
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # Hz
 PEAK = 10 ** (-3 / 20)  # of a player's sound: 3 dB below full scale
+PUBLISHED = dict(zip(ROLES, ("Step-Audio-Tokenizer", "Step-Audio-AQAA", "Step-Audio-TTS-3B")))  # role: its folder
 
 
 def setup(seed=0):
@@ -185,6 +186,17 @@ def recorded(name):
     run = json.loads(path.read_text())
     print(f"recorded on {run['date']}, commit {run['commit']}, {run['hardware']}: {run['command']}")
     return run
+
+
+def released(role):
+    """Path of the released folder that $AQAA_TOKENIZER, $AQAA_BACKBONE or $AQAA_VOCODER names; None, and a sentence
+    that says what to set, where it names none."""
+    if role not in PUBLISHED:
+        raise ValueError(f"no released folder is a {role!r}: choose {', '.join(PUBLISHED)}.")
+    variable = f"AQAA_{role.upper()}"
+    if folder := os.environ.get(variable):
+        return Path(folder)
+    print(f"set ${variable} to the folder {PUBLISHED[role]} and run this cell again: it shows the published network")
 
 
 def check(condition, message):

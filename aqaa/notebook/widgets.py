@@ -1,9 +1,9 @@
 """What a notebook does with a reader at the keyboard: record, listen, look into tokens, steer, compare, judge.
 
-Seven widgets: Recorder, Player, VoiceControl (here), Tokens, Interleave, Ode, Listening (from `explore`). Each works
-twice: with interactive=True on a JupyterLab page; with interactive=False, without a front end or JavaScript, as
-players, figures and tables of `show`. Show a widget in one cell and use what it holds in the next: a page is not heard
-while a cell runs.
+Eight widgets: Recorder, Player, VoiceControl (here), Tokens, Interleave, Ode, Listening (from `explore`), Planner (from
+`planner`). Each works twice: with interactive=True on a JupyterLab page; with interactive=False, without a front end or
+JavaScript, as players, figures and tables of `show`. Show a widget in one cell and use what it holds in the next: a
+page is not heard while a cell runs.
 """
 
 import threading
@@ -19,12 +19,13 @@ from aqaa.evaluation.controls import measure
 from aqaa.notebook import show
 from aqaa.notebook.explore import Interleave, Listening, Ode, Tokens
 from aqaa.notebook.live import Widget, pcm16
+from aqaa.notebook.planner import Planner
 from aqaa.pipeline import SAMPLING, SPOKEN
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import MANNERS, tagged
 from aqaa.training.language import TTS
 
-__all__ = ["Interleave", "Listening", "Ode", "Player", "Recorder", "Tokens", "VoiceControl"]
+__all__ = ["Interleave", "Listening", "Ode", "Planner", "Player", "Recorder", "Tokens", "VoiceControl"]
 
 
 class Recorder(Widget):
