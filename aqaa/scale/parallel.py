@@ -53,10 +53,14 @@ def load(folder, ranks, **options):
 
     options go to from_pretrained. This is for transformers' own generate and for training: lm_head is cut here as well,
     and our constrained decoding, which takes rows of it, needs `shard`. Call `join` first. Raises ValueError if the
-    sizes do not divide.
+    sizes do not divide, ModelError where accelerate is not installed.
     """
     from transformers import AutoConfig
     from transformers.distributed import DistributedConfig
+    from transformers.utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise ModelError("to load a model in shares transformers needs accelerate: pip install accelerate.")
 
     from aqaa.backbone.step1 import Step1ForCausalLM
 
