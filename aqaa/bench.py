@@ -1,13 +1,11 @@
 """`aqaa bench speed`: how long each part takes, and when the first sound comes."""
 
-import json
 import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
 REPEATS = 5
@@ -15,16 +13,11 @@ REPEATS = 5
 
 def main(args):
     """Measure and print. args: preset, device, seed, json, out, limit (how many questions are asked)."""
+    from aqaa.evaluation.accuracy import report
     from aqaa.training.run import about
 
     results = {**about("speed", args.device), **speed(args.preset, args.device, args.limit or REPEATS, args.seed)}
-    if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
-    if args.json:
-        print(json.dumps(results))
-        return
-    for name, value in results.items():
-        print(f"{name:28} {value}")
+    report(args, results, [f"{name:28} {value}" for name, value in results.items()])
 
 
 def speed(source="mini", device="cpu", repeats=REPEATS, seed=0):

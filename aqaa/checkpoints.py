@@ -285,8 +285,13 @@ def _describe(folder, config, record):
     """config.json, and record.json with the size and hash of every file."""
     files = {path.name: fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
     for name, content in (("config", config.to_dict()), ("record", {**record, "files": files})):
-        with replacing(folder / f"{name}.json") as part:
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / f"{name}.json", content)
+
+
+def write_json(path, content):
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def fingerprint(path):

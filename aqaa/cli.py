@@ -108,7 +108,7 @@ def _parser():
     train.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (%(default)s)")
     train.set_defaults(run=_train)
 
-    bench = commands.add_parser("bench", help="measure speed, accuracy, the vocoder alone, the codes, or streaming")
+    bench = commands.add_parser("bench", help=f"measure one of {', '.join(BENCHES)}")
     bench.add_argument("what", nargs="?", default="speed", choices=BENCHES)
     bench.add_argument("--preset", default="mini", metavar="NAME")
     bench.add_argument("--device", default="cpu")

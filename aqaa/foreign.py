@@ -16,6 +16,7 @@ from aqaa.checkpoints import AGAIN, ModelError, brief, check_file
 
 BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError)
 
+
 def file_in(folder, name):
     """The path of a file that must be there. Raises ModelError."""
     path = Path(folder) / name

@@ -88,6 +88,21 @@ def tiny_folder(tiny, tmp_path_factory):
     return folder
 
 
+def sharp_step1(gain, seed=0, double=False, **sizes):
+    """A Step1ForCausalLM whose random matrices are `gain` times the usual ones, so that mistakes show."""
+    import torch
+
+    from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
+
+    torch.manual_seed(seed)
+    model = Step1ForCausalLM(Step1Config(**sizes)).eval()
+    model = model.double() if double else model
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(gain if weight.dim() == 2 else 1)
+    return model
+
+
 def tone(seconds=0.6, rate=RATE, pitch=150.0):
     """A buzzing vowel-like sound: (N,) float32."""
     time = np.arange(int(seconds * rate)) / rate

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa.backbone.generation import Decoder, Prefill, Repetition, generate, generate_batch
-from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import IdsConfig
 from aqaa.tokenizers.interleave import LAYOUTS, Allowed, Layout, merge, split
+from tests.conftest import sharp_step1
 
 IDS = IdsConfig(n_text=100, n_linguistic=20, n_semantic=30)
 GREEDY = {"temperature": 0.0, "max_tokens": 60}
@@ -14,16 +14,10 @@ GREEDY = {"temperature": 0.0, "max_tokens": 60}
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = Step1Config(
-        vocab_size=IDS.end, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_attention_groups=2, max_seq_len=256,
+    return sharp_step1(
+        6, double=True, vocab_size=IDS.end, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_attention_groups=2, max_seq_len=256,
     )  # fmt: skip
-    model = Step1ForCausalLM(config).double().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(6 if weight.dim() == 2 else 1)
-    return model
 
 
 def prompt(length, seed=0):

@@ -18,6 +18,7 @@ from aqaa.config import BackboneConfig, IdsConfig
 from aqaa.scale import parallel
 from aqaa.scale.quantize import quantize_
 from aqaa.tokenizers.interleave import LAYOUTS
+from tests.conftest import sharp_step1
 
 IDS = IdsConfig(n_text=100, n_linguistic=20, n_semantic=30)
 LAYOUT = LAYOUTS["ratio_10_15"]
@@ -27,16 +28,10 @@ GROUP = 32
 
 def model():
     """96 heads over 8 groups, as in the published model, of width 8."""
-    torch.manual_seed(0)
-    config = Step1Config(
-        vocab_size=IDS.end, hidden_size=768, intermediate_size=128, num_hidden_layers=2, num_attention_heads=96,
+    return sharp_step1(
+        3, vocab_size=IDS.end, hidden_size=768, intermediate_size=128, num_hidden_layers=2, num_attention_heads=96,
         num_attention_groups=8, max_seq_len=100,
     )  # fmt: skip
-    made = Step1ForCausalLM(config).eval()
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(3 if weight.dim() == 2 else 1)
-    return made
 
 
 def greedy(model, ids):

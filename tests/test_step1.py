@@ -6,8 +6,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from aqaa.backbone import attention
-from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM, Step1RMSNorm, build
+from aqaa.backbone.step1 import Step1Config, Step1RMSNorm, build
 from aqaa.config import AQAAConfig, preset
+from tests.conftest import sharp_step1
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -16,12 +17,7 @@ SIZES = {
 
 
 def tiny(seed=0, **options):
-    torch.manual_seed(seed)
-    model = Step1ForCausalLM(Step1Config(**SIZES, **options)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(4 if weight.dim() == 2 else 1)  # sharp attention, so that mistakes show
-    return model
+    return sharp_step1(4, seed, **SIZES, **options)
 
 
 def tokens(batch, length, seed=1):

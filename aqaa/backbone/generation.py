@@ -121,7 +121,7 @@ class Prefill:
     @torch.inference_mode()
     def read(self, ids):
         """Run what is new in `ids`, a later form of the prompt. Raises ValueError if they leave no room."""
-        _room(self.decoder.size, len(ids), 0)
+        room_for(self.decoder.size, len(ids), 0)
         new, embed = ids[self.rewind(ids) :], self.decoder.model.model.embed_tokens
         self.decoder.feed(embed(torch.tensor([new], device=embed.weight.device)))
 
@@ -208,12 +208,13 @@ def _choose(scores, temperature, top_p, generator):
     return int(choice if order is None else order[choice])
 
 
-def _check(temperature, top_p, max_tokens):
+def check_sampling(temperature, top_p, max_tokens):
+    """Raise ValueError for settings out of range."""
     if temperature < 0 or not 0 < top_p <= 1 or max_tokens < 0:
         raise ValueError("temperature must be ≥ 0, top_p in (0, 1] and max_tokens ≥ 0")
 
 
-def _room(limit, n_prompt, max_tokens):
+def room_for(limit, n_prompt, max_tokens):
     """How many ids may follow a prompt. Raises ValueError for an empty prompt or one that fills the context."""
     if not 0 < n_prompt < limit:
         raise ValueError(f"the prompt has {n_prompt} ids; the model takes 1 to {limit - 1}: shorten the question")
@@ -232,9 +233,9 @@ def generate(
     prompt's embeddings (images). prefill: a Prefill that has read earlier forms of the prompt; what they share is not
     run again. Raises ValueError for settings out of range or a prompt too long.
     """
-    _check(temperature, top_p, max_tokens)
+    check_sampling(temperature, top_p, max_tokens)
     prompt_ids = [int(i) for i in prompt_ids]
-    max_tokens = _room(prefill.decoder.size if prefill else model.config.max_seq_len, len(prompt_ids), max_tokens)
+    max_tokens = room_for(prefill.decoder.size if prefill else model.config.max_seq_len, len(prompt_ids), max_tokens)
     embed = model.model.embed_tokens
     device = embed.weight.device
     generator = torch.Generator(device).manual_seed(seed) if temperature else None
@@ -269,7 +270,7 @@ def generate_batch(
     prompts: lists of ids of any lengths; layout: one layout, or one a prompt. Prompts of like length run together, left
     padded; rows that are done leave the batch. Sampling depends on the seed and on how prompts are batched.
     """
-    _check(temperature, top_p, max_tokens)
+    check_sampling(temperature, top_p, max_tokens)
     layouts = list(layout) if isinstance(layout, (list, tuple)) else [layout] * len(prompts)
     settings = (temperature, top_p, repetition)
     answers, vocabulary = [None] * len(prompts), Vocabulary(model)
@@ -277,14 +278,14 @@ def generate_batch(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [_Row(i, list(map(int, prompts[i])), layouts[i].machine(ids, min_audio)) for i in chosen]
+        rows = [Row(i, list(map(int, prompts[i])), layouts[i].machine(ids, min_audio)) for i in chosen]
         _run_batch(model, rows, vocabulary, max_tokens, settings, generator)
         for row in rows:
             answers[row.index] = row.steps
     return answers
 
 
-class _Row:
+class Row:
     """One answer of a batch."""
 
     def __init__(self, index, history, machine):
@@ -300,16 +301,16 @@ def _run_batch(model, rows, vocabulary, max_tokens, settings, generator):
     """Fill in the steps of rows, in one left-padded batch."""
     embed, n_prompt = model.model.embed_tokens, max(len(row.history) for row in rows)
     limit = model.config.max_seq_len
-    max_tokens = _room(limit, n_prompt, max_tokens)
+    max_tokens = room_for(limit, n_prompt, max_tokens)
     for row in rows:
-        _room(limit, len(row.history), max_tokens)
+        room_for(limit, len(row.history), max_tokens)
     padded = [[0] * (n_prompt - len(row.history)) + row.history for row in rows]
     padding = torch.arange(n_prompt) < torch.tensor([[n_prompt - len(row.history)] for row in rows])
     device = embed.weight.device
     decoder = Decoder(model, len(rows), n_prompt + max_tokens)
     hidden = decoder.feed(embed(torch.tensor(padded, device=device)), padding.to(device))
     for left in range(max_tokens, 0, -1):
-        _step_batch(rows, hidden, vocabulary, settings, generator)
+        step_batch(rows, hidden, vocabulary, settings, generator)
         alive = [i for i, row in enumerate(rows) if not row.machine.finished]
         if not alive or left == 1:
             return
@@ -319,7 +320,7 @@ def _run_batch(model, rows, vocabulary, max_tokens, settings, generator):
         hidden = decoder.feed(embed(torch.tensor([[row.history[-1]] for row in rows], device=device)))
 
 
-def _step_batch(rows, hidden, vocabulary, settings, generator):
+def step_batch(rows, hidden, vocabulary, settings, generator):
     """Choose the next id of every row; rows that allow the same ids are scored together."""
     temperature, top_p, repetition = settings
     groups = {}

@@ -141,7 +141,6 @@ class Fp8Linear(QuantizedLinear):
 FORMATS = {cls.name: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 
 
-
 def _grouped(x, group):
     """(N, K) → (N, K / group, group)."""
     return x.unflatten(1, (-1, group))

@@ -6,13 +6,11 @@ no package holds, that is the published order of work (weight norms in every cal
 """
 
 import gc
-import json
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -38,6 +36,7 @@ class Case:
 
 def main(args):
     """Measure and print. args: preset, seed, only, limit (rounds), json, out."""
+    from aqaa.evaluation.accuracy import report
     from aqaa.training.run import about
 
     if args.preset not in PRESETS:
@@ -51,9 +50,7 @@ def main(args):
         for case in PARTS[name](preset(args.preset)):
             results["parts"].append(case if isinstance(case, dict) else measure(case, args.limit or ROUNDS))
             gc.collect()
-    if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results) if args.json else table(results))
+    report(args, results, [table(results)])
 
 
 def versions():

@@ -21,7 +21,7 @@ import aqaa
 from aqaa import checkpoints, shards
 from aqaa.backbone.quantized import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config, Step1DecoderLayer
-from aqaa.checkpoints import ModelError, check_file, fingerprint, replacing
+from aqaa.checkpoints import ModelError, check_file, fingerprint, replacing, write_json
 from aqaa.config import BackboneConfig, check_group
 from aqaa.scale.plan import resident_bytes
 from aqaa.scale.quantize import Calibration, replace_linears
@@ -258,7 +258,7 @@ def _write_shards(work, out, started):
         with replacing(path) as part:
             save_file(state, part, {"format": "pt"})
         done[path.name] = fingerprint(path)
-        _write_json(out / PROGRESS, {**started, "files": done})
+        write_json(out / PROGRESS, {**started, "files": done})
     work.bar.close()
     return _finish(work, out, started, done)
 
@@ -288,14 +288,14 @@ def _finish(work, out, started, done):
             index[tensor], total = name, total + entry.bytes
     config = Step1Config(**asdict(origin.config)).to_dict()
     config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False}
-    _write_json(out / "config.json", {**config, "quantization": {**work.recipe.block(), "method": work.recipe.method}})
-    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(out / "config.json", {**config, "quantization": {**work.recipe.block(), "method": work.recipe.method}})
+    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     for name in ("tokenizer.model", "tokenizer_config.json", "LICENSE"):
         if (origin.folder / name).is_file():
             with replacing(out / name) as part:
                 shutil.copyfile(origin.folder / name, part)
     record = {**_about(work, started), "files": dict(sorted(done.items()))}
-    _write_json(out / "record.json", record)
+    write_json(out / "record.json", record)
     (out / PROGRESS).unlink(missing_ok=True)
     return record
 
@@ -306,11 +306,6 @@ def _about(work, started):
         **started, "aqaa": aqaa.__version__, "torch": torch.__version__, "dialogues": len(work.rows or ()),
         "dropped": len(origin.others), "dropped_values": sum(origin.tensors[name].numel for name in origin.others),
     }  # fmt: skip
-
-
-def _write_json(path, content):
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ from aqaa.backbone.quantized import (  # the formats are this module's too
     Int4Linear,
     Int8Linear,
     QuantizedLinear,
-    check_group,
     empty_linears,
     format_of,
     linears,
     put,
 )
+from aqaa.config import check_group
 
 __all__ = ["FORMATS", "Calibration", "Fp8Linear", "Int4Linear", "Int8Linear", "QuantizedLinear", "dequantized",
            "empty_linears", "n_bytes", "quantize_", "replace_linears"]  # fmt: skip

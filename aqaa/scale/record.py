@@ -55,8 +55,7 @@ class Record:
 
     def write(self):
         if self.path:
-            with checkpoints.replacing(self.path) as part:
-                part.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+            checkpoints.write_json(self.path, self.data)
 
     @contextmanager
     def measuring(self, name):

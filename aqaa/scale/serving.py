@@ -129,18 +129,18 @@ class Batch:
         """Draw the next id of each seat from hidden (B, D), with its own settings and generator."""
         for seat, one in zip(seats, hidden, strict=True):
             if seat.goes_on:
-                generation._step_batch([seat], one[None], self.vocabulary, seat.settings, seat.generator)
+                generation.step_batch([seat], one[None], self.vocabulary, seat.settings, seat.generator)
 
 
-class _Seat(generation._Row):
+class _Seat(generation.Row):
     """One answer of the batch: its history, its rules, its dice, and the queue to its listener."""
 
     def __init__(
         self, backbone, prompt, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024, repetition=None,
         min_audio=0, prefill=None,
     ):  # fmt: skip
-        generation._check(temperature, top_p, max_tokens)
-        self.left = generation._room(backbone.config.max_seq_len, len(prompt), max_tokens)
+        generation.check_sampling(temperature, top_p, max_tokens)
+        self.left = generation.room_for(backbone.config.max_seq_len, len(prompt), max_tokens)
         super().__init__(0, [int(i) for i in prompt], layout.machine(ids, min_audio))
         self.settings = (temperature, top_p, repetition)
         self.generator = torch.Generator(backbone.lm_head.weight.device).manual_seed(seed)

@@ -16,7 +16,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib import metadata
 from urllib.parse import urlsplit
 
-from aqaa.backbone.generation import Step
+from aqaa.backbone.generation import Step, check_sampling, room_for
 from aqaa.scale.plan import Setup, check_ranks
 from aqaa.scale.rules import KEY, Rules
 from aqaa.scale.setups import parse_gpus, read_model
@@ -49,15 +49,12 @@ class Engine:
         logprob is taken over the engine's whole vocabulary, so it is a little lower than ours. Raises ValueError for
         settings out of range or a prompt too long, and EngineError.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or max_tokens < 0:
-            raise ValueError("temperature must be ≥ 0, top_p in (0, 1] and max_tokens ≥ 0")
+        check_sampling(temperature, top_p, max_tokens)
         n_prompt = len(prompt)
-        limit = self.limit or n_prompt + max_tokens + 1
-        if not 0 < n_prompt < limit:
-            raise ValueError(f"the prompt has {n_prompt} ids; the model takes 1 to {limit - 1}: shorten the question")
+        left = room_for(self.limit or n_prompt + max_tokens + 1, n_prompt, max_tokens)
         settings = {
             "temperature": float(temperature), "top_p": float(top_p), "top_k": 0, "seed": int(seed), "logprobs": 0,
-            "max_tokens": min(max_tokens, limit - n_prompt), "stop_token_ids": [ids.eot],
+            "max_tokens": left, "stop_token_ids": [ids.eot],
         }  # fmt: skip
         rules, machine = Rules.of(layout, ids, min_audio, repetition), layout.machine(ids, min_audio)
         return self._follow([int(i) for i in prompt], settings, rules, machine)
