@@ -399,6 +399,7 @@ def test_a_listener_is_asked_in_random_order_without_names(page):
     for listeners in (1, 2):
         front.says("submit", scores=[given[which] for which in front.state["order"]])
         assert front.state["done"] and len(form.marks) == listeners
+        assert form.names == [pairs[which][0] for which in front.state["order"]]
         front.says("again")
         assert not front.state["done"] and sorted(front.state["order"]) == [0, 1, 2]
     result = form.result()

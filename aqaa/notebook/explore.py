@@ -240,6 +240,11 @@ class Listening(Widget):
     def _order(self):
         return self._shuffle.permutation(len(self.pairs)).tolist()
 
+    @property
+    def names(self):
+        """The names behind the sounds, in the order of the form: for after the marks are given."""
+        return [self.pairs[which][0] for which in self._state["order"]]
+
     def rate_all(self, marks):
         """One listener's marks, one for each pair in the order of `pairs`. Raises ValueError unless all are 1 to 5."""
         if len(marks) != len(self.pairs) or not all(mark in (1, 2, 3, 4, 5) for mark in marks):

@@ -216,8 +216,9 @@ class Player(Widget):
 
     def _summary(self, stopped):
         report = self.report
+        gaps = f"{report['gaps']} gap{'s' * (report['gaps'] != 1)}"
         made = f"{len(self.heard) / self.rate:.1f} s made in {report['chunks']} pieces, first sound after"
-        return f"{'Stopped: ' * stopped}{made} {report['first_ms'] or 0:.0f} ms, {report['gaps']} gaps."
+        return f"{'Stopped: ' * stopped}{made} {report['first_ms'] or 0:.0f} ms, {gaps}."
 
     def _on_ready(self, *_):
         self._listening = True
