@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+from aqaa import amx as matrix_units
 from aqaa import kernels
 from aqaa.backbone.quantized import empty_linears
 from aqaa.config import PRESETS, AQAAConfig
@@ -90,18 +91,27 @@ def device_of(name):
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=None, device="cpu", dtype=None):
+def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=None, device="cpu", dtype=None,
+         amx=False):  # fmt: skip
     """The whole system, ready to answer. Parts are read when first used.
 
     source: "mini", a folder like it, or "full", which takes nothing but released folders (or those
     of $AQAA_TOKENIZER, $AQAA_BACKBONE, $AQAA_VOCODER). tokenizer, backbone, vocoder: released folders
     (Step-Audio-Tokenizer; a Step-1 language model; Step-Audio-TTS-3B's CosyVoice-300M-25Hz), which replace those parts
     of source. speaker: a recording whose voice the released vocoder takes. dtype: of backbone and flow, as "bfloat16";
-    by default the backbone keeps that of its files and the flow is fp32.
+    by default the backbone keeps that of its files and the flow is fp32. amx: linear layers of tokenizers and flow on
+    the matrix units of a recent Xeon (see `aqaa.amx`).
 
     Raises ModelError at once if a file is missing, cut short or damaged, or if the parts do not fit one another.
     """
     device, dtype = device_of(device), dtype_of(dtype)
+    if amx and device.type != "cpu":
+        raise ModelError(f"amx is a part of processors, and the device is {device}: leave one of them out.")
+    if amx:
+        try:
+            matrix_units.library()
+        except ValueError as fault:
+            raise ModelError(str(fault)) from None
     given = _folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))
     if speaker is not None and "vocoder" not in given:
         raise ModelError("a speaker's voice needs a released vocoder: name its folder with --vocoder.")
@@ -129,7 +139,7 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
             with skip_init():
                 module = build(name, config)
             found = load_part(folder, name, module).to(device, wanted)
-        return kernels.prepare(found) if device.type == "cpu" and name in PREPARED else found
+        return kernels.prepare(found, amx) if device.type == "cpu" and name in PREPARED else found
 
     notes = tuple(found.note for found in sources.values() if found.note)
     return AQAA(config, part, device=device, voice=voice, notes=notes)

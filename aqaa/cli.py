@@ -72,6 +72,7 @@ def _parser():
     sampling.add_argument("--speaker", metavar="WAV", help="a recording whose voice the released vocoder takes")
     sampling.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32: of backbone and flow")
     sampling.add_argument("--engine", metavar="URL", help="a vLLM server that generates, or fast: our GPU kernels")
+    sampling.add_argument("--amx", action="store_true", help="tokenizers and flow on the matrix units of a Xeon")
     sampling.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
     sampling.add_argument("--seed", type=int, default=0, help="same seed, same answer")
     sampling.add_argument("--temperature", type=_not_negative, help="0 takes the likeliest token")
@@ -213,7 +214,7 @@ def _load(args):
 
         engine = Server(args.engine)
     folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
-    model = checkpoints.load(args.preset, device=args.device, dtype=args.dtype, **folders)
+    model = checkpoints.load(args.preset, device=args.device, dtype=args.dtype, amx=args.amx, **folders)
     if args.engine == "fast":
         from aqaa.scale.decode import Engine
 

@@ -146,6 +146,8 @@ def devices():
     """Processors, and what they can compute in bf16."""
     import torch
 
+    from aqaa import amx
+
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -156,11 +158,17 @@ def devices():
         "cpu": f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {' '.join(flags) or 'no wide vectors'}"
     }
-    for index in range(torch.cuda.device_count()):
+    try:
+        amx.library()
+        found["amx"] = "ready: --amx uses it"
+    except ValueError as fault:
+        found["amx"] = f"not usable: {fault}"
+    gpus = range(torch.cuda.device_count())
+    for index in gpus:
         card = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
         found[f"cuda:{index}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
-    if len(found) == 1:
+    if not gpus:
         found["cuda"] = "none"
     return found
 

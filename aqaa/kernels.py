@@ -2,19 +2,24 @@
 
 from torch import nn
 
+from aqaa import amx as matrix_units
+
 MARGIN = 16  # floats between two columns: without it, columns of 2^n floats would evict each other from the cache
 
 
-def prepare(module):
+def prepare(module, amx=False):
     """Make a part ready for inference, in place; returns it in eval mode. Training goes on working, a little slower.
 
     Weight norms are folded (names change to the plain `weight`, which loads as well). The matrix of every linear layer
     is stored column by column, as the product reads it: with few rows of input (a question of some seconds) the usual
     order costs a sixth more, for the matrix is first copied into this one in every call. Not for the backbone, which
-    decodes one row at a time.
+    decodes one row at a time. amx: compute those layers on a Xeon's matrix units, and leave their matrices as they are;
+    ValueError where there are none.
     """
+    if amx:
+        matrix_units.use(module)
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if type(layer) is nn.Linear:
             layer.weight.data = by_columns(layer.weight.data)
     if hasattr(module, "fold_weight_norm"):
         module.fold_weight_norm()

@@ -3,6 +3,7 @@
 Weights and sounds are random and seeded: neither changes the work. All who do the same work take turns in one run, on
 the same weights, and their results are compared. "as trained" is our module before `kernels.prepare`: for HiFT, which
 no package holds, that is the published order of work (weight norms in every call, every convolution direct).
+"AMX" stands for linear layers on the matrix units of a Xeon that has them: fp32 in three products of bf16.
 """
 
 import gc
@@ -97,11 +98,16 @@ def _turns(runs, rounds, clock):
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
 
-def _pair(name, config, change=lambda module: None):
-    """A part with random weights, as trained and prepared."""
+def _ready(name, config, change=lambda module: None):
+    """A part with random weights as trained, and (what is said of it, it) prepared, with and without AMX."""
     plain = checkpoints.build(name, config).eval().requires_grad_(False)
     change(plain)
-    return plain, kernels.prepare(deepcopy(plain))
+    ways = [("", kernels.prepare(deepcopy(plain)))]
+    try:
+        ways.append((", AMX", kernels.prepare(deepcopy(plain), amx=True)))
+    except ValueError:  # another processor
+        pass
+    return plain, ways
 
 
 def _sound(seconds):
@@ -123,19 +129,23 @@ def linguistic(config):
         model.add_shift.fill_(-10)
         model.rescale.fill_(0.2)
 
-    plain, ready = _pair("linguistic", config, scale)
-    wav, others = _sound(5), {}
-    others["as trained"] = lambda: plain.encode(wav, energy_norm=False)
-    compare = dict
-    if peers.installed("funasr"):
-        peer = peers.funasr(plain)
+    plain, ways = _ready("linguistic", config, scale)
+    peer = peers.funasr(plain) if peers.installed("funasr") else None
+    wav = _sound(5)
+    for how, ready in ways:
+        yield _linguistic(f"linguistic{how}", plain, ready, peer, wav)
+
+
+def _linguistic(name, plain, ready, peer, wav):
+    others, compare = {"as trained": lambda: plain.encode(wav, energy_norm=False)}, dict
+    if peer:
         others["funasr"] = lambda: plain.quantize(peer(wav))
 
         def compare():
             hidden, wanted = ready(ready.features(wav)[None])[0], peer(wav)
             return _codes(ready.quantize(hidden), plain.quantize(wanted), hidden, wanted)
 
-    yield Case("linguistic", 5, lambda: ready.encode(wav, energy_norm=False), others, compare)
+    return Case(name, 5, lambda: ready.encode(wav, energy_norm=False), others, compare)
 
 
 def semantic(config):
@@ -144,13 +154,15 @@ def semantic(config):
         model.quantizer._codebook.embed.normal_()
         model.quantizer._codebook.embed /= model.quantizer._codebook.embed.norm(dim=1, keepdim=True)
 
-    plain, ready = _pair("semantic", config, fill)
+    plain, ways = _ready("semantic", config, fill)
     peer = peers.s3tokenizer(plain) if peers.installed("s3tokenizer") else None
     for seconds in (5, 30):
-        yield _semantic(plain, ready, peer, _sound(seconds), seconds)
+        wav = _sound(seconds)
+        for how, ready in ways:
+            yield _semantic(f"semantic{how}", plain, ready, peer, wav, seconds)
 
 
-def _semantic(plain, ready, peer, wav, seconds):
+def _semantic(name, plain, ready, peer, wav, seconds):
     others, compare = {"as trained": lambda: plain.encode(wav, energy_norm=False)}, dict
     if peer:
         others["s3tokenizer"] = lambda: peer(wav)
@@ -159,19 +171,25 @@ def _semantic(plain, ready, peer, wav, seconds):
             hidden, (wanted, codes) = ready.hidden(ready.features(wav)[None])[0][0], peer(wav)
             return _codes(ready.encode(wav, energy_norm=False), codes, hidden, wanted)
 
-    return Case("semantic", seconds, lambda: ready.encode(wav, energy_norm=False), others, compare)
+    return Case(name, seconds, lambda: ready.encode(wav, energy_norm=False), others, compare)
 
 
 def flow(config):
     """Ten Euler steps with guidance: the whole, then the decoder beside matcha's, then both in bfloat16."""
-    plain, ready = _pair("flow", config)
+    plain, ways = _ready("flow", config)
     token, rate = torch.randint(0, config.ids.n_audio, (1, 210)), 0.7
     seconds, frames, n = 5.04, plain.frames(210), config.flow.output_size
     noise = torch.randn(1, n, frames)
-    yield Case("flow", seconds, lambda: ready.inference(token, noise=noise, n_timesteps=10, cfg_rate=rate), {
-        "as trained": lambda: plain.inference(token, noise=noise, n_timesteps=10, cfg_rate=rate)})
+
+    def whole(model):
+        return lambda: model.inference(token, noise=noise, n_timesteps=10, cfg_rate=rate)
+
+    for how, ready in ways:
+        yield Case(f"flow{how}", seconds, whole(ready), {"as trained": whole(plain)})
     tensors = noise, torch.randn(1, n, frames), torch.randn(1, n), torch.zeros(1, n, frames)
-    yield _decoder("flow decoder", seconds, plain, ready, tensors, rate)
+    for how, ready in ways:
+        yield _decoder(f"flow decoder{how}", seconds, plain, ready, tensors, rate)
+    ready = ways[0][1]
     if torch.cpu._is_avx512_bf16_supported():
         half = [tensor.bfloat16() for tensor in tensors]
         yield _decoder("flow decoder, bfloat16", seconds, plain.bfloat16(), ready.bfloat16(), half, rate)
@@ -194,7 +212,7 @@ def _decoder(name, seconds, plain, ready, tensors, rate):
 
 def hift(config):
     """Mel to wave; then the pitch alone."""
-    plain, ready = _pair("hift", config)
+    plain, ((_, ready), *_) = _ready("hift", config)
     mel = torch.randn(1, config.mel.num_mels, 5 * config.mel.sampling_rate // config.mel.hop_size)
 
     def compare():

@@ -1,4 +1,4 @@
-"""Run every fixture under the given folders: `python -m tests.parity FOLDER...`.
+"""Run every fixture under the given folders: `python -m tests.parity [--amx] FOLDER...`.
 
 Adding a kind
     Write `function(path)` that yields `(output_name, max_error, allowed)` and list it in a module's
@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+from tests.parity import common
 
 MODULES = ("tests.parity.speech_kinds", "tests.parity.vocoder_kinds", "tests.parity.backbone_kinds")
 
@@ -61,9 +63,11 @@ def check(key, path):
 
 def main(folders):
     """Check all folders; the exit status."""
+    common.AMX = "--amx" in folders
+    folders = [f for f in folders if f != "--amx"]
     missing = [f for f in folders if not Path(f).is_dir()]
     if not folders or missing:
-        usage = "usage: python -m tests.parity FOLDER..."
+        usage = "usage: python -m tests.parity [--amx] FOLDER..."
         print(f"no such folder: {missing[0]}" if missing else usage, file=sys.stderr)
         return 2
     passed = failed = 0

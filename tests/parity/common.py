@@ -6,7 +6,15 @@ import lzma
 import torch
 from safetensors.torch import load as load_bytes
 
+from aqaa import amx
+
+AMX = False  # parts on the matrix units of a Xeon: `python -m tests.parity --amx FOLDER`
 MARGIN = 1e-4  # a code may differ where the second nearest entry is this close
+
+
+def ready(module):
+    """A part as it is checked."""
+    return amx.use(module.eval()) if AMX else module.eval()
 
 
 def load(path):

@@ -11,7 +11,7 @@ from aqaa.config import IdsConfig, LinguisticConfig, MelConfig, SemanticConfig
 from aqaa.tokenizers.interleave import merge, split, to_string
 from aqaa.tokenizers.linguistic import STRIDE, LinguisticTokenizer, read_mvn
 from aqaa.tokenizers.semantic import SemanticTokenizer
-from tests.parity.common import compare, compare_codes, load, max_error
+from tests.parity.common import compare, compare_codes, load, max_error, ready
 
 
 def preprocess(path):
@@ -42,11 +42,11 @@ def sanm_stream(path):
     conf, chunk = meta["config"]["encoder_conf"], meta["config"]["chunk_size"]
     front = meta["config"]["frontend_conf"]
     sizes = {k: conf[k] for k in ("output_size", "attention_heads", "linear_units", "num_blocks", "kernel_size")}
-    model = LinguisticTokenizer(LinguisticConfig(
+    model = ready(LinguisticTokenizer(LinguisticConfig(
         codebook_size=len(inputs["centroids"]), chunk_rows=chunk[1], overlap_rows=chunk[0] + chunk[2],
         look_back=meta["config"]["encoder_chunk_look_back"], **sizes,
         **{k: front[k] for k in ("n_mels", "lfr_m", "lfr_n", "dither")},
-    )).eval()
+    )))
     add_shift, rescale = read_mvn(path.with_name(front["cmvn_file"]))
     extra = {"centroids": inputs["centroids"], "add_shift": add_shift, "rescale": rescale}
     model.load_state_dict({**state, **extra})
@@ -94,7 +94,7 @@ def _unit_margin(model, rows):
 
 def _semantic(meta, state):
     sizes = {k: v for k, v in meta["config"].items() if k != "name"}
-    model = SemanticTokenizer(SemanticConfig(**sizes)).eval()
+    model = ready(SemanticTokenizer(SemanticConfig(**sizes)))
     model.load_state_dict(state)
     return model
 

@@ -6,7 +6,7 @@ from aqaa.config import FlowConfig, HiftConfig, MelConfig
 from aqaa.vocoder.flow import Flow, InterpolateRegulator
 from aqaa.vocoder.hift import HiFT
 from aqaa.vocoder.unet import UNet
-from tests.parity.common import compare, load
+from tests.parity.common import compare, load, ready
 
 
 def tags(given, name):
@@ -18,7 +18,7 @@ def tags(given, name):
 def length_regulator(path):
     """Prompt and target stretched by themselves, smoothed together."""
     meta, sd, given, wanted = load(path)
-    model = InterpolateRegulator(meta["config"]["channels"], len(meta["config"]["sampling_ratios"])).eval()
+    model = ready(InterpolateRegulator(meta["config"]["channels"], len(meta["config"]["sampling_ratios"])))
     model.load_state_dict(sd)
     for tag in tags(given, "x1"):
         frames = meta["config"]["cases_t1_t2_mel1_mel2"][int(tag)][2:]
@@ -28,8 +28,8 @@ def length_regulator(path):
 
 def unet(c, channels_in):
     """UNet from the constructor arguments of an estimator fixture."""
-    return UNet(channels_in, c["out_channels"], c["channels"], c["n_blocks"], c["num_mid_blocks"], c["num_heads"],
-                c["attention_head_dim"]).eval()
+    sizes = (c[k] for k in ("channels", "n_blocks", "num_mid_blocks", "num_heads", "attention_head_dim"))
+    return ready(UNet(channels_in, c["out_channels"], *sizes))
 
 
 def cfm_estimator(path):
@@ -53,7 +53,7 @@ def flow_model(c):
         **{k: estimator[k] for k in ("channels", "attention_head_dim", "n_blocks", "num_mid_blocks", "num_heads")},
         **{k: cfm[k] for k in ("sigma_min", "training_cfg_rate", "inference_cfg_rate")},
     )
-    return Flow(config, MelConfig(**c["mel_feat_conf"])).eval()
+    return ready(Flow(config, MelConfig(**c["mel_feat_conf"])))
 
 
 def flow(path):
@@ -93,7 +93,7 @@ def hift_config(c):
 def hift(path):
     """f0, source, STFT, spectrum and wave, end to end and from the fixture's own source (the tight gate)."""
     meta, sd, given, wanted = load(path)
-    model = HiFT(hift_config(meta["config"])).eval()
+    model = ready(HiFT(hift_config(meta["config"])))
     model.load_state_dict(sd)
     for tag in tags(given, "mel"):
         mel = given[f"mel_{tag}"]

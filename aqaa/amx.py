@@ -1,0 +1,123 @@
+"""Linear layers on the matrix units (AMX) of recent Intel Xeons: fp32 in, fp32 out, more than twice as fast.
+
+An option, never a need: `aqaa.load(..., amx=True)`. The C of `amx.c` is compiled when it is first used and kept in the
+user's cache folder. That takes Linux, such a processor and a C compiler; the layers then take twice the memory.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SOURCE = Path(__file__).with_name("amx.c")
+NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"}  # as Linux writes them
+SIDE = 32  # both sizes of a layer are multiples of it
+CACHE = 2**19  # bytes of input that meet one stripe of weights after another
+
+
+class AmxLinear(nn.Linear):
+    """x Wᵀ + b, each fp32 factor taken as a sum of two bf16 (`amx.c`). With gradients on it is a plain linear layer."""
+
+    def forward(self, x):
+        """(..., K) -> (..., N). A row's result does not depend on the other rows, nor on the number of threads."""
+        weight, (n, k) = self.weight, self.weight.shape
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+            return super().forward(x)
+        mark = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if getattr(self, "packed_from", None) != mark:  # first use, or other weights since
+            self.packed, self.packed_from = tiles(weight.detach()), mark
+        flat = x.reshape(-1, k)
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        m, rows = len(flat), max(SIDE, CACHE // (4 * k) // SIDE * SIDE)
+        y = x.new_empty(-(-m // SIDE) * SIDE, n)
+        room = torch.empty(min(rows, len(y)) * 2 * k, dtype=torch.bfloat16)
+        bias = x.new_zeros(n) if self.bias is None else self.bias
+        library().linear(flat.data_ptr(), m, k, flat.stride(0), self.packed.data_ptr(), n, bias.data_ptr(),
+                         y.data_ptr(), room.data_ptr(), rows, torch.get_num_threads())  # fmt: skip
+        return y[:m].view(*x.shape[:-1], n)
+
+
+def use(module):
+    """Let the linear layers of a part compute by `amx.c`, in place; returns the part.
+
+    Layers of other sizes stay as they are, and so do names, shapes and values of the weights. Convolutions stay too: in
+    the flow they are a tenth of the work, and more of their rounding reaches the result. Raises ValueError where this
+    machine cannot.
+    """
+    library()
+    for layer in module.modules():
+        if type(layer) is nn.Linear and not layer.in_features % SIDE and not layer.out_features % SIDE:
+            layer.__class__ = AmxLinear
+    return module
+
+
+def halves(x):
+    """fp32 -> (hi, lo), two bf16 whose sum is x to 16 of its 24 bits."""
+    hi = x.bfloat16()
+    return hi, (x - hi).bfloat16()
+
+
+def product(x, weight):
+    """x (M, K), weight (N, K) -> x Wᵀ (M, N): what `amx.c` computes, in plain torch."""
+    (x_hi, x_lo), (w_hi, w_lo) = ([half.float() for half in halves(factor)] for factor in (x, weight))
+    return x_hi @ w_lo.T + x_lo @ w_hi.T + x_hi @ w_hi.T
+
+
+def tiles(weight):
+    """(N, K) fp32 -> (N / 32, K / 32, hi or lo, 2, 16, 16, 2) bf16: the order in which `amx.c` reads it."""
+    n, k = weight.shape
+    pairs = torch.stack(halves(weight)).view(2, n // SIDE, 2, 16, k // SIDE, 16, 2)  # rows and k, each cut in three
+    return pairs.permute(1, 4, 0, 2, 5, 3, 6).contiguous()
+
+
+@functools.cache
+def library():
+    """`amx.c`, compiled and loaded. Raises ValueError, which says what this machine lacks."""
+    if lacking := NEEDED - features():
+        raise ValueError(f"this processor has no AMX for bf16 (it lacks {', '.join(sorted(lacking))}): leave amx out.")
+    code = ctypes.CDLL(str(_compiled()))
+    if not code.allowed():
+        raise ValueError("the system does not let this process use AMX: leave amx out.")
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    code.linear.argtypes = [pointer, size, size, size, pointer, size, *[pointer] * 3, size, ctypes.c_int]
+    code.linear.restype = None
+    return code
+
+
+def features():
+    """What this processor can do, in the words of Linux; an empty set elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _compiled():
+    """The path of the compiled code, made now if it is not there. Raises ValueError."""
+    shared = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]  # torch's: one pool of threads
+    command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-fopenmp", "-fPIC", "-shared", str(SOURCE), *shared]
+    name = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aqaa" / f"amx-{name}.so"
+    if path.is_file():
+        return path
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*command, "-o", str(part)], check=True, capture_output=True)
+        os.replace(part, path)
+    except FileNotFoundError:
+        raise ValueError(f"amx needs a C compiler, and {command[0]} is none: install gcc, or leave amx out.") from None
+    except subprocess.CalledProcessError as fault:
+        lines = fault.stderr.decode(errors="replace").splitlines()
+        said = next((line for line in lines if "error" in line), "it gave no reason")
+        raise ValueError(f"{command[0]} could not compile amx.c ({said.strip()}): leave amx out.") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path

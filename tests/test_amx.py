@@ -1,0 +1,184 @@
+"""Products in three of bf16: the rule in plain torch everywhere, the matrix units where the processor has them."""
+
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from aqaa import amx, checkpoints, cli, kernels
+from tests.parity.__main__ import main as parity
+
+try:
+    amx.library()
+    HERE = True
+except ValueError:
+    HERE = False
+on_the_units = pytest.mark.skipif(not HERE, reason="needs a processor with AMX and a C compiler")
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(k, n, bias=True, seed=0):
+    made = nn.Linear(k, n, bias)
+    with torch.no_grad():
+        for i, parameter in enumerate(made.parameters()):
+            parameter.copy_(noise(*parameter.shape, seed=seed + i))
+    return made
+
+
+def error(found, wanted):
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
+
+
+def test_two_bf16_hold_16_bits_of_a_float():
+    x = noise(10_000) * torch.logspace(-20, 20, 10_000)
+    hi, lo = amx.halves(x)
+    assert hi.dtype == lo.dtype == torch.bfloat16
+    assert ((hi.double() + lo.double() - x.double()).abs() <= x.double().abs() * 2.0**-17).all()
+
+
+def test_three_products_are_a_hundred_times_closer_than_one():
+    x, weight = noise(40, 256), noise(64, 256, seed=1)
+    exact = x.double() @ weight.double().T
+    one = error(x.bfloat16().double() @ weight.bfloat16().double().T, exact)
+    assert error(amx.product(x, weight).double(), exact) < 1e-5 < one / 100
+
+
+def test_tiles_hold_every_weight_once():
+    weight = torch.arange(64 * 96, dtype=torch.float32).view(64, 96) + 1
+    whole = amx.tiles(weight).float().sum(2)  # hi + lo: exact, these numbers are small
+    assert sorted(whole.flatten().tolist()) == sorted(weight.flatten().tolist())
+    panel, step, half, pair, row, which = 1, 2, 0, 3, 4, 1
+    assert whole[panel, step, half, pair, row, which] == weight[32 * panel + row, 32 * step + 2 * pair + which]
+
+
+@on_the_units
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 200), k=st.integers(1, 12), n=st.integers(1, 6), bias=st.booleans(), seed=st.integers(0, 99),
+    threads=st.integers(1, 3), cache=st.sampled_from([1, 2**15, 2**19]), apart=st.integers(0, 3),
+)  # fmt: skip
+def test_the_units_compute_the_rule(m, k, n, bias, seed, threads, cache, apart):
+    """Whatever the sizes, the blocks of rows, the threads, and the distance of rows in memory."""
+    x, plain, before = noise(m, 32 * k + apart, seed=seed)[:, : 32 * k], layer(32 * k, 32 * n, bias), amx.CACHE
+    wanted = amx.product(x, plain.weight) + (plain.bias if bias else 0)
+    had = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        amx.CACHE = cache
+        with torch.no_grad():
+            found = amx.use(plain)(x)
+    finally:
+        amx.CACHE = before
+        torch.set_num_threads(had)
+    assert found.shape == wanted.shape and error(found, wanted) < 1e-6
+
+
+@on_the_units
+def test_a_row_is_the_same_in_any_company():
+    fast, x = amx.use(layer(96, 64)), noise(3, 50, 96)
+    with torch.no_grad():
+        whole = fast(x)
+        assert torch.equal(torch.cat([fast(x[:, :7]), fast(x[:, 7:])], 1), whole)
+        assert torch.equal(fast(x.mT.contiguous().mT), whole)  # values of a row apart in memory
+        assert torch.equal(fast(x[1, 4]), whole[1, 4]) and fast(x[:0]).shape == (0, 50, 64)
+
+
+@on_the_units
+def test_elsewhere_it_is_a_plain_layer():
+    plain, fast, x = layer(64, 32), amx.use(layer(64, 32)), noise(5, 64)
+    assert torch.equal(fast(x), plain(x))  # gradients are on
+    fast(x).sum().backward()
+    assert fast.weight.grad is not None
+    with torch.no_grad():
+        assert torch.equal(fast.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16()))
+
+
+@on_the_units
+def test_new_weights_are_noticed():
+    fast, x = amx.use(layer(64, 32)), noise(5, 64)
+    with torch.no_grad():
+        fast(x)
+        fast.load_state_dict(layer(64, 32, seed=5).state_dict())
+        other = layer(64, 32, seed=5)
+        assert error(fast(x), other(x)) < 1e-5
+
+
+@on_the_units
+def test_only_layers_that_fit_are_taken_and_names_stay():
+    part = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 33), nn.Linear(33, 32), nn.Conv1d(32, 32, 3))
+    names = list(part.state_dict())
+    kernels.prepare(part, amx=True)
+    assert [type(one) for one in part] == [amx.AmxLinear, nn.Linear, nn.Linear, nn.Conv1d]
+    assert list(part.state_dict()) == names
+
+
+@on_the_units
+def test_the_golden_tensors(capsys):
+    golden = Path(__file__).parent / "parity" / "golden" / "speech"
+    assert parity(["--amx", str(golden)]) == 0, capsys.readouterr().out
+    parity([str(golden)])  # leaves the usual way behind
+
+
+@on_the_units
+def test_a_model_hears_and_speaks_the_same(tmp_path, capsys):
+    question = checkpoints.data_folder() / "questions" / "product_q001959.wav"
+    plain, fast = (checkpoints.load("mini", amx=on).ask(question, seed=3) for on in (False, True))
+    assert plain.tokens == fast.tokens
+    assert (plain.audio - fast.audio).abs().max() < 0.02
+    assert cli.main(["ask", str(question), "--amx", "-o", str(tmp_path / "a.wav")]) == 0
+    assert (tmp_path / "a.wav").stat().st_size > 10_000
+
+
+# ---- machines that cannot -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing compiled yet, and a processor that could."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(amx, "features", lambda: set(amx.NEEDED))
+    amx.library.cache_clear()
+    yield tmp_path
+    amx.library.cache_clear()
+
+
+def test_another_processor_is_told_so(monkeypatch, capsys, fresh):
+    monkeypatch.setattr(amx, "features", lambda: {"avx2"})
+    assert cli.main(["ask", "data/questions/product_q001959.wav", "--amx"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("aqaa: this processor has no AMX") and said.count("\n") == 1
+    with pytest.raises(checkpoints.ModelError, match="a part of processors"):
+        checkpoints.load("mini", device="meta", amx=True)
+
+
+@pytest.mark.parametrize("body, why", [
+    (None, "there is no|is none"),
+    ("echo 'amx.c:1: error: such a day' >&2; exit 1", "such a day"),
+    ("exit 1", "no reason"),
+])
+def test_without_a_compiler_one_sentence(monkeypatch, fresh, body, why):
+    compiler = fresh / "compiler"
+    if body:
+        compiler.write_text(f"#!/bin/sh\n{body}\n")
+        compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(ValueError, match=why):
+        amx.library()
+    assert not [path for path in (fresh / "cache").rglob("*") if path.is_file()]
+
+
+@on_the_units
+def test_it_is_compiled_once(fresh, monkeypatch):
+    amx.library()
+    (made,) = (fresh / "cache" / "aqaa").iterdir()
+    amx.library.cache_clear()
+    monkeypatch.setattr(amx.subprocess, "run", None)
+    amx.library()
+    assert made.suffix == ".so"
