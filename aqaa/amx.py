@@ -38,7 +38,7 @@ class AmxLinear(nn.Linear):
         y = x.new_empty(-(-m // SIDE) * SIDE, n)
         room = torch.empty(min(rows, len(y)) * 2 * k, dtype=torch.bfloat16)
         bias = x.new_zeros(n) if self.bias is None else self.bias
-        library().linear(flat.data_ptr(), m, k, flat.stride(0), self.packed.data_ptr(), n, bias.data_ptr(),
+        compiled().linear(flat.data_ptr(), m, k, flat.stride(0), self.packed.data_ptr(), n, bias.data_ptr(),
                          y.data_ptr(), room.data_ptr(), rows, torch.get_num_threads())  # fmt: skip
         return y[:m].view(*x.shape[:-1], n)
 
@@ -50,7 +50,7 @@ def use(module):
     the flow they are a tenth of the work, and more of their rounding reaches the result. Raises ValueError where this
     machine cannot.
     """
-    library()
+    compiled()
     for layer in module.modules():
         if type(layer) is nn.Linear and not layer.in_features % SIDE and not layer.out_features % SIDE:
             layer.__class__ = AmxLinear
@@ -77,11 +77,11 @@ def tiles(weight):
 
 
 @functools.cache
-def library():
+def compiled():
     """`amx.c`, compiled and loaded. Raises ValueError, which says what this machine lacks."""
-    if lacking := NEEDED - features():
+    if lacking := NEEDED - set(cpuinfo("flags").split()):
         raise ValueError(f"this processor has no AMX for bf16 (it lacks {', '.join(sorted(lacking))}): leave amx out.")
-    code = ctypes.CDLL(str(_compiled()))
+    code = ctypes.CDLL(str(_shared_object()))
     if not code.allowed():
         raise ValueError("the system does not let this process use AMX: leave amx out.")
     pointer, size = ctypes.c_void_p, ctypes.c_int64
@@ -90,16 +90,16 @@ def library():
     return code
 
 
-def features():
-    """What this processor can do, in the words of Linux; an empty set elsewhere."""
+def cpuinfo(name):
+    """What Linux says of the first processor under `name` ("flags", "model name"); nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
-def _compiled():
+def _shared_object():
     """The path of the compiled code, made now if it is not there. Raises ValueError."""
     shared = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]  # torch's: one pool of threads
     command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-fopenmp", "-fPIC", "-shared", str(SOURCE), *shared]

@@ -109,7 +109,7 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
         raise ModelError(f"amx is a part of processors, and the device is {device}: leave one of them out.")
     if amx:
         try:
-            matrix_units.library()
+            matrix_units.compiled()
         except ValueError as fault:
             raise ModelError(str(fault)) from None
     given = _folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))

@@ -10,7 +10,6 @@ import platform
 import re
 import shutil
 import sys
-from pathlib import Path
 
 PACKAGES = ("torch", "torchaudio", "transformers", "soundfile", "safetensors", "numpy", "scipy", "tqdm", "pocketsphinx")
 ENGINES = {  # program: what it is for, and the Debian packages that bring it and its voices
@@ -148,18 +147,14 @@ def devices():
 
     from aqaa import amx
 
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        info = ""
-    model = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    flags = [flag for flag in CPU_FLAGS if f" {flag} " in info.replace("\n", " ")]
+    known = amx.cpuinfo("flags").split()
+    flags = [flag for flag in CPU_FLAGS if flag in known]
     found = {
-        "cpu": f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        "cpu": f"{amx.cpuinfo('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {' '.join(flags) or 'no wide vectors'}"
     }
     try:
-        amx.library()
+        amx.compiled()
         found["amx"] = "ready: --amx uses it"
     except ValueError as fault:
         found["amx"] = f"not usable: {fault}"

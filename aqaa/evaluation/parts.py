@@ -6,6 +6,7 @@ no package holds, that is the published order of work (weight norms in every cal
 "AMX" stands for linear layers on the matrix units of a Xeon that has them: fp32 in three products of bf16.
 """
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -98,16 +99,19 @@ def _turns(runs, rounds, clock):
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
 
-def _ready(name, config, change=lambda module: None):
-    """A part with random weights as trained, and (what is said of it, it) prepared, with and without AMX."""
+def _random(name, config, change=lambda module: None):
+    """A part with random weights, as trained."""
     plain = checkpoints.build(name, config).eval().requires_grad_(False)
     change(plain)
-    ways = [("", kernels.prepare(deepcopy(plain)))]
-    try:
-        ways.append((", AMX", kernels.prepare(deepcopy(plain), amx=True)))
-    except ValueError:  # another processor
-        pass
-    return plain, ways
+    return plain
+
+
+def _prepared(plain):
+    """The same part ready for inference: {"": …, ", AMX": …}, the second where the processor allows it."""
+    ways = {"": kernels.prepare(deepcopy(plain))}
+    with contextlib.suppress(ValueError):
+        ways[", AMX"] = kernels.prepare(deepcopy(plain), amx=True)
+    return ways
 
 
 def _sound(seconds):
@@ -129,10 +133,10 @@ def linguistic(config):
         model.add_shift.fill_(-10)
         model.rescale.fill_(0.2)
 
-    plain, ways = _ready("linguistic", config, scale)
+    plain = _random("linguistic", config, scale)
     peer = peers.funasr(plain) if peers.installed("funasr") else None
     wav = _sound(5)
-    for how, ready in ways:
+    for how, ready in _prepared(plain).items():
         yield _linguistic(f"linguistic{how}", plain, ready, peer, wav)
 
 
@@ -154,11 +158,12 @@ def semantic(config):
         model.quantizer._codebook.embed.normal_()
         model.quantizer._codebook.embed /= model.quantizer._codebook.embed.norm(dim=1, keepdim=True)
 
-    plain, ways = _ready("semantic", config, fill)
+    plain = _random("semantic", config, fill)
+    ways = _prepared(plain)
     peer = peers.s3tokenizer(plain) if peers.installed("s3tokenizer") else None
     for seconds in (5, 30):
         wav = _sound(seconds)
-        for how, ready in ways:
+        for how, ready in ways.items():
             yield _semantic(f"semantic{how}", plain, ready, peer, wav, seconds)
 
 
@@ -176,7 +181,8 @@ def _semantic(name, plain, ready, peer, wav, seconds):
 
 def flow(config):
     """Ten Euler steps with guidance: the whole, then the decoder beside matcha's, then both in bfloat16."""
-    plain, ways = _ready("flow", config)
+    plain = _random("flow", config)
+    ways = _prepared(plain)
     token, rate = torch.randint(0, config.ids.n_audio, (1, 210)), 0.7
     seconds, frames, n = 5.04, plain.frames(210), config.flow.output_size
     noise = torch.randn(1, n, frames)
@@ -184,15 +190,14 @@ def flow(config):
     def whole(model):
         return lambda: model.inference(token, noise=noise, n_timesteps=10, cfg_rate=rate)
 
-    for how, ready in ways:
+    for how, ready in ways.items():
         yield Case(f"flow{how}", seconds, whole(ready), {"as trained": whole(plain)})
     tensors = noise, torch.randn(1, n, frames), torch.randn(1, n), torch.zeros(1, n, frames)
-    for how, ready in ways:
+    for how, ready in ways.items():
         yield _decoder(f"flow decoder{how}", seconds, plain, ready, tensors, rate)
-    ready = ways[0][1]
     if torch.cpu._is_avx512_bf16_supported():
         half = [tensor.bfloat16() for tensor in tensors]
-        yield _decoder("flow decoder, bfloat16", seconds, plain.bfloat16(), ready.bfloat16(), half, rate)
+        yield _decoder("flow decoder, bfloat16", seconds, plain.bfloat16(), ways[""].bfloat16(), half, rate)
 
 
 def _decoder(name, seconds, plain, ready, tensors, rate):
@@ -212,7 +217,8 @@ def _decoder(name, seconds, plain, ready, tensors, rate):
 
 def hift(config):
     """Mel to wave; then the pitch alone."""
-    plain, ((_, ready), *_) = _ready("hift", config)
+    plain = _random("hift", config)
+    ready = kernels.prepare(deepcopy(plain))
     mel = torch.randn(1, config.mel.num_mels, 5 * config.mel.sampling_rate // config.mel.hop_size)
 
     def compare():

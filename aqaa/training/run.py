@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import checkpoints
+from .. import amx, checkpoints
 from ..config import preset
 from ..evaluation.codes import usage
 from ..tokenizers.linguistic import LinguisticTokenizer
@@ -296,11 +296,7 @@ def about(what, device="cpu"):
 
 def cpu_name():
     """Model of the processor and the threads that torch uses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
+    model = amx.cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} thread(s)"
 
 
