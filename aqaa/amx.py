@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from aqaa.records import cpuinfo
+
 SOURCE = Path(__file__).with_name("amx.c")
 NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"}  # as Linux writes them
 SIDE = 32  # both sizes of a layer are multiples of it
@@ -88,15 +90,6 @@ def compiled():
     code.linear.argtypes = [pointer, size, size, size, pointer, size, *[pointer] * 3, size, ctypes.c_int]
     code.linear.restype = None
     return code
-
-
-def cpuinfo(name):
-    """What Linux says of the first processor under `name` ("flags", "model name"); nothing elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def _shared_object():

@@ -14,7 +14,7 @@ REPEATS = 5
 def main(args):
     """Measure and print. args: preset, device, seed, json, out, limit (how many questions are asked)."""
     from aqaa.evaluation.accuracy import report
-    from aqaa.training.run import about
+    from aqaa.records import about
 
     results = {**about("speed", args.device), **speed(args.preset, args.device, args.limit or REPEATS, args.seed)}
     report(args, results, [f"{name:28} {value}" for name, value in results.items()])

@@ -146,11 +146,12 @@ def devices():
     import torch
 
     from aqaa import amx
+    from aqaa.records import cpuinfo
 
-    known = amx.cpuinfo("flags").split()
+    known = cpuinfo("flags").split()
     flags = [flag for flag in CPU_FLAGS if flag in known]
     found = {
-        "cpu": f"{amx.cpuinfo('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        "cpu": f"{cpuinfo('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {' '.join(flags) or 'no wide vectors'}"
     }
     try:

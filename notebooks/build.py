@@ -137,7 +137,7 @@ def record(name, entry, command):
     """Merge an entry into data/runs/notebooks.json, with its date, commit and hardware."""
     import torch
 
-    from aqaa.training.run import provenance
+    from aqaa.records import provenance
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # as show.setup() does in every notebook: the hardware line counts threads

@@ -319,7 +319,7 @@ def _listen(rows, items, sounds, corpus, workers, seed, progress):
 def main(args):
     """`aqaa bench accuracy`; args: preset, device, seed, corpus, limit (a cell), text_only, workers, json, out."""
     from aqaa import checkpoints
-    from aqaa.training.run import about
+    from aqaa.records import about
 
     if args.out and not Path(args.out).resolve().parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"{args.out} cannot be written, its folder does not exist: make it first")

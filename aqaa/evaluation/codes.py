@@ -132,7 +132,7 @@ def main(args):
     from aqaa.evaluation import accuracy
     from aqaa.training.features import load_codes
     from aqaa.training.planning import plan
-    from aqaa.training.run import about
+    from aqaa.records import about
 
     model = checkpoints.load(args.preset, device=args.device)
     beside = checkpoints.data_folder() if args.preset == "mini" else Path(args.preset).parent

@@ -39,7 +39,7 @@ class Case:
 def main(args):
     """Measure and print. args: preset, seed, only, limit (rounds), json, out."""
     from aqaa.evaluation.accuracy import report
-    from aqaa.training.run import about
+    from aqaa.records import about
 
     if args.preset not in PRESETS:
         raise ValueError(f"bench parts draws its own weights: --preset is {' or '.join(PRESETS)}, not {args.preset}.")

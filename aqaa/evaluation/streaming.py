@@ -25,7 +25,7 @@ def main(args):
     """Measure and print. args: preset, device, seed, json, out, limit (how many questions). ValueError without any."""
     from aqaa import checkpoints
     from aqaa.evaluation.accuracy import report
-    from aqaa.training.run import about
+    from aqaa.records import about
 
     folder = checkpoints.data_folder() / "questions"
     wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[: args.limit]]

@@ -102,7 +102,8 @@ def main(args):
     from aqaa import checkpoints
     from aqaa.evaluation import accuracy
     from aqaa.tokenizers import interleave
-    from aqaa.training.run import about, held_out
+    from aqaa.records import about
+    from aqaa.training.run import held_out
 
     model = checkpoints.load(args.preset, device=args.device)
     corpus = accuracy.evaluation_corpus(args.corpus, args.seed, args.workers)

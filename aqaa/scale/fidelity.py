@@ -210,7 +210,7 @@ def _answers(before, after, expected):
 def main(args):
     """`aqaa bench quantize`; args: preset, device, seed, limit (how many questions), json, out."""
     from aqaa import checkpoints
-    from aqaa.training.run import about
+    from aqaa.records import about
 
     if args.out and not Path(args.out).resolve().parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"{args.out} cannot be written, its folder does not exist: make it first")

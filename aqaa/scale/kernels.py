@@ -28,7 +28,7 @@ LOW = 5  # nibbles of a word that fit the mantissa of a float where they lie; th
 FEW = 8  # rows of activations up to which weights are multiplied as they are unpacked; beyond, unpacking pays once
 TILES = {}  # (kernel, outputs, inputs) -> (rows, words, warps) of a program, where `tune` has found what is best
 TILE = (8, 128, 1)  # four words a thread in each row: 16-byte loads, and nothing passes through shared memory
-CANDIDATES = (TILE, (4, 128, 1), (16, 128, 4), (8, 256, 2), (4, 256, 2), (8, 512, 4), (4, 512, 4), (2, 512, 4))
+CANDIDATES = (TILE, (4, 128, 1), (16, 128, 4), (4, 256, 2), (8, 512, 4))
 
 
 def _jit(function):

@@ -99,7 +99,7 @@ class Bench:
 
     def record(self, out=None):
         """A Record with its head: what is measured, on what, by which versions and command."""
-        from aqaa.training.run import about
+        from aqaa.records import about
 
         layers, card = self.config.backbone.num_hidden_layers, self.card() if self.gpu else None
         complete = self.gpu and card and layers == self.whole and self.config.name == "full"

@@ -4,12 +4,8 @@ A stage reads what earlier ones left in the run folder and leaves a checkpoint, 
 record.json. `export` gathers the finished parts into a model folder that `aqaa.load` reads.
 """
 
-import datetime
 import json
-import platform
 import shutil
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -17,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import amx, checkpoints
+from .. import checkpoints
 from ..config import preset
 from ..evaluation.codes import usage
+from ..records import provenance
 from ..tokenizers.linguistic import LinguisticTokenizer
 from ..tokenizers.semantic import SemanticTokenizer
 from ..tokenizers.text import TextTokenizer
@@ -274,30 +271,6 @@ def batches_by_length(lengths, size):
 def keep(out, rows, codes, lengths):
     for row, code, length in zip(rows, codes, lengths.tolist(), strict=True):
         out[row] = code[:length].numpy()
-
-
-def provenance(device="cpu"):
-    """Date, commit and hardware of a result."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu_name()
-    return {"date": datetime.date.today().isoformat(), "commit": commit, "hardware": name, "torch": torch.__version__}
-
-
-def about(what, device="cpu"):
-    """The head of a recorded result: its name, its provenance and the command that made it."""
-    return {"what": what, **provenance(device), "command": " ".join(["aqaa", *sys.argv[1:]])}
-
-
-def cpu_name():
-    """Model of the processor and the threads that torch uses."""
-    model = amx.cpuinfo("model name") or platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} thread(s)"
 
 
 def main(stage, **options):

@@ -1,0 +1,52 @@
+"""Where a recorded number comes from: date, commit, hardware and command. The ground floor: no audio, no training."""
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux only; elsewhere the platform's own word for the processor has to do
+
+
+def cpuinfo(name):
+    """What Linux says of the first processor under `name`, such as "flags"; "" where it says nothing."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == name), "")
+
+
+def cpu_name():
+    """Model of the processor and the threads that torch uses."""
+    model = cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} thread(s)"
+
+
+def commit():
+    """Short hash of the code's commit: git's own, or $AQAA_COMMIT where the code was copied without its history."""
+    if named := os.environ.get("AQAA_COMMIT"):
+        return named
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(device="cpu"):
+    """Date, commit and hardware of a result."""
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu_name()
+    today = datetime.date.today().isoformat()
+    return {"date": today, "commit": commit(), "hardware": name, "torch": torch.__version__}
+
+
+def about(what, device="cpu"):
+    """The head of a recorded result: its name, its provenance and the command that made it."""
+    return {"what": what, **provenance(device), "command": " ".join(["aqaa", *sys.argv[1:]])}
