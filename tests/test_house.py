@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
@@ -22,8 +23,8 @@ LAYERS = (  # a module may import from layers above its own line, and within its
     {"__main__"},
 )
 BUDGET = {  # lines; what a reader reads to understand the model comes first
-    "config records audio tokenizers backbone vocoder amx kernels pipeline listening": 4_600,
-    "aqaa __main__ cli doctor bench checkpoints released shards foreign": 1_900,
+    "config audio tokenizers backbone vocoder amx kernels pipeline listening": 4_600,
+    "aqaa __main__ cli doctor bench records checkpoints released shards foreign": 1_900,
     "training evaluation": 4_300,
     "scale": 3_200,
     "notebook": 2_000,
@@ -94,24 +95,76 @@ def test_importing_aqaa_is_light():
 
 
 def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_conda_and_pip_install_the_same():
-    text = (ROOT / "environment.yml").read_text()
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     lines = [line.strip().removeprefix("- ") for line in PIP_SECTION.search(text)[1].splitlines()]
-    assert len(lines) == 1, "the pip section installs this package and nothing else"
-    found = re.fullmatch(r"--editable \.\[([\w,]+)\]", lines[0])
-    assert set(found[1].split(",")) <= set(project()["optional-dependencies"])
+    assert lines == ["-r lock/all.txt"], "the pip section installs what is pinned and nothing else"
     (python,) = re.findall(r"- python=(\S+)", text)
-    assert project()["requires-python"] == f">={python}"
+    assert project()["requires-python"].split(",")[0] == f">={python}"
     others = re.findall(r"^ +- ([\w=.-]+)$", text, re.MULTILINE)  # channels, then what conda itself installs
     assert others == ["conda-forge", f"python={python}", "pip"]
 
 
+def wanted(*extras):
+    """Requirements of the project with some of its extras, as packaging reads them."""
+    optional = project()["optional-dependencies"]
+    lines = [*project()["dependencies"], *(line for extra in extras for line in optional[extra])]
+    return [Requirement(line) for line in lines if not line.startswith("aqaa[")]
+
+
+def pins(name):
+    """{package: [(version, marker or None, number of hashes)]} of a file of lock/."""
+    found = {}
+    for entry in re.split(r"\n(?=[a-z0-9])", (ROOT / "lock" / name).read_text(encoding="utf-8"))[1:]:
+        pin, *hashes = entry.replace("\\\n", "").split("--hash=sha256:")
+        requirement = Requirement(pin)
+        (version,) = requirement.specifier
+        assert version.operator == "=="
+        found.setdefault(requirement.name, []).append((version.version, requirement.marker, len(hashes)))
+    return found
+
+
+@pytest.mark.parametrize("name, extras", [("core.txt", ()), ("all.txt", ("notebooks", "test", "train"))])
+def test_what_is_installed_is_pinned_within_the_ranges(name, extras):
+    locked = pins(name)
+    assert all(hashes for entries in locked.values() for *_, hashes in entries)
+    for requirement in wanted(*extras):
+        for version, *_ in locked[requirement.name]:
+            assert requirement.specifier.contains(version), f"{requirement} and {version}: run lock/make"
+
+
+def test_asking_and_testing_install_the_same_versions():
+    core, everything = pins("core.txt"), pins("all.txt")
+    assert {name: [pin[0] for pin in entries] for name, entries in core.items()} == {
+        name: [pin[0] for pin in everything[name]] for name in core
+    }
+
+
+def test_every_range_has_two_ends():
+    for requirement in wanted("notebooks", "test", "train", "full"):
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert operators in ({"=="}, {">=", "<"}), f"{requirement} is open: say what was tested"
+
+
+def test_the_newest_versions_lie_beyond_the_upper_bounds_and_the_pair_stays():
+    from importlib import util
+
+    spec = util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
+    versions = util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    newest = {Requirement(line).name: Requirement(line).specifier for line in versions.requirements(newest=True)}
+    oldest = {Requirement(line).name: Requirement(line).specifier for line in versions.requirements(newest=False)}
+    assert newest["transformers"].contains("99") and not oldest["transformers"].contains("99")
+    assert newest["torch"] == oldest["torch"] and not newest["torch"].contains("99")
+    assert {requirement.name for requirement in wanted("notebooks", "test", "train")} <= newest.keys() == oldest.keys()
+
+
 def test_torch_and_torchaudio_are_one_version():
-    pins = dict(re.findall(r"^(torch|torchaudio)==(\S+)$", "\n".join(project()["dependencies"]), re.MULTILINE))
-    assert len(set(pins.values())) == 1 and len(pins) == 2
+    pair = dict(re.findall(r"^(torch|torchaudio)==(\S+)$", "\n".join(project()["dependencies"]), re.MULTILINE))
+    assert len(set(pair.values())) == 1 and len(pair) == 2
 
 
 def test_the_version_is_said_once_and_the_citation_agrees():
@@ -136,7 +189,7 @@ def test_ci_runs_what_the_readme_says():
     question = re.search(r"aqaa ask (\S+) ", ask)[1]
     assert (ROOT / question).is_file()
     assert ask.startswith("python3 -m venv .venv && ") and ask.endswith("-o answer.wav")
-    assert tests.startswith("python3 -m venv .venv && ") and "[test]" in tests and "-m pytest" in tests
+    assert tests.startswith("python3 -m venv .venv && ") and "lock/all.txt" in tests and "-m pytest" in tests
 
 
 def test_the_command_line_knows_the_stages_of_training():

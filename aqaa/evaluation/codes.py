@@ -130,9 +130,9 @@ def main(args):
     """
     from aqaa import checkpoints
     from aqaa.evaluation import accuracy
+    from aqaa.records import about
     from aqaa.training.features import load_codes
     from aqaa.training.planning import plan
-    from aqaa.records import about
 
     model = checkpoints.load(args.preset, device=args.device)
     beside = checkpoints.data_folder() if args.preset == "mini" else Path(args.preset).parent

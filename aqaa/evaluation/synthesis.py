@@ -101,8 +101,8 @@ def main(args):
     """`aqaa bench synthesis`: copy-synthesis of the answers that no part of the vocoder has seen."""
     from aqaa import checkpoints
     from aqaa.evaluation import accuracy
-    from aqaa.tokenizers import interleave
     from aqaa.records import about
+    from aqaa.tokenizers import interleave
     from aqaa.training.run import held_out
 
     model = checkpoints.load(args.preset, device=args.device)
