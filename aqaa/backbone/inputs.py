@@ -52,6 +52,31 @@ def check_mask(mask, first, n_query, n_key):
             )
 
 
+def segments(hidden_states, mask, segment_ids, told, cache, past, fast):
+    """Segment ids (B, T) if rows hold several examples, else None.
+
+    They are those given, or what `told` says: the last three inputs of `example_ids`, by name. fast: rows of one
+    example get ids too. Raises ValueError if a cache or a mask for each query is there as well.
+    """
+    shape, packed = hidden_states.shape[:2], any(value is not None for value in told.values())
+    if mask is not None and mask.dim() != 2:
+        if segment_ids is not None or told["seq_idx"] is not None or told["cu_seq_lens"] is not None:
+            raise ValueError("the mask already says which token sees which: leave out segment_ids and their like")
+        return None
+    if segment_ids is not None:
+        segment_ids = segment_ids if mask is None else segment_ids * (mask != 0)
+    elif torch.compiler.is_compiling():  # no number may be looked at
+        segment_ids = example_ids(shape, mask, **told) if packed and cache is None else None
+    elif packed or mask is not None:
+        ids = example_ids(shape, None if mask is None else mask[:, past : past + shape[1]], **told)
+        segment_ids = ids if fast or ids.amax() > 1 else None
+    elif fast:
+        segment_ids = hidden_states.new_ones(shape, dtype=torch.long)
+    if segment_ids is not None and cache is not None:
+        raise ValueError("several examples in a row cannot be continued with a cache: give each its own row")
+    return segment_ids
+
+
 def example_ids(shape, mask=None, position_ids=None, seq_idx=None, cu_seq_lens=None):
     """Which example each token belongs to in rows that may hold several: (B, T), from 1 on in each row, 0 for padding.
 
@@ -60,15 +85,16 @@ def example_ids(shape, mask=None, position_ids=None, seq_idx=None, cu_seq_lens=N
     Padding (mask 0) is passed over, so the positions of padded rows, counted in either way, make one example.
     Raises ValueError for inputs of another length.
     """
-    device = next(x.device for x in (mask, position_ids, seq_idx, cu_seq_lens) if x is not None)
+    labels = [x for x in (mask, position_ids, seq_idx) if x is not None]
+    if odd := [tuple(x.shape) for x in labels if x.dim() > 2 or x.shape[-1] != shape[1]]:
+        raise ValueError(f"a mask, position_ids or seq_idx of shape {odd[0]} do not fit {tuple(shape)} tokens")
+    device = cu_seq_lens.device if not labels else labels[0].device
     slots = torch.arange(shape[1], device=device).expand(shape)
     visible = torch.ones_like(slots, dtype=torch.bool) if mask is None else mask != 0
     latest = slots.where(visible, -1).cummax(-1).values
     previous = F.pad(latest[:, :-1], (1, 0), value=-1)  # the visible token before each, -1 where there is none
 
     def changes(label):
-        if label.dim() > 2 or label.shape[-1] != shape[1]:
-            raise ValueError(f"position_ids or seq_idx of shape {tuple(label.shape)} do not fit tokens {tuple(shape)}")
         label = label.expand(shape)
         return label != label.gather(1, previous.clamp(min=0))
 

@@ -235,50 +235,33 @@ class Step1Model(Step1PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = inputs.one_cache(cache, past_key_values)
-        past = 0 if cache is None else cache.get_seq_length()
-        if segment_ids is None:
-            boundaries = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
-            told = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seq_lens": boundaries}
-            alone = cache is None and not use_cache
-            segment_ids = self._segments(hidden_states, attention_mask, past, cache, told, alone)
+        n_query = hidden_states.shape[1]
+        past, n_key = 0, n_query
+        if cache is not None:
+            past, n_key = cache.get_seq_length(), cache.get_mask_sizes(n_query, 0)[0]
+        inputs.check_mask(attention_mask, past, n_query, n_key)
+        told = {"position_ids": position_ids, "seq_idx": seq_idx}
+        told["cu_seq_lens"] = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+        fast = self.training and cache is None and not use_cache and hidden_states.device.type == "cpu"
+        segment_ids = inputs.segments(hidden_states, attention_mask, segment_ids, told, cache, past, fast)
         if segment_ids is not None:
-            if cache is not None:
-                raise ValueError("several examples in a row cannot be continued with a cache: give each its own row")
             return BaseModelOutputWithPast(last_hidden_state=self._packed(hidden_states, segment_ids))
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        n_query = hidden_states.shape[1]
-        n_key = n_query if cache is None else cache.get_mask_sizes(n_query, 0)[0]
         bias = self.bias(n_query, n_key, past)
         if attention_mask is not None:
-            inputs.check_mask(attention_mask, past, n_query, n_key)
             bias = attention.with_mask(bias, attention_mask)
         hidden_states = self.run(hidden_states, bias, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{inputs.CACHE: cache})
 
-    def _segments(self, hidden_states, mask, past, cache, told, alone):
-        """Segment ids (B, T) of rows that hold several examples, else None; see `inputs.example_ids`.
-
-        Rows of one example have ids too where that is faster: in training on a CPU, if nothing asks for a cache.
-        """
-        (batch, n), device = hidden_states.shape[:2], hidden_states.device
-        packed = any(value is not None for value in told.values())
-        one_piece = self.training and alone and device.type == "cpu"
-        if n == 1 or (mask is not None and mask.dim() != 2):
-            return None
-        if not packed and mask is None:
-            return torch.ones(batch, n, dtype=torch.long) if one_piece else None
-        if torch.compiler.is_compiling():  # no value may be looked at
-            return inputs.example_ids((batch, n), mask, **told) if packed and cache is None else None
-        mask = mask if mask is None else mask[:, past : past + n]
-        ids = inputs.example_ids((batch, n), mask, **told)
-        return ids if one_piece or ids.amax() > 1 else None
-
     def _packed(self, hidden_states, segment_ids):
-        """Packed rows: run by run on a CPU; through one mask on an accelerator, where few large calls are better."""
-        sizes = None
-        if hidden_states.device.type == "cpu" and self.config._attn_implementation != "eager":
-            sizes = attention.segment_sizes(segment_ids)
+        """Packed rows: run by run on a CPU; through one mask on an accelerator, where few large calls are better.
+
+        Also through a mask where an example has gaps, where weights are to be seen, and where the call is compiled.
+        """
+        by_runs = hidden_states.device.type == "cpu" and self.config._attn_implementation != "eager"
+        by_runs = by_runs and not torch.compiler.is_compiling()
+        sizes = attention.segment_sizes(segment_ids) if by_runs else None
         if sizes is not None:
             longest = max(max(sizes), 1)
             return self.run(hidden_states, self.bias(longest, longest), sizes=sizes)
@@ -293,6 +276,7 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    tokenizer = None  # if a TextTokenizer is put here, save_pretrained writes it too
 
     def __init__(self, config):
         super().__init__(config)
@@ -341,6 +325,12 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
         """GenerationMixin.generate; the cache may have either name, whatever the version of transformers."""
         cache = inputs.one_cache(cache, past_key_values)
         return super().generate(*args, **({} if cache is None else {inputs.CACHE: cache}), **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        """PreTrainedModel.save_pretrained, and beside it the tokenizer if one is known, as AutoTokenizer reads it."""
+        if self.tokenizer is not None and is_main_process:
+            self.tokenizer.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 def build(backbone, **overrides):
