@@ -137,10 +137,16 @@ class AQAA:
     text = cached_property(lambda self: self._part("text"))
     linguistic = cached_property(lambda self: self._part("linguistic"))
     semantic = cached_property(lambda self: self._part("semantic"))
-    backbone = cached_property(lambda self: self._part("backbone"))
     flow = cached_property(lambda self: self._part("flow"))
     hift = cached_property(lambda self: self._part("hift"))
     vocoder = cached_property(lambda self: Vocoder(self.flow, self.hift, **self._voice(self)))
+
+    @cached_property
+    def backbone(self):
+        """The language model; with the tokenizer, which its save_pretrained writes beside the weights."""
+        backbone = self._part("backbone")
+        backbone.tokenizer = self.text
+        return backbone
 
     # ---- single steps ----
 

@@ -72,6 +72,15 @@ def eager(query, key, value, bias, scaling):
     return out.view(batch, heads, n_query, width), weights
 
 
+def check_implementation(name):
+    """Raise ValueError for an `attn_implementation` other than ours; None leaves the choice to transformers."""
+    if name not in (None, "sdpa", "eager"):
+        raise ValueError(
+            f"Step-1 has no attention {name!r}, as such kernels do not add its square-root distance bias: "
+            'use attn_implementation="sdpa", or "eager" to see the weights'
+        )
+
+
 def segments(query, key, value, bias, sizes, scaling):
     """Packed rows: query (N, H, D), key and value (N, G, D) hold segments of `sizes` tokens → (N, H, D).
 
@@ -97,12 +106,18 @@ def segments(query, key, value, bias, sizes, scaling):
 
 
 def segment_sizes(segment_ids):
-    """Lengths of the runs in (B, T) segment ids, row by row; runs of id 0 are padding and come out negative."""
+    """Lengths of the runs in (B, T) segment ids, row by row; runs of id 0 are padding and come out negative.
+
+    None if a row has two runs of one id: an example with a gap is not to be cut into runs.
+    """
     sizes = []
     for row in segment_ids.tolist():
-        start = 0
+        start, seen = 0, set()
         for at in range(1, len(row) + 1):
             if at == len(row) or row[at] != row[start]:
+                if row[start] in seen:
+                    return None
+                seen |= {row[start]} - {0}
                 sizes.append((at - start) if row[start] else (start - at))
                 start = at
     return sizes

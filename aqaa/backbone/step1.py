@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from aqaa.backbone import attention
+from aqaa.backbone import attention, inputs
 
 
 @strict
@@ -26,7 +26,7 @@ class Step1Config(PreTrainedConfig):
     """Sizes of a Step-1 model; field names as in the published config.json, defaults as in its class."""
 
     model_type = "step1"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"num_key_value_heads": "num_attention_groups", "max_position_embeddings": "max_seq_len"}
     base_model_tp_plan = {
         **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
@@ -170,10 +170,21 @@ class Step1PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Step1DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
-    _supports_flash_attn = False  # flash kernels know linear ALiBi only
+    _supports_flash_attn = False
     _supports_attention_backend = False
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Step1DecoderLayer, "attentions": Step1Attention}
+
+    def __init__(self, config, *args, **kwargs):
+        attention.check_implementation(config._attn_implementation)
+        super().__init__(config, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """Choose "sdpa" or "eager". Raises ValueError for any other."""
+        named = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
+        for name in named:
+            attention.check_implementation(name)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls):
@@ -207,46 +218,51 @@ class Step1Model(Step1PreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, segment_ids=None, **kwargs,
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None,
+        segment_ids=None, past_key_values=None, seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **kwargs,
     ):  # fmt: skip
         """Hidden states of tokens (B, T), or of embeddings (B, T, D).
 
-        attention_mask: (B, K) of ones and zeros, or (B, 1, T, K). segment_ids (B, T): several examples in one row, each
-        a run of one number ≥ 1; 0 is padding; attention stays within a run (training; not with a cache).
-        position_ids are accepted and ignored: the bias needs distances only.
+        attention_mask: (B, K) of ones and zeros, or (B, 1, T, K), which then says all. cache, or past_key_values: a
+        Cache of transformers. segment_ids (B, T): several examples in one row, each of one number ≥ 1; 0 is padding;
+        attention stays within an example, and no cache is made. Without them the examples are told as trainers do: by
+        position_ids that start over, seq_idx, or cu_seq_lens_q. Of positions nothing else is used: the bias needs
+        distances only. Raises TypeError for other keywords of that kind, ValueError for packed rows beside a cache.
         """
+        inputs.refuse_unknown(kwargs)
+        attention.check_implementation(self.config._attn_implementation)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if segment_ids is None and self.training and past_key_values is None and not use_cache:
-            segment_ids = self._rows_as_segments(hidden_states, attention_mask)
+        cache = inputs.one_cache(cache, past_key_values)
+        n_query = hidden_states.shape[1]
+        past, n_key = 0, n_query
+        if cache is not None:
+            past, n_key = cache.get_seq_length(), cache.get_mask_sizes(n_query, 0)[0]
+        inputs.check_mask(attention_mask, past, n_query, n_key)
+        told = {"position_ids": position_ids, "seq_idx": seq_idx}
+        told["cu_seq_lens"] = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+        fast = self.training and cache is None and not use_cache and hidden_states.device.type == "cpu"
+        segment_ids = inputs.segments(hidden_states, attention_mask, segment_ids, told, cache, past, fast)
         if segment_ids is not None:
             return BaseModelOutputWithPast(last_hidden_state=self._packed(hidden_states, segment_ids))
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        n_query, past = hidden_states.shape[1], 0
-        n_key = n_query
-        if past_key_values is not None:
-            past = past_key_values.get_seq_length()
-            n_key = past_key_values.get_mask_sizes(n_query, 0)[0]
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         bias = self.bias(n_query, n_key, past)
         if attention_mask is not None:
             bias = attention.with_mask(bias, attention_mask)
-        hidden_states = self.run(hidden_states, bias, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-
-    @staticmethod
-    def _rows_as_segments(hidden_states, attention_mask):
-        """Training on a CPU takes the packed path, which is faster there, unless the mask is more than padding."""
-        if hidden_states.device.type != "cpu" or (attention_mask is not None and attention_mask.dim() != 2):
-            return None
-        return torch.ones(hidden_states.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+        hidden_states = self.run(hidden_states, bias, cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{inputs.CACHE: cache})
 
     def _packed(self, hidden_states, segment_ids):
-        """Packed rows: run by run on a CPU; through one mask on an accelerator, where few large calls are better."""
-        if hidden_states.device.type == "cpu":
-            sizes = attention.segment_sizes(segment_ids)
+        """Packed rows: run by run on a CPU; through one mask on an accelerator, where few large calls are better.
+
+        Also through a mask where an example has gaps, where weights are to be seen, and where the call is compiled.
+        """
+        by_runs = hidden_states.device.type == "cpu" and self.config._attn_implementation != "eager"
+        by_runs = by_runs and not torch.compiler.is_compiling()
+        sizes = attention.segment_sizes(segment_ids) if by_runs else None
+        if sizes is not None:
             longest = max(max(sizes), 1)
             return self.run(hidden_states, self.bias(longest, longest), sizes=sizes)
         n = hidden_states.shape[1]
@@ -260,6 +276,7 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    tokenizer = None  # if a TextTokenizer is put here, save_pretrained writes it too
 
     def __init__(self, config):
         super().__init__(config)
@@ -285,13 +302,14 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, logits_to_keep=0, segment_ids=None, **kwargs,
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None,
+        use_cache=None, logits_to_keep=0, segment_ids=None, past_key_values=None, **kwargs,
     ):  # fmt: skip
         """Logits (B, T, V); see Step1Model.forward. labels (B, T), −100 where there is no loss, are shifted here."""
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, segment_ids=segment_ids, **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, segment_ids=segment_ids, past_key_values=past_key_values,
+            **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
@@ -299,9 +317,20 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
-            attentions=out.attentions,
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions,
+            **{inputs.CACHE: getattr(out, inputs.CACHE)},
         )  # fmt: skip
+
+    def generate(self, *args, cache=None, past_key_values=None, **kwargs):
+        """GenerationMixin.generate; the cache may have either name, whatever the version of transformers."""
+        cache = inputs.one_cache(cache, past_key_values)
+        return super().generate(*args, **({} if cache is None else {inputs.CACHE: cache}), **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        """PreTrainedModel.save_pretrained, and beside it the tokenizer if one is known, as AutoTokenizer reads it."""
+        if self.tokenizer is not None and is_main_process:
+            self.tokenizer.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 def build(backbone, **overrides):

@@ -5,6 +5,7 @@ by hand, so that no SentencePiece library is needed. (AutoTokenizer of transform
 strings wrong.) The mini keeps Step-1's marker ids 0..67 and has about 3 characters in a piece.
 """
 
+import json
 import math
 import re
 import struct
@@ -28,6 +29,11 @@ STEP1_MARKERS = (
 )  # fmt: skip
 MAX_PIECE = 4  # characters, ▁ included: keeps pieces near 3 characters
 ANCHOR = "<s>"  # stands before a text that must not get a leading space
+AUTO = {  # what AutoTokenizer is told; an answer is generated from its end, hence padding on the left
+    "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "padding_side": "left",
+    "model_input_names": ["input_ids", "attention_mask"],
+}  # fmt: skip
+AUTO_MARKERS = {"bos_token": ANCHOR, "eos_token": "<|EOT|>", "unk_token": "<unk>", "pad_token": "<unk>"}
 
 
 def tagged(text, manner):
@@ -43,7 +49,8 @@ class TextTokenizer:
         self.n_text = tokenizer.get_vocab_size(with_added_tokens=True)
         self.anchor = tokenizer.token_to_id(ANCHOR)
         added = tokenizer.get_added_tokens_decoder().values()
-        self.markers = re.compile("|".join(re.escape(token.content) for token in added if token.special))
+        self.specials = [token.content for token in added if token.special]
+        self.markers = re.compile("|".join(map(re.escape, self.specials)))
 
     @classmethod
     def from_file(cls, path):
@@ -109,6 +116,13 @@ class TextTokenizer:
     def save(self, path):
         """Write a tokenizer.json."""
         self.tokenizer.save(str(path))
+
+    def save_pretrained(self, folder):
+        """Write tokenizer.json and tokenizer_config.json, by which AutoTokenizer of transformers gives the same ids."""
+        folder, config = Path(folder), {**AUTO, **{k: v for k, v in AUTO_MARKERS.items() if v in self.specials}}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / "tokenizer.json")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _break_markers(text, markers):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from aqaa.backbone import attention, step1  # noqa: F401  (registers the class)
+from aqaa.backbone import attention, inputs, step1  # noqa: F401  (registers the class)
 from aqaa.tokenizers.text import TextTokenizer
 
 FP32_LOGITS = 1e-4
@@ -29,7 +29,7 @@ def _incremental(model, input_ids, prefill):
     out = model(input_ids[:, :prefill], use_cache=True)
     rows = [out.logits]
     for at in range(prefill, min(input_ids.shape[1], prefill + 40)):
-        out = model(input_ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids[:, at : at + 1], cache=out[inputs.CACHE], use_cache=True)
         rows.append(out.logits)
     return torch.cat(rows, 1)
 
