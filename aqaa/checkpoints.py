@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from aqaa import amx as matrix_units
 from aqaa import kernels
+from aqaa.backbone.layers import PlainStep1
 from aqaa.backbone.quantized import empty_linears
 from aqaa.config import PRESETS, AQAAConfig
 from aqaa.pipeline import AQAA
@@ -137,7 +138,7 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
             found = read_text(folder, config.ids.n_text)
         else:
             with skip_init():
-                module = build(name, config)
+                module = PlainStep1(config.backbone) if name == "backbone" else build(name, config)
             found = load_part(folder, name, module).to(device, wanted)
         return kernels.prepare(found, amx) if device.type == "cpu" and name in PREPARED else found
 

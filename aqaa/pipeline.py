@@ -141,10 +141,20 @@ class AQAA:
     hift = cached_property(lambda self: self._part("hift"))
     vocoder = cached_property(lambda self: Vocoder(self.flow, self.hift, **self._voice(self)))
 
+    _decoder = cached_property(lambda self: self._part("backbone"))
+
+    @property
+    def decoder(self):
+        """What generates: the backbone as it was loaded, for which transformers need not be imported."""
+        return self.backbone if "backbone" in self.__dict__ else self._decoder
+
     @cached_property
     def backbone(self):
-        """The language model; with the tokenizer, which its save_pretrained writes beside the weights."""
-        backbone = self._part("backbone")
+        """The language model as transformers knows it: the very layers of `decoder`, with `generate`,
+        `save_pretrained` (which writes the tokenizer beside the weights), PEFT and all the rest."""
+        from aqaa.backbone.step1 import from_plain
+
+        backbone = from_plain(self._decoder)
         backbone.tokenizer = self.text
         return backbone
 
@@ -170,7 +180,7 @@ class AQAA:
         from aqaa.listening import Listener
 
         room = len(self.prompt([], history)) + int(audio.MAX_SECONDS * TOKENS_PER_SECOND) + MAX_ANSWER
-        prefill = Prefill(self.backbone, room) if prefill and self.engine is None else None
+        prefill = Prefill(self.decoder, room) if prefill and self.engine is None else None
         return Listener(self, every=every, history=history, prefill=prefill)
 
     def heard(self, question, ledger=None):
@@ -197,7 +207,7 @@ class AQAA:
             return self.engine.generate(prompt, self.ids, layout, **sampling)
         from aqaa.backbone.generation import generate
 
-        return generate(self.backbone, prompt, self.ids, layout, **sampling)
+        return generate(self.decoder, prompt, self.ids, layout, **sampling)
 
     def transcribe(self, question):
         """The words of a question, as the backbone understands them; question: a sound, or audio ids."""

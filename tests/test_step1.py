@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from aqaa.backbone import attention
 from aqaa.backbone.inputs import CACHE
-from aqaa.backbone.step1 import Step1Config, Step1RMSNorm, build
+from aqaa.backbone.layers import Step1RMSNorm
+from aqaa.backbone.step1 import Step1Config, build
 from aqaa.config import AQAAConfig, preset
 from tests.conftest import sharp_step1
 

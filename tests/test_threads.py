@@ -56,7 +56,8 @@ def calls(model):
     yield "stream", lambda: [torch.get_num_threads() for _ in model.stream(question, max_tokens=20)]
     yield "generate", lambda: [torch.get_num_threads() for _ in model.generate(model.prompt("hot"), max_tokens=9)]
     yield "transcribe", lambda: model.transcribe(question)
-    yield "synthesize", lambda: model.synthesize([model.ids.n_text] * 2 + [model.ids.n_text + model.ids.n_linguistic] * 3)
+    first = model.ids.n_text, model.ids.n_text + model.ids.n_linguistic
+    yield "synthesize", lambda: model.synthesize([first[0]] * 2 + [first[1]] * 3)
     yield "chat", lambda: chat.ask(question)
     yield "listener", lambda: (listener.push(tone(), RATE), listener.finish())
 

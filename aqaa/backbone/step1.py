@@ -1,24 +1,23 @@
 """Step-1, the language model of Step-Audio, as a transformers model: official folders load without remote code.
 
-A decoder of RMSNorm, grouped-query attention with a square-root distance bias, and SwiGLU; no biases, no rotation, no
-tied embeddings (AQAA paper 2.2). The same class is the 130 B model and the 4 M one that this repository trains.
+Its modules are those of `aqaa.backbone.layers`; here they meet transformers' masks, caches, outputs and files. The same
+class is the 130 B model (AQAA paper 2.2) and the 4 M one that this repository trains.
 """
 
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from aqaa.backbone import attention, inputs
+from aqaa.backbone.layers import Head, Step1Attention, Step1DecoderLayer, Trunk
 
 
 @strict
@@ -71,97 +70,6 @@ class Step1AQAAConfig(Step1Config):
     model_type = "mmgpt_step1_v2"
 
 
-class _TrainNorm(torch.autograd.Function):
-    """RMSNorm of fp32 x (…, D) that answers in `dtype`, written for few passes over memory: a CPU trains 1/6 faster."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, scale, weight = ctx.saved_tensors
-        shape, grad, x, scale = x.shape, grad.flatten(0, -2).float(), x.flatten(0, -2), scale.flatten(0, -2)
-        product = grad * x
-        grad_weight = (product.t() @ scale)[:, 0]
-        along = (product @ weight)[:, None].mul_(scale.pow(3)).div_(-x.shape[-1])
-        return (grad * weight).mul_(scale).addcmul_(x, along).view(shape), grad_weight, None, None
-
-
-class Step1RMSNorm(nn.Module):
-    """x · rsqrt(mean(x²) + eps) · weight; mean in fp32, products in the dtype of x (not so in Llama)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        if x.dtype == torch.float32 and torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.requires_grad:
-            return _TrainNorm.apply(x, self.weight, self.eps, torch.get_autocast_dtype("cpu"))
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return x * scale.to(x.dtype) * self.weight
-
-
-class Step1MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Step1Attention(nn.Module):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        shared = config.num_attention_groups * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x, bias, cache=None, sizes=None):
-        """x (B, T, D) → (output (B, T, D), weights or None). bias (B|1, H, T, K); sizes: see attention.segments."""
-        shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, d)
-        bias, weights = attention.local_heads(bias, q.shape[2]), None
-        if sizes is not None:
-            q, k, v = (y.flatten(0, 1) for y in (q, k, v))
-            out = attention.segments(q, k, v, bias, sizes, self.scaling)
-        else:
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, T, d)
-            if cache is not None:
-                k, v = cache.update(k, v, self.layer_idx)
-            if self.config._attn_implementation == "eager":
-                out, weights = attention.eager(q, k, v, bias, self.scaling)
-            else:
-                out = attention.sdpa(q, k, v, bias, self.scaling)
-            out = out.transpose(1, 2)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), weights
-
-
-class Step1DecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.self_attn = Step1Attention(config, layer_idx)
-        self.mlp = Step1MLP(config)
-        self.input_layernorm = Step1RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Step1RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, hidden_states, bias, cache=None, sizes=None):
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), bias, cache, sizes)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
 class Step1PreTrainedModel(PreTrainedModel):
     config: Step1Config
     config_class = Step1Config
@@ -192,28 +100,13 @@ class Step1PreTrainedModel(PreTrainedModel):
         return True
 
 
-class Step1Model(Step1PreTrainedModel):
+class Step1Model(Trunk, Step1PreTrainedModel):
     """Embedding, decoder layers, last norm."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(Step1DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Step1RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.add_layers(config)
         self.post_init()
-
-    def run(self, hidden_states, bias, cache=None, sizes=None):
-        """The layers and the last norm, nothing else: (B, T, D) → (B, T, D). What `forward` and our decoder share."""
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, bias, cache, sizes)
-        return self.norm(hidden_states)
-
-    def bias(self, n_query, n_key, first=0):
-        """The distance bias (1, H, Q, K) of queries at slots first, first+1, …, on the model's device."""
-        slope = attention.slopes(self.config.num_attention_heads).to(self.embed_tokens.weight.device)
-        bias = attention.sqrt_bias(slope, n_query, n_key, first)
-        return bias.to(self.embed_tokens.weight.dtype) if self.config.bias_dtype == "model" else bias
 
     @merge_with_config_defaults
     @capture_outputs
@@ -270,7 +163,7 @@ class Step1Model(Step1PreTrainedModel):
         return self.run(hidden_states, attention.with_mask(self.bias(n, n), same))
 
 
-class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
+class Step1ForCausalLM(Head, Step1PreTrainedModel, GenerationMixin):
     """Step1Model and its output layer (never tied to the embedding)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -284,21 +177,6 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def logits(self, hidden_states, positions=None, rows=None):
-        """Scores of next ids, only where they are wanted.
-
-        hidden_states (B, T, D) or (…, D); positions: bool (B, T) or an index of the flattened (B·T,), which positions;
-        rows: slice, or ids (R,), which part of the vocabulary. Returns (P, R), or (…, R) if positions is None.
-        """
-        if positions is not None:
-            flat = hidden_states.flatten(0, -2)
-            hidden_states = flat[positions.flatten() if positions.dtype == torch.bool else positions]
-        if rows is None:
-            return self.lm_head(hidden_states)
-        if type(self.lm_head) is not nn.Linear:  # a quantised layer has no rows to take
-            return self.lm_head(hidden_states)[..., rows]
-        return F.linear(hidden_states, self.lm_head.weight[rows])
 
     @can_return_tuple
     def forward(
@@ -336,6 +214,20 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
 def build(backbone, **overrides):
     """A Step1ForCausalLM with fresh weights from a config.BackboneConfig."""
     return Step1ForCausalLM(Step1Config(**asdict(backbone), **overrides))
+
+
+def from_plain(plain):
+    """A Step1ForCausalLM around the very modules of a layers.PlainStep1: whatever changes in one changes in both."""
+    if isinstance(plain, Step1ForCausalLM):
+        return plain
+    with torch.device("meta"):  # its own modules are thrown away at once
+        model = build(plain.config)
+    for name in ("embed_tokens", "layers", "norm"):
+        setattr(model.model, name, getattr(plain.model, name))
+    model.lm_head = plain.lm_head
+    for layer in model.model.layers:
+        layer.self_attn.config = model.config  # where set_attn_implementation writes
+    return model.train(plain.training)
 
 
 AutoConfig.register(Step1Config.model_type, Step1Config, exist_ok=True)

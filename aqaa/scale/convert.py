@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import aqaa
 from aqaa import checkpoints, shards
+from aqaa.backbone.layers import Step1DecoderLayer
 from aqaa.backbone.quantized import empty_linears, format_of
-from aqaa.backbone.step1 import Step1Config, Step1DecoderLayer
+from aqaa.backbone.step1 import Step1Config
 from aqaa.checkpoints import ModelError, check_file, fingerprint, replacing, write_json
 from aqaa.config import BackboneConfig, check_group
 from aqaa.scale.plan import resident_bytes

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from aqaa import checkpoints
-from aqaa.backbone import quantized, step1
+from aqaa.backbone import layers, quantized, step1
 from aqaa.backbone.generation import Vocabulary, generate
 from aqaa.config import GROUP_SIZE, SAMPLE_RATE, TOKENS_PER_SECOND, preset
 from aqaa.pipeline import AQAA
@@ -381,7 +381,7 @@ def random_backbone(backbone, weights, group, device, dtype, seed=0):
             if part.name == "fp8":
                 part.qweight.bitwise_and_(0b1011_1111)  # below 2, and never NaN
             part.scale.fill_(STD / part.unpack(part.qweight[:8]).std().item())
-        elif isinstance(part, step1.Step1RMSNorm):
+        elif isinstance(part, layers.Step1RMSNorm):
             part.weight.data.fill_(1.0)
         elif isinstance(part, torch.nn.Embedding | torch.nn.Linear):
             part.weight.data.normal_(0, STD, generator=generator)
