@@ -93,7 +93,7 @@ def compiled():
 def cpuinfo(name):
     """What Linux says of the first processor under `name` ("flags", "model name"); nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

@@ -120,10 +120,10 @@ def folder(path):
 def licence(path):
     """What a LICENSE file, or the head of README.md, says; "not stated" if nothing."""
     for file in sorted(path.glob("LICENSE*")):
-        text = file.read_text(errors="replace")
+        text = file.read_text(errors="replace", encoding="utf-8")
         return next((short for words, short in LICENCES.items() if words in text), f"see {file.name}")
     try:
-        head = (path / "README.md").read_text(errors="replace").split("---")
+        head = (path / "README.md").read_text(errors="replace", encoding="utf-8").split("---")
     except OSError:
         return "not stated"
     found = re.search(r"^license: *(\S+)", head[1], re.MULTILINE) if len(head) > 2 and not head[0].strip() else None
