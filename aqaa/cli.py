@@ -71,6 +71,8 @@ def _sentence(fault, about=None):
         text = "there is not enough memory: close other programs, or ask less at once."
     elif isinstance(fault, OSError) and fault.strerror and fault.filename is not None:
         text = f"{os.fsdecode(fault.filename)} cannot be used ({fault.strerror})."
+    elif isinstance(fault, OSError) and fault.strerror:
+        text = f"the system refuses ({fault.strerror}): check the disk and where the output goes."
     elif not isinstance(fault, (ValueError, OSError)):  # nobody foresaw it: say where it was
         frames = traceback.extract_tb(fault.__traceback__)
         last = next((frame for frame in reversed(frames) if "aqaa" in frame.filename), frames[-1] if frames else None)
@@ -87,9 +89,10 @@ def _ask(args):
     if questions.count("-") > 1:
         raise ValueError("stdin can be read only once: name - once.")
     faults = {question: options.fault_of_question(question) for question in questions}
+    usable = [question for question in questions if not faults[question]]
     failed, respond = 0, None
-    with Places(args.output, questions, folder=chat or len(questions) > 1) as places:
-        if not questions or not all(faults.values()):  # else nothing is loaded
+    with Places(args.output, usable, folder=chat or len(questions) > 1) as places:
+        if usable or not questions:  # else nothing is loaded
             _check(args)
         for fault in filter(None, faults.values()):
             _complain(fault)

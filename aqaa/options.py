@@ -107,6 +107,8 @@ def parse(argv=None):
     if not argv[0].startswith("-") and argv[0] not in verbs:
         hint = f": did you mean aqaa ask {argv[0]}?" if os.path.isfile(argv[0]) else near(argv[0], list(verbs))
         parser.error(f"there is no command {argv[0]!r}{hint}")
+    if argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+        parser.error(f"there is no option {argv[0]!r} in front of a command: aqaa --help lists all")
     args, left = parser.parse_known_args(argv)
     if unknown := [word for word in left if word.startswith("-") and word != "-"]:
         known = sorted(set(re.findall(r"--[a-z][\w-]*", verbs[args.verb].format_help())))
@@ -128,7 +130,7 @@ def _parsers():
         usage="aqaa COMMAND ...", epilog="`aqaa COMMAND --help` lists options. For a start:\n  " + EXAMPLES["ask"],
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"aqaa {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="verb", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="verb", prog="aqaa", required=True)
     verbs = {}
 
     def verb(name, words, usage, *parents):
@@ -202,8 +204,10 @@ def _parsers():
     bench.add_argument("--out", metavar="FILE", type=_name, help="also write the numbers to this JSON file")
 
     plan = verb("plan", "what a language model needs on given GPUs, and how fast it will talk", "[MODEL]", as_json)
-    plan.add_argument("model", nargs="?", default="130b", metavar="MODEL", help="or 3b, mini, a folder (%(default)s)")
-    plan.add_argument("--gpus", action="append", default=[], metavar="4xH100-80", help="again for more rows (usual ones)")
+    plan.add_argument("model", nargs="?", default="130b", metavar="MODEL",
+                      help="130b, 3b, mini or a folder (%(default)s)")  # fmt: skip
+    plan.add_argument("--gpus", action="append", default=[], metavar="4xH100-80",
+                      help="again for more rows (usual ones)")  # fmt: skip
     plan.add_argument("--weights", type=_one_of(("bf16", "fp8", "int8", "int4")), metavar="FORMAT",
                       help="bf16, fp8, int8 or int4 (all of them)")  # fmt: skip
     plan.add_argument("--group", type=_count, metavar="N", help="inputs that share a scale in int4: 128, 64, 32")
@@ -319,6 +323,8 @@ def check_preset(name):
         raise ValueError("no weights are shipped for preset 'full': use mini, or name the released folders.")
     if name != "mini" and not os.path.isdir(name):
         raise ValueError(f"unknown preset {name!r}: use mini, or name a folder with config.json and weights.")
+    if name != "mini" and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"{os.path.join(name, 'config.json')} is missing: name a folder like data/mini.")
 
 
 def _check_released(role, folder):
