@@ -62,7 +62,7 @@ def _complain(fault):
     return 1
 
 
-def _sentence(fault, about=None):
+def _sentence(fault, about=""):
     """One sentence on an exception; about: the question that it was raised for."""
     text = " ".join(str(fault).split())[:400]
     if isinstance(fault, ModuleNotFoundError):
@@ -78,7 +78,7 @@ def _sentence(fault, about=None):
         last = next((frame for frame in reversed(frames) if "aqaa" in frame.filename), frames[-1] if frames else None)
         place = f" in {Path(last.filename).name}, line {last.lineno}" if last else ""
         text = f"{type(fault).__name__}{place}: {text or 'no reason was given'}"
-    return text if about is None or about in text else f"{about}: {text}"
+    return text if about in text else f"{about}: {text}"
 
 
 # ---- ask, chat ------------------------------------------------------------------------------------------------------
@@ -100,11 +100,12 @@ def _ask(args):
             fault = faults.get(question)
             if not questions and (fault := options.fault_of_question(question)):
                 _complain(fault)
+            about = "" if len(questions) == 1 else question  # which one it was, where that is not plain
             if not fault:
-                wav, fault = _try(question, _read, question)
+                wav, fault = _try(about, _read, question)
             if not fault:  # only now: a bad question is told at once
                 respond = respond or _responder(_load(args), args)
-                done, fault = _try(question, _answer, respond, wav, places, question)
+                done, fault = _try(about, _answer, respond, wav, places, question)
             if fault:
                 failed += 1
                 if args.json:
@@ -126,7 +127,7 @@ def _names_on_stdin():
             yield name if name != "-" else "./-"  # stdin itself is taken
 
 
-def _try(question, step, *args):
+def _try(about, step, *args):
     """(what step(*args) returns, None), or (None, the sentence that was printed): one odd file does not end the run.
 
     Faults of the weights do, and so does the end of whoever reads our output.
@@ -137,7 +138,7 @@ def _try(question, step, *args):
         loaded = sys.modules.get("aqaa.checkpoints")
         if isinstance(fault, (BrokenPipeError, *([loaded.ModelError] if loaded else []))):
             raise
-        sentence = _sentence(fault, question)
+        sentence = _sentence(fault, about)
         _complain(sentence)
         return None, sentence
 

@@ -381,6 +381,16 @@ def test_ctrl_c_is_one_line_and_130(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_ctrl_c_before_there_is_a_command_line(monkeypatch, capsys):
+    from aqaa import __main__ as command
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    assert command.main() == 130 and capsys.readouterr().err == "aqaa: interrupted\n"
+
+
 @pytest.mark.parametrize("args", [["plan"], ["plan", "--json"], ["--help"], ["ask", "--help"]])
 def test_a_reader_that_goes_away_ends_the_run_silently(args):
     reader, writer = os.pipe()
