@@ -75,9 +75,10 @@ def _sentence(fault, about=""):
         text = f"the system refuses ({fault.strerror}): check the disk and where the output goes."
     elif not isinstance(fault, (ValueError, OSError)):  # nobody foresaw it: say where it was
         frames = traceback.extract_tb(fault.__traceback__)
-        last = next((frame for frame in reversed(frames) if "aqaa" in frame.filename), frames[-1] if frames else None)
-        place = f" in {Path(last.filename).name}, line {last.lineno}" if last else ""
+        ours = [frame for frame in frames if frame.filename.startswith(os.path.dirname(__file__))] or frames
+        place = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
         text = f"{type(fault).__name__}{place}: {text or 'no reason was given'}"
+    text = text or f"{type(fault).__name__} without a reason"
     return text if about in text else f"{about}: {text}"
 
 

@@ -210,6 +210,7 @@ FAULTS = (
     TypeError("an integer is required"), ValueError("embedded null"), RuntimeError("shape\n[1, 2]"), MemoryError(),
     OSError(5, "Input/output error"), KeyError("fmt"), ZeroDivisionError("division by zero"), RecursionError("deep"),
     UnicodeEncodeError("utf-8", "\udce4", 0, 1, "surrogates"), AssertionError(), StopIteration(), EOFError(),
+    ValueError(), OSError(),
 )  # fmt: skip
 
 
@@ -250,7 +251,7 @@ def quick(monkeypatch, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault!r:.30}")
 @pytest.mark.parametrize("step", ["read", "answer", "write"])
 def test_whatever_one_file_raises_the_others_are_answered(quick, capsys, step, fault):
     assert quick(step, fault, "--json") == 1
