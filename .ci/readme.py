@@ -21,7 +21,7 @@ COLUMNS = {
 
 def run(name):
     path = ROOT / "data" / "runs" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def percent(entry):
@@ -123,7 +123,8 @@ def results():
     lines += section("parts", parts) + section("quantize", quantized)
     record = ROOT / "data" / "mini" / "record.json"
     if record.exists():
-        stages = {k: v for k, v in json.loads(record.read_text()).items() if isinstance(v, dict) and "seconds" in v}
+        known = json.loads(record.read_text(encoding="utf-8"))
+        stages = {k: v for k, v in known.items() if isinstance(v, dict) and "seconds" in v}
         lines += ["**Training** of the shipped weights, minutes on one thread each: " + ", ".join(
             f"{name} {minutes(stage):.0f}" for name, stage in stages.items()) + "."]
     return "\n".join(lines)
@@ -132,7 +133,8 @@ def results():
 def example():
     import aqaa
 
-    entry = next(e for e in json.loads((ROOT / "data/questions/questions.json").read_text()) if e["file"] == QUESTION)
+    questions = json.loads((ROOT / "data/questions/questions.json").read_text(encoding="utf-8"))
+    entry = next(e for e in questions if e["file"] == QUESTION)
     answer = aqaa.load("mini").ask(str(ROOT / "data/questions" / QUESTION))
     answer.save(ROOT / "data/example_answer.wav")
     draw(entry, answer)
@@ -169,11 +171,11 @@ def replace(text, name, content):
 
 def main():
     path = ROOT / "README.md"
-    text = replace(path.read_text(), "results", results())
+    text = replace(path.read_text(encoding="utf-8"), "results", results())
     if "--check" in sys.argv:
-        same = text == path.read_text()
+        same = text == path.read_text(encoding="utf-8")
         return 0 if same else "README's results are not those of data/runs: run python .ci/readme.py"
-    path.write_text(replace(text, "example", example()))
+    path.write_text(replace(text, "example", example()), encoding="utf-8")
     return 0
 
 

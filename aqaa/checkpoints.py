@@ -314,7 +314,7 @@ def fingerprint(path):
 def inspect(folder):
     """{"bytes", "sha256", "as_recorded": bool} for every weight file of a folder. Raises ModelError."""
     record_path = Path(folder) / "record.json"
-    recorded = json.loads(record_path.read_text()).get("files", {}) if record_path.is_file() else {}
+    recorded = json.loads(record_path.read_text(encoding="utf-8")).get("files", {}) if record_path.is_file() else {}
     found = {}
     for name in PARTS:
         path = Path(folder) / f"{name}.safetensors"

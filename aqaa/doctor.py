@@ -53,23 +53,38 @@ def _show(report, as_json):
 
 
 def _folders(args):
-    """Report on the folders named and, together, on whether they make a whole system."""
-    from aqaa import checkpoints, released
-
+    """Report on the folders named and, together, on whether they make a whole system; an odd one stops no other."""
+    lost = [name for name in args.folders if name != "mini" and not os.path.isdir(name)]
+    faults = [f"no folder at {name}: name one that holds weights." for name in lost]
     report, sources = {}, {}
-    for path in [place for name in args.folders for place in _places(name)]:
-        report[str(path)], found = folder(path)
-        sources |= found
-    faults = [fault for rows in report.values() for fault in rows["faults"]]
-    if not faults and len(sources) == sum(map(len, released.PARTS.values())):
+    for name in args.folders:
         try:
-            released.combine(checkpoints.AQAAConfig(), sources)
-        except checkpoints.ModelError as fault:
-            faults.append(str(fault))
-    _show(report, args.json)
+            for path in () if name in lost else _places(name):
+                report[str(path)], found = folder(path)
+                faults += report[str(path)]["faults"]
+                sources |= found
+        except Exception as fault:  # whatever a damaged file raises
+            faults.append(f"{name} cannot be read ({' '.join(str(fault).split())}): get the folder again.")
+    if sources and not faults:
+        faults += _together(sources)
+    if report:
+        _show(report, args.json)
     for fault in faults:
         print("aqaa:", fault, file=sys.stderr)
     return int(bool(faults))
+
+
+def _together(sources):
+    """Why the parts of several folders make no system; nothing if they do, or if some are not there."""
+    from aqaa import checkpoints, released
+
+    if len(sources) < sum(map(len, released.PARTS.values())):
+        return []
+    try:
+        released.combine(checkpoints.AQAAConfig(), sources)
+    except checkpoints.ModelError as fault:
+        return [str(fault)]
+    return []
 
 
 def _places(name):
@@ -77,11 +92,12 @@ def _places(name):
     from aqaa import checkpoints
 
     path = checkpoints.find(name)
-    inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and _roles(folder))
-    return [path, *inside] if not inside or _roles(path) else inside
+    inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and roles(folder))
+    return [path, *inside] if not inside or roles(path) else inside
 
 
-def _roles(path):
+def roles(path):
+    """What a folder can stand in for, by the names of its files."""
     return [role for role, signs in SIGNS.items() if any(any(path.glob(sign)) for sign in signs)]
 
 
@@ -92,7 +108,7 @@ def folder(path):
 
     files, sources, faults = [file for file in path.rglob("*") if file.is_file()], {}, []
     size = f"{in_bytes(sum(file.stat().st_size for file in files))} in {len(files)} files"
-    rows = {"roles": _roles(path), "size": size, "licence": licence(path)}
+    rows = {"roles": roles(path), "size": size, "licence": licence(path)}
     if any((path / f"{part}.safetensors").is_file() for part in checkpoints.PARTS):
         rows |= {"roles": ["model"], **weights(path)}
         faults += [rows.pop("fault")] if "fault" in rows else []
@@ -120,10 +136,10 @@ def folder(path):
 def licence(path):
     """What a LICENSE file, or the head of README.md, says; "not stated" if nothing."""
     for file in sorted(path.glob("LICENSE*")):
-        text = file.read_text(errors="replace")
+        text = file.read_text(encoding="utf-8", errors="replace")
         return next((short for words, short in LICENCES.items() if words in text), f"see {file.name}")
     try:
-        head = (path / "README.md").read_text(errors="replace").split("---")
+        head = (path / "README.md").read_text(encoding="utf-8", errors="replace").split("---")
     except OSError:
         return "not stated"
     found = re.search(r"^license: *(\S+)", head[1], re.MULTILINE) if len(head) > 2 and not head[0].strip() else None

@@ -34,7 +34,7 @@ def commit():
     try:
         return subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

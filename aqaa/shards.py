@@ -93,7 +93,8 @@ def _index(path):
     """{tensor name: file name}."""
     check_file(path, AGAIN)
     try:
-        return {str(name): Path(file).name for name, file in json.loads(path.read_text())["weight_map"].items()}
+        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): Path(file).name for name, file in placed.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{path} is no index of shards (it has no weight_map): {AGAIN}.") from None
 

@@ -145,7 +145,7 @@ def record(name, entry, command):
     torch.set_num_threads(threads)
     entry |= {key: about[key] for key in ("date", "commit", "hardware")}
     path = ROOT / "data" / "runs" / "notebooks.json"
-    known = json.loads(path.read_text())["notebooks"] if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8"))["notebooks"] if path.exists() else {}
     names = {path.stem for path in notebooks()}
     entries = {key: value for key, value in sorted({**known, name: entry}.items()) if key in names}
     path.parent.mkdir(parents=True, exist_ok=True)

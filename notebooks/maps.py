@@ -66,7 +66,7 @@ def between(text, mark, new):
 def maps(root, notebooks):
     """[(file, mark, text)]: what is generated from [(path, notebook)] and data/runs/notebooks.json."""
     path = root / "data" / "runs" / "notebooks.json"
-    run = json.loads(path.read_text()) if path.exists() else {"notebooks": {}}
+    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"notebooks": {}}
     rows = ["| notebook | one idea | seconds | hardware |", "|---|---|---|---|"]
     for path, nb in notebooks:
         seconds = run["notebooks"].get(path.stem, {}).get("seconds")

@@ -56,7 +56,7 @@ def write(folder, n_text=65_536, seed=0):
         parts = {name: checkpoints.build(name, config).state_dict() for name in checkpoints.PARTS}
         for place in folders.values():
             place.mkdir(parents=True)
-            (place / "README.md").write_text(CARD)
+            (place / "README.md").write_text(CARD, encoding="utf-8")
         write_tokenizer(folders["tokenizer"], config, parts)
         write_backbone(folders["backbone"], config, parts["backbone"])
         write_vocoder(folders["vocoder"], config, parts)
@@ -76,10 +76,10 @@ def write_tokenizer(folder, config, parts):
     state = {k: v for k, v in parts["linguistic"].items() if k.startswith("encoder.")}
     state |= {"decoder.embed.0.weight": torch.zeros(20, 16), "predictor.cif_conv1d.bias": torch.zeros(16)}
     torch.save(state, paraformer / "model.pt")
-    (paraformer / "am.mvn").write_text(mvn(560))
-    (paraformer / "config.yaml").write_text(PARAFORMER_YAML)
+    (paraformer / "am.mvn").write_text(mvn(560), encoding="utf-8")
+    (paraformer / "config.yaml").write_text(PARAFORMER_YAML, encoding="utf-8")
     for name in ("configuration.json", "tokens.json"):
-        (paraformer / name).write_text("{}")
+        (paraformer / name).write_text("{}", encoding="utf-8")
 
 
 def mvn(n):
@@ -147,7 +147,7 @@ def write_backbone(folder, config, state):
         save_file({name: state[name] for name in names if files[name] == file}, folder / file, {"format": "pt"})
     total = sum(value.nbytes for value in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     size = config.backbone
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["MMGPTStep1ForCausalLMV2"], "model_type": "mmgpt_step1_v2", "torch_dtype": "bfloat16",
@@ -156,7 +156,7 @@ def write_backbone(folder, config, state):
         **{name: getattr(size, name) for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_attention_groups", "max_seq_len")},
-    }))  # fmt: skip
+    }), encoding="utf-8")  # fmt: skip
     (folder / "tokenizer.model").write_bytes(sentencepiece(config.backbone.vocab_size - AUDIO_SLOTS))
 
 
@@ -181,8 +181,8 @@ def sentencepiece(n_text):
 def write_vocoder(folder, config, parts):
     torch.save(parts["flow"], folder / "flow.pt")
     torch.save(parts["hift"], folder / "hift.pt")
-    (folder / "cosyvoice.yaml").write_text(COSYVOICE_YAML)
-    (folder / "VERSION_Vq0206Vocoder_1202").write_text("")
+    (folder / "cosyvoice.yaml").write_text(COSYVOICE_YAML, encoding="utf-8")
+    (folder / "VERSION_Vq0206Vocoder_1202").write_text("", encoding="utf-8")
     write_campplus(folder / "campplus.onnx")
 
 

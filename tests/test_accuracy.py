@@ -141,10 +141,10 @@ def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
     spoken.clear()
     mine = shelf.items(role="answer") + shelf.items(role="question")
     head = {"hash": corpus.plan_hash(mine), "items": 9, "shards": 1}
-    (tmp_path / "plan.json").write_text(json.dumps(head))
+    (tmp_path / "plan.json").write_text(json.dumps(head), encoding="utf-8")
     accuracy.evaluation_corpus(tmp_path)  # interrupted: goes on
     assert len(spoken) == 4 + len(CELLS)
-    (tmp_path / "plan.json").write_text(json.dumps({**head, "hash": "another"}))
+    (tmp_path / "plan.json").write_text(json.dumps({**head, "hash": "another"}), encoding="utf-8")
     assert accuracy.evaluation_corpus(tmp_path).head["hash"] == "another" and len(spoken) == 4 + len(CELLS)
 
 

@@ -168,7 +168,7 @@ def test_another_processor_is_told_so(monkeypatch, capsys, fresh):
 def test_without_a_compiler_one_sentence(monkeypatch, fresh, body, why):
     compiler = fresh / "compiler"
     if body:
-        compiler.write_text(f"#!/bin/sh\n{body}\n")
+        compiler.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
         compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CC", str(compiler))
     with pytest.raises(ValueError, match=why):

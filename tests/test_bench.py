@@ -47,7 +47,7 @@ def test_the_command(tmp_path, capsys, monkeypatch, only):
     monkeypatch.setattr(peers, "installed", lambda package: False)
     out = tmp_path / "parts.json"
     assert cli.main(["bench", "parts", "--only", only, "--limit", "1", "--out", str(out)]) == 0
-    results, printed = json.loads(out.read_text()), capsys.readouterr().out
+    results, printed = json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
     assert results["what"] == "parts" and results["preset"] == "mini" and results["commit"] is not None
     assert results["peers"] == {"s3tokenizer": None, "funasr": None, "matcha-tts": None}
     assert "| part |" in printed and "pip install 'aqaa[peers]'" in printed

@@ -196,7 +196,7 @@ def test_a_second_load_shows_the_same_and_stays_silent(book, place):
     record(book, 1.0)
     said, _ = ask(book)
     book.page.keyboard.press("Control+s")
-    book.until(lambda: said.split()[0] in (place / "talk.ipynb").read_text(), "the saved notebook")
+    book.until(lambda: said.split()[0] in (place / "talk.ipynb").read_text(encoding="utf-8"), "the saved notebook")
     book.load()
     book.says("recorder", "Recorded [0-9.]+ s")
     book.says("player", "first sound after")

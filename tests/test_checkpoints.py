@@ -84,7 +84,7 @@ def test_gather_makes_a_folder_that_loads(tiny_folder, tmp_path):
     config = checkpoints.read_config(tiny_folder)
     parts = {name: tiny_folder / f"{name}.safetensors" for name in checkpoints.PARTS}
     checkpoints.gather(tmp_path / "new", config, tiny_folder / "tokenizer.json", parts, {"flow": {"steps": 5}})
-    record = json.loads((tmp_path / "new" / "record.json").read_text())
+    record = json.loads((tmp_path / "new" / "record.json").read_text(encoding="utf-8"))
     assert record["flow"] == {"steps": 5} and len(record["files"]) == len(checkpoints.PARTS)
     assert all(row["as_recorded"] for row in checkpoints.inspect(tmp_path / "new").values())
     aqaa.load(tmp_path / "new").hift  # noqa: B018
@@ -120,7 +120,7 @@ def test_a_damaged_file(copy):
 
 @pytest.mark.parametrize("name", ["semantic.safetensors", "config.json", "tokenizer.json"])
 def test_a_git_lfs_pointer(copy, name):
-    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", encoding="utf-8")
     with pytest.raises(ModelError) as fault:
         aqaa.load(copy).text  # noqa: B018
     says(fault, name, "Git LFS pointer", "git lfs pull")
@@ -130,7 +130,7 @@ def test_weights_of_another_size(copy):
     config = checkpoints.read_config(copy)
     data = config.to_dict()
     data["backbone"]["hidden_size"] = 32
-    (copy / "config.json").write_text(json.dumps(data))
+    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ModelError) as fault:
         aqaa.load(copy).backbone  # noqa: B018
     says(fault, "backbone.safetensors", "does not fit")
@@ -138,23 +138,23 @@ def test_weights_of_another_size(copy):
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", '{"flow": {"colour": 1}}', '{"flow": 3}', '{"name": "\ud800'])
 def test_a_configuration_that_is_none(copy, content):
-    (copy / "config.json").write_text(content, errors="surrogatepass")
+    (copy / "config.json").write_text(content, errors="surrogatepass", encoding="utf-8")
     with pytest.raises(ModelError) as fault:
         aqaa.load(copy)
     says(fault, "config.json", "not a configuration")
 
 
 def test_a_damaged_text_tokenizer(copy):
-    (copy / "tokenizer.json").write_text("{}")
+    (copy / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError) as fault:
         aqaa.load(copy).text  # noqa: B018
     says(fault, "tokenizer.json", "damaged")
 
 
 def test_a_text_tokenizer_with_too_many_ids(copy):
-    data = json.loads((copy / "config.json").read_text())
+    data = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     data["ids"]["n_text"] = 100
-    (copy / "config.json").write_text(json.dumps(data))
+    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ModelError) as fault:
         aqaa.load(copy).text  # noqa: B018
     says(fault, "tokenizer.json", "128 ids")

@@ -96,7 +96,7 @@ def test_resume_must_be_wanted(spoken):
 def test_exported_questions_are_described(spoken, tmp_path):
     corpus = spoken[2]
     entries = K.export_questions(corpus, tmp_path, per_category=1)
-    assert entries == json.loads((tmp_path / "questions.json").read_text())
+    assert entries == json.loads((tmp_path / "questions.json").read_text(encoding="utf-8"))
     for entry in entries:
         wav, rate = K.soundfile.read(tmp_path / entry["file"])
         assert rate == 16_000 and len(wav) and entry["voice_seen"] == (entry["voice"] in V.TRAINING)

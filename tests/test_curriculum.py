@@ -66,7 +66,7 @@ def test_answers_are_many_distinct_and_in_the_judges_dictionary():
     assert 500 <= len(answers) <= 1100
     assert {manner for _, manner in answers} == set(V.MANNERS)
     dictionary = Path(pocketsphinx.get_model_path()) / "en-us" / "cmudict-en-us.dict"
-    known = {line.split()[0] for line in dictionary.read_text().splitlines() if line}
+    known = {line.split()[0] for line in dictionary.read_text(encoding="utf-8").splitlines() if line}
     words = {word for answer, _ in answers for word in answer.split()}
     assert not words - known
     assert sum(5 <= len(answer.split()) <= 20 for answer, _ in answers) == len(answers)

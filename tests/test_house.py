@@ -19,12 +19,12 @@ LAYERS = (  # a module may import from layers above its own line, and within its
     {"tokenizers", "backbone", "vocoder"},  # never from each other
     {"pipeline", "checkpoints", "listening", "foreign", "shards", "released"},
     {"training", "evaluation", "lineage", "scale", "notebook", "doctor", "bench"},
-    {"cli"},
+    {"cli", "options"},
     {"__main__"},
 )
 BUDGET = {  # lines; what a reader reads to understand the model comes first
     "config threads audio tokenizers backbone vocoder amx kernels pipeline listening": 4_600,
-    "aqaa __main__ cli doctor bench records checkpoints released shards foreign": 1_900,
+    "aqaa __main__ cli options doctor bench records checkpoints released shards foreign": 1_900,
     "training evaluation": 4_300,
     "scale": 3_200,
     "notebook": 2_000,
@@ -46,7 +46,7 @@ def layer_of(part):
 def imports(path):
     """Dotted names below `aqaa` that a file imports, also inside functions."""
     package = ["aqaa", *path.relative_to(ROOT / "aqaa").parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -78,7 +78,7 @@ def test_every_module_has_its_place():
 
 
 def test_no_file_is_long_and_the_package_is_small():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     sizes = {part_of(path): 0 for path in FILES}
     for path in FILES:
@@ -86,6 +86,47 @@ def test_no_file_is_long_and_the_package_is_small():
     for parts, most in BUDGET.items():
         assert sum(sizes.pop(part) for part in parts.split()) < most, parts
     assert not sizes, "these have no budget"
+
+
+def names_no_encoding(call):
+    """Whether a call opens text in whatever encoding the machine prefers (cp1252 on many)."""
+    method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if method else getattr(call.func, "id", "")
+    owner = getattr(call.func.value, "id", "") if method else ""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in given or None in given:
+        return False
+    if name in ("read_text", "write_text"):
+        return method and owner != "checkpoints"
+    places = {"open": 0 if method and owner not in ("io", "os") else 1, "fdopen": 1}
+    if name not in places and not name.endswith("TemporaryFile") or owner == "Image":
+        return False
+    mode = given.get("mode", next(iter(call.args[places.get(name, 0):]), None))
+    mode = getattr(mode, "value", "b") if mode else "w+b" if name.endswith("TemporaryFile") else "r"
+    return "b" not in str(mode) and owner != "os"
+
+
+@pytest.mark.parametrize("text, lacks", [
+    ("open(path)", True), ("open(path, 'a')", True), ("open(path, mode='w')", True), ("path.open()", True),
+    ("path.read_text()", True), ("Path(a).write_text(b, errors='replace')", True), ("io.open(path)", True),
+    ("tempfile.NamedTemporaryFile('w')", True),
+    ("open(path, 'rb')", False), ("path.open('wb')", False), ("open(path, encoding='utf-8')", False),
+    ("path.read_text(encoding='utf-8')", False), ("tempfile.TemporaryFile(dir=a)", False), ("os.open(a, b)", False),
+    ("path.read_bytes()", False), ("Image.open(a)", False),
+])  # fmt: skip
+def test_a_call_that_names_no_encoding_is_seen(text, lacks):
+    assert names_no_encoding(ast.parse(text).body[0].value) is lacks
+
+
+def test_every_text_file_is_opened_with_an_encoding():
+    others = [path for folder in ("tests", "notebooks", ".ci") for path in sorted((ROOT / folder).rglob("*.py"))]
+    lacking = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES + others
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and names_no_encoding(node)
+    ]
+    assert lacking == []
 
 
 def test_importing_aqaa_is_light():
@@ -171,14 +212,15 @@ def test_the_version_is_said_once_and_the_citation_agrees():
     import aqaa
 
     assert project()["dynamic"] == ["version"]
-    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == aqaa.__version__
-    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == aqaa.__version__
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")[:200]
     assert project()["license"] == "Apache-2.0"
 
 
 def readme_command(name):
     """The code block after `<!-- command:name -->` in README.md."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.search(rf"<!-- command:{name} -->\s*```\w*\n(.*?)\n```", text, re.DOTALL)[1]
 
 

@@ -87,10 +87,10 @@ def test_dither_changes_features_and_none_is_the_default():
 
 def test_read_mvn(tmp_path):
     rows = "<AddShift> 3 3\n<LearnRateCoef> 0 [ -1.5 2 3 ]\n<Rescale> 3 3\n<LearnRateCoef> 0 [ 4 5 6e-1 ]"
-    (tmp_path / "am.mvn").write_text(f"<Nnet>\n{rows}\n</Nnet>")
+    (tmp_path / "am.mvn").write_text(f"<Nnet>\n{rows}\n</Nnet>", encoding="utf-8")
     shift, scale = read_mvn(tmp_path / "am.mvn")
     assert shift.tolist() == [-1.5, 2, 3] and scale.tolist() == pytest.approx([4, 5, 0.6])
-    (tmp_path / "bad.mvn").write_text("version https://git-lfs")
+    (tmp_path / "bad.mvn").write_text("version https://git-lfs", encoding="utf-8")
     with pytest.raises(ValueError, match="bad.mvn"):
         read_mvn(tmp_path / "bad.mvn")
 

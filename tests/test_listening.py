@@ -155,7 +155,7 @@ def test_the_bench_reports_what_it_found(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(streaming, "STEPS", (0.24,))
     out = tmp_path / "streaming.json"
     streaming.main(SimpleNamespace(preset="tiny", device="cpu", limit=1, seed=0, json=False, out=str(out)))
-    found = json.loads(out.read_text())
+    found = json.loads(out.read_text(encoding="utf-8"))
     assert found["what"] == "streaming" and found["questions"] == 1 and found["every 0.24 s"]["equal"] == 1
     assert found["answers"]["first_id"] > 0 and "semantic_changed" in capsys.readouterr().out
 

@@ -138,14 +138,14 @@ def test_a_finished_run_is_not_continued(tmp_path):
 
 def test_without_resume_a_run_begins_anew(tmp_path):
     train(Task(), tmp_path, seed=3)
-    first, task = (tmp_path / "toy.csv").read_text(), Task()
+    first, task = (tmp_path / "toy.csv").read_text(encoding="utf-8"), Task()
     train(task, tmp_path, seed=4)
     assert len(task.seen) == STEPS and len(read_log(tmp_path / "toy.csv")) == 3
-    assert (tmp_path / "toy.csv").read_text() != first
+    assert (tmp_path / "toy.csv").read_text(encoding="utf-8") != first
 
 
 def test_resuming_what_never_began_is_a_new_run(tmp_path):
-    (tmp_path / "toy.csv").write_text("step,seconds,loss\n20,1,1\n")
+    (tmp_path / "toy.csv").write_text("step,seconds,loss\n20,1,1\n", encoding="utf-8")
     train(Task(), tmp_path, resume=True)
     assert [row["step"] for row in read_log(tmp_path / "toy.csv")] == ["20", "40", "45"]
 

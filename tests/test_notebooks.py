@@ -22,7 +22,8 @@ from notebooks import build, form, maps, pages
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = build.notebooks()
 RECORD = ROOT / "data" / "runs" / "notebooks.json"
-INTENTS = sorted({entry["intent"] for entry in json.loads((ROOT / "data/questions/questions.json").read_text())})
+QUESTIONS = json.loads((ROOT / "data/questions/questions.json").read_text(encoding="utf-8"))
+INTENTS = sorted({entry["intent"] for entry in QUESTIONS})
 TAGS = {"parameters", "nbval-check-output", "nbval-ignore-output", "nbval-skip", "raises-exception", "exercise",
         "solution", "hide-input", "gpu"}  # fmt: skip
 BUDGET = 60  # s on two cores
@@ -216,7 +217,7 @@ def test_keeps_the_conventions(path):
     found = list(conventions(build.read(path), int(path.stem[:2])))
     if path.stat().st_size > LARGEST:
         found.append(f"{path.stat().st_size / 1024:.0f} KB, more than {LARGEST / 1024:.0f}")
-    entry = json.loads(RECORD.read_text())["notebooks"].get(path.stem, {}) if RECORD.exists() else {}
+    entry = json.loads(RECORD.read_text(encoding="utf-8"))["notebooks"].get(path.stem, {}) if RECORD.exists() else {}
     if not entry.get("seconds", BUDGET + 1) <= BUDGET:
         found.append(f"took {entry.get('seconds', 'nobody knows how many')} s when it was built, more than {BUDGET}")
     stated = re.search(r"(\d+) s(?:econds)? on (?:2|two)", build.read(path).cells[0].source)
@@ -228,7 +229,7 @@ def test_keeps_the_conventions(path):
 def test_there_are_fourteen_and_together_they_are_small():
     assert [int(path.stem[:2]) for path in PATHS] == list(range(14))
     assert sum(path.stat().st_size for path in PATHS) <= ALL
-    seconds = [entry["seconds"] for entry in json.loads(RECORD.read_text())["notebooks"].values()]
+    seconds = [entry["seconds"] for entry in json.loads(RECORD.read_text(encoding="utf-8"))["notebooks"].values()]
     assert sum(seconds) < 12 * 60
 
 

@@ -49,10 +49,10 @@ def house(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "ROOT", tmp_path)
     for name in ("build", "notebooks", "aqaa"):
         (tmp_path / name).mkdir()
-    (tmp_path / "aqaa" / "audio.py").write_text("rate = 16_000\n")
-    (tmp_path / "build" / "00_tiny.py").write_text(TEXT)
-    (tmp_path / "README.md").write_text("a\n<!-- notebooks -->\n<!-- /notebooks -->\nz\n")
-    (tmp_path / "notebooks" / "TEACH.md").write_text("<!-- exercises -->\nold\n<!-- /exercises -->\n")
+    (tmp_path / "aqaa" / "audio.py").write_text("rate = 16_000\n", encoding="utf-8")
+    (tmp_path / "build" / "00_tiny.py").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "README.md").write_text("a\n<!-- notebooks -->\n<!-- /notebooks -->\nz\n", encoding="utf-8")
+    (tmp_path / "notebooks" / "TEACH.md").write_text("<!-- exercises -->\nold\n<!-- /exercises -->\n", encoding="utf-8")
     return tmp_path
 
 
@@ -68,19 +68,20 @@ def test_close_build_check_and_open(house, capsys):
     assert nb.cells[2].outputs[0].text == "n is\n2\n" and nb.cells[6].metadata.jupyter.source_hidden
     assert nb.cells[7].outputs[0].traceback == ["ZeroDivisionError: division by zero"]
     assert set(nb.metadata) == {"kernelspec", "language_info"}
-    entry = json.loads((house / record).read_text())
+    entry = json.loads((house / record).read_text(encoding="utf-8"))
     assert {"date", "commit", "hardware", "command"} <= set(entry) and entry["notebooks"]["00_tiny"]["seconds"] > 0
-    assert "| [00 Tiny](notebooks/00_tiny.ipynb) | Hear nothing. |" in (house / "README.md").read_text()
-    assert "| [00.1](00_tiny.ipynb) | Make n three. | n is three |" in (house / "notebooks/TEACH.md").read_text()
+    assert "| [00 Tiny](notebooks/00_tiny.ipynb) | Hear nothing. |" in (house / "README.md").read_text(encoding="utf-8")
+    exercises = (house / "notebooks/TEACH.md").read_text(encoding="utf-8")
+    assert "| [00.1](00_tiny.ipynb) | Make n three. | n is three |" in exercises
 
     assert build.main(["build"]) == 0 and path.read_bytes() == first  # byte for byte
 
     assert build.main(["open", "00"]) == 0
-    assert text.read_text().split() == TEXT.split()  # blank lines may differ
-    text.write_text(text.read_text() + "\n# %%\nn + 1\n")
+    assert text.read_text(encoding="utf-8").split() == TEXT.split()  # blank lines may differ
+    text.write_text(text.read_text(encoding="utf-8") + "\n# %%\nn + 1\n", encoding="utf-8")
     assert build.main(["open", "00"]) == 1 and "has changes" in capsys.readouterr().err
     assert build.main(["close", "00", "--no-run"]) == 0 and build.read(path).cells[-1].source == "n + 1"
-    assert build.main(["open", "00", "--force"]) == 0 and "n + 1" in text.read_text()
+    assert build.main(["open", "00", "--force"]) == 0 and "n + 1" in text.read_text(encoding="utf-8")
 
 
 def prepared(house, *sources):
@@ -123,7 +124,7 @@ def test_bad_requests_get_a_sentence(house, capsys):
                               (["diff"], "git could not be set up")):  # fmt: skip
         assert build.main(command) == 1
         assert sentence in capsys.readouterr().err
-    (house / "notebooks" / "02_bad.ipynb").write_text("{")
+    (house / "notebooks" / "02_bad.ipynb").write_text("{", encoding="utf-8")
     assert build.main(["check", "2"]) == 1 and "02_bad.ipynb is not a notebook" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
         build.main(["sing"])
@@ -141,16 +142,16 @@ def test_the_site_plays_without_network_or_javascript(house, capsys):
     assert build.main(["html", "--out", str(house / "site")]) == 0
     site = house / "site"
     assert {path.stem for path in site.iterdir()} == {"00_tiny", "aqaa_audio.py", "index", "teach"}
-    page = (site / "00_tiny.html").read_text()
+    page = (site / "00_tiny.html").read_text(encoding="utf-8")
     assert "<audio" in page and "&lt;b&gt;" in page and "<code>\\nonsense</code>" in page
     assert page.count("<svg") == 2 and 'aria-label="x \\le \\frac{1}{2}"' in page
     assert re.search(r"<details><summary>Solution</summary>.*secret.*</details>", page, re.DOTALL)
     for path in site.iterdir():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert "<script" not in text and not re.search(r"""(src|href)=["']?(https?:)?//""", text)
         for target in re.findall(r'<a href="([^"#]+)"', text):
             assert (site / target).is_file(), f"{path.name} → {target}"
-    assert "00 Tiny" in (site / "index.html").read_text()
+    assert "00 Tiny" in (site / "index.html").read_text(encoding="utf-8")
     sound.data["text/html"] = '<script src="https://cdn.example/x.js"></script>'
     nb.cells[1].outputs[-1] = sound
     build.write(house / "notebooks" / "00_tiny.ipynb", form.normalise(nb))

@@ -31,7 +31,7 @@ def preprocess_fixture(folder, name="preprocess", error=0.0, drop=None):
     save_file(tensors, folder / f"{name}.safetensors")
     tolerance = {k: {"suggested_atol": 1e-6} for k in outputs}
     meta = {"config": {"items": [{"sr": 24_000}]}, "tolerance": tolerance}
-    (folder / f"{name}.json").write_text(json.dumps(meta))
+    (folder / f"{name}.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def test_equal_tensors_pass(tmp_path, capsys):
@@ -54,13 +54,13 @@ def test_anything_else_fails(tmp_path, capsys, fault, passed):
 def test_every_promised_kind_is_registered_and_the_longest_prefix_wins(tmp_path):
     assert set(PROMISED) <= set(kinds())
     for name in ("s3_v1_25hz_tiny", "s3_v1_25hz_other", "preprocess_2"):
-        (tmp_path / f"{name}.json").write_text("{}")
-    (tmp_path / "README.json").write_text("{}")  # no tensors beside it: no fixture
+        (tmp_path / f"{name}.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "README.json").write_text("{}", encoding="utf-8")  # no tensors beside it: no fixture
     save_file({"x": torch.zeros(1)}, tmp_path / "mystery.safetensors")
-    (tmp_path / "mystery.json").write_text("{}")
+    (tmp_path / "mystery.json").write_text("{}", encoding="utf-8")
     (tmp_path / "step1").mkdir()
     for name in ("config.json", "preprocess.json"):
-        (tmp_path / "step1" / name).write_text("{}")
+        (tmp_path / "step1" / name).write_text("{}", encoding="utf-8")
     save_file({"x": torch.zeros(1)}, tmp_path / "step1" / "io.safetensors")
     found = {path.name: key for key, path in fixtures(tmp_path)}
     assert found == {

@@ -199,18 +199,18 @@ def test_enough_memory_is_asked_for_before_anything_is_loaded():
 
 
 def test_a_folder_is_read_in_either_form(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(preset("mini").to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(preset("mini").to_dict()), encoding="utf-8")
     assert words.read_model(tmp_path)[1] == preset("mini").backbone
     sizes = {k: v for k, v in vars(B130).items() if not k.endswith("_id")}
     nested = {"model_type": "mmgpt_step1_v2", "text_config": {**sizes, "hidden_act": "silu"}}
-    (tmp_path / "config.json").write_text(json.dumps(nested))
+    (tmp_path / "config.json").write_text(json.dumps(nested), encoding="utf-8")
     assert words.read_model(tmp_path)[1] == B130
     flat = {"model_type": "step1", **sizes, "quantization": {"weights": "int4", "group": 64, "method": "rtn"}}
-    (tmp_path / "config.json").write_text(json.dumps(flat))
+    (tmp_path / "config.json").write_text(json.dumps(flat), encoding="utf-8")
     (setup,) = words.setups(tmp_path, ["2xH200"])
     assert (setup.weights, setup.group) == ("int4", 64)
     for broken in ("{", "[]", '{"model_type": "llama", "hidden_size": 8}', '{"text_config": 3}'):
-        (tmp_path / "config.json").write_text(broken)
+        (tmp_path / "config.json").write_text(broken, encoding="utf-8")
         with pytest.raises(ValueError, match="config.json"):
             words.read_model(tmp_path)
 
@@ -242,15 +242,15 @@ def record(rates, **other):
 
 def test_a_recorded_run_is_held_against_the_model(tmp_path):
     invented = record({512: 51.0, 8192: 47.0}, prefill=[{"ids": 520, "seconds": 0.5}])
-    (tmp_path / "invented.json").write_text(json.dumps(invented))
-    (tmp_path / "speed.json").write_text('{"what": "speed"}')
+    (tmp_path / "invented.json").write_text(json.dumps(invented), encoding="utf-8")
+    (tmp_path / "speed.json").write_text('{"what": "speed"}', encoding="utf-8")
     rows = words.check(tmp_path)
     assert [row["what"] for row in rows] == ["tokens/s at 512", "tokens/s at 8192", "prefill of 520, s"]
     assert all(row["possible"] and row["file"] == "invented.json" for row in rows)
     assert rows[0]["ratio"] == pytest.approx(51 / one("1xH200", "int4", context=512).rate, abs=1e-3)
-    (tmp_path / "invented.json").write_text(json.dumps(record({512: 90.0})))  # more than the bytes allow
+    (tmp_path / "invented.json").write_text(json.dumps(record({512: 90.0})), encoding="utf-8")  # more than bytes allow
     assert [row["possible"] for row in words.check(tmp_path)] == [False]
-    (tmp_path / "invented.json").write_text('{"what": "scale", "setup": {}}')
+    (tmp_path / "invented.json").write_text('{"what": "scale", "setup": {}}', encoding="utf-8")
     with pytest.raises(ValueError, match="invented.json is not a whole record"):
         words.check(tmp_path)
 

@@ -210,9 +210,10 @@ def write_release(folder, vision=True, shards=3):
         part = {name: state[name] for name in names[number::shards]}
         placed |= dict.fromkeys(part, f"model-{number + 1:05d}.safetensors")
         save_file(part, folder / f"model-{number + 1:05d}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    index = json.dumps({"metadata": {}, "weight_map": placed})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     sizes = asdict(SIZES)
-    (folder / "config.json").write_text(json.dumps({"model_type": "mmgpt_step1_v2", **sizes}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mmgpt_step1_v2", **sizes}), encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(b"pieces")
     return folder
 
@@ -245,7 +246,7 @@ def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, c
 
 def test_a_release_converted_by_gptq_is_what_gptq_makes_of_the_model(release, tmp_path, capsys):
     dialogues = tmp_path / "dialogues.json"
-    dialogues.write_text(json.dumps(ROWS))
+    dialogues.write_text(json.dumps(ROWS), encoding="utf-8")
     arguments = ("--group", "32", "--method", "gptq", "--calibration", str(dialogues))
     assert go(release, tmp_path / "small", *arguments) == 0
     wanted = quantize_(model().bfloat16().float(), "int4", 32, rows=ROWS)
@@ -294,7 +295,7 @@ def test_what_cannot_be_converted_is_one_sentence(release, tmp_path, capsys, mon
     shutil.copytree(release, cut)
     (cut / "model-00002.safetensors").write_bytes((cut / "model-00002.safetensors").read_bytes()[:-9])
     other, rows = tmp_path / "other", tmp_path / "rows.json"
-    rows.write_text('[["a"]]')
+    rows.write_text('[["a"]]', encoding="utf-8")
     assert go(release, other, "--group", "32") == 0
     (tmp_path / "full").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "full" / "model.safetensors")
@@ -325,9 +326,9 @@ def test_what_cannot_be_converted_is_one_sentence(release, tmp_path, capsys, mon
 def test_a_converted_folder_that_is_broken_says_so(release, tmp_path):
     out = tmp_path / "small"
     convert.convert(release, out, group=32, quiet=True)
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     for quantization, said in (({"weights": "int4", "group": 16}, "does not fit"), ({"weights": "int3"}, "int3")):
-        (out / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+        (out / "config.json").write_text(json.dumps({**config, "quantization": quantization}), encoding="utf-8")
         with pytest.raises(checkpoints.ModelError, match=said):
             convert.load_quantized(out)
 
@@ -406,7 +407,7 @@ def test_the_quantised_mini_answers_as_the_mini_does(mini, asked):
 
 def test_the_recorded_comparison_keeps_the_promise():
     path = checkpoints.data_folder() / "runs" / "quantize.json"
-    formats = json.loads(path.read_text())["formats"]
+    formats = json.loads(path.read_text(encoding="utf-8"))["formats"]
     assert formats["none"]["questions"]["n"] >= 500
     for name in ("int8", "fp8", "int4 g64 gptq"):
         assert formats[name]["questions"]["of_right"] >= 0.98, name

@@ -27,17 +27,17 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     bench, seen = record.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
     real = {}
     found = bench.record(path)
-    assert list(json.loads(path.read_text()))[:2] == ["what", "date"]
+    assert list(json.loads(path.read_text(encoding="utf-8")))[:2] == ["what", "date"]
     for name in ("copy", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
         real[name] = getattr(bench, name)
 
         def measure(record, name=name):
-            seen[name] = set(json.loads(path.read_text()))
+            seen[name] = set(json.loads(path.read_text(encoding="utf-8")))
             real[name](record)
 
         monkeypatch.setattr(bench, name, measure)
     bench.run(found)
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     assert data == found.data and data["faults"] == {} and data["what"] == "scale-rehearsal"
     assert {"command", "commit", "versions", "hardware", "setup", "build_s", "host_peak_gib"} <= set(data)
     assert data["setup"]["sizes"]["hidden_size"] == 128 and data["setup"]["weights"] == "int4"

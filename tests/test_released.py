@@ -169,9 +169,9 @@ def test_nested_configuration_and_prefix(copy):
     for path in sorted(folder.glob("*.safetensors")):
         save_file({f"language_model.{k}" if k[:2] != "vi" else k: v for k, v in load_file(path).items()}, path)
     (folder / "model.safetensors.index.json").unlink()
-    data = json.loads((folder / "config.json").read_text())
+    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     nested = {"model_type": "mmgpt_step1_v2", "text_config": data | {"model_type": "step1"}}
-    (folder / "config.json").write_text(json.dumps(nested))
+    (folder / "config.json").write_text(json.dumps(nested), encoding="utf-8")
     system = model(copy)
     assert system.backbone.config.hidden_size == 32 and "3 tensors" in system.notes[0]
 
@@ -197,7 +197,7 @@ def test_old_names_of_weight_norm_and_old_pickles(copy):
 
 def test_yaml_is_read_and_never_executed(tmp_path):
     text = release.COSYVOICE_YAML + f"\nx: !!python/object/apply:os.mkdir ['{tmp_path}/made']\ny: !ref <z>\n"
-    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     data = foreign.read_yaml(tmp_path / "a.yaml")
     assert not (tmp_path / "made").exists() and data["__set_seed1"] == [1986]
     assert data["flow"]["decoder"]["estimator"]["channels"] == [16, 16]
@@ -263,8 +263,9 @@ def shard_with(change, index=True):
 def config_with(**values):
     def damage(folder):
         path = folder / "backbone/config.json"
-        data = json.loads(path.read_text()) | values
-        path.write_text(json.dumps({name: value for name, value in data.items() if value is not None}))
+        data = json.loads(path.read_text(encoding="utf-8")) | values
+        kept = {name: value for name, value in data.items() if value is not None}
+        path.write_text(json.dumps(kept), encoding="utf-8")
 
     return damage
 
@@ -284,7 +285,7 @@ class Bomb:
 
 def record(facts):
     def damage(folder):
-        (folder / "vocoder/record.json").write_text(json.dumps({"files": {"flow.pt": facts}}))
+        (folder / "vocoder/record.json").write_text(json.dumps({"files": {"flow.pt": facts}}), encoding="utf-8")
 
     return damage
 
@@ -310,7 +311,7 @@ DAMAGES = {  # name: (what is done to a copy, words of the sentence that no othe
     "model.pt empty": (pickle_with(PT, lambda s: {"epoch": 3}), "model.pt holds no named tensors"),
     "model.pt bomb": (lambda f: torch.save({"a": Bomb()}, f / PT), "model.pt wants to run posix.mkdir"),
     "am.mvn": (text(MVN, "<Rescale>", "<Other>"), "am.mvn is no Kaldi normalisation file"),
-    "am.mvn short": (lambda f: (f / MVN).write_text(release.mvn(8)), "am.mvn normalises 8 values"),
+    "am.mvn short": (lambda f: (f / MVN).write_text(release.mvn(8), encoding="utf-8"), "am.mvn normalises 8 values"),
     "paraformer yaml": (text(PARAFORMER, "encoder:", "encoder: ["), "config.yaml is no yaml that can be read"),
     "offline paraformer": (text(PARAFORMER, "SANMEncoderChunkOpt", "SANMEncoder"), "is of an encoder SANMEncoder:"),
     "deeper paraformer": (text(PARAFORMER, "num_blocks: 3", "num_blocks: 4"), "lacks encoder.encoders.2"),
@@ -340,7 +341,7 @@ DAMAGES = {  # name: (what is done to a copy, words of the sentence that no othe
     "no shards": (gone(INDEX, *(f"backbone/model-0000{i}.safetensors" for i in (1, 2, 3))), "holds no *.safetensors"),
     "shard cut": (cut(LAST, 0.9), "model-00003.safetensors is cut short"),
     "shard foreign": (cut(LAST, 0.01), "no safetensors header"),
-    "index broken": (lambda f: (f / INDEX).write_text("{}"), "it has no weight_map"),
+    "index broken": (lambda f: (f / INDEX).write_text("{}", encoding="utf-8"), "it has no weight_map"),
     "index of another": (text(INDEX, "model.norm.weight", "model.norm.gain"), "does not hold model.norm.gain"),
     "no lm_head": (shard_with(lambda s: {k: v for k, v in s.items() if "lm" not in k}, False), "lacks lm_head.weight"),
     "tensor lost": (shard_with(lambda s: {k: v for k, v in s.items() if k != LAYER}, False), f"lacks {LAYER}"),
@@ -360,7 +361,7 @@ DAMAGES = {  # name: (what is done to a copy, words of the sentence that no othe
     "hift lacks": (without("vocoder/hift.pt", "m_source.l_linear.bias"), "lacks m_source.l_linear.bias"),
     "cosyvoice missing": (gone("vocoder/cosyvoice.yaml"), "cosyvoice.yaml is missing"),
     "cosyvoice broken": (text("vocoder/cosyvoice.yaml", "flow: ", "\tflow: "), "cosyvoice.yaml is no yaml that"),
-    "cosyvoice empty": (lambda f: (f / "vocoder/cosyvoice.yaml").write_text(""), "is no yaml of names and values"),
+    "cosyvoice empty": (lambda f: (f / "vocoder/cosyvoice.yaml").write_bytes(b""), "is no yaml of names and values"),
     "cosyvoice rate": (text("vocoder/cosyvoice.yaml", "sample_rate: 22050", "sample_rate: x"), "gives feat_extractor."),
     "cosyvoice hop": (text("vocoder/cosyvoice.yaml", "hop_size: 256", "hop_size: 480"), "a frame are 480 and 256"),
     "cosyvoice heads": (
@@ -426,7 +427,7 @@ def test_doctor_tells_what_folders_hold_without_loading_them(small, capsys, monk
 def test_doctor_knows_the_mini_and_what_is_nothing(tiny_folder, tmp_path, capsys):
     assert cli.main(["doctor", str(tiny_folder)]) == 0
     assert "as recorded" in capsys.readouterr()[0]
-    (tmp_path / "LICENSE").write_text("MIT License\n\n…")
+    (tmp_path / "LICENSE").write_text("MIT License\n\n…", encoding="utf-8")
     assert cli.main(["doctor", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert "MIT" in out and "holds nothing that aqaa knows" in err

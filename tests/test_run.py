@@ -70,7 +70,7 @@ def test_the_finished_model_answers_a_question(place, run, short_answers):
 
 
 def test_every_stage_leaves_its_traces(place):
-    record = json.loads((place / "run" / "record.json").read_text())
+    record = json.loads((place / "run" / "record.json").read_text(encoding="utf-8"))
     for stage in TRAINED:
         assert record[stage]["steps"] == STEPS and record[stage]["seed"] == 0 and record[stage]["seconds"] >= 0
         assert np.isfinite(list(record[stage]["last"].values())).all()
@@ -82,7 +82,7 @@ def test_every_stage_leaves_its_traces(place):
             assert all(value.isfinite().all() for value in tensors.values())
     assert set(record["linguistic"]["phone_error"]) == {"answer_voice", "seen_voices", "new_voices", "both_new"}
     assert set(record["semantic"]["f0_semitones"]) == set(record["semantic"]["phone_error"])
-    exported = json.loads((place / "model" / "record.json").read_text())
+    exported = json.loads((place / "model" / "record.json").read_text(encoding="utf-8"))
     assert {name: value for name, value in exported.items() if name != "files"} == record
 
 
@@ -99,7 +99,7 @@ def test_codes_are_those_of_the_finished_tokenizers(place, run):
             assert len(stored) <= len(heard) <= len(stored) + 1  # the semantic tokenizer rounds its last row up
             same, total = same + (stored == heard[: len(stored)]).sum(), total + len(stored)
         assert same / total > 0.9
-        record = json.loads((run.out / "record.json").read_text())["codes"][name]
+        record = json.loads((run.out / "record.json").read_text(encoding="utf-8"))["codes"][name]
         assert 1 < record["perplexity"] <= record["used"] <= record["size"]
 
 
@@ -135,7 +135,7 @@ def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     monkeypatch.setattr(K.Trainer, "_one_step", lambda self: pytest.fail("a finished stage was trained"))
     getattr(run, stage)()
     assert path.read_bytes() == before
-    assert json.loads((place / "run" / "record.json").read_text())[stage]["steps"] == STEPS
+    assert json.loads((place / "run" / "record.json").read_text(encoding="utf-8"))[stage]["steps"] == STEPS
 
 
 def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
@@ -180,8 +180,8 @@ def test_a_run_may_start_from_a_model_folder(place, tmp_path):
     backbone = later.part("pretrain", checkpoints.build("backbone", CONFIG))
     assert same_weights(backbone, aqaa.load(place / "model").backbone)
     later._record("sft1", {"steps": 3})
-    record = json.loads((later.out / "record.json").read_text())["sft1"]
-    earlier = json.loads((place / "model" / "record.json").read_text())["sft1"]
+    record = json.loads((later.out / "record.json").read_text(encoding="utf-8"))["sft1"]
+    earlier = json.loads((place / "model" / "record.json").read_text(encoding="utf-8"))["sft1"]
     assert record["steps"] == 3 and record["continues"] == earlier
 
 

@@ -217,7 +217,7 @@ def test_source_is_the_packages_code_with_a_relative_path():
 def test_recorded_says_where_a_number_comes_from(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     run = {"date": "2000-01-01", "commit": "abc", "hardware": "2 cores", "command": "aqaa bench x", "value": 7}
-    (tmp_path / "runs" / "x.json").write_text(json.dumps(run))
+    (tmp_path / "runs" / "x.json").write_text(json.dumps(run), encoding="utf-8")
     monkeypatch.setenv("AQAA_DATA", str(tmp_path))
     assert show.recorded("x")["value"] == 7
     assert capsys.readouterr().out == "recorded on 2000-01-01, commit abc, 2 cores: aqaa bench x\n"

@@ -207,9 +207,9 @@ def test_saved_with_official_keys_and_read_without_remote_code(tmp_path):
     model.save_pretrained(tmp_path)
     wanted = {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"}
     assert wanted <= set(model.state_dict())
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del config["tie_word_embeddings"]  # as in the published file
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert again.lm_head.weight is not again.model.embed_tokens.weight

@@ -80,7 +80,7 @@ def test_the_mini_answers_the_same_on_the_command_line(tmp_path, capsys, monkeyp
 
 def test_the_request_is_what_vllm_takes(tiny, sound):
     """Its fields are those that the real classes were seen to have; the answer's are those of a real chunk."""
-    record = json.loads(RECORD.read_text())
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
     with serve(tiny) as server:
         list(connected(tiny, server).generate(tiny.prompt(tiny.listen(sound)), **SHORT))
         (request,) = server.requests
@@ -96,7 +96,7 @@ def test_the_request_is_what_vllm_takes(tiny, sound):
 
 def test_real_chunks_are_read(tiny):
     """Lines that vLLM's own code wrote (recorded) give the ids and logprobs that went into them."""
-    record = json.loads(RECORD.read_text())
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
     found, expected = [], record["completion_stream_of"]
     for line in "".join(record["completion_stream"]).encode().splitlines():
         data = vllm_engine._event(line, "it")
@@ -261,7 +261,7 @@ def released(tmp_path):
 
     def folder(**changes):
         given = {"model_type": "step1", "architectures": ["Step1ForCausalLM"], **asdict(BackboneConfig()), **changes}
-        (tmp_path / "config.json").write_text(json.dumps(given))
+        (tmp_path / "config.json").write_text(json.dumps(given), encoding="utf-8")
         return tmp_path
 
     return folder
@@ -342,12 +342,12 @@ def test_vllm_that_is_missing_is_told(monkeypatch):
 def test_the_plug_in_is_declared():
     import tomllib
 
-    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
     assert entries == {"vllm.general_plugins": {"aqaa": "aqaa.scale.vllm_plugin:register"}}
 
 
 def test_the_record_is_of_the_version_that_is_named():
-    record = json.loads(RECORD.read_text())
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert record["vllm"] == vllm_engine.TESTED and record["failed"] == []
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
     assert {check["name"] for check in record["checks"]} == {check.__name__ for check in vllm_check.CHECKS}

@@ -83,7 +83,7 @@ def test_every_job_gets_its_own_sound_and_festival_one_process(monkeypatch):
         commands.append(command[0])
         paths = [command[-1]]
         if command[0] == "festival":
-            script = Path(command[-1]).read_text()
+            script = Path(command[-1]).read_text(encoding="utf-8")
             paths = re.findall(r'utt\.save\.wave u "(.+?)"', script)
         for path in paths:
             soundfile.write(path, np.full(9, (1 + int(Path(path).stem)) / 64), 16_000)

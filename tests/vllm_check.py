@@ -272,7 +272,7 @@ def launch_flags(record):
     for kind, extra in (("step1", {}), ("mmgpt_step1_v2", {**vision, "eos_token_id": [2, 3]})):
         with tempfile.TemporaryDirectory() as folder:
             given = {**asdict(BackboneConfig()), "model_type": kind, "architectures": ["Step1ForCausalLM"], **extra}
-            Path(folder, "config.json").write_text(json.dumps(given))
+            Path(folder, "config.json").write_text(json.dumps(given), encoding="utf-8")
             command = vllm_engine.serve_command(folder, 8, "fp8")
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(command)[2:])
             model = ModelConfig(
@@ -325,7 +325,7 @@ def logits(record):
     with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.object(step1, "Attention", attention()):
         given = {name: value for name, value in ours.to_dict().items() if isinstance(value, (int, float, str))}
         given |= {"model_type": "mmgpt_step1_v2", "architectures": ["Step1AQAAForCausalLM"], "dtype": "float32"}
-        Path(folder, "config.json").write_text(json.dumps(given))
+        Path(folder, "config.json").write_text(json.dumps(given), encoding="utf-8")
         model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=512,
                             generation_config="vllm", enforce_eager=True)  # fmt: skip
         whole = VllmConfig(model_config=model, compilation_config=CompilationConfig(custom_ops=["none"]),
@@ -497,7 +497,7 @@ def main(argv=None):
         "failed": [result["name"] for result in results if not result["ok"]],
         "not_run": list(NOT_RUN), "checks": results,
     }  # fmt: skip
-    Path(args.out).write_text(json.dumps({**head, **record}, indent=1) + "\n")
+    Path(args.out).write_text(json.dumps({**head, **record}, indent=1) + "\n", encoding="utf-8")
     return int(bool(head["failed"]))
 
 

@@ -346,5 +346,5 @@ def report(args, result, lines, details=None):
     print(json.dumps(result) if args.json else "\n".join(lines))
     if args.out:
         part = Path(f"{args.out}.part")
-        part.write_text(json.dumps({**result, **(details or {})}, indent=1) + "\n")
+        part.write_text(json.dumps({**result, **(details or {})}, indent=1) + "\n", encoding="utf-8")
         part.replace(args.out)

@@ -12,6 +12,7 @@ import contextlib
 import math
 import multiprocessing
 import re
+import signal
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -111,11 +112,11 @@ class Judge:
         pocketsphinx = _pocketsphinx()
         with tempfile.TemporaryDirectory() as folder:
             words = Path(folder, "words.dict")
-            words.write_text("\n".join(self._entries) + "\n")
+            words.write_text("\n".join(self._entries) + "\n", encoding="utf-8")
             options = {"dict": str(words), "lm": None, "cmn": "batch", "loglevel": "FATAL"}
             if strict:
                 model = Path(folder, "bigram.lm")
-                model.write_text(bigram_arpa(self.bigrams))
+                model.write_text(bigram_arpa(self.bigrams), encoding="utf-8")
                 return pocketsphinx.Decoder(**{**options, "lm": str(model)})
             decoder = pocketsphinx.Decoder(**options)
         start, end, _, edges = word_graph(self.answers)
@@ -238,6 +239,7 @@ def _checked(word, phones):
 
 def _start(judge, strict):
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C
     _worker = judge, strict
 
 

@@ -30,7 +30,7 @@ def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", 
     if isinstance(rows, (str, Path)):
         if not Path(rows).is_file():
             raise ValueError(f"there is no log {Path(rows).name}: name a CSV file.")
-        with open(rows, newline="") as file:
+        with open(rows, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     if not rows or x not in rows[0]:
         raise ValueError(f"curves needs rows with a column {x!r}.")

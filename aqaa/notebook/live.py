@@ -26,9 +26,12 @@ def front_end(script):
     import traitlets
 
     colours = "const COLORS = " + json.dumps({kind: colour for kind, (_, colour) in show.KINDS.items()}) + ";\n"
+    common, own, style = (
+        (SCRIPTS / name).read_text(encoding="utf-8") for name in ("common.js", f"{script}.js", "widgets.css")
+    )
     return type(script.title(), (anywidget.AnyWidget,), {
-        "_esm": colours + (SCRIPTS / "common.js").read_text() + (SCRIPTS / f"{script}.js").read_text(),
-        "_css": (SCRIPTS / "widgets.css").read_text(),
+        "_esm": colours + common + own,
+        "_css": style,
         "data": traitlets.Dict().tag(sync=True),  # what never changes
         "state": traitlets.Dict().tag(sync=True),  # what does; a page that is loaded later begins with it
     })  # fmt: skip

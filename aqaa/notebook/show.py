@@ -183,7 +183,7 @@ def recorded(name):
     if not path.is_file():
         there = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
         raise ValueError(f"no run {name!r} is recorded in data/runs: there are {there or 'none'}.")
-    run = json.loads(path.read_text())
+    run = json.loads(path.read_text(encoding="utf-8"))
     print(f"recorded on {run['date']}, commit {run['commit']}, {run['hardware']}: {run['command']}")
     return run
 
@@ -219,7 +219,7 @@ def questions(folder=None):
     if not index.is_file():
         raise ValueError(f"there is no questions.json in {folder.name}: name a folder of questions.")
     place = Path(os.path.relpath(folder))  # relative, so that no output depends on where the repository lies
-    return [{**entry, "path": place / entry["file"]} for entry in json.loads(index.read_text())]
+    return [{**entry, "path": place / entry["file"]} for entry in json.loads(index.read_text(encoding="utf-8"))]
 
 
 def question(name="capital", folder=None):

@@ -34,7 +34,7 @@ def row_count(n_samples):
 
 def read_mvn(path):
     """(AddShift, Rescale), two tensors, of a Kaldi `am.mvn` text file. Raises ValueError when they are not in it."""
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
     found = {}
     for tag, line in pairwise(lines):
         if tag.startswith(("<AddShift>", "<Rescale>")) and line.startswith("<LearnRateCoef>"):

@@ -6,6 +6,7 @@ all, the .jsonl last, so whatever is interrupted goes on where it stopped.
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,7 +38,7 @@ def speak(items, folder, workers=2, progress=True):
     shards = [items[i : i + PER_SHARD] for i in range(0, len(items), PER_SHARD)]
     head = {"hash": plan_hash(items), "items": len(items), "shards": len(shards)}
     if (folder / "plan.json").exists():
-        if json.loads((folder / "plan.json").read_text())["hash"] != head["hash"]:
+        if json.loads((folder / "plan.json").read_text(encoding="utf-8"))["hash"] != head["hash"]:
             raise ValueError(f"{folder} holds a corpus of another plan; give another folder or remove this one.")
     else:
         _write(folder / "plan.json", json.dumps(head).encode())
@@ -48,7 +49,8 @@ def speak(items, folder, workers=2, progress=True):
             for i in todo:
                 bar.update(_speak_shard(i, shards[i], folder))
         else:
-            with ProcessPoolExecutor(workers) as pool:
+            quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # at Ctrl-C
+            with ProcessPoolExecutor(workers, **quiet) as pool:
                 futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
                 try:
                     for future in as_completed(futures):
@@ -66,10 +68,10 @@ class Corpus:
         self.folder = Path(folder)
         if not (self.folder / "plan.json").exists():
             raise FileNotFoundError(f"{folder} holds no corpus; make one with `aqaa train corpus`.")
-        self.head = json.loads((self.folder / "plan.json").read_text())
+        self.head = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         self._items, self._shards = [], {}
         for path in sorted(self.folder.glob("shard_*.jsonl")):
-            self._items += [Item(**json.loads(line)) for line in path.read_text().splitlines()]
+            self._items += [Item(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
     @property
     def complete(self):
@@ -172,10 +174,10 @@ def phones_of(lines):
     The voice matters: kal merges "ah" with "aa". slt does not, and is quick when its speech has next to no duration.
     """
     command = ["flite", "-voice", "slt", "--setf", "duration_stretch=0.02", "-ps", "-o", "none", "-f"]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write("\n\n".join(f"{line}." for line in lines))
         file.flush()
-        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run([*command, file.name], capture_output=True, encoding="utf-8", check=True)
     said = done.stdout.splitlines()
     if len(said) != len(lines):
         raise RuntimeError(f"flite made {len(said)} utterances of {len(lines)} texts; its front end has changed.")

@@ -3,7 +3,7 @@
 import tomllib
 from pathlib import Path
 
-SCRIPT = tomllib.loads((Path(__file__).parent / "curriculum.toml").read_text())
+SCRIPT = tomllib.loads((Path(__file__).parent / "curriculum.toml").read_text(encoding="utf-8"))
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"

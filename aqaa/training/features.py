@@ -5,6 +5,7 @@ Both are plain .npy arrays of concatenated rows with a .json of lengths beside t
 
 import json
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -54,11 +55,12 @@ def prepare(corpus, items, folder, workers=2):
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "features.json"
     names = [item.id for item in items]
-    if done.exists() and json.loads(done.read_text())["ids"] == names:
+    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["ids"] == names:
         return folder
     parts = {"lfr": [], "log_mel": [], "f0": []}
     jobs = (as_heard(item, corpus.wav(item)) for item in items)
-    with ProcessPoolExecutor(workers) as pool:
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # no traceback at Ctrl-C
+    with ProcessPoolExecutor(workers, **quiet) as pool:
         found = pool.map(_features, jobs, chunksize=32) if workers > 1 else map(_features, jobs)
         for lfr, log_mel, pitch in tqdm(found, total=len(items), desc="features", unit="utt", mininterval=5):
             for key, value in zip(parts, (lfr, log_mel, pitch), strict=True):
@@ -73,7 +75,7 @@ def prepare(corpus, items, folder, workers=2):
 def utterances(folder, items, kind):
     """The stored features as `Utterances`: kind "lfr" (with CMVN statistics applied later) or "log_mel" (with f0)."""
     folder = Path(folder)
-    meta = json.loads((folder / "features.json").read_text())
+    meta = json.loads((folder / "features.json").read_text(encoding="utf-8"))
     lengths = meta["lengths"][kind]
     flat = np.load(folder / f"{kind}.npy", mmap_mode="r")
     extra = {"f0": np.load(folder / "f0.npy")} if kind == "log_mel" else {}
@@ -139,5 +141,5 @@ def save_array(path, array):
 def write_json(path, data):
     """Write JSON that is never half there."""
     temporary = Path(path).with_suffix(".part")
-    temporary.write_text(json.dumps(data))
+    temporary.write_text(json.dumps(data), encoding="utf-8")
     os.replace(temporary, path)

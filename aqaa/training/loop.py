@@ -209,17 +209,17 @@ def append_row(path, row):
     names = list(rows[0]) if rows else []
     fresh = [key for key in row if key not in names]
     if fresh:
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names + fresh, restval="")
             writer.writeheader()
             writer.writerows(rows)
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, names + fresh, restval="").writerow(row)
 
 
 def read_log(path):
     """Rows of a training log as dicts of strings."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

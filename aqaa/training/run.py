@@ -228,21 +228,21 @@ class Run:
 
     def _record(self, name, result):
         path = self.out / "record.json"
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         record[name] = {**result, **provenance(self.device)}
         if self.init and (earlier := self._initial_record().get(name)):
             record[name]["continues"] = earlier
-        path.write_text(json.dumps(record, indent=1))
+        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def _initial_record(self):
         path = self.init / "record.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the codes beside it."""
         made_by = {"backbone": "sft1"}  # the others are named like their stage
         parts = {name: self.out / "parts" / f"{made_by.get(name, name)}.safetensors" for name in checkpoints.PARTS}
-        record = json.loads((self.out / "record.json").read_text())
+        record = json.loads((self.out / "record.json").read_text(encoding="utf-8"))
         if self.init:  # what was not trained here comes along unchanged
             parts = {name: path if path.exists() else self.init / f"{name}.safetensors" for name, path in parts.items()}
             record = {**self._initial_record(), **record}

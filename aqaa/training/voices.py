@@ -151,7 +151,7 @@ def synthesize(jobs):
                 sounds[i] = _load(path)
         if batch:
             script = f"{folder}/batch.scm"
-            with open(script, "w") as file:
+            with open(script, "w", encoding="utf-8") as file:
                 loaded = None
                 for name, *rest in sorted(batch, key=lambda one: one[0]):  # loading a voice costs more than speaking
                     file.write(("" if name == loaded else f"(voice_{name})\n") + _scheme(name, *rest) + "\n")
@@ -164,7 +164,7 @@ def synthesize(jobs):
 
 
 def _run(command, text=None):
-    done = subprocess.run(command, input=text, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, input=text, encoding="utf-8", capture_output=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed with {done.stderr.strip()[:200]!r}; the command was {command}")
 

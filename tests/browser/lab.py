@@ -54,7 +54,8 @@ def write_notebook(path, cells):
     made = [{"cell_type": "code", "id": name, "metadata": {}, "source": source.strip(), "outputs": [],
              "execution_count": None} for name, source in cells.items()]  # fmt: skip
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    Path(path).write_text(json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    book = {"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    Path(path).write_text(json.dumps(book), encoding="utf-8")
 
 
 class Lab:
@@ -64,7 +65,7 @@ class Lab:
         for name, values in {**SETTINGS, **(settings or {})}.items():
             path = home / "settings" / f"{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values))
+            path.write_text(json.dumps(values), encoding="utf-8")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -94,7 +95,8 @@ class Lab:
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        raise RuntimeError(f"JupyterLab did not start:\n{self.log.read_text()[-2000:]}")
+        said = self.log.read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"JupyterLab did not start:\n{said[-2000:]}")
 
     def close(self):
         """End the server and its kernels."""

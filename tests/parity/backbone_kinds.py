@@ -63,7 +63,7 @@ def _greedy(model, io):
 
 def backbone(folder):
     """A folder with config.json, model.safetensors and io.safetensors (BACKBONE section f)."""
-    io, config = load_file(folder / "io.safetensors"), json.loads((folder / "config.json").read_text())
+    io, config = load_file(folder / "io.safetensors"), json.loads((folder / "config.json").read_text(encoding="utf-8"))
     half = config["torch_dtype"] == "bfloat16"
     size = io["bias64"].shape[-1]
     bias = attention.sqrt_bias(attention.slopes(config["num_attention_heads"]), size, size)
@@ -89,7 +89,7 @@ def tokenizer_cases(path):
         print(f"tokenizer_cases: {name} is absent, so nothing is compared")
         return
     text = TextTokenizer.from_sentencepiece(file)
-    cases = json.loads(path.with_suffix(".json").read_text())["cases"]
+    cases = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["cases"]
     checks = {
         "ids": lambda case: text.encode(case["text"], bos=True) == case["ids"],
         "ids_no_special": lambda case: text.encode(case["text"]) == case["ids_no_special"],

@@ -22,7 +22,7 @@ def load(path):
 
     Tensors are keyed without their `sd.`, `in.`, `out.` prefix.
     """
-    meta = json.loads(path.with_name(path.name + ".json").read_text())
+    meta = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))
     tensors = load_tensors(path.with_name(path.name + ".safetensors"))
     parts = [{k[len(p):]: v for k, v in tensors.items() if k.startswith(p)} for p in ("sd.", "in.", "out.")]
     return meta, *parts

@@ -128,7 +128,7 @@ def _s3_batch(model, wavs, outputs, meta):
 
 def s3_onnx(path):
     """The published ONNX file through our own reader."""
-    heads = json.loads(path.with_name(path.name + ".json").read_text())["config"]["n_audio_head"]
+    heads = json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))["config"]["n_audio_head"]
     model = SemanticTokenizer.from_onnx(path.with_name(path.name + ".onnx"), heads)
     for file in sorted(path.parent.glob(path.name + "_io_*.safetensors")):
         n, io = file.stem.rsplit("_", 1)[1], load_file(file)
@@ -150,7 +150,7 @@ def vq06_long_split(path):
 def interleave(path):
     """Codes to ids and strings; the ids split again give the codes that were kept."""
     ids, wrong = IdsConfig(), {"ids": 0, "token_str": 0, "split": 0}
-    for case in json.loads(path.with_name(path.name + ".json").read_text())["cases"]:
+    for case in json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8"))["cases"]:
         merged = merge(case["vq02"], case["vq06"], ids)
         groups = len(case["ids"]) // 5
         wrong["ids"] += merged != case["ids"]
