@@ -196,6 +196,7 @@ def _parsers():
                        help="one of these (%(default)s)")  # fmt: skip
     bench.add_argument("--preset", default="mini", type=_name, metavar="NAME", help="as of ask (%(default)s)")
     bench.add_argument("--corpus", default="work/corpus", help="accuracy: folder of evaluation questions (%(default)s)")
+    bench.add_argument("--busy", action="store_true", help="speed: also beside an endless loop on every core")
     bench.add_argument("--limit", type=_count, metavar="N", help="how many questions of each cell")
     bench.add_argument("--layers", type=_count, metavar="N", help="scale: so many layers of those of --preset full")
     bench.add_argument("--only", type=_one_of(("linguistic", "semantic", "flow", "hift", "backbone")), metavar="PART",

@@ -1,14 +1,17 @@
-"""`aqaa bench parts`: who takes turns, what is counted, and modules that are prepared without being changed."""
+"""`aqaa bench speed` and `parts`: idle and busy, who takes turns, what is counted; modules stay what they are."""
 
+import contextlib
 import json
+import os
 
 import pytest
 import torch
 from torch import nn
 
-from aqaa import checkpoints, cli, kernels
+from aqaa import bench, checkpoints, cli, kernels, pipeline
 from aqaa.config import preset
 from aqaa.evaluation import parts, peers
+from tests.conftest import RATE, tone
 
 
 def test_turns_are_taken_and_ratios_are_of_neighbours(monkeypatch):
@@ -87,3 +90,31 @@ def test_a_prepared_layer_still_learns():
     found = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def running(process):
+    return process.poll() is None
+
+
+@pytest.mark.parametrize("fault", [None, ValueError, KeyboardInterrupt])
+def test_a_busy_machine_is_idle_again_whatever_happens(monkeypatch, fault):
+    started, real = [], bench.subprocess.Popen
+    monkeypatch.setattr(bench.subprocess, "Popen", lambda *args: started.append(real(*args)) or started[-1])
+    with contextlib.suppress(fault or ()):
+        with bench.busy_machine(2):
+            assert len(started) == 2 and all(map(running, started))
+            if fault:
+                raise fault
+    assert not any(map(running, started))
+
+
+def test_idle_and_busy_stand_side_by_side(tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "_questions", lambda count: [(tone(), RATE)] * count)
+    monkeypatch.setitem(pipeline.SAMPLING, "max_tokens", 60)
+    out = tmp_path / "speed.json"
+    assert cli.main(["bench", "speed", "--preset", str(tiny_folder), "--limit", "1", "--busy", "--out", str(out)]) == 0
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert results["busy_loops"] == os.cpu_count()
+    assert set(results["busy"]) == set(bench.SIDE_BY_SIDE) <= set(results)
+    ratio = results["busy"]["total_s"] / results["total_s"]
+    assert results["busy_over_idle"] == pytest.approx(ratio, rel=0.05)
