@@ -114,8 +114,8 @@ def _channels_last(samples):
             samples = (samples.float() if samples.is_floating_point() else samples).numpy()
         samples = np.asarray(samples)
     except (TypeError, ValueError, RuntimeError):  # ragged lists, sparse tensors
-        samples = np.zeros(0, bool)
-    if samples.dtype.kind == "f" or samples.dtype.name == "bfloat16" or samples.size == 0 == samples.ndim - 1:
+        samples = np.array(None)
+    if samples.dtype.kind == "f" or samples.dtype.name == "bfloat16":
         scale = 1
     elif samples.dtype.kind == "i" and samples.dtype.itemsize in (2, 4):
         scale = -float(np.iinfo(samples.dtype).min)
@@ -212,9 +212,9 @@ def endpoints(wav):
     is left out: some microphones have an offset.
     """
     n = wav.shape[-1]
-    energy = wav[: n // 160 * 160].view(-1, 160).var(-1, correction=0)
-    if len(energy) < 5:
+    if n < 5 * 160:
         return 0, n
+    energy = wav[: n // 160 * 160].view(-1, 160).var(-1, correction=0)  # of 10 ms each
     level = energy.topk(min(10, len(energy))).values[-1]
     runs = (energy > LOUD * level).float().unfold(0, 5, 1).amin(-1).nonzero()[:, 0].tolist()  # first frames of 50 ms
     if not runs:

@@ -191,12 +191,22 @@ def _by_torchcodec(data, name, max_seconds):
 # ---- samples --------------------------------------------------------------------------------------------------------
 
 
+class _Bytes(io.BytesIO):
+    """Bytes for libsndfile, which may seek to odd places in a damaged file: that must not print a traceback."""
+
+    def seek(self, place, whence=os.SEEK_SET):
+        try:
+            return super().seek(place, whence)
+        except (ValueError, OverflowError):
+            return -1
+
+
 def _decoded(data, name, max_seconds):
     """(samples (N,), rate) of the bytes of a sound file, decoded in blocks within bounds."""
     import soundfile
 
     try:
-        file = soundfile.SoundFile(io.BytesIO(data))
+        file = soundfile.SoundFile(_Bytes(data))
     except Exception as fault:  # libsndfile's own errors, and those of reading what it says
         raise AudioError(f"{name} is not a sound file that can be read ({_line(fault)}): convert it to wav.") from None
     with file:
