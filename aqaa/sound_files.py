@@ -19,7 +19,7 @@ from aqaa.sound_headers import AudioError, check_boxes, completed, too_long
 
 RATES = (1_000, 192_000)  # Hz; anything else is a damaged header, or costs more than a question is worth
 BOUND = 128 << 20  # bytes of a file or a pipe: a minute of stereo floats at 192 kHz has 92 MB
-VALUES = 1 << 26  # frames times channels that are decoded: 268 MB
+VALUES = 1 << 25  # frames times channels that are decoded: 134 MB
 BLOCK = 1 << 18  # values decoded at a time
 PATIENCE, PAUSE = 30, 2  # seconds without a byte before a pipe is given up, and between two looks at it
 HEADERLESS = (".raw", ".pcm", ".s16", ".s16le", ".sln", ".ulaw", ".ul", ".alaw", ".al", ".vox")
@@ -238,7 +238,8 @@ def _decoded(data, name, max_seconds):
 
 
 def _line(fault):
-    return " ".join(str(fault).split())[:200] or type(fault).__name__
+    said = getattr(fault, "error_string", None) or str(fault)  # libsndfile's own words, without the name of our bytes
+    return " ".join(said.split())[:200] or type(fault).__name__
 
 
 def mono(blocks, name):
