@@ -8,7 +8,6 @@ import io
 import math
 import numbers
 import os
-import struct
 from functools import lru_cache, wraps
 from pathlib import Path
 
@@ -17,87 +16,17 @@ import torch
 import torch.nn.functional as F
 
 from aqaa.config import SAMPLE_RATE
+from aqaa.sound_files import BLOCK, RATES, bad_rate, called, mono, read
+from aqaa.sound_headers import AudioError, too_long
 
 MIN_SECONDS = 0.06  # below it neither tokenizer gives a code
 MAX_SECONDS = 60  # rows of the mini's semantic positions, and what it was trained to listen to
 SILENCE = 1e-4  # peak of a question that holds nothing to hear, full scale = 1
-RATES = (1_000, 1_000_000)  # Hz; anything else is a damaged header
-UNKNOWN_SIZE = 0x7FF00000  # writers to a pipe put a number above it for "until the end"
-
-
-class AudioError(ValueError):
-    """A sound that cannot be used; its one sentence names the sound, the fault and the remedy."""
+QUIET = int(0.75 * SAMPLE_RATE)  # samples of silence that a question keeps at either end
+LOUD, FAINT = 10**-2.0, 10**-2.5  # energies that begin speech and carry it on: 20 and 25 dB below its level
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def read(path, max_seconds=None):
-    """Read a sound file of any format libsndfile knows (wav, flac, ogg, mp3), channels averaged.
-
-    Returns (samples (N,) float32 tensor, rate in Hz). Raises AudioError for a path that is missing, a folder, empty,
-    not sound, cut off, without samples, longer than `max_seconds`, or holding values that are not finite.
-    """
-    import soundfile
-
-    path = Path(path)
-    _check_file(path)
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, expected = file.samplerate, file.frames
-            if max_seconds and expected > max_seconds * rate:
-                raise _too_long(path, expected / rate, max_seconds)
-            samples = file.read(dtype="float32", always_2d=True)
-            estimated = file.format.startswith("MP")  # an mp3 does not know its length
-    except (soundfile.LibsndfileError, RuntimeError) as fault:
-        raise AudioError(f"{path} is not a sound file that can be read ({fault}): convert it to wav.") from None
-    if len(samples) < expected and not estimated:
-        raise AudioError(f"{path} is cut off after {len(samples)} of {expected} samples: get the whole file.")
-    return _mono(torch.from_numpy(samples), path), rate
-
-
-def _check_file(path):
-    if not path.exists():
-        raise AudioError(f"{path} does not exist: check the name.")
-    if path.is_dir():
-        raise AudioError(f"{path} is a folder: name a sound file in it.")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(12)
-            if path.is_file() and not head:
-                raise AudioError(f"{path} is empty: record or copy it again.")
-            if head[:4] == b"RIFF" and head[8:] == b"WAVE":
-                missing = _missing_bytes(file, path.stat().st_size)
-                if missing > 0:
-                    raise AudioError(f"{path} is cut off, {missing} bytes are missing: get the whole file.")
-    except OSError as fault:
-        raise AudioError(f"{path} cannot be read ({fault.strerror}): check its permissions.") from None
-
-
-def _missing_bytes(file, size):
-    """How much of a RIFF file's data chunk lies beyond the end of the file (libsndfile would not say)."""
-    place = 12
-    while place + 8 <= size:
-        file.seek(place)
-        name, length = struct.unpack("<4sI", file.read(8))
-        if name == b"data":
-            return 0 if length >= UNKNOWN_SIZE else place + 8 + length - size
-        place += 8 + length + length % 2
-    return 0  # no data chunk: libsndfile refuses the file by itself
-
-
-def _mono(samples, name):
-    """(N, channels) -> (N,), checked for emptiness and for values that are no numbers."""
-    if samples.numel() == 0:
-        raise AudioError(f"{name} holds no samples: record it again.")
-    mono = samples.double().mean(-1).float() if samples.shape[-1] > 1 else samples[..., 0]
-    if not torch.isfinite(mono).all():
-        raise AudioError(f"{name} holds values that are not finite (NaN or infinity): write it again.")
-    return mono.contiguous()
-
-
-def _too_long(name, seconds, limit):
-    return AudioError(f"{name} lasts {seconds:.0f} s, the limit is {limit:g} s: cut it into shorter questions.")
 
 
 def write(path, samples, rate):
@@ -141,23 +70,25 @@ def _write_bytes(path, data):
 def load_question(question, max_seconds=MAX_SECONDS):
     """A question as both tokenizers take it: (N,) float32 tensor, mono, 16 kHz, not yet peak-normalised.
 
-    `question` is a path, or (samples, rate) with samples (N,), (N, channels) or (channels, N), integers or floats,
-    numpy or torch. Raises AudioError when it is unreadable, silent, shorter than 60 ms or longer than `max_seconds`.
+    `question` is a path, "-" for standard input, or (samples, rate) with samples (N,), (N, channels) or (channels, N),
+    floats of any width or 16- or 32-bit integers in any order of bytes: arrays, tensors, memoryviews, lists. Raises
+    AudioError when it is unreadable, silent, shorter than 60 ms or longer than `max_seconds`, or its rate is not among
+    RATES.
     """
     if isinstance(question, (str, os.PathLike)):
-        name, (samples, rate) = Path(question), read(question, max_seconds)
+        name, (samples, rate) = called(question), read(question, max_seconds)
     else:
         name = "the sound"
         try:
             samples, rate = question
         except (TypeError, ValueError):
             raise AudioError("a question is a path or a pair (samples, rate): pass one of them.") from None
-        samples = _mono(_channels_last(samples), name)
+        samples = mono(_channels_last(samples).split(BLOCK), name)
     if not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
-        raise AudioError(f"{name} claims {rate!r} samples a second: save it again at 8 to 96 kHz.")
+        raise bad_rate(name, rate)
     seconds = len(samples) / rate
     if seconds > max_seconds:
-        raise _too_long(name, seconds, max_seconds)
+        raise too_long(name, seconds, max_seconds)
     if seconds < MIN_SECONDS:
         raise AudioError(f"{name} lasts {1000 * seconds:.0f} ms, at least {1000 * MIN_SECONDS:.0f} ms are needed.")
     if samples.abs().max() < SILENCE:
@@ -165,17 +96,39 @@ def load_question(question, max_seconds=MAX_SECONDS):
     return resample(samples, rate)
 
 
+def packet(samples):
+    """Part of a live question, (n,) numbers as `load_question` takes them, n may be 0 -> (n,) float32. AudioError."""
+    samples = _channels_last(samples)
+    if not samples.numel():
+        return torch.zeros(0)
+    if samples.shape[1] > 1 or not torch.isfinite(samples).all():
+        raise AudioError("the packet must be one channel of finite values: leave it out, or send it again.")
+    return samples[:, 0]
+
+
 def _channels_last(samples):
     """Whatever a caller has -> float32 (N, channels), integers scaled to [-1, 1]."""
-    samples = np.asarray(samples.detach().cpu() if isinstance(samples, torch.Tensor) else samples)
-    samples = torch.from_numpy(samples.copy()) if samples.dtype.kind in "fi" else torch.zeros(0, dtype=torch.bool)
-    if not (samples.is_floating_point() or samples.dtype in (torch.int16, torch.int32)) or samples.ndim not in (1, 2):
+    try:
+        if isinstance(samples, torch.Tensor):
+            samples = samples.detach().cpu()
+            samples = (samples.float() if samples.is_floating_point() else samples).numpy()
+        samples = np.asarray(samples)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, sparse tensors
+        samples = np.array(None)
+    if samples.dtype.kind == "f" or samples.dtype.name == "bfloat16":
+        scale = 1
+    elif samples.dtype.kind == "i" and samples.dtype.itemsize in (2, 4):
+        scale = -float(np.iinfo(samples.dtype).min)
+    else:
+        scale = 0
+    if not scale or samples.ndim not in (1, 2):
         raise AudioError("the samples must be numbers in one or two dimensions (float, int16 or int32).")
-    if not samples.is_floating_point():
-        samples = samples.double() / -float(torch.iinfo(samples.dtype).min)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+        samples = samples.astype(np.float64) / scale if scale > 1 else samples
+        samples = torch.from_numpy(samples.astype(np.float32))  # a copy in this machine's order of bytes
     if samples.ndim == 1:
         samples = samples[:, None]
-    return (samples if samples.shape[0] >= samples.shape[1] else samples.T).float()
+    return samples if samples.shape[0] >= samples.shape[1] else samples.T
 
 
 # ---- rate, loudness, silence ----------------------------------------------------------------------------------------
@@ -205,7 +158,7 @@ def resample(wav, rate, to=SAMPLE_RATE):
     divisor = math.gcd(rate, to)
     rate, to = rate // divisor, to // divisor
     length = math.ceil(wav.shape[-1] * to / rate)
-    if rate * to > 2**24:  # rates with no common divisor: their kernel would fill the memory
+    if rate * to > 2**20:  # rates with hardly a common divisor: their kernel would fill the memory
         return _resample_directly(wav, rate, to, length)
     kernel, width = _sinc_kernel(rate, to)
     padded = F.pad(wav.reshape(-1, 1, wav.shape[-1]), (width, width + rate))
@@ -230,18 +183,47 @@ def _sinc_kernel(rate, to):
     return _sinc(phases + taps, base, rate).float(), width
 
 
-def _resample_directly(wav, rate, to, length, piece=1 << 16):
-    """The same sum, each output sample with its own few weights."""
+def _resample_directly(wav, rate, to, length, piece=1 << 14, phases=1024):
+    """The same sum, each output sample with weights that lie between those of two of `phases` positions."""
     base = min(rate, to) * 0.99
     width = math.ceil(6 * rate / base)
+    taps = torch.arange(-width, width + 2, device=wav.device)
+    position = torch.arange(phases + 1, device=wav.device, dtype=torch.float64)[:, None] / phases
+    weights = _sinc((taps - position) / rate, base, rate).to(wav.dtype)  # (phases + 1, taps)
     padded = F.pad(wav, (width, 2 * width + 2))
     outputs = []
     for start in range(0, length, piece):
         place = torch.arange(start, min(start + piece, length), device=wav.device, dtype=torch.float64) * rate / to
-        taps = place.long()[:, None] + torch.arange(-width, width + 2, device=wav.device)
-        weights = _sinc((taps - place[:, None]) / rate, base, rate).to(wav.dtype)
-        outputs.append((padded[..., taps.clamp_max(wav.shape[-1] + width) + width] * weights).sum(-1))
+        first = place.long().clamp_max(wav.shape[-1])
+        phase = (place - place.long()) * phases
+        lower = phase.long()
+        share = (phase - lower).to(wav.dtype)[:, None]
+        weight = torch.lerp(weights[lower], weights[lower + 1], share)
+        outputs.append((padded[..., first[:, None] + taps + width] * weight).sum(-1))
     return torch.cat(outputs, -1)
+
+
+def endpoints(wav):
+    """Where a question begins and ends in (N,) at 16 kHz: (start, end), with up to 0.75 s of what is quiet around it.
+
+    Its level is that of the tenth loudest 10 ms, so that clicks do not count. Speech begins and ends with 50 ms within
+    20 dB of the level, and goes on in either direction while it stays within 25 dB (hysteresis). Questions that were
+    recorded for themselves stay whole; of a microphone left running, silence and faint noise are cut. The frames' mean
+    is left out: some microphones have an offset.
+    """
+    n = wav.shape[-1]
+    if n < 5 * 160:
+        return 0, n
+    energy = wav[: n // 160 * 160].view(-1, 160).var(-1, correction=0)  # of 10 ms each
+    level = energy.topk(min(10, len(energy))).values[-1]
+    runs = (energy > LOUD * level).float().unfold(0, 5, 1).amin(-1).nonzero()[:, 0].tolist()  # first frames of 50 ms
+    if not runs:
+        return 0, n
+    first, last = runs[0], runs[-1] + 4
+    quiet = (energy <= FAINT * level).nonzero()[:, 0]
+    first = max(quiet[quiet < first].tolist(), default=-1) + 1
+    last = min(quiet[quiet > last].tolist(), default=len(energy)) - 1
+    return max(0, 160 * first - QUIET), min(n, 160 * (last + 1) + QUIET)
 
 
 def energy_norm(wav):

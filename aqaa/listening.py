@@ -3,8 +3,9 @@
 The linguistic encoder hears packets and never takes a code back. The semantic encoder looks both ways: the 30 s piece
 that is being spoken is encoded anew at every look, and any of its codes may still change, the last ones most of all
 (`aqaa bench streaming` counts them); a finished piece stays. Offline, a question is first brought to a peak of 0.999.
-Live, the loudest sample so far stands for the peak, and a louder one starts both encoders over: the codes are always
-those that offline listening would give if the question ended here.
+Live, the loudest sample so far stands for the peak, and a louder one starts both encoders over. So does a change of
+where the question begins, since silence before it is not encoded (audio.endpoints); the silence after it waits until
+there is more to hear. The codes are always those that offline listening would give if the question ended here.
 """
 
 import torch
@@ -20,37 +21,47 @@ class Listener:
     """One question: `push(samples)` returns the merged ids heard so far, `finish()` those of the whole.
 
     model: an AQAA. every: seconds between two looks. history: (role, text) pairs before the question. prefill: None, or
-    a Prefill of the backbone, which then reads the prompt as it grows. `restarts` counts the louder samples.
+    a Prefill of the backbone, which then reads the prompt as it grows. `restarts` counts how often both encoders began
+    anew, the first time not counted.
+
+    `push` first takes the samples (`wav` holds all of them), then looks. Whatever interrupts a look (Ctrl-C, no memory)
+    leaves everything as it was before that look: go on with the next packet, and the next look hears both.
     """
 
     def __init__(self, model, *, every=0.24, history=(), prefill=None):
         self.model, self.history, self.prefill = model, history, prefill
         self.step, self.ids, self.ended, self.restarts = max(1, int(every * SAMPLE_RATE)), [], False, -1
         self.wav, self.peak = torch.zeros(0, device=model.device), torch.full((1,), -1.0, device=model.device)
-        self.heard = 0  # samples at the last look
+        self.heard = self.start = self.end = 0  # samples at the last look, and the part of them that was encoded
+        self.session, self.linguistic, self.semantic = None, [], []
 
     def push(self, samples):
         """Hear (n,) float samples at 16 kHz, in packets of any size -> merged ids so far, which may still change.
 
-        Raises AudioError after a minute, ValueError after `finish`.
+        Raises AudioError for samples that are no finite numbers and after a minute (the packet is not taken), and
+        ValueError after `finish`.
         """
         if self.ended:
             raise ValueError("this question has ended: begin another with listener().")
-        self.wav = torch.cat([self.wav, torch.as_tensor(samples).to(self.wav)])
-        if len(self.wav) > audio.MAX_SECONDS * SAMPLE_RATE:
+        wav = torch.cat([self.wav, audio.packet(samples).to(self.wav)])
+        if len(wav) > audio.MAX_SECONDS * SAMPLE_RATE:
             raise audio.AudioError(f"the question goes on for more than {audio.MAX_SECONDS} s: ask a shorter one.")
-        if len(self.wav) - self.heard >= self.step:
-            self._look()
+        self.wav = wav
+        if len(wav) - self.heard >= self.step:
+            self._commit(self._look())
         return self.ids
 
     def finish(self):
-        """The question has ended -> its ids: what `model.listen` finds in it. Raises AudioError as that does."""
+        """The question has ended -> its ids: what `model.listen` finds in it. Raises AudioError as that does.
+
+        After an AudioError the question goes on, as if it had not been asked to end.
+        """
         if not self.ended:
             audio.load_question((self.wav, SAMPLE_RATE))
-            self._look(final=True)
-            if not self.ids:
+            state = self._look(final=True)
+            if not state["ids"]:
                 raise audio.AudioError(TOO_SHORT)
-            self.ended = True
+            self._commit({**state, "ended": True})
         return self.ids
 
     def stream(self, **sampling):
@@ -58,20 +69,32 @@ class Listener:
         return self.model.stream(self.finish(), history=self.history, prefill=self.prefill, **sampling)
 
     def _look(self, final=False):
-        if (peak := self.wav.abs().amax(0, keepdim=True)) > self.peak:
-            self.peak, self.heard, self.restarts = peak, 0, self.restarts + 1
-            self.session, self.linguistic, self.semantic = self.model.linguistic.start(), [], []
-        fresh, piece = self.wav[self.heard :], self.heard // PIECE * PIECE
-        codes, self.session = self.model.linguistic.push(self.session, self._level(fresh), final)
-        self.linguistic = self.linguistic + codes.tolist()
+        """Encode what is new: the attributes that change, by name. Changes nothing itself but the prefill."""
+        start, end = audio.endpoints(self.wav)
+        peak = self.wav[start:end].abs().amax(0, keepdim=True)
+        session, linguistic, semantic, restarts = self.session, self.linguistic, self.semantic, self.restarts
+        known = self.end - self.start  # samples that are encoded already
+        if session is None or start != self.start or end < self.end or peak != self.peak:
+            session, linguistic, semantic, known = self.model.linguistic.start(), [], [], 0
+            restarts += 1
+        wav = self.wav[start:end]
+        fresh, piece = wav[known:], known // PIECE * PIECE
+        codes, session = self.model.linguistic.push(session, self._level(fresh, peak), final)
+        linguistic = linguistic + codes.tolist()
         if len(fresh):
-            codes = self.model.semantic.encode(self._level(self.wav[piece:]), energy_norm=False)
-            self.semantic = self.semantic[: piece // FRAME] + codes.tolist()
-        self.heard = len(self.wav)
-        self.ids = interleave.merge(self.linguistic, self.semantic, self.model.ids)
-        if self.prefill and self.ids:
-            self.prefill.read(self.model.prompt(self.ids, self.history))
+            codes = self.model.semantic.encode(self._level(wav[piece:], peak), energy_norm=False)
+            semantic = semantic[: piece // FRAME] + codes.tolist()
+        ids = interleave.merge(linguistic, semantic, self.model.ids)
+        if self.prefill and ids:
+            self.prefill.read(self.model.prompt(ids, self.history))
+        return {
+            "heard": len(self.wav), "start": start, "end": end, "peak": peak, "restarts": restarts,
+            "session": session, "linguistic": linguistic, "semantic": semantic, "ids": ids,
+        }  # fmt: skip
 
-    def _level(self, wav):
+    def _commit(self, state):
+        vars(self).update(state)  # one call of C: an interrupt comes before all of it or after
+
+    def _level(self, wav, peak):
         """Samples as loud as the whole is made: the peak goes with them as one more sample."""
-        return audio.energy_norm(torch.cat([wav, self.peak]))[:-1]
+        return audio.energy_norm(torch.cat([wav, peak]))[:-1]

@@ -161,10 +161,14 @@ class AQAA:
     # ---- single steps ----
 
     def listen(self, question, ledger=None):
-        """Sound (a path, or (samples, rate)) -> merged audio ids, 5 for each 120 ms. Raises AudioError."""
+        """Sound (a path, or (samples, rate)) -> merged audio ids, 5 for each 120 ms. Raises AudioError.
+
+        Silence and faint noise of more than 0.75 s at either end are not heard, see audio.endpoints.
+        """
         ledger = ledger or Ledger()
         with ledger.step("read"):
-            wav = audio.load_question(question).to(self.device)
+            wav = audio.load_question(question)
+            wav = wav[slice(*audio.endpoints(wav))].to(self.device)
         with ledger.step("linguistic"):
             linguistic = self.linguistic.encode(wav)
         with ledger.step("semantic"):

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa import audio
+from aqaa import audio, checkpoints
 from aqaa.audio import AudioError, load_question
 from aqaa.config import MelConfig
 
@@ -122,6 +123,31 @@ def test_samples_in_memory_take_any_shape_and_type():
         assert (load_question((samples, 16_000)) - SECOND).abs().max() < 1e-4
 
 
+def test_samples_in_memory_may_lie_and_be_ordered_anyhow():
+    wave = SECOND.numpy()
+    frozen, twice = wave.copy(), np.repeat(wave, 2)
+    frozen.flags.writeable = False
+    for samples in (
+        wave.astype(">f4"), wave.astype(">f8"), (wave * 32767).astype(">i2"), (wave * 2147483647).astype(">i4"),
+        wave.astype(np.longdouble), wave.astype(np.float16), SECOND.bfloat16(), SECOND.half(), SECOND.double(), frozen,
+        twice[::2], wave[::-1][::-1], memoryview(wave), memoryview((wave * 32767).astype(np.int16)), wave.tolist(),
+        np.stack([wave, wave], 1)[:, :1], np.asfortranarray(np.stack([wave, wave], 1)), SECOND.clone().requires_grad_(),
+        np.ma.masked_invalid(wave), [[value, value] for value in wave.tolist()],
+    ):  # fmt: skip
+        assert (load_question((samples, 16_000)) - SECOND).abs().max() < 2e-3
+        assert samples is frozen or len(audio.packet(np.asarray(wave))) == 16_000
+
+
+@pytest.mark.parametrize("samples", [
+    [[1.0, 2.0], [3.0]], SECOND.to(torch.complex64), SECOND.to_sparse(), b"abc", object(), {"a": 1}, None,
+    [None] * 2000, np.full(16_000, 1e300), np.full(16_000, np.nan, np.longdouble), SECOND.to(torch.int64),
+])  # fmt: skip
+def test_no_samples_in_memory_raise_anything_but_an_audio_error(samples):
+    for use in (lambda: load_question((samples, 16_000)), lambda: audio.packet(samples)):
+        with pytest.raises(AudioError):
+            use()
+
+
 @pytest.mark.parametrize("question", [
     (SECOND, 0), (SECOND, 2**31), (SECOND, "16000"), (SECOND, None), (SECOND.bool(), 16_000), (SECOND[:0], 16_000),
     (SECOND.reshape(2, 2, -1), 16_000), 7, SECOND, (torch.zeros(16_000), 16_000), (["a"], 16_000),
@@ -173,6 +199,21 @@ def test_rates_without_a_common_divisor_take_the_same_sum(rate):
     assert (got - expected).abs().max() < 2e-5  # torchaudio's phases are float32
 
 
+@pytest.mark.parametrize("rate", [44_101, 16_001, 7919, 44_056, 191_999])
+def test_awkward_rates_are_resampled_as_well_and_fast(rate):
+    wav = noise(2 * rate, rate)
+    began = time.process_time()
+    found = audio.resample(wav, rate)
+    assert time.process_time() - began < 1  # 0.01 to 0.14 s on two cores of a Xeon
+    assert len(found) == 32_000
+    part = wav[: rate // 40]  # the whole kernel of a prime rate has a quarter of a billion weights
+    place = torch.arange(0, 300, dtype=torch.float64) * rate / 16_000
+    base = min(rate, 16_000) * 0.99
+    taps = torch.arange(len(part))
+    expected = (audio._sinc((taps - place[:, None]) / rate, base, rate) * part.double()).sum(-1)
+    assert (found[:300] - expected).abs().max() < 2e-6
+
+
 @given(gain=st.floats(1e-6, 1e6), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_energy_norm_peaks_at_999_unless_nearly_silent(gain, seed):
@@ -189,6 +230,42 @@ def test_trim_keeps_fifty_milliseconds_before_the_sound():
     assert len(audio.trim_silence(torch.zeros(5000))) == 5040 + 4320
     head = audio.trim_silence(torch.ones(4000))  # begins loud: the lead-in is made of zeros
     assert not head[:800].any() and head[800:4800].all()
+
+
+def spoken(level=0.5, seconds=1.0):
+    return level * torch.sin(torch.arange(int(16_000 * seconds)) * 0.3)
+
+
+@pytest.mark.parametrize("noise_level", [0, 1e-4, 5e-3])
+@pytest.mark.parametrize(("lead", "tail"), [(0, 0), (0.7, 0.7), (5, 0), (0, 5), (20, 20), (1.03, 7.31)])
+def test_silence_and_faint_noise_are_left_out_but_for_a_margin(lead, tail, noise_level):
+    lead, tail, margin = int(16_000 * lead), int(16_000 * tail), int(16_000 * 0.75)
+    wav = torch.cat([torch.zeros(lead), spoken(), torch.zeros(tail)])
+    start, end = audio.endpoints(wav + noise_level * noise(len(wav)) + 0.1)  # and an offset
+    n = len(wav)
+    assert 0 <= lead - start <= margin + 160 and (lead - start >= margin or start == 0)
+    assert 0 <= end - (n - tail) <= margin + 160 and (end - (n - tail) >= margin or end == n)
+
+
+def test_endpoints_keep_what_is_spoken():
+    silence, click = torch.zeros(32_000), torch.zeros(32_000)
+    click[10_000:10_200] = 0.9  # a key that is pressed
+    pause = torch.cat([silence, spoken(), silence, spoken(0.1), silence])
+    assert audio.endpoints(pause) == (20_000, 96_000 + 12_000)  # pauses inside stay
+    fading = torch.cat([silence, spoken(), spoken(0.07), silence])  # 17 dB below
+    assert audio.endpoints(fading) == (20_000, 64_000 + 12_000)
+    assert audio.endpoints(torch.cat([click, spoken(0.3), click])) == (20_000, 60_000)
+    for wav in (silence, click, silence[:0], spoken(0.1)[:700], torch.ones(20_000), noise(50_000)):
+        assert audio.endpoints(wav) == (0, len(wav))
+
+
+def test_ordinary_questions_stay_whole():
+    paths = sorted((checkpoints.data_folder() / "questions").glob("*.wav"))
+    assert len(paths) == 30
+    for path in paths:
+        wav = load_question(path)
+        assert torch.equal(wav, torch.from_numpy(soundfile.read(path, dtype="float32")[0]))
+        assert audio.endpoints(wav) == (0, len(wav))
 
 
 # ---- front ends ----

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa import audio, checkpoints
+from aqaa.backbone.generation import Prefill
 from aqaa.evaluation import streaming
 from aqaa.tokenizers.linguistic import STRIDE, row_count
 from aqaa.tokenizers.semantic import PIECE
@@ -122,6 +123,174 @@ def test_faults_are_those_of_a_question_in_a_file(tiny):
     ended.finish()
     with pytest.raises(ValueError, match="has ended"):
         ended.push([0.1])
+
+
+# ---- a microphone left running ----
+
+
+def around(wav, lead, tail, level=0.0):
+    """A question with so many seconds of silence or faint noise before and after it."""
+    noise = torch.randn(int((lead + tail) * RATE) + len(wav), generator=torch.Generator().manual_seed(0)) * level
+    start = int(lead * RATE)
+    noise[start : start + len(wav)] += wav
+    return noise
+
+
+@pytest.mark.parametrize(("lead", "tail", "level"), [(2, 3, 0), (0, 4, 1e-3), (1.37, 0, 1e-3), (3, 2.2, 2e-3)])
+def test_silence_is_left_out_alike_live_and_afterwards(tiny, lead, tail, level):
+    wav, listener, heard = around(swell(), lead, tail, level), tiny.listener(every=0.3), 0
+    for packet in wav.split(1000):
+        ids, heard = listener.push(packet), heard + len(packet)
+        if listener.heard == heard and ids and wav[:heard].abs().max() > audio.SILENCE:
+            assert ids == tiny.listen((wav[:heard], RATE))[: len(ids)]
+    assert listener.finish() == tiny.listen((wav, RATE))
+    assert len(listener.ids) < 5 * (1.5 + 2 * 0.75 + 0.2) / 0.12
+
+
+def test_a_pause_in_a_question_is_heard_and_restarts_nothing(tiny):
+    wav = torch.cat([torch.from_numpy(tone(1)), torch.zeros(2 * RATE), torch.from_numpy(tone(1)), torch.zeros(RATE)])
+    listener = tiny.listener(every=0.3, prefill=False)
+    for packet in wav.split(500):
+        listener.push(packet)
+    before = listener.restarts
+    for _ in range(20):
+        listener.push(torch.zeros(1000))
+    assert listener.finish() == tiny.listen((wav, RATE)) and listener.restarts == before
+
+
+@pytest.mark.parametrize(("lead", "tail", "level"), [(0, 10, 0), (5, 5, 0), (7.3, 20, 1e-3)])
+def test_silence_around_a_shipped_question_changes_no_answer(mini, spoken, lead, tail, level):
+    def said(wav):
+        steps = mini.generate(mini.prompt(mini.listen((wav, RATE))), temperature=0, max_tokens=18)
+        return mini.text.decode([step.id for step in steps if step.kind == "text"])
+
+    assert said(around(spoken, lead, tail, level)) == said(spoken) != ""
+
+
+# ---- faults in a live session ----
+
+
+@pytest.mark.parametrize("bad", [
+    torch.full((4000,), float("nan")), torch.full((10,), -float("inf")), "sound", [[0.1, 0.2], [0.3, 0.4]], [None],
+    torch.zeros(2, 2, 2), torch.zeros(5).bool(),
+])  # fmt: skip
+def test_a_packet_that_is_refused_was_never_sent(tiny, bad):
+    wav, listener = swell(), tiny.listener(every=0.3)
+    for i, packet in enumerate(wav.split(2000)):
+        if i in (0, 3, 7):
+            before = dict(vars(listener))
+            with pytest.raises(audio.AudioError):
+                listener.push(bad)
+            assert vars(listener) == before
+        listener.push(packet)
+    assert listener.finish() == tiny.listen((wav, RATE))
+
+
+def test_packets_come_in_every_type(tiny):
+    wav, expected = swell(), None
+    ints = (wav * 32767).short()
+    for packets in (ints.split(3000), [p.numpy() for p in ints.split(3000)], [p.numpy().astype(">i2") for p in
+                    ints.split(999)], [memoryview(p.numpy()) for p in (ints / 32768).split(5000)], [ints]):
+        listener = tiny.listener(prefill=False)
+        for packet in packets:
+            listener.push(packet)
+        expected = expected or listener.finish()
+        assert listener.finish() == expected
+
+
+def test_a_question_too_short_may_go_on(tiny):
+    wav, listener = swell(), tiny.listener(every=0.3)
+    listener.push(wav[:1100])
+    for _ in range(2):
+        with pytest.raises(audio.AudioError, match="too short"):
+            listener.finish()
+    listener.push(wav[1100:])
+    assert listener.finish() == tiny.listen((wav, RATE))
+    long = tiny.listener(prefill=False)
+    long.push(wav)
+    with pytest.raises(audio.AudioError, match="more than 60 s"):
+        long.push(torch.ones(60 * RATE))
+    assert long.finish() == tiny.listen((wav, RATE))
+
+
+class Interrupts:
+    """Raises at the n-th call of any of these functions, before or after it does its work."""
+
+    def __init__(self, monkeypatch, places, at, after=False):
+        self.calls, self.at, self.after = 0, at, after
+        for owner, name in places:
+            monkeypatch.setattr(owner, name, self.around(getattr(owner, name)))
+
+    def around(self, function):
+        def wrapper(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.at and not self.after:
+                raise KeyboardInterrupt
+            mine, result = self.calls, function(*args, **kwargs)
+            if mine == self.at and self.after:
+                raise KeyboardInterrupt
+            return result
+
+        return wrapper
+
+
+def places_of(tiny, listener):
+    """Whatever a look calls."""
+    layers = [(layer, "forward") for layer in tiny.backbone.model.layers]
+    return [
+        (tiny.semantic, "encode"), (tiny.linguistic, "push"), (tiny.linguistic.encoder, "forward"), (tiny, "prompt"),
+        (tiny.semantic.encoder, "forward"), (audio, "energy_norm"), (audio, "endpoints"), *layers,
+        (listener.prefill.decoder, "feed"), (listener.prefill, "rewind"), (tiny.backbone.model.embed_tokens, "forward"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_interrupt_anywhere_changes_nothing_that_is_heard_or_said(tiny, after):
+    wav, options = swell(0.9), {"seed": 1, "max_tokens": 12}
+    expected = tiny.listen((wav, RATE))
+    said, at, hits = tiny.ask(expected, **options).tokens, 0, 0
+    while True:
+        at, listener = at + 1, tiny.listener(every=0.3)
+        with pytest.MonkeyPatch.context() as patch:
+            fault = Interrupts(patch, places_of(tiny, listener), at, after)
+            for packet in wav.split(1600):
+                before = dict(vars(listener))
+                try:
+                    listener.push(packet)
+                except KeyboardInterrupt:
+                    hits += 1
+                    assert vars(listener) == {**before, "wav": listener.wav}  # the samples are taken, nothing else is
+                    assert torch.equal(listener.wav, torch.cat([before["wav"], packet]))
+            for _ in range(2):
+                try:
+                    ids = listener.finish()
+                    break
+                except KeyboardInterrupt:
+                    hits += 1
+                    assert not listener.ended
+        assert ids == expected
+        assert listener.stream(**options).answer.tokens == said
+        if fault.calls < at:
+            break
+    assert hits == at - 1 > 20
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_interrupted_reading_of_a_prompt_changes_no_answer(tiny, after):
+    first, other, options = tiny.prompt([*range(50, 80)]), tiny.prompt([*range(70, 110)]), {"seed": 1, "max_tokens": 40}
+    expected = [step.id for step in tiny.generate(other, **options)]
+    for at in range(1, 12):
+        reader = Prefill(tiny.backbone, 400)
+        reader.read(first)
+        with pytest.MonkeyPatch.context() as patch:
+            places = [(layer, "forward") for layer in tiny.backbone.model.layers]
+            places += [(reader.decoder, "feed"), (tiny.backbone.model.embed_tokens, "forward")]
+            Interrupts(patch, places, at, after)
+            with pytest.raises(KeyboardInterrupt):
+                reader.read(other)
+                reader.read(first)
+                list(tiny.generate(other, prefill=reader, **options))
+        assert [step.id for step in tiny.generate(other, prefill=reader, **options)] == expected
 
 
 # ---- an early answer ----

@@ -112,7 +112,9 @@ class Decoder:
 class Prefill:
     """A prompt that is read while it grows, so that an answer can begin as soon as it ends: see `generate`.
 
-    room: ids of the longest prompt and its answer together; the cache is made for them at once.
+    room: ids of the longest prompt and its answer together; the cache is made for them at once. `ids` are those whose
+    keys and values stand in the cache: they are recorded only after they were fed, so whatever interrupts a reading
+    (Ctrl-C, no memory) costs time and changes no answer.
     """
 
     def __init__(self, model, room):
@@ -124,6 +126,7 @@ class Prefill:
         room_for(self.decoder.size, len(ids), 0)
         new, embed = ids[self.rewind(ids) :], self.decoder.model.model.embed_tokens
         self.decoder.feed(embed(torch.tensor([new], device=embed.weight.device)))
+        self.ids = list(ids)
 
     def known(self, ids):
         """How many of the ids, from the first on, need not be run; the last one always must."""
@@ -131,9 +134,10 @@ class Prefill:
         return next((i for i in range(limit) if self.ids[i] != ids[i]), limit)
 
     def rewind(self, ids):
-        """Forget what differs from `ids`; returns the number of those known. The others are to be fed next."""
-        self.decoder.cache.length = known = self.known(ids)
-        self.ids = list(ids)
+        """Forget what differs from `ids`; returns the number of those known. Feed the others next, then record them."""
+        known = self.known(ids)
+        self.ids = self.ids[:known]  # first: from here on the rest of the cache may be overwritten
+        self.decoder.cache.length = known
         return known
 
 
@@ -246,6 +250,8 @@ def generate(
     history = prompt_ids
     for _ in range(max_tokens):
         hidden, may = decoder.feed(embeddings)[0], machine.allowed()
+        if prefill:
+            prefill.ids = list(history)
         legal, scores = vocabulary.legal(may), vocabulary.scores(hidden, may)
         banned = repetition.banned(history, may) if repetition and len(legal) > 1 else None
         free = scores if banned is None else scores.masked_fill(legal == banned, -torch.inf)
