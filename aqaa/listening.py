@@ -13,6 +13,7 @@ import torch
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 from aqaa.pipeline import TOO_SHORT
+from aqaa.threads import suited_to
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.semantic import FRAME, PIECE
 
@@ -48,7 +49,8 @@ class Listener:
             raise audio.AudioError(f"the question goes on for more than {audio.MAX_SECONDS} s: ask a shorter one.")
         self.wav = wav
         if len(wav) - self.heard >= self.step:
-            self._commit(self._look())
+            with self._threads():
+                self._commit(self._look())
         return self.ids
 
     def finish(self):
@@ -58,7 +60,8 @@ class Listener:
         """
         if not self.ended:
             audio.load_question((self.wav, SAMPLE_RATE))
-            state = self._look(final=True)
+            with self._threads():
+                state = self._look(final=True)
             if not state["ids"]:
                 raise audio.AudioError(TOO_SHORT)
             self._commit({**state, "ended": True})
@@ -91,6 +94,9 @@ class Listener:
             "heard": len(self.wav), "start": start, "end": end, "peak": peak, "restarts": restarts,
             "session": session, "linguistic": linguistic, "semantic": semantic, "ids": ids,
         }  # fmt: skip
+
+    def _threads(self):
+        return suited_to(self.model.linguistic, self.model.semantic, *([self.model.decoder] if self.prefill else []))
 
     def _commit(self, state):
         vars(self).update(state)  # one call of C: an interrupt comes before all of it or after

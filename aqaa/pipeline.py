@@ -15,6 +15,7 @@ import torch
 
 from aqaa import audio
 from aqaa.config import GROUP_SIZE, TOKENS_PER_SECOND
+from aqaa.threads import suited, suited_to
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.interleave import TextOnly
 from aqaa.vocoder.streaming import Vocoder
@@ -169,9 +170,9 @@ class AQAA:
         with ledger.step("read"):
             wav = audio.load_question(question)
             wav = wav[slice(*audio.endpoints(wav))].to(self.device)
-        with ledger.step("linguistic"):
+        with ledger.step("linguistic"), suited_to(self.linguistic):
             linguistic = self.linguistic.encode(wav)
-        with ledger.step("semantic"):
+        with ledger.step("semantic"), suited_to(self.semantic):
             semantic = self.semantic.encode(wav)
         ids = interleave.merge(linguistic.cpu(), semantic.cpu(), self.ids)
         if not ids:
@@ -211,7 +212,7 @@ class AQAA:
             return self.engine.generate(prompt, self.ids, layout, **sampling)
         from aqaa.backbone.generation import generate
 
-        return generate(self.decoder, prompt, self.ids, layout, **sampling)
+        return suited(generate(self.decoder, prompt, self.ids, layout, **sampling), self.decoder)
 
     def transcribe(self, question):
         """The words of a question, as the backbone understands them; question: a sound, or audio ids."""
@@ -222,7 +223,8 @@ class AQAA:
 
     def synthesize(self, audio_ids, seed=0):
         """Merged audio ids of an answer -> (N,) samples on the CPU at vocoder.sample_rate, in one go."""
-        return self.vocoder.synthesize(self.codes(audio_ids), seed).float().cpu()
+        with suited_to(self.flow, self.hift):
+            return self.vocoder.synthesize(self.codes(audio_ids), seed).float().cpu()
 
     def codes(self, audio_ids):
         """Audio ids as the vocoder counts them: from the first linguistic code."""
@@ -316,7 +318,7 @@ class Talk:
 
     def _sound(self, make, audio_ids):
         """Samples that make(0-based audio ids) gives, kept and timed."""
-        with self.ledger.step("vocode"):
+        with self.ledger.step("vocode"), suited_to(self.model.flow, self.model.hift):
             wave = make(self.model.codes(audio_ids)).float().cpu()
         if len(wave) and not self._known:
             self.ledger.mark("first_audio")

@@ -33,7 +33,8 @@ def suited_to(*modules):
     A program that uses aqaa keeps its own setting: nothing of this outlives the block, an exception included.
     """
     before = torch.get_num_threads()
-    wanted = max((threads_for(module) for module in modules), default=before)
+    networks = [module for module in modules if isinstance(module, torch.nn.Module)]  # tests have stand-ins
+    wanted = max(map(threads_for, networks), default=before)
     if wanted == before:
         yield
         return
@@ -42,3 +43,14 @@ def suited_to(*modules):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def suited(iterator, *modules):
+    """The items of `iterator`, each made with the threads that suit `modules`; between two items the caller's hold."""
+    end = object()
+    while True:
+        with suited_to(*modules):
+            item = next(iterator, end)
+        if item is end:
+            return
+        yield item

@@ -59,7 +59,7 @@ def calls(model):
     first = model.ids.n_text, model.ids.n_text + model.ids.n_linguistic
     yield "synthesize", lambda: model.synthesize([first[0]] * 2 + [first[1]] * 3)
     yield "chat", lambda: chat.ask(question)
-    yield "listener", lambda: (listener.push(tone(), RATE), listener.finish())
+    yield "listener", lambda: (listener.push(tone()), listener.finish())
 
 
 def test_the_callers_setting_survives_every_call_and_every_piece(tiny, three, monkeypatch):
