@@ -265,7 +265,7 @@ def test_sounds_come_through_pipes(tmp_path, monkeypatch, data):
 
     reading, writing = os.pipe()
     thread = fed(writing, data)
-    with open(reading) as pipe:
+    with open(reading, encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdin", pipe)
         assert torch.equal(load_question("-"), expected)
     thread.join()
@@ -288,7 +288,7 @@ def test_a_pipe_that_gives_nothing_is_told_so(tmp_path, monkeypatch):
     with pytest.raises(AudioError, match="nothing came through .* for 0.2 s"):  # somebody could, and does not
         load_question(f"/dev/fd/{reading}")
     os.write(writing, made("WAV")[:100])
-    with open(reading) as pipe:
+    with open(reading, encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdin", pipe)
         with pytest.raises(AudioError, match="nothing came through standard input for"):  # it stops in the middle
             load_question("-")
@@ -381,7 +381,7 @@ def path(monkeypatch, tmp_path):
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         if script is not None:
-            (folder / "ffmpeg").write_text("#!/bin/sh\n" + script)
+            (folder / "ffmpeg").write_text("#!/bin/sh\n" + script, encoding="utf-8")
             (folder / "ffmpeg").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin" if script else str(folder))
 
@@ -393,7 +393,7 @@ def test_what_browsers_record_is_read_by_ffmpeg(load, path, tmp_path, kind):
     (tmp_path / "converted.wav").write_bytes(restated("WAV", lambda _: 0xFFFFFFFF))  # as ffmpeg writes to a pipe
     path(f'echo "$@" > {tmp_path}/said; cat {tmp_path}/converted.wav')
     assert np.abs(load(BROWSER[kind]).numpy() - WAVE).max() < 1e-4
-    said = (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text(encoding="utf-8")
     demuxer = {"webm": "matroska", "m4a": "mov"}.get(kind, kind)
     assert f"-f {demuxer} " in said and "-protocol_whitelist file,pipe" in said and "-t 61" in said
 

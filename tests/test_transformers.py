@@ -393,7 +393,7 @@ def test_auto_tokenizer_gives_the_ids_and_words_of_the_project(saved, parts):
 def test_a_saved_model_and_its_tokenizer_are_read_and_generate(saved):
     for name in ("mini", "SentencePiece"):
         ours, theirs = saved[0][name]
-        config = json.loads((saved[1] / name / "tokenizer_config.json").read_text())
+        config = json.loads((saved[1] / name / "tokenizer_config.json").read_text(encoding="utf-8"))
         assert config["padding_side"] == "left" and len(theirs) == ours.n_text
         assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 3, 0)
         assert theirs.decode([ours.n_text, ours.n_text + 5000]) == ""  # ids of sound have no words
