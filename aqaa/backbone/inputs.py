@@ -65,6 +65,8 @@ def segments(hidden_states, mask, segment_ids, told, cache, past, fast):
         return None
     if segment_ids is not None:
         segment_ids = segment_ids if mask is None else segment_ids * (mask != 0)
+    elif shape[1] == 1:  # a step of decoding
+        return None
     elif torch.compiler.is_compiling():  # no number may be looked at
         segment_ids = example_ids(shape, mask, **told) if packed and cache is None else None
     elif packed or mask is not None:
