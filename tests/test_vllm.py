@@ -122,7 +122,7 @@ def test_a_server_gone_in_mid_answer_leaves_what_was_said(tiny, sound, fault):
     options = {"temperature": 0, "max_tokens": 200, "min_audio": 150}
     near = tiny.ask(sound, **options)
     with serve(tiny, fault=fault, after=92) as server:
-        talk, pieces = connected(tiny, server, answer_time=0.3).stream(sound, **options), []
+        talk, pieces = connected(tiny, server, answer_time=1.0).stream(sound, **options), []
         with pytest.raises(EngineError, match=FAULTS[fault]) as caught:
             for piece in talk:
                 pieces.append(piece)
