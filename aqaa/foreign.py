@@ -6,7 +6,6 @@ Whatever is wrong with a file is one sentence (ModelError).
 import math
 import pickle
 import re
-import reprlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -108,8 +107,8 @@ def pick(cls, tree, names, path, below):
         try:
             found[name] = _like(defaults[name], value)
         except (ValueError, TypeError, OverflowError):
-            shown = reprlib.repr(value)  # which aliases of aliases may make endless
-            raise ModelError(f"{path} gives {below}.{where} as {shown}, which is no number: {AGAIN}.") from None
+            value = verify.shown(value)  # aliases of aliases would be endless
+            raise ModelError(f"{path} gives {below}.{where} as {value}, which is no number: {AGAIN}.") from None
     return found
 
 

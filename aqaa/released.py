@@ -130,6 +130,7 @@ def linguistic(folder):
     mvn, path = file_in(model.parent, "am.mvn"), file_in(model.parent, "config.yaml")
     given = read_yaml(path)
     if (kind := given.get("encoder", STREAMING)) != STREAMING:
+        kind = kind if isinstance(kind, str) else verify.shown(kind)
         raise ModelError(f"{path} is of an encoder {kind}: the streaming one, {STREAMING}, is needed.")
     sizes = pick(LinguisticConfig, given, ENCODER, path, "encoder_conf")
     sizes |= pick(LinguisticConfig, given, FRONTEND, path, "frontend_conf")
@@ -157,7 +158,7 @@ def linguistic(folder):
 def _centroids(path):
     """(codes, width) float32."""
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that promises too much takes no memory
+        table = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError, OverflowError, MemoryError) as fault:
         raise ModelError(f"{path} is no whole npy file ({brief(fault)}): {AGAIN}.") from None
     if table.ndim != 2 or table.dtype.kind != "f":
@@ -238,10 +239,11 @@ def _step1_config(path):
     """(BackboneConfig, model_type) of a released config.json, whose sizes are at its top or in a text_config."""
     data = read_json(path)
     if (kind := data.get("model_type")) not in STEP1:
-        raise ModelError(f"{path} is of model_type {kind!r}, not of Step-1 ({', '.join(STEP1)}): name another folder.")
+        kind = verify.shown(kind)
+        raise ModelError(f"{path} is of model_type {kind}, not of Step-1 ({', '.join(STEP1)}): name another folder.")
     inner = data.get("text_config") or {}
     if not isinstance(inner, dict):
-        raise ModelError(f"{path} gives text_config as {inner!r:.40}, not names and values: {AGAIN}.")
+        raise ModelError(f"{path} gives text_config as {verify.shown(inner)}, not names and values: {AGAIN}.")
     given = data | inner
     if lost := [name for name in SIZES if type(given.get(name)) is not int or given[name] < 1]:
         raise ModelError(f"{path} gives no {lost[0]}: {AGAIN}.")

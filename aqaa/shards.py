@@ -62,8 +62,7 @@ def header(path):
         ends = [row["data_offsets"] for row in listed.values()]
         rows = {name: (row["dtype"], tuple(row["shape"]), b - a) for (name, row), (a, b) in zip(listed.items(), ends)}
         end = 8 + length + max((b for _, b in ends), default=0)
-        wrong = [name for name, (kind, shape, size) in rows.items() if size < 0 or min(shape, default=0) < 0
-                 or size != prod(shape) * WIDTHS.get(kind, size / max(1, prod(shape)))]  # fmt: skip
+        wrong = [name for name, row in rows.items() if not _fills(*row)]
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         raise ModelError(f"{path} has no safetensors header that can be read: {AGAIN}.") from None
     if wrong:
@@ -71,6 +70,12 @@ def header(path):
     if size < end:
         raise ModelError(f"{path} is cut short, {end - size:,} of its {end:,} bytes are missing: {AGAIN}.")
     return {name: Entry(path, *row) for name, row in rows.items()}
+
+
+def _fills(dtype, shape, size):
+    """Are `size` bytes what a tensor of this shape takes?"""
+    counts = all(type(number) is int and number >= 0 for number in (size, *shape))
+    return counts and (dtype not in WIDTHS or size == prod(shape) * WIDTHS[dtype])
 
 
 def scan(folder):

@@ -30,6 +30,14 @@ class ModelError(ValueError):
     """Weights that cannot be used; its one sentence names the file, the fault and the remedy."""
 
 
+def shown(value):
+    """A value of a file as a sentence names it, however large or deep it is."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    text = short.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 # ---- json -----------------------------------------------------------------------------------------------------------
 
 
@@ -68,10 +76,10 @@ def settings(data):
 
 def _checked(cls, data, where=""):
     if not isinstance(data, dict):
-        raise ValueError(f"{where or 'it'} is {reprlib.repr(data)}, settings by name are expected")
+        raise ValueError(f"{where or 'it'} is {shown(data)}, settings by name are expected")
     known = {setting.name: setting for setting in fields(cls)}
     if unknown := sorted(set(data) - set(known)):
-        raise ValueError(f"{cls.__name__} has no field {', '.join(map(reprlib.repr, unknown[:3]))}")
+        raise ValueError(f"{cls.__name__} has no field {', '.join(map(shown, unknown[:3]))}")
     for name, value in data.items():
         part, place = known[name].type, f"{where}.{name}" if where else name
         _checked(part, value, place) if is_dataclass(part) else check_setting(known[name], value, place)
@@ -91,7 +99,7 @@ def check_setting(setting, value, place):
         wanted = f"{kind} from {least:,} to {most:,}"
         usable = _fits(value, setting.default, (int,) if whole else (int, float), least, most)
     if not usable:
-        raise ValueError(f"{place} is {reprlib.repr(value)}, {wanted} is expected")
+        raise ValueError(f"{place} is {shown(value)}, {wanted} is expected")
 
 
 def _fits(value, default, types, least, most):

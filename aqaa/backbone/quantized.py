@@ -218,9 +218,9 @@ def format_in(data):
     data = data if isinstance(data, dict) else {}
     weights, group = data.get("weights"), data.get("group")
     if not isinstance(weights, str) or weights not in FORMATS:
-        raise ValueError(f"its format is {weights!r:.40}, one of {', '.join(FORMATS)} is expected")
+        raise ValueError(f"its format is {str(weights):.40}, one of {', '.join(FORMATS)} is expected")
     if group is not None and (type(group) is not int or group < 1):
-        raise ValueError(f"its group is {group!r:.40}, a number of inputs is expected")
+        raise ValueError(f"its group is {str(group):.40}, a number of inputs is expected")
     return {"weights": weights, "group": group}
 
 

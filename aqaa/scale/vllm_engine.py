@@ -9,7 +9,6 @@ vllm_plugin.Layouts; ids that come back are checked here as well, since a server
 import asyncio
 import io
 import json
-import reprlib
 import shlex
 import threading
 import time
@@ -76,8 +75,8 @@ class Engine:
             return
         for token, logprob in self._draw(prompt, settings, rules):
             if type(token) is not int or type(logprob) not in (int, float) or not -inf < logprob <= LIKELIEST:
-                raise EngineError(f"{self.name} sent id {token!r:.40} with the log-probability {logprob!r:.40}: both "
-                                  f"must be numbers, as vLLM {TESTED} sends them.")  # fmt: skip
+                raise EngineError(f"{self.name} sent id {verify.shown(token)} with the log-probability "
+                                  f"{verify.shown(logprob)}: both must be numbers, as vLLM {TESTED} sends them.")
             may, count = machine.allowed(), count + 1
             if not (may.start <= token < may.stop or token in may.markers):
                 raise EngineError(
@@ -245,7 +244,7 @@ def _message(body):
         fault = fault.get("error", fault)
         said = str(fault["message"] if "message" in fault else fault["detail"])
     except (ValueError, LookupError, TypeError, AttributeError):
-        said = body[:SHOWN].decode("utf-8", "replace") if isinstance(body, bytes) else reprlib.repr(body)
+        said = body[:SHOWN].decode("utf-8", "replace") if isinstance(body, bytes) else verify.shown(body)
     return _harmless(said).strip(" .") or "without a reason"
 
 
