@@ -179,21 +179,28 @@ class Room(TorchFunctionMode):
 def not_finite(state):
     """"nan at name[3, 5]" of the first value in {name: tensor} that is no finite number; "" if there is none."""
     state = {name: t for name, t in state.items() if t.is_floating_point() and t.numel() and not t.is_meta}
-    state = {name: t.float() if t.element_size() == 1 else t.detach() for name, t in state.items()}  # fp8 has no order
-    small = {name: t for name, t in state.items() if t.numel() <= SMALL}
-    if small and _finite(torch.cat([t.flatten() for t in small.values()])):  # most are small: one call for them all
-        state = {name: t for name, t in state.items() if name not in small}
-    for name, tensor in state.items():
-        if not _finite(tensor):
-            place = tensor.isfinite().logical_not().nonzero()[0].tolist()
-            return f"{float(tensor[tuple(place)])} at {name}{place or ''}"
-    return ""
+    for dtype in {t.dtype for t in state.values()}:
+        if not _finite([t for t in state.values() if t.dtype == dtype]):
+            break
+    else:
+        return ""
+    name, tensor = next((name, t) for name, t in state.items() if not _finite([t]))
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    place = tensor.isfinite().logical_not().nonzero()[0].tolist()
+    return f"{float(tensor[tuple(place)])} at {name}{place or ''}"
 
 
-def _finite(tensor):
-    """In one pass that makes no other tensor: NaN is both the least and the largest of the values around it."""
-    least, most = torch.aminmax(tensor)
-    return math.isfinite(least) and math.isfinite(most)
+def _finite(tensors):
+    """Whether all values of these tensors of one dtype are finite numbers, in one pass that copies no large tensor.
+
+    NaN is both the least and the largest of the values around it. Most tensors are small: they are looked at together.
+    """
+    if tensors[0].element_size() == 1:  # fp8 has no order
+        tensors = [t.float() for t in tensors]
+    large = [t for t in tensors if t.numel() > SMALL]
+    small = [torch.cat([t.flatten() for t in tensors if t.numel() <= SMALL])] if len(large) < len(tensors) else []
+    bounds = [bound for t in [*large, *small] for bound in torch.aminmax(t)]
+    return bool(torch.stack(bounds).isfinite().all())
 
 
 def all_finite(state, path):
