@@ -4,7 +4,6 @@ On disk large matrices are fp16, everything small stays fp32; in memory all is f
 said in one sentence (ModelError), and nothing is ever half-written: files are renamed into place.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -16,15 +15,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
 
 from aqaa import amx as matrix_units
-from aqaa import kernels
+from aqaa import kernels, verify
 from aqaa.backbone.layers import PlainStep1
-from aqaa.backbone.quantized import empty_linears
+from aqaa.backbone.quantized import empty_linears, format_in, format_within, numbers
 from aqaa.config import PRESETS, AQAAConfig
 from aqaa.pipeline import AQAA
 from aqaa.tokenizers.text import TextTokenizer
+from aqaa.verify import AGAIN, ModelError, all_finite, as_recorded, fingerprint, recorded, skip_init
 
 PARTS = {  # name of the part: its class, and how its configuration becomes the arguments
     "linguistic": ("aqaa.tokenizers.linguistic", "LinguisticTokenizer"),
@@ -35,15 +34,10 @@ PARTS = {  # name of the part: its class, and how its configuration becomes the 
 }
 SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 LFS_POINTER = b"version https://git-lfs"
-AGAIN = "get the whole folder again"
 TRAIN = f"{AGAIN}, or train it with `aqaa train`"
 ROLES = ("tokenizer", "backbone", "vocoder")  # what a released folder can stand in for
 PREPARED = ("linguistic", "semantic", "flow", "hift")  # laid out for a CPU; the backbone's decoder has its own way
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
-
-
-class ModelError(ValueError):
-    """Weights that cannot be used; its one sentence names the file, the fault and the remedy."""
 
 
 # ---- places ---------------------------------------------------------------------------------------------------------
@@ -103,7 +97,8 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
     by default the backbone keeps that of its files and the flow is fp32. amx: linear layers of tokenizers and flow on
     the matrix units of a recent Xeon (see `aqaa.amx`).
 
-    Raises ModelError at once if a file is missing, cut short or damaged, or if the parts do not fit one another.
+    Raises ModelError at once if a file is missing or cut short, or if the parts do not fit one another; and when a part
+    is first used, if it holds a NaN or an infinity, or has not the hash that record.json says.
     """
     device, dtype = device_of(device), dtype_of(dtype)
     if amx and device.type != "cpu":
@@ -137,9 +132,8 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
         elif name == "text":
             found = read_text(folder, config.ids.n_text)
         else:
-            with skip_init():
-                module = PlainStep1(config.backbone) if name == "backbone" else build(name, config)
-            found = load_part(folder, name, module).to(device, wanted)
+            found = load_part(folder, name, _fitting(folder, name, config))
+            found = cast(found, device, wanted, folder / f"{name}.safetensors")
         return kernels.prepare(found, amx) if device.type == "cpu" and name in PREPARED else found
 
     notes = tuple(found.note for found in sources.values() if found.note)
@@ -164,10 +158,10 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     check_file(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if "model_type" not in data:
-            return AQAAConfig.from_dict(data)
-    except (ValueError, TypeError, AttributeError) as fault:
+        data = verify.read_json(path)
+        if not isinstance(data, dict) or "model_type" not in data:
+            return verify.settings(data)
+    except ValueError as fault:
         raise ModelError(f"{path} is not a configuration of aqaa ({fault}): get the file again.") from None
     raise ModelError(f"{folder} is a language model alone: name it with --backbone, not --preset.")
 
@@ -192,13 +186,38 @@ def load_part(folder, name, module):
     with safe_open(path, "pt") as file:
         how = (file.metadata() or {}).get("quantization")
     if how:  # by `aqaa convert`
-        empty_linears(module, **json.loads(how), device="cpu")
+        try:
+            empty_linears(module, **format_in(verify.parse(how)), device="cpu")
+        except ValueError as fault:
+            raise ModelError(f"{path} is quantised in no way that is known ({brief(fault)}): {AGAIN}.") from None
     fit(module, load_file(path), path)
+    as_recorded(path)
     return module.eval()
 
 
+def _fitting(folder, name, config):
+    """An untrained module for load_part, no larger than the file has weights for. Raises ModelError."""
+    path = folder / f"{name}.safetensors"
+    _check_weights(path)
+    with safe_open(path, "pt") as file:
+        room = len(file.keys()), path.stat().st_size
+    try:
+        with skip_init(*room):
+            return PlainStep1(config.backbone) if name == "backbone" else build(name, config)
+    except verify.BROKEN as fault:
+        raise ModelError(f"{path} does not fit config.json ({brief(fault)}): use matching files.") from None
+
+
+def cast(module, device, dtype, path):
+    """module.to(device, dtype). Raises ModelError if that makes an infinity of a weight."""
+    module = module.to(device, dtype)
+    if dtype is torch.float16 and (fault := verify.not_finite(module.state_dict())):
+        raise ModelError(f"{path} has weights too large for float16 ({fault}): choose bfloat16 or float32.")
+    return module
+
+
 def fit(module, state, path, config="its configuration"):
-    """load_state_dict, strictly: ModelError tells what is missing, left over, or of another shape."""
+    """load_state_dict, strictly: ModelError tells what is missing, left over, of another shape, or no finite number."""
     try:
         missing, extra = module.load_state_dict(state, strict=False)
     except RuntimeError as fault:
@@ -207,6 +226,7 @@ def fit(module, state, path, config="its configuration"):
     for names, has in ((missing, "it lacks"), (extra, "there is no place for")):
         if names:
             raise ModelError(f"{path} does not fit {config} ({has} {named(names)}): use matching files.")
+    all_finite({name: numbers(module, name, tensor) for name, tensor in state.items()}, path)
 
 
 def named(names):
@@ -223,15 +243,6 @@ def build(name, config):
     if name == "flow":
         return home.Flow(config.flow, config.mel)
     return getattr(home, cls)(getattr(config, name))
-
-
-class skip_init(TorchFunctionMode):
-    """Within it modules are built without drawing random weights, which are about to be overwritten."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return (kwargs or {}).get("tensor", args[0] if args else None)
-        return function(*args, **(kwargs or {}))
 
 
 def check_file(path, remedy=TRAIN):
@@ -251,6 +262,15 @@ def _check_weights(path):
             pass
     except (SafetensorError, OSError) as fault:
         raise ModelError(f"{path} is cut short or damaged ({brief(fault)}): get the file again.") from None
+
+
+def check_parts(folder):
+    """Are all parts of a folder there, with finite numbers, and as recorded? Raises ModelError; reads every weight."""
+    for name in PARTS:
+        path = Path(folder) / f"{name}.safetensors"
+        _check_weights(path)
+        all_finite(load_file(path), path)
+        as_recorded(path)
 
 
 def brief(fault):
@@ -274,18 +294,25 @@ def save(model, folder):
 def save_part(folder, name, module, meta=None):
     """Write the weights of `module` to folder/name.safetensors; meta (dict of strings) goes into its header."""
     path = Path(folder) / f"{name}.safetensors"
-    state = {key: _compact(value.detach().cpu()) for key, value in module.state_dict().items()}
+    state = {key: _compact(value.detach().cpu()) for key, value in kernels.unprepared(module).items()}
+    how = format_within(module)  # said alone: several entries are written in any order, and bytes should repeat
+    meta = {"quantization": json.dumps(how)} if how else {"part": name, **(meta or {})}
     with replacing(path) as part:
-        save_file(state, part, {"part": name, **{key: str(value) for key, value in (meta or {}).items()}})
+        save_file(state, part, {key: str(value) for key, value in meta.items()})
     return path
 
 
 def gather(folder, config, tokenizer, parts, record):
-    """Make a model folder of files: `tokenizer`, and parts[name] for each of PARTS. ModelError if one is missing."""
+    """Make a model folder of files: `tokenizer`, and parts[name] for each of PARTS.
+
+    Raises ModelError before anything is written if one is missing, or holds a NaN or an infinity.
+    """
     folder, sources = Path(folder), {"tokenizer.json": Path(tokenizer)}
     sources |= {f"{name}.safetensors": Path(parts[name]) for name in PARTS}
     for path in sources.values():
         check_file(path)
+    for name in PARTS:
+        all_finite(load_file(parts[name]), parts[name])
     for name, path in sources.items():
         with replacing(folder / name) as part:
             shutil.copyfile(path, part)
@@ -305,27 +332,22 @@ def write_json(path, content):
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def fingerprint(path):
-    """{"bytes", "sha256"} of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def inspect(folder):
     """{"bytes", "sha256", "as_recorded": bool} for every weight file of a folder. Raises ModelError."""
-    record_path = Path(folder) / "record.json"
-    recorded = json.loads(record_path.read_text(encoding="utf-8")).get("files", {}) if record_path.is_file() else {}
+    listed = recorded(folder)
     found = {}
     for name in PARTS:
         path = Path(folder) / f"{name}.safetensors"
         _check_weights(path)
         found[name] = fingerprint(path)
-        found[name]["as_recorded"] = recorded.get(path.name) == {k: found[name][k] for k in ("bytes", "sha256")}
+        found[name]["as_recorded"] = listed.get(path.name) == {k: found[name][k] for k in ("bytes", "sha256")}
     return found
 
 
 def _compact(tensor):
-    """A copy as it goes to disk."""
+    """A copy as it goes to disk; bfloat16, which fp16 could not hold, stays."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.clone(memory_format=torch.contiguous_format)
     half = tensor.is_floating_point() and tensor.numel() >= SMALL and tensor.ndim > 1 and tensor.abs().max() < 6e4
     wanted = torch.float16 if half else torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.to(wanted, copy=True).contiguous()

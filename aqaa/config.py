@@ -242,12 +242,20 @@ def preset(name):
     return PRESETS[name]()
 
 
-def check_group(in_features, group, ranks=1, what="an input"):
-    """Raise ValueError if groups of `group` do not fill the in_features / ranks inputs that each GPU holds."""
-    own = in_features // ranks
-    if in_features % ranks == 0 and own % group == 0:
+def largest_group(widths, ranks=1):
+    """The largest usual int4 group that divides all `widths` / ranks; None if there is none."""
+    fitting = (size for size in INT4_GROUPS if all(width % (ranks * size) == 0 for width in widths))
+    return next(fitting, None)
+
+
+def check_group(in_features, group, ranks=1, what="an input", beside=()):
+    """Raise ValueError if groups of `group` do not fill the in_features / ranks inputs that each GPU holds.
+
+    beside: widths of the model's other layers, which the group that is advised has to divide as well.
+    """
+    if group > 0 and in_features % (ranks * group) == 0:
         return
-    fitting = [size for size in INT4_GROUPS if own % size == 0 and in_features % ranks == 0]
+    fitting = largest_group((in_features, *beside), ranks)
     shared = f" over {ranks} GPUs, {in_features / ranks:g} each" if ranks > 1 else ""
-    remedy = f"use groups of {fitting[0]}" if fitting else "use int8 or fp8" + (", or fewer GPUs" if ranks > 1 else "")
+    remedy = f"use groups of {fitting}" if fitting else "use int8 or fp8" + (", or fewer GPUs" if ranks > 1 else "")
     raise ValueError(f"groups of {group} do not divide {what} of {in_features} inputs{shared}: {remedy}.")

@@ -3,7 +3,7 @@
 Whatever is wrong with a file is one sentence (ModelError).
 """
 
-import json
+import math
 import pickle
 import re
 from dataclasses import fields
@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 import yaml
 
+from aqaa import verify
 from aqaa.checkpoints import AGAIN, ModelError, brief, check_file
 
-BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError)
+BROKEN = (pickle.UnpicklingError, EOFError, OSError, AttributeError, *verify.BROKEN)
+YAML_BYTES = 1_000_000  # of the longest yaml that is read; published ones have a few thousand
 
 
 def file_in(folder, name):
@@ -28,7 +30,7 @@ def read_json(path):
     """A mapping. Raises ModelError."""
     check_file(path, AGAIN)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = verify.read_json(path)
     except ValueError as fault:
         raise ModelError(f"{path} is no JSON that can be read ({brief(fault)}): {AGAIN}.") from None
     if not isinstance(data, dict):
@@ -81,6 +83,8 @@ def read_yaml(path):
     """A mapping of plain data. Raises ModelError."""
     check_file(path, AGAIN)
     try:
+        if (size := path.stat().st_size) > YAML_BYTES:
+            raise ValueError(f"it has {size:,} bytes, at most {YAML_BYTES:,} are expected")
         data = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as fault:
         raise ModelError(f"{path} is no yaml that can be read ({brief(fault)}): {AGAIN}.") from None
@@ -102,8 +106,9 @@ def pick(cls, tree, names, path, below):
             continue
         try:
             found[name] = _like(defaults[name], value)
-        except (ValueError, TypeError):
-            raise ModelError(f"{path} gives {below}.{where} as {value!r}, which is no number: {AGAIN}.") from None
+        except (ValueError, TypeError, OverflowError):
+            value = verify.shown(value)  # aliases of aliases would be endless
+            raise ModelError(f"{path} gives {below}.{where} as {value}, which is no number: {AGAIN}.") from None
     return found
 
 
@@ -111,4 +116,7 @@ def _like(default, value):
     """value (yaml reads 1e-06 as text) as the type of a default: a number, or tuples of numbers."""
     if isinstance(default, tuple):
         return tuple(_like(default[0], one) for one in value)
-    return type(default)(value)
+    number = type(default)(value)
+    if isinstance(value, bool) or not math.isfinite(number) or number != float(value):
+        raise ValueError(value)
+    return number

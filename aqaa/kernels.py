@@ -10,11 +10,11 @@ MARGIN = 16  # floats between two columns: without it, columns of 2^n floats wou
 def prepare(module, amx=False):
     """Make a part ready for inference, in place; returns it in eval mode. Training goes on working, a little slower.
 
-    Weight norms are folded (names change to the plain `weight`, which loads as well). The matrix of every linear layer
-    is stored column by column, as the product reads it: with few rows of input (a question of some seconds) the usual
-    order costs a sixth more, for the matrix is first copied into this one in every call. Not for the backbone, which
-    decodes one row at a time. amx: compute those layers on a Xeon's matrix units, and leave their matrices as they are;
-    ValueError where there are none.
+    Weight norms are folded (names change to the plain `weight`; `unprepared` gives the factors back). The matrix of
+    every linear layer is stored column by column, as the product reads it: with few rows of input (a question of some
+    seconds) the usual order costs a sixth more, for the matrix is first copied into this one in every call. Not for the
+    backbone, which decodes one row at a time. amx: compute those layers on a Xeon's matrix units, and leave their
+    matrices as they are; ValueError where there are none.
     """
     if amx:
         matrix_units.use(module)
@@ -24,6 +24,16 @@ def prepare(module, amx=False):
     if hasattr(module, "fold_weight_norm"):
         module.fold_weight_norm()
     return module.eval()
+
+
+def unprepared(module):
+    """The state dict of a module as it was before `prepare`: folded weight norms in their two factors."""
+    state = module.state_dict()
+    for name, layer in module.named_modules():
+        if factors := getattr(layer, "factors", dict)():
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{factor}": value for factor, value in factors.items()}
+    return state
 
 
 def by_columns(weight):

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aqaa import audio, shards
-from aqaa.checkpoints import AGAIN, ROLES, ModelError, brief, build, check_file, fingerprint, fit, skip_init
+from aqaa import audio, checkpoints, shards, verify
+from aqaa.checkpoints import AGAIN, ROLES, ModelError, all_finite, brief, build, check_file, fit, skip_init
 from aqaa.config import (
     AQAAConfig,
     BackboneConfig,
@@ -93,16 +93,9 @@ def place(folder, role):
 
 def recorded(folder, hashes=False):
     """Are files as a record.json of the folder says, in size and, if asked, in hash? Raises ModelError."""
-    path = Path(folder) / "record.json"
-    files = read_json(path).get("files") if path.is_file() else None
-    for name, facts in files.items() if isinstance(files, dict) else ():
-        file, facts = path.with_name(name), facts if isinstance(facts, dict) else {}
-        if not file.is_file():
-            continue
-        if (size := file.stat().st_size) != facts.get("bytes", size):
-            raise ModelError(f"{file} has {size:,} bytes, record.json says {facts['bytes']:,}: {AGAIN}.")
-        if hashes and "sha256" in facts and fingerprint(file)["sha256"] != facts["sha256"]:
-            raise ModelError(f"{file} does not have the hash that record.json says: {AGAIN}.")
+    for name in checkpoints.recorded(folder):
+        if (file := Path(folder) / name).is_file():
+            checkpoints.as_recorded(file, hashes)
 
 
 def combine(config, sources, folder=None):
@@ -137,6 +130,7 @@ def linguistic(folder):
     mvn, path = file_in(model.parent, "am.mvn"), file_in(model.parent, "config.yaml")
     given = read_yaml(path)
     if (kind := given.get("encoder", STREAMING)) != STREAMING:
+        kind = kind if isinstance(kind, str) else verify.shown(kind)
         raise ModelError(f"{path} is of an encoder {kind}: the streaming one, {STREAMING}, is needed.")
     sizes = pick(LinguisticConfig, given, ENCODER, path, "encoder_conf")
     sizes |= pick(LinguisticConfig, given, FRONTEND, path, "frontend_conf")
@@ -146,8 +140,11 @@ def linguistic(folder):
         raise ModelError(f"{npy} has rows of {centroids.shape[1]}, {path.name} says {config.output_size}: {AGAIN}.")
     try:
         shift, rescale = read_mvn(mvn)
+    except UnicodeDecodeError as fault:
+        raise ModelError(f"{mvn} is no text ({brief(fault)}): {AGAIN}.") from None
     except ValueError as fault:
         raise ModelError(f"{brief(fault)}; {AGAIN}.") from None
+    all_finite({"shift": shift, "rescale": rescale}, mvn)
     if {len(shift), len(rescale)} != {config.input_size}:
         raise ModelError(f"{mvn} normalises {len(shift)} values, {path.name} says {config.input_size}: {AGAIN}.")
     rest = {"centroids": torch.from_numpy(centroids), "add_shift": shift, "rescale": rescale}
@@ -162,11 +159,13 @@ def _centroids(path):
     """(codes, width) float32."""
     try:
         table = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as fault:
+    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as fault:
         raise ModelError(f"{path} is no whole npy file ({brief(fault)}): {AGAIN}.") from None
     if table.ndim != 2 or table.dtype.kind != "f":
         raise ModelError(f"{path} holds {table.dtype} of shape {table.shape}, not a table of centroids: {AGAIN}.")
-    return table.astype(np.float32)
+    table = table.astype(np.float32)
+    all_finite({"centroids": torch.from_numpy(table)}, path)
+    return table
 
 
 def semantic(folder):
@@ -207,18 +206,18 @@ def backbone(folder):
     from huggingface_hub.errors import StrictDataclassError
 
     from aqaa.backbone import step1
-    from aqaa.backbone.quantized import empty_linears
+    from aqaa.backbone.quantized import empty_linears, format_in
 
     path = file_in(folder, "config.json")
     config, kind = _step1_config(path)
     tensors = shards.scan(folder)
     names, others = shards.language_model(tensors, folder)
     try:
-        with torch.device("meta"):
+        with verify.Room(len(names), sum(tensors[name].bytes for name in names.values())), torch.device("meta"):
             model = step1.build(config)
         if quantization := read_json(path).get("quantization"):
-            empty_linears(model, quantization.get("weights"), quantization.get("group"))
-    except (ValueError, AttributeError, StrictDataclassError) as fault:
+            empty_linears(model, **format_in(quantization))
+    except (*verify.BROKEN, AttributeError, StrictDataclassError) as fault:
         why = str(fault).splitlines()[-1].strip(" .")
         raise ModelError(f"{path} describes no Step-1 model ({why}): {AGAIN}.") from None
     shards.check(model, tensors, names, folder)
@@ -240,12 +239,22 @@ def _step1_config(path):
     """(BackboneConfig, model_type) of a released config.json, whose sizes are at its top or in a text_config."""
     data = read_json(path)
     if (kind := data.get("model_type")) not in STEP1:
-        raise ModelError(f"{path} is of model_type {kind!r}, not of Step-1 ({', '.join(STEP1)}): name another folder.")
-    given = data | (data.get("text_config") or {})
+        kind = verify.shown(kind)
+        raise ModelError(f"{path} is of model_type {kind}, not of Step-1 ({', '.join(STEP1)}): name another folder.")
+    inner = data.get("text_config") or {}
+    if not isinstance(inner, dict):
+        raise ModelError(f"{path} gives text_config as {verify.shown(inner)}, not names and values: {AGAIN}.")
+    given = data | inner
     if lost := [name for name in SIZES if type(given.get(name)) is not int or given[name] < 1]:
         raise ModelError(f"{path} gives no {lost[0]}: {AGAIN}.")
-    sizes = {name: given[name] for name in SIZES}
-    return BackboneConfig(**sizes, rms_norm_eps=float(given.get("rms_norm_eps", 1e-5))), kind
+    sizes = {name: given[name] for name in SIZES} | {"rms_norm_eps": given.get("rms_norm_eps", 1e-5)}
+    try:
+        for setting in fields(BackboneConfig):
+            if setting.name in sizes:
+                verify.check_setting(setting, sizes[setting.name], setting.name)
+    except ValueError as fault:
+        raise ModelError(f"{path} describes no Step-1 model ({fault}): {AGAIN}.") from None
+    return BackboneConfig(**sizes), kind
 
 
 # ---- vocoder --------------------------------------------------------------------------------------------------------
@@ -332,9 +341,9 @@ def _module(name, sizes, state, path, told_by, facts):
     """Source of one of our modules whose weights state() gives; `told_by` is named where they do not fit."""
     config, given = replace(AQAAConfig(), **sizes), state()
     try:
-        with torch.device("meta"):
+        with verify.Room(len(given), sum(tensor.nbytes for tensor in given.values())), torch.device("meta"):
             module = build(name, config)
-    except (ValueError, RuntimeError, ArithmeticError, AssertionError) as fault:
+    except verify.BROKEN as fault:
         raise ModelError(f"{told_by} describes no network for {path} ({brief(fault)}): {AGAIN}.") from None
     fit(module, {key: tensor.to("meta") for key, tensor in given.items()}, path, told_by)
 
@@ -342,7 +351,8 @@ def _module(name, sizes, state, path, told_by, facts):
         with skip_init():
             module = build(name, config)
         fit(module, state(), path, told_by)
-        return module.eval().to(device, dtype)
+        checkpoints.as_recorded(path)
+        return checkpoints.cast(module.eval(), device, dtype, path)
 
     count = sum(tensor.numel() for tensor in given.values())
     return Source(sizes, f"{len(given):,} tensors, {count:,} parameters, {facts}", load)

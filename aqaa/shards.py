@@ -5,9 +5,9 @@ Weights then go from the mapped file straight to their place in a model built on
 machine holds the model and, at most, a tensor or two.
 """
 
-import json
 import re
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,11 +16,15 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from aqaa.checkpoints import AGAIN, ModelError, check_file, fit, named
+from aqaa import verify
+from aqaa.backbone.quantized import numbers
+from aqaa.checkpoints import AGAIN, ModelError, all_finite, as_recorded, check_file, fit, named
 
 MAX_HEADER = 100_000_000  # bytes: the limit of the format
 LARGE = 2**30  # bytes from which a progress bar is shown
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CODES = {torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}  # of quantised layers
+WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 NUMBER = re.compile(r"(\d+)(?:-of-(\d+))?\.safetensors$")
 LAYER = "layers.0.self_attn.q_proj.weight"
 QUANTIZED = "layers.0.self_attn.q_proj.qweight"  # by `aqaa convert`
@@ -53,16 +57,25 @@ def header(path):
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            listed = json.loads(file.read(length)) if length < MAX_HEADER else None
+            listed = verify.parse(file.read(length)) if length < MAX_HEADER else None
         listed.pop("__metadata__", None)
         ends = [row["data_offsets"] for row in listed.values()]
         rows = {name: (row["dtype"], tuple(row["shape"]), b - a) for (name, row), (a, b) in zip(listed.items(), ends)}
         end = 8 + length + max((b for _, b in ends), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        wrong = [name for name, row in rows.items() if not _fills(*row)]
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         raise ModelError(f"{path} has no safetensors header that can be read: {AGAIN}.") from None
+    if wrong:
+        raise ModelError(f"{path} lists {wrong[0]!r:.80} with a shape that its bytes do not fill: {AGAIN}.")
     if size < end:
         raise ModelError(f"{path} is cut short, {end - size:,} of its {end:,} bytes are missing: {AGAIN}.")
     return {name: Entry(path, *row) for name, row in rows.items()}
+
+
+def _fills(dtype, shape, size):
+    """Are `size` bytes what a tensor of this shape takes?"""
+    counts = all(type(number) is int and number >= 0 for number in (size, *shape))
+    return counts and (dtype not in WIDTHS or size == prod(shape) * WIDTHS[dtype])
 
 
 def scan(folder):
@@ -93,9 +106,8 @@ def _index(path):
     """{tensor name: file name}."""
     check_file(path, AGAIN)
     try:
-        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): Path(file).name for name, file in placed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return {str(name): Path(file).name for name, file in verify.read_json(path)["weight_map"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ModelError(f"{path} is no index of shards (it has no weight_map): {AGAIN}.") from None
 
 
@@ -135,9 +147,9 @@ def language_model(tensors, folder):
 
 def check(model, tensors, names, folder):
     """Does a meta-built model have exactly these tensors? Raises ModelError."""
-    codes = dict(model.named_buffers())  # of quantised layers
-    plain = [theirs for ours, theirs in names.items() if ours not in codes]
-    if foreign := [theirs for theirs in plain if tensors[theirs].dtype not in DTYPES]:
+    codes = {name: (CODES[code.dtype],) for name, code in model.named_buffers()}  # of quantised layers
+    foreign = [theirs for ours, theirs in names.items() if tensors[theirs].dtype not in codes.get(ours, DTYPES)]
+    if foreign:
         entry = tensors[foreign[0]]
         raise ModelError(f"{entry.path} holds {foreign[0]} as {entry.dtype}: this loader takes the published weights, "
                          "in bf16, fp16 or fp32.")
@@ -148,13 +160,24 @@ def check(model, tensors, names, folder):
 
 
 def stream(tensors, names):
-    """(our name, tensor on the CPU) for each of `names`, shard by shard; a tensor is a view of the mapped file."""
+    """(our name, tensor on the CPU) for each of `names`, shard by shard; a tensor is a view of the mapped file.
+
+    Raises ModelError at the first tensor of a shard whose hash is not that of record.json, if there is one; it is
+    computed while the shard before is read.
+    """
     pairs = sorted(names.items(), key=lambda pair: str(tensors[pair[1]].path))
     total = sum(tensors[theirs].bytes for theirs in names.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None if total > LARGE else True)
-    with bar:
+    paths = list(dict.fromkeys(tensors[theirs].path for _, theirs in pairs))
+    with bar, ThreadPoolExecutor(1) as pool:
+        following = dict(zip(paths, paths[1:]))
+        checks = {path: pool.submit(as_recorded, path) for path in paths[:1]}
         for ours, theirs in pairs:
-            with safe_open(tensors[theirs].path, "pt") as file:  # for each anew: what was copied is unmapped again
+            path = tensors[theirs].path
+            if path in checks:
+                checks.pop(path).result()
+                checks |= {path: pool.submit(as_recorded, path) for path in [following.get(path)] if path}
+            with safe_open(path, "pt") as file:  # for each anew: what was copied is unmapped again
                 tensor = file.get_tensor(theirs)
             yield ours, tensor
             bar.update(tensors[theirs].bytes)
@@ -168,6 +191,10 @@ def fill(model, tensors, names, device="cpu", dtype=None):
         owner, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner)
         kept = leaf in owner._buffers
-        weight = tensor.to(device) if kept else torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-        setattr(owner, leaf, weight)
+        weight = tensor.to(device) if kept else tensor.to(device, dtype)
+        if verify.not_finite({name: numbers(model, name, weight)}):  # where it is fast, and with what the dtype cut off
+            path = tensors[names[name]].path
+            all_finite({names[name]: numbers(model, name, tensor)}, path)
+            raise ModelError(f"{path} has weights in {names[name]} too large for {dtype}: choose bfloat16 or float32.")
+        setattr(owner, leaf, weight if kept else torch.nn.Parameter(weight, requires_grad=False))
     return model.eval()

@@ -12,19 +12,24 @@ from aqaa.scale.rules import KEY, Rules
 from aqaa.tokenizers import interleave
 
 NAME = "stub"
+ENDLESS_REPLIES = {"models without end": 200, "models in drips": 200, "refusal without end": 500,
+                   "refusal in drips": 503}  # fmt: skip
+ENDLESS_ANSWERS = {"line without end": b"x", "line in drips": b" ", "comments without end": b": hello\n\n",
+                   "chunks without end": b'data: {"choices": []}\n\n', "comments in drips": b": hello\n\n"}  # fmt: skip
 SIZES = (1, 2, 1, 3)  # ids in a chunk, in turn: a server may send several at once
 
 
 class Stub(ThreadingHTTPServer):
-    """model: an AQAA. fault: what to do in place of an answer; after: how many ids come before that, each time."""
+    """model: an AQAA. fault: what to do in place of an answer (bytes: an event to send); after: how many ids come
+    before that, each time. models: what it says it serves, in place of the truth."""
 
     daemon_threads = True
 
-    def __init__(self, model, fault=None, after=0, max_model_len=None):
+    def __init__(self, model, fault=None, after=0, max_model_len=None, models=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.fault, self.after = model, fault, after
         self.max_model_len = max_model_len or model.config.backbone.max_seq_len
-        self.requests, self.hold = [], threading.Event()
+        self.requests, self.hold, self.models = [], threading.Event(), models
 
     @property
     def url(self):
@@ -67,6 +72,18 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.server.fault == "another service":
             return self._whole(200, b"<html>hello</html>")
+        if self.server.fault == "moved":
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.url}/elsewhere")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if self.server.fault in ENDLESS_REPLIES:
+            self.send_response(ENDLESS_REPLIES[self.server.fault])
+            self.send_header("Content-Length", str(1 << 40))
+            self.end_headers()
+            return self._endless(b" ", slow="drips" in self.server.fault)
+        if self.server.models is not None:
+            return self._whole(200, self.server.models)
         model = {"id": NAME, "object": "model", "owned_by": "vllm", "max_model_len": self.server.max_model_len}
         self._whole(200, json.dumps({"object": "list", "data": [model]}).encode())
 
@@ -131,12 +148,22 @@ class Handler(BaseHTTPRequestHandler):
             self._line(b"<html>bad gateway</html>\n")
         elif fault == "no ids":
             self._event(json.dumps({"choices": [{"index": 0, "text": "hello"}]}))
+        elif isinstance(fault, bytes):
+            self._line(b"data: " + fault + b"\n\n")
+        elif fault in ENDLESS_ANSWERS:
+            self._endless(ENDLESS_ANSWERS[fault], slow="drips" in fault, framed=True)
         elif fault == "stalls":
             self._line(b": still here\n\n")
             self.server.hold.wait(20)
         else:
             last = False
         return last
+
+    def _endless(self, data, slow, framed=False):
+        """Send it again and again, now and then if slow, else as fast as it goes."""
+        data = data if slow else data * (1000 // len(data))
+        while not self.server.hold.wait(0.05 if slow else 0):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if framed else data)
 
     def _event(self, text):
         self._line(f"data: {text}\n\n".encode())

@@ -148,6 +148,21 @@ def test_codes_come_back_in_any_order(tmp_path_factory, pairs, random):
             assert loaded.dtype == np.int64 and np.array_equal(stored, loaded)
 
 
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: b"PK\3\4junk", lambda data: data[:90], lambda data: data[:-9],
+    lambda data: data[:1000] + bytes([data[1000] ^ 1]) + data[1001:],
+])  # fmt: skip
+def test_damaged_codes_are_one_sentence(tmp_path, damage):
+    K.store_codes(tmp_path, [SimpleNamespace(id="a")], [list(range(400))], [list(range(600))])
+    path = tmp_path / "codes.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="codes.npz is cut short or damaged"):
+        K.load_codes(tmp_path, [])
+    np.savez(path, ids=np.array(["a"]), lengths=np.array([[2, 3]]), codes=np.arange(4))  # one code is lost
+    with pytest.raises(ValueError, match="codes.npz is cut short or damaged"):
+        K.load_codes(tmp_path, [])
+
+
 def test_codes_before_their_stage_are_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no codes.npz: run `aqaa train codes` first"):
         K.load_codes(tmp_path, [])

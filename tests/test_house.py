@@ -17,7 +17,7 @@ LAYERS = (  # a module may import from layers above its own line, and within its
     {"audio", "sound_files", "sound_headers", "amx"},
     {"kernels"},
     {"tokenizers", "backbone", "vocoder"},  # never from each other
-    {"pipeline", "checkpoints", "listening", "foreign", "shards", "released"},
+    {"pipeline", "checkpoints", "listening", "foreign", "shards", "released", "verify"},
     {"training", "evaluation", "lineage", "scale", "notebook", "doctor", "bench"},
     {"cli", "options"},
     {"__main__"},
@@ -25,7 +25,7 @@ LAYERS = (  # a module may import from layers above its own line, and within its
 BUDGET = {  # lines; what a reader reads to understand the model comes first
     "config threads audio tokenizers backbone vocoder amx kernels pipeline listening": 4_600,
     "sound_files sound_headers": 520,  # whatever files people have
-    "aqaa __main__ cli options doctor bench records checkpoints released shards foreign": 1_900,
+    "aqaa __main__ cli options doctor bench records checkpoints released shards foreign verify": 1_900,
     "training evaluation": 4_300,
     "scale": 3_200,
     "notebook": 2_000,

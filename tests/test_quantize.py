@@ -1,6 +1,7 @@
 """Layers of 4 and 8 bits: how bytes are laid out, what rounding costs, whole folders converted, interrupted, broken."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aqaa import checkpoints, cli, shards
 from aqaa.backbone import step1
-from aqaa.config import BackboneConfig
+from aqaa.config import BackboneConfig, check_group, largest_group
 from aqaa.scale import convert, fidelity, quantize
 from aqaa.scale import plan as sums
 from aqaa.scale.quantize import FORMATS, Int4Linear, Int8Linear, quantize_
@@ -244,6 +245,105 @@ def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, c
     assert set(shards.scan(out)) == set(wanted.state_dict())
 
 
+@pytest.mark.parametrize("group", [256, 128, 100, 64, 48])
+def test_advice_on_groups_works_when_taken(release, tmp_path, capsys, group):
+    assert go(release, tmp_path / "a", "--group", str(group)) == 1
+    advised = re.search(r"use groups of (\d+)\.$", capsys.readouterr().err.strip())[1]
+    assert go(release, tmp_path / "a", "--group", advised) == 0
+
+
+@pytest.mark.parametrize("hidden, inner, ranks, wanted", [
+    (256, 704, 1, 64), (12_288, 31_232, 1, 128), (12_288, 31_232, 8, 64), (512, 1024, 4, 128), (48, 96, 1, None),
+    (3072, 8192, 3, None),
+])  # fmt: skip
+def test_the_largest_usual_group_that_divides_every_layer(hidden, inner, ranks, wanted):
+    assert largest_group((hidden, inner), ranks) == wanted
+    for width in (hidden, inner):
+        try:
+            check_group(width, 7, ranks, beside=(hidden, inner))
+        except ValueError as fault:
+            advised = re.search(r"use groups of (\d+)", str(fault))
+            assert (int(advised[1]) if advised else None) == wanted
+            for again in (hidden, inner) if advised else ():
+                check_group(again, wanted, ranks)
+
+
+def test_the_group_is_chosen_by_the_model_and_told(release, tmp_path, capsys):
+    assert cli.main(["convert", str(release), str(tmp_path / "a")]) == 0
+    assert "int4 in groups of 32 by rtn" in capsys.readouterr().out
+    assert convert.read_quantization(tmp_path / "a") == {"weights": "int4", "group": 32, "method": "rtn"}
+    assert quantize_(model()).model.layers[0].mlp.down_proj.group == 32
+
+
+def test_the_mini_is_converted_by_default_and_answers(tmp_path, capsys):
+    """`aqaa convert mini OUT`, then `aqaa ask … --preset OUT`."""
+    assert cli.main(["convert", "mini", str(tmp_path / "small")]) == 0
+    assert "int4 in groups of 64 by rtn" in capsys.readouterr().out
+    question = str(checkpoints.data_folder() / "questions" / "sum_q001813.wav")
+    words = []
+    for preset in ("mini", str(tmp_path / "small")):
+        assert cli.main(["ask", question, "--preset", preset, "--temperature", "0", "--json",
+                         "-o", str(tmp_path / "a.wav")]) == 0  # fmt: skip
+        words.append(json.loads(capsys.readouterr().out)["text"])
+    assert words[0] == words[1] and len(words[0]) > 10
+
+
+@pytest.mark.parametrize("part, place", [
+    ("model.embed_tokens.weight", (3, 5)), ("model.layers.1.mlp.up_proj.weight", (7, 0)), ("lm_head.weight", (47, 63)),
+    ("model.norm.weight", (9,)),
+])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_release_with_a_value_that_is_no_number(tmp_path, part, place, value):
+    folder = write_release(tmp_path / "lm")
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path)
+        if (name := f"language_model.{part}") in state:
+            state[name][place] = value
+            save_file(state, path)
+            said = re.escape(f"{path.name} holds {value} at {name}{list(place)}")
+    with pytest.raises(checkpoints.ModelError, match=said):
+        convert.convert(folder, tmp_path / "out", quiet=True)
+    tensors = shards.scan(folder)
+    names, _ = shards.language_model(tensors, folder)
+    for dtype in (None, torch.float32):
+        with torch.device("meta"):
+            empty = step1.build(SIZES)
+        with pytest.raises(checkpoints.ModelError, match=said):
+            shards.fill(empty, tensors, names, dtype=dtype)
+
+
+def test_a_scale_that_is_no_number_and_a_weight_too_large(release, tmp_path):
+    out = tmp_path / "small"
+    convert.convert(release, out, quiet=True)
+    path = out / "model-00002.safetensors"
+    good, name = load_file(path), "model.layers.0.mlp.down_proj.scale"
+    state = {key: value.clone() for key, value in good.items()}
+    state[name][5, 1] = float("inf")
+    save_file(state, path, {"format": "pt"})
+    (out / "record.json").unlink()
+    with pytest.raises(checkpoints.ModelError, match=re.escape(f"inf at {name}[5, 1]")):
+        convert.load_quantized(out)
+    from aqaa import released
+
+    large = {key: torch.full_like(value, 1e30) if "layernorm" in key else value for key, value in good.items()}
+    save_file(large, path, {"format": "pt"})
+    assert released.backbone(out).load("cpu", torch.float32) is not None
+    with pytest.raises(checkpoints.ModelError, match="too large for torch.float16: choose bfloat16"):
+        released.backbone(out).load("cpu", torch.float16)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_flipped_bit_in_a_converted_shard_is_found(release, tmp_path, number):
+    out = tmp_path / "small"
+    convert.convert(release, out, "int8", quiet=True)
+    path = out / f"model-{number:05d}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(checkpoints.ModelError, match=f"{path.name} does not have the hash"):
+        convert.load_quantized(out)
+
+
 def test_a_release_converted_by_gptq_is_what_gptq_makes_of_the_model(release, tmp_path, capsys):
     dialogues = tmp_path / "dialogues.json"
     dialogues.write_text(json.dumps(ROWS), encoding="utf-8")
@@ -301,7 +401,7 @@ def test_what_cannot_be_converted_is_one_sentence(release, tmp_path, capsys, mon
     save_file({"x": torch.zeros(1)}, tmp_path / "full" / "model.safetensors")
     capsys.readouterr()
     for source, out, arguments, said in (
-        (release, "a", (), "groups of 128 do not divide hidden_size of 64 inputs: use groups of 64"),
+        (release, "a", ("--group", "128"), "groups of 128 do not divide hidden_size of 64 inputs: use groups of 32"),
         (release, "a", ("--group", "64"), "intermediate_size of 96 inputs: use groups of 32"),
         (release, "a", ("--weights", "int8", "--group", "32"), "leave --group out"),
         (release, "a", ("--group", "32", "--method", "gptq"), "needs dialogues"),

@@ -1,11 +1,13 @@
 """The released folders, as tiny fakes with the real names: they answer through the command line, and each damage that
 a download or a mix-up can do to them is one sentence of its own."""
 
+import io
 import json
 import os
 import pickle
 import shutil
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +23,7 @@ from aqaa.checkpoints import ModelError
 from aqaa.pipeline import AQAA
 from tests import release
 from tests.conftest import tiny_config, tone
+from tests.test_text import field
 
 N_TEXT = 512  # pieces of the small release; the whole way is gone once with 65,536
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
@@ -406,6 +409,162 @@ def test_wrong_usage_is_told(question, capsys, args, words):
 def test_a_language_model_is_no_preset(small, question, capsys):
     assert cli.main(["ask", str(question), "--preset", str(small["backbone"])]) == 1
     assert "name it with --backbone" in capsys.readouterr()[1]
+
+
+# ---- numbers, hashes, and files made to hurt -----------------------------------------------------------------------
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def onnx_with(value):
+    def damage(folder):
+        state = checkpoints.build("semantic", release.sizes(N_TEXT)).state_dict()
+        state["encoder.conv1.bias"][3] = value
+        release.write_s3(folder / ONNX, state)
+
+    return damage
+
+
+def npy_with(value):
+    def damage(folder):
+        table = np.load(folder / NPY)
+        table[5, 7] = value
+        np.save(folder / NPY, table)
+
+    return damage
+
+
+def put(name, key, place, value):
+    def change(state):
+        state[key][place] = value
+        return state
+
+    return pickle_with(name, change)
+
+
+@pytest.mark.parametrize("damage, part, words", [
+    (put(PT, "encoder.after_norm.bias", 2, NAN), "linguistic", "model.pt holds nan at encoder.after_norm.bias[2]"),
+    (npy_with(INF), "linguistic", "linguistic_tokenizer.npy holds inf at centroids[5, 7]"),
+    (text(MVN, "[ -8.0 ", "[ nan "), "linguistic", "am.mvn holds nan at shift[0]"),
+    (onnx_with(-INF), "semantic", "speech_tokenizer_v1.onnx holds -inf at encoder.conv1.bias[3]"),
+    (shard_with(lambda s: {k: v.clone().fill_(NAN) if k == LAYER else v for k, v in s.items()}), "backbone",
+     f"holds nan at {LAYER}[0, 0]"),
+    (put("vocoder/flow.pt", "encoder_proj.weight", (1, 2), NAN), "flow", "flow.pt holds nan at encoder_proj.weight[1,"),
+    (put("vocoder/hift.pt", "conv_pre.weight_g", (0, 0, 0), INF), "hift", "hift.pt holds inf at conv_pre.weight_g[0, "),
+])  # fmt: skip
+def test_a_value_that_is_no_number_is_named(copy, damage, part, words):
+    damage(copy)
+    with pytest.raises(ModelError) as caught:
+        getattr(model(copy), part)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["flow.pt", "hift.pt"])
+def test_a_flipped_bit_is_found_where_a_record_knows(copy, name):
+    path = copy / "vocoder" / name
+    (copy / "vocoder/record.json").write_text(json.dumps({"files": {name: checkpoints.fingerprint(path)}}))
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=f"{name} (does not have the hash|holds)"):
+        getattr(model(copy), name.removesuffix(".pt"))
+
+
+@pytest.mark.parametrize("keep", [1, 4, 100, 1000, 3000, 0.2, 0.4, 0.6, 0.8, 0.95, -100, -1])
+@pytest.mark.parametrize("name", ["vocoder/hift.pt", PT])
+def test_a_pickle_cut_anywhere(copy, name, keep):
+    path = copy / name
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ModelError, match=f"{path.name} is cut short or no file of torch.save"):
+        foreign.pickled(path)
+
+
+def varint(number):
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+def whole(number, value):
+    return varint(number << 3) + varint(value)
+
+
+def npy(shape):
+    with io.BytesIO() as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        return file.getvalue() + bytes(100)
+
+
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'] * 9)}]\n" for i in range(12))
+SIZE = "    output_size: 16\n"
+HURTFUL = {  # what replaces a file (or words of it), and the sentence
+    "onnx varint": (ONNX, b"\xff" * 3_000_000, "is no ONNX file"),
+    "onnx name": (ONNX, field(7, field(1, whole(3, 10**13))), "is no ONNX file"),
+    "onnx dims": (ONNX, field(7, field(5, whole(1, 2**62) + whole(2, 1) + field(9, bytes(4)))), "is no ONNX"),
+    "pieces varint": ("backbone/tokenizer.model", b"\xff" * 3_000_000, "is not a SentencePiece model"),
+    "pieces long": ("backbone/tokenizer.model", field(1, field(1, b"a" * 9_000_000)), "is not a SentencePiece model"),
+    "pieces nan": ("backbone/tokenizer.model", field(1, field(1, b"a") + field(2, NAN)), "is not a SentencePiece"),
+    "npy rows": (NPY, npy((10**12, 16)), "is no whole npy file"),
+    "npy sizes": (NPY, npy((2**40, 2**40)), "is no whole npy file"),
+    "mvn": (MVN, b"\xff\xfe\0", "am.mvn is no text"),
+    "yaml infinite": (PARAFORMER, (SIZE, "    output_size: .inf\n"), "output_size as inf, which is no number"),
+    "yaml half": (PARAFORMER, (SIZE, "    output_size: 16.5\n"), "output_size as 16.5, which is no number"),
+    "yaml true": (PARAFORMER, (SIZE, "    output_size: true\n"), "output_size as True, which is no number"),
+    "yaml deep": (PARAFORMER, b"a: " + b"[" * 20_000, "is no yaml that can be read"),
+    "yaml long": (PARAFORMER, b"a: b\n" * 300_000, "is no yaml that can be read"),
+    "yaml layers": (PARAFORMER, ("num_blocks: 3", "num_blocks: 100000000"), "describes no network for"),
+    "yaml width": (PARAFORMER, ("linear_units: 32", "linear_units: 1000000000"), "describes no network for"),
+    "yaml aliases": (PARAFORMER, (SIZE, "    output_size: *a11\n"), "which is no number"),
+    "yaml aliases of a name": (PARAFORMER, ("encoder: SANMEncoderChunkOpt", "encoder: *a11"), "is of an encoder"),
+    "index deep": (INDEX, b"[" * 200_000, "it has no weight_map"),
+    "header deep": (LAST, (200_000).to_bytes(8, "little") + b"[" * 200_000, "no safetensors header"),
+    "config deep": ("backbone/config.json", b'{"a":' * 200_000, "is no JSON that can be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HURTFUL)
+def test_files_made_to_hurt_are_one_sentence_soon(copy, name):
+    place, content, words = HURTFUL[name]
+    path = copy / place
+    if isinstance(content, tuple):
+        old = path.read_text()
+        assert content[0] in old
+        content = (ALIASES + old.replace(*content)).encode()
+    path.write_bytes(content)
+    began = time.process_time()
+    with pytest.raises(ModelError) as caught:
+        model(copy)
+    assert time.process_time() - began < 10, "and 3 MB of a number took minutes"
+    said = str(caught.value)
+    assert words in said and path.name in said and "\n" not in said and len(said) < 600, said[:600]
+
+
+@pytest.mark.parametrize("shape, offsets", [
+    ([4, 4], [64, 0]), ([-1, 4], [0, 0]), ([2**70, 4], [0, 0]), ([4, 4], [0, 32]), (["x"], [0, 0]), ([1.5, 4], [0, 24]),
+    ("ab", [0, 4]), ([4, 4], [0, 64.0]), ([4, 4], [0]), ([[4]], [0, 16]),
+])  # fmt: skip
+def test_headers_that_contradict_themselves(tmp_path, shape, offsets):
+    head = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(64))
+    with pytest.raises(ModelError, match="no safetensors header|a shape that its bytes do not fill"):
+        shards.header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"), ({"hidden_size": 10**30}, "hidden_size is 1"),
+    ({"max_seq_len": 10**15}, "max_seq_len is 1"), ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+    ({"rms_norm_eps": []}, "rms_norm_eps is []"), ({"text_config": [1]}, "gives text_config as [1]"),
+    ({"text_config": 5}, "gives text_config as 5"), ({"quantization": [1]}, "describes no Step-1 model"),
+    ({"quantization": {"weights": "int4", "group": 0}}, "its group is 0"), ({"num_hidden_layers": 8000}, "the file"),
+    ({"hidden_size": 1_000_000}, "than the file"), ({"num_hidden_layers": True}, "gives no num_hidden_layers"),
+])  # fmt: skip
+def test_settings_of_a_release_that_cannot_be(copy, values, words):
+    config_with(**values)(copy)
+    began = time.process_time()
+    with pytest.raises(ModelError) as caught:
+        model(copy)
+    assert words in str(caught.value) and "config.json" in str(caught.value) and time.process_time() - began < 5
 
 
 # ---- doctor ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from aqaa.scale.vllm_engine import EngineError, Server, serve_command
 from aqaa.tokenizers import interleave
 from tests import vllm_check
 from tests.conftest import RATE, tone
-from tests.stub_server import serve
+from tests.stub_server import ENDLESS_ANSWERS, ENDLESS_REPLIES, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "data" / "runs" / "vllm-signatures.json"
@@ -122,7 +123,7 @@ def test_a_server_gone_in_mid_answer_leaves_what_was_said(tiny, sound, fault):
     options = {"temperature": 0, "max_tokens": 200, "min_audio": 150}
     near = tiny.ask(sound, **options)
     with serve(tiny, fault=fault, after=92) as server:
-        talk, pieces = connected(tiny, server, answer_time=0.3).stream(sound, **options), []
+        talk, pieces = connected(tiny, server, answer_time=1.0).stream(sound, **options), []
         with pytest.raises(EngineError, match=FAULTS[fault]) as caught:
             for piece in talk:
                 pieces.append(piece)
@@ -173,6 +174,84 @@ def test_no_server_and_other_services_are_told(tiny):
 def test_a_silent_server_is_not_waited_for(tiny, sound):
     with serve(tiny, fault="silent") as server, pytest.raises(EngineError, match="no word in time"):
         connected(tiny, server, answer_time=0.2).ask(sound, **SHORT)
+
+
+def chunk(ids, logprobs):
+    return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logprobs}}]}
+
+
+NO_LISTS, NO_NUMBERS = "no token ids with their logprobs", "both must be numbers"
+CHUNKS = {  # what a server may send in place of ids, and words of the sentence that it gets
+    **{f"id {value!r}": (chunk([value], [-0.5]), NO_NUMBERS) for value in ("7", 60.0, None, True, [60], {"a": 1})},
+    **{f"logprob {value!r}": (chunk([60], [value]), NO_NUMBERS) for value in ("x", None, 1e308, 0.5, True, [0])},
+    **{f"id {value}": (chunk([value], [-0.5]), "where the layout allows") for value in (-1, 10**30, 1)},
+    **{f"choices {value!r}": ({"choices": value}, NO_LISTS) for value in (5, {"a": 1}, [5], [[1]], [None], "ab")},
+    **{f"ids {ids!r} {logprobs!r}": (chunk(ids, logprobs), NO_LISTS)
+       for ids, logprobs in ((5, [0]), ({"a": 1}, [0]), ("7", "7"), ([60], []), ([60], None))},
+    "logprobs": ({"choices": [{"token_ids": [60], "logprobs": [1]}]}, NO_LISTS),
+    **{f"error {value!r}": ({"error": value}, "gave up: ") for value in (5, [1], {"message": ["a"]}, None)},
+    **{text[:9]: (text.encode(), "no JSON") for text in (
+        "[" * 200_000, '{"a":' * 200_000, json.dumps(chunk([60], [float("nan")])),
+        json.dumps(chunk([60], [float("-inf")])), "1" * 9000)},
+    "binary": (b"\xff\xfe\0\x1b[2J", "no JSON"), "list": ([1], "gave up: "), "text": ("a\x1b[2J\u202eb", "gave up: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_a_server_is_believed_only_in_numbers(tiny, name):
+    said, words = CHUNKS[name]
+    with serve(tiny, fault=said if isinstance(said, bytes) else json.dumps(said).encode()) as server:
+        with pytest.raises(EngineError, match=words) as caught:
+            list(connected(tiny, server).generate(list(range(50, 60))))
+    text = str(caught.value)
+    assert text.isprintable() and text.endswith(".") and len(text) < 500, text
+
+
+@pytest.mark.parametrize("data", [
+    {}, {"data": []}, {"data": {}}, {"data": [5]}, {"data": [{"id": {"a": 1}}]}, {"data": [{"id": None}]},
+    *({"data": [{"id": "x", "max_model_len": limit}]} for limit in ("lots", -5, 0, True, 1.5, [4096])), 5, None,
+])  # fmt: skip
+def test_a_server_that_serves_nothing_of_use(tiny, data):
+    with serve(tiny, models=json.dumps(data).encode()) as server, pytest.raises(EngineError, match="serves no model"):
+        Server(server.url)
+    for text in (b"[" * 200_000, b"\xff", b'{"data": NaN}'):
+        with serve(tiny, models=text) as server, pytest.raises(EngineError, match="no JSON"):
+            Server(server.url)
+
+
+@pytest.mark.parametrize("fault", [*ENDLESS_REPLIES, *ENDLESS_ANSWERS])
+def test_what_never_ends_is_ended(tiny, fault, monkeypatch):
+    """Neither bytes without end nor bytes now and then keep us beyond the deadline, or fill the memory."""
+    monkeypatch.setattr(vllm_engine, "REPLY_BYTES", 50_000)
+    monkeypatch.setattr(vllm_engine, "EMPTY_LINES", 100)
+    slow, began = {"connect_time": 0.6}, time.monotonic()
+    if fault in ENDLESS_ANSWERS:
+        slow = {"answer_time": 0.8} if "line" in fault else {"total_time": 0.8}
+    with serve(tiny, fault=fault) as server, pytest.raises(EngineError) as caught:
+        list(connected(tiny, server, **slow).generate(list(range(50, 60))))
+    assert time.monotonic() - began < 15, "though the machine may be busy"
+    one_of = ("no word in time", "without an end", "lines without an id", "no JSON", "without a reason")
+    assert any(words in str(caught.value) for words in one_of) and str(caught.value).isprintable()
+
+
+def test_a_server_that_goes_on_too_long(tiny):
+    """There is a time for the whole answer too, however regularly ids come."""
+    with serve(tiny, fault="comments in drips", after=20) as server, pytest.raises(EngineError, match="lost after 2"):
+        list(connected(tiny, server, total_time=1.0).generate(list(range(50, 60))))
+
+
+def test_nobody_is_sent_elsewhere(tiny):
+    with serve(tiny, fault="moved") as server, pytest.raises(EngineError, match=r"\(302\): it sends us elsewhere"):
+        Server(server.url)
+
+
+@pytest.mark.parametrize("said, shown", [
+    ("\x1b]0;owned\x07\x1b[2J bad", "]0;owned [2J bad"), ("a\r\nb\0c", "a b c"), ("\u202eevil\u2066 text", "evil text"),
+    ("x" * 5000, "x" * 200), ("\x9b1mC1", "1mC1"),
+])  # fmt: skip
+def test_what_a_terminal_would_obey_is_left_out(said, shown):
+    for body in (json.dumps({"error": {"message": said}}).encode(), {"detail": said}, said.encode()):
+        assert vllm_engine._message(body) == shown
 
 
 def test_a_prompt_too_long_for_the_server(tiny, sound):

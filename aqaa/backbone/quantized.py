@@ -213,6 +213,30 @@ def empty_linears(module, weights, group=None, skip=("lm_head",), device="meta")
     return module
 
 
+def format_in(data):
+    """{"weights", "group"}, as empty_linears takes it, of what a file says of its format. Raises ValueError."""
+    data = data if isinstance(data, dict) else {}
+    weights, group = data.get("weights"), data.get("group")
+    if not isinstance(weights, str) or weights not in FORMATS:
+        raise ValueError(f"its format is {str(weights):.40}, one of {', '.join(FORMATS)} is expected")
+    if group is not None and (type(group) is not int or group < 1):
+        raise ValueError(f"its group is {str(group):.40}, a number of inputs is expected")
+    return {"weights": weights, "group": group}
+
+
+def format_within(module):
+    """The same of the quantised layers within a module; None if there are none."""
+    layer = next((part for part in module.modules() if isinstance(part, QuantizedLinear)), None)
+    return layer and {"weights": layer.name, **({"group": layer.group} if layer.bits == 4 else {})}
+
+
+def numbers(module, name, tensor):
+    """The tensor `name` of a module's state as numbers: the bytes of fp8 codes may be NaN as well."""
+    owner, _, leaf = name.rpartition(".")
+    fp8 = leaf == "qweight" and isinstance(module.get_submodule(owner), Fp8Linear)
+    return tensor.view(torch.float8_e4m3fn) if fp8 else tensor
+
+
 def put(module, name, child):
     """Set the submodule of a dotted name."""
     parent, _, last = name.rpartition(".")

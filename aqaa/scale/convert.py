@@ -18,12 +18,12 @@ from torch import nn
 from tqdm import tqdm
 
 import aqaa
-from aqaa import checkpoints, shards
+from aqaa import checkpoints, shards, verify
 from aqaa.backbone.layers import Step1DecoderLayer
 from aqaa.backbone.quantized import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
-from aqaa.checkpoints import ModelError, check_file, fingerprint, replacing, write_json
-from aqaa.config import BackboneConfig, check_group
+from aqaa.checkpoints import ModelError, all_finite, check_file, fingerprint, replacing, write_json
+from aqaa.config import BackboneConfig, check_group, largest_group
 from aqaa.scale.plan import resident_bytes
 from aqaa.scale.quantize import Calibration, replace_linears
 
@@ -44,10 +44,12 @@ class Origin:
     others: tuple = ()
 
     def tensor(self, name):
-        """On the CPU, a view of the mapped file."""
+        """On the CPU, a view of the mapped file. Raises ModelError for a NaN or an infinity."""
         entry = self.tensors[self.names[name]]
         with safe_open(entry.path, "pt") as file:
-            return file.get_tensor(self.names[name])
+            tensor = file.get_tensor(self.names[name])
+        all_finite({self.names[name]: tensor}, entry.path)
+        return tensor
 
     def parts(self):
         """Names of what is converted together: the embedding, each layer, then the last norm and lm_head."""
@@ -61,7 +63,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantise: weights int4, int8 or fp8; group of int4; method rtn (to the nearest) or gptq."""
+    """How to quantise: weights int4, int8 or fp8; group of int4, by default the largest usual one that divides every
+    layer; method rtn (to the nearest) or gptq."""
 
     weights: str = "int4"
     group: int | None = None
@@ -69,14 +72,15 @@ class Recipe:
 
     def check(self, config):
         """Raise ValueError for what is unknown, or a group that does not divide the widths of `config`."""
-        group = self.group or format_of(self.weights).group_by_default
+        widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+        usual = format_of(self.weights).group_by_default
+        group = self.group or usual and (largest_group(widths.values()) or usual)
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         if group and self.weights != "int4":
             raise ValueError(f"{self.weights} has one scale for each output: leave --group out.")
-        for what, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
-            if group:
-                check_group(size, group, what=what)
+        for what, size in widths.items() if group else ():
+            check_group(size, group, what=what, beside=widths.values())
         return Recipe(self.weights, group, self.method)
 
     def block(self):
@@ -112,6 +116,7 @@ def _own(folder):
     """The backbone of a folder like data/mini."""
     config, path = checkpoints.read_config(folder), folder / "backbone.safetensors"
     tensors = shards.header(path)
+    checkpoints.check_parts(folder)  # the others come along as they are
     if any(name.endswith("qweight") for name in tensors):
         raise ModelError(f"{path} is quantised already: convert the original.")
     return Origin(folder, config.backbone, {name: name for name in tensors}, tensors)
@@ -133,7 +138,7 @@ def _released(folder):
 def read_quantization(folder):
     """The "quantization" of a folder's config.json, or None."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization")
+        return verify.read_json(Path(folder) / "config.json").get("quantization")
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -239,7 +244,7 @@ def _write_own(work, out, started):
     work.bar.close()
     path = out / "backbone.safetensors"
     with replacing(path) as part:
-        save_file(state, part, {"part": "backbone", "quantization": json.dumps(work.recipe.block())})
+        save_file(state, part, {"quantization": json.dumps(work.recipe.block())})
     parts = {name: folder / f"{name}.safetensors" for name in checkpoints.PARTS} | {"backbone": path}
     record = {"quantization": _about(work, started)}
     checkpoints.gather(out, checkpoints.read_config(folder), folder / "tokenizer.json", parts, record)
@@ -272,9 +277,11 @@ def _resume(out, started):
             raise ModelError(f"{out} holds weights of something else: name another folder.")
         return {}
     try:
-        record = json.loads(found.read_text(encoding="utf-8"))
+        record = verify.read_json(found)
         begun = {name: record[name] for name in started}
         files = dict(record["files"])
+        begun["recipe"], begun["source"] = dict(begun["recipe"]), str(begun["source"])
+        files = {name: facts for name, facts in files.items() if Path(name).name == name}
     except (ValueError, KeyError, TypeError):
         raise ModelError(f"{found} is damaged: remove {out} and convert again.") from None
     if begun != started:
@@ -330,13 +337,14 @@ def main(args):
     facts = record.get("quantization", record)
     size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
     left = f"; left out {facts['dropped']} tensors that see pictures" if facts["dropped"] else ""
-    print(f"{args.out}: {args.weights} by {args.method}, {size / 1e9:.3f} GB of weights{left}.")
+    group = f" in groups of {facts['recipe']['group']}" if facts["recipe"]["group"] else ""
+    print(f"{args.out}: {args.weights}{group} by {args.method}, {size / 1e9:.3f} GB of weights{left}.")
 
 
 def read_rows(path):
     """Dialogues of a JSON file: a list of lists of ids. Raises ValueError."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = verify.read_json(Path(path))
         whole = bool(rows) and all(type(i) is int and i >= 0 for row in rows for i in row)
     except (ValueError, TypeError):
         whole = False

@@ -268,8 +268,9 @@ def check_ranks(setup):
         names = ", ".join(f"{size} {name}" for name, size in shared.items())
         raise ValueError(f"{ranks} GPUs cannot share {names}: use {', '.join(map(str, possible))}.")
     if setup.group:
-        check_group(backbone.hidden_size, setup.group, ranks, "o_proj")
-        check_group(backbone.intermediate_size, setup.group, ranks, "down_proj")
+        widths = {"o_proj": backbone.hidden_size, "down_proj": backbone.intermediate_size}
+        for name, width in widths.items():
+            check_group(width, setup.group, ranks, name, widths.values())
 
 
 def largest_group(backbone, ranks):

@@ -19,7 +19,7 @@ from aqaa.backbone.quantized import (  # the formats are this module's too
     linears,
     put,
 )
-from aqaa.config import check_group
+from aqaa.config import check_group, largest_group
 
 __all__ = ["FORMATS", "Calibration", "Fp8Linear", "Int4Linear", "Int8Linear", "QuantizedLinear", "dequantized",
            "empty_linears", "n_bytes", "quantize_", "replace_linears"]  # fmt: skip
@@ -66,13 +66,15 @@ class Calibration:
 def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
     """Replace the linear layers of a Step1ForCausalLM, in place; returns it.
 
-    weights: int4, int8, fp8. skip: names, or ends of names, of those left as they are. rows: dialogues (lists of ids),
-    with which layers are calibrated by GPTQ; none: rounded to the nearest. Raises ValueError before anything is changed
-    if a group does not divide.
+    weights: int4, int8, fp8. group: of int4, by default the largest usual one that divides every layer. skip: names, or
+    ends of names, of those left as they are. rows: dialogues (lists of ids), with which layers are calibrated by GPTQ;
+    none: rounded to the nearest. Raises ValueError before anything is changed if a group does not divide.
     """
     cls = format_of(weights)
-    for name, linear in linears(model, skip):
-        check_group(linear.in_features, group or cls.group_by_default or linear.in_features, what=name)
+    widths = {name: linear.in_features for name, linear in linears(model, skip)}
+    group = group or cls.group_by_default and (largest_group(widths.values()) or cls.group_by_default)
+    for name, width in widths.items():
+        check_group(width, group or width, what=name, beside=widths.values())
     if rows:
         calibration = Calibration(rows, model.model.embed_tokens.weight.detach(), model.config.num_attention_heads)
         for layer in model.model.layers:

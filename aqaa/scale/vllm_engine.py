@@ -7,15 +7,20 @@ vllm_plugin.Layouts; ids that come back are checked here as well, since a server
 """
 
 import asyncio
+import io
 import json
 import shlex
 import threading
+import time
 import uuid
 from contextlib import closing, contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from importlib import metadata
+from math import inf
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from aqaa import verify
 from aqaa.backbone.generation import Step, check_sampling, room_for
 from aqaa.scale.plan import Setup, check_ranks
 from aqaa.scale.rules import KEY, Rules
@@ -27,7 +32,12 @@ MODEL_CLASS = "Step1AQAAForCausalLM"  # ours: takes the language model out of AQ
 ATTENTION = "TRITON_ATTN"  # the one backend with square-root ALiBi; automatic choice does not look for it
 FORMATS = {"bf16": None, "fp8": "fp8_per_channel", "int8": "int8_per_channel_weight_only"}  # made while loading
 PACKED = ("compressed-tensors", "gptq", "awq")  # 4-bit checkpoints that vLLM reads
-ANSWER_TIME, CONNECT_TIME = 120.0, 10.0  # s without a word from the server
+ANSWER_TIME, CONNECT_TIME = 120.0, 10.0  # s without an id, or until a server says what it serves
+TOTAL_TIME = 900.0  # s of a whole answer
+REPLY_BYTES = 4_000_000  # of a line or a body: the first chunk repeats the prompt, up to 32,768 ids
+EMPTY_LINES = 1000  # in a row, without an id among them
+LIKELIEST = 1e-3  # log-probability that rounding may leave above 0
+SHOWN = 200  # characters of what a server says that are passed on
 
 
 class EngineError(OSError):
@@ -64,6 +74,9 @@ class Engine:
         if not left or machine.finished:
             return
         for token, logprob in self._draw(prompt, settings, rules):
+            if type(token) is not int or type(logprob) not in (int, float) or not -inf < logprob <= LIKELIEST:
+                raise EngineError(f"{self.name} sent id {verify.shown(token)} with the log-probability "
+                                  f"{verify.shown(logprob)}: both must be numbers, as vLLM {TESTED} sends them.")
             may, count = machine.allowed(), count + 1
             if not (may.start <= token < may.stop or token in may.markers):
                 raise EngineError(
@@ -82,10 +95,38 @@ class Engine:
 # ---- over HTTP ------------------------------------------------------------------------------------------------------
 
 
-class Server(Engine):
-    """A running `vllm serve`, by its OpenAI-style completions with token ids. Raises EngineError if none answers."""
+class _Timed(io.RawIOBase):
+    """What a socket receives, until time.monotonic() is `end`: a byte now and then never lets a socket time out."""
 
-    def __init__(self, url, *, answer_time=ANSWER_TIME, connect_time=CONNECT_TIME):
+    def __init__(self, sock, end):
+        self.sock, self.end, self.raw = sock, end, sock.makefile("rb", buffering=0)
+
+    def makefile(self, _):  # as HTTPResponse asks for what it reads from
+        return io.BufferedReader(self)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class Server(Engine):
+    """A running `vllm serve`, by its OpenAI-style completions with token ids. Raises EngineError if none answers.
+
+    connect_time: s in which it must say what it serves; answer_time: the longest wait for the next id; total_time: for
+    a whole answer.
+    """
+
+    def __init__(self, url, *, answer_time=ANSWER_TIME, connect_time=CONNECT_TIME, total_time=TOTAL_TIME):
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -96,53 +137,74 @@ class Server(Engine):
         self.kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self.place, self.path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/").removesuffix("/v1")
         self.name = f"the server at {parts.scheme}://{self.place}{self.path}"
-        self.answer_time, self.connect_time = answer_time, connect_time
-        with self._ask("GET", "/v1/models", connect_time) as reply:
-            served = _json(reply.read(), self.name)
+        self.answer_time, self.connect_time, self.total_time = answer_time, connect_time, total_time
+        with self._ask("GET", "/v1/models", connect_time) as (reply, _):
+            try:
+                data = reply.read(REPLY_BYTES)
+            except (OSError, HTTPException) as fault:
+                raise EngineError(f"{self.name} does not answer ({_reason(fault)}): is it running there?") from None
+        served = _json(data, self.name)
         try:
             self.model, self.limit = served["data"][0]["id"], served["data"][0].get("max_model_len")
+            usable = type(self.model) is str and (self.limit is None or type(self.limit) is int and self.limit > 0)
         except (LookupError, TypeError, AttributeError):
-            raise EngineError(f"{self.name} serves no model as vLLM does: is it a `vllm serve`?") from None
+            usable = False
+        if not usable:
+            raise EngineError(f"{self.name} serves no model as vLLM does: is it a `vllm serve`?")
 
     @contextmanager
     def _ask(self, method, path, patience, body=None):
-        """The reply to a request, open for the block: the server stops working when it is left. Raises EngineError."""
+        """(reply to a request, its clock), open for the block: the server stops working when it is left.
+
+        Raises EngineError, also if the head of the reply is not there within `patience` seconds.
+        """
         connection, header = self.kind(self.place, timeout=self.connect_time), {"Content-Type": "application/json"}
         with closing(connection):
             try:
                 connection.connect()
                 connection.sock.settimeout(patience)
+                clock = _Timed(connection.sock, time.monotonic() + patience)
+                connection.response_class = lambda _, **options: HTTPResponse(clock, **options)
                 connection.request(method, self.path + path, body and json.dumps(body), header)
                 reply = connection.getresponse()
-                refusal = None if reply.status == 200 else _message(reply.read())
+                refusal = None if reply.status == 200 else _message(reply.read(REPLY_BYTES))
             except (OSError, HTTPException) as fault:
                 raise EngineError(f"{self.name} does not answer ({_reason(fault)}): is it running there?") from None
+            if 300 <= reply.status < 400:
+                refusal = "it sends us elsewhere, where nobody is asked; give the address itself"
             if refusal is not None:
                 raise EngineError(f"{self.name} refuses ({reply.status}): {refusal}.")
             with reply:
-                yield reply
+                yield reply, clock
 
     def _draw(self, prompt, settings, rules):
         body = {
             **settings, "model": self.model, "prompt": prompt, "stream": True, "add_special_tokens": False,
             "return_token_ids": True, "return_tokens_as_token_ids": True, "vllm_xargs": {KEY: rules.to_json()},
         }  # fmt: skip
-        with self._ask("POST", "/v1/completions", self.answer_time, body) as reply:
-            count = 0
+        end = time.monotonic() + self.total_time
+        with self._ask("POST", "/v1/completions", min(self.answer_time, self.total_time), body) as (reply, clock):
+            count = empty = 0
+            clock.end = min(end, time.monotonic() + self.answer_time)
             while True:
                 try:
-                    line, reason = reply.readline(), "the connection ended"
+                    line, reason = reply.readline(REPLY_BYTES), "the connection ended"
                 except (OSError, HTTPException) as fault:
                     line, reason = b"", _reason(fault)
                 if not line:
                     raise EngineError(f"{self.name} was lost after {count} ids of the answer ({reason}): ask it again.")
+                if len(line) >= REPLY_BYTES or empty > EMPTY_LINES:
+                    what = f"{empty:,} lines without an id" if empty > EMPTY_LINES else "a line without an end"
+                    raise EngineError(f"{self.name} sent {what} after {count} ids: something else answers there.")
+                empty += 1
                 if not (data := _event(line, self.name)):
                     continue
                 if data == b"[DONE]":
                     return
                 for pair in _tokens(_json(data, self.name), self.name):
-                    count += 1
+                    count, empty = count + 1, 0
                     yield pair
+                    clock.end = min(end, time.monotonic() + self.answer_time)  # after what the caller took its time for
 
 
 def _event(line, name):
@@ -156,33 +218,43 @@ def _event(line, name):
 def _tokens(chunk, name):
     """(id, logprob) pairs of one chunk of a completion. Raises EngineError."""
     if not isinstance(chunk, dict) or "error" in chunk:
-        raise EngineError(f"{name} gave up: {_message(json.dumps(chunk).encode())}.")
-    for choice in chunk.get("choices") or ():
-        tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if tokens is None or logprobs is None or len(tokens) != len(logprobs):
-            raise EngineError(f"{name} sends no token ids with their logprobs: vLLM {TESTED} does.")
-        yield from zip(tokens, logprobs, strict=True)
+        raise EngineError(f"{name} gave up: {_message(chunk)}.")
+    try:
+        lists = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in chunk.get("choices") or ()]
+        whole = all(type(ids) is type(logprobs) is list and len(ids) == len(logprobs) for ids, logprobs in lists)
+    except (LookupError, TypeError):
+        whole = False
+    if not whole:
+        raise EngineError(f"{name} sends no token ids with their logprobs: vLLM {TESTED} does.")
+    for ids, logprobs in lists:
+        yield from zip(ids, logprobs, strict=True)
 
 
 def _json(data, name):
     try:
-        return json.loads(data)
+        return verify.parse(data)
     except ValueError:
         raise EngineError(f"{name} sent {data[:60]!r}, which is no JSON: something else answers there.") from None
 
 
-def _message(data):
-    """What a body of an error says: vLLM's message, or the beginning of whatever it is."""
+def _message(body):
+    """What an error says, as bytes or as read from JSON: vLLM's message, or the beginning of whatever it is."""
     try:
-        fault = json.loads(data)
+        fault = verify.parse(body) if isinstance(body, bytes) else body
         fault = fault.get("error", fault)
-        return str(fault["message"] if "message" in fault else fault["detail"]).strip(" .\n")
+        said = str(fault["message"] if "message" in fault else fault["detail"])
     except (ValueError, LookupError, TypeError, AttributeError):
-        return data[:200].decode("utf-8", "replace").strip(" .\n") or "without a reason"
+        said = body[:SHOWN].decode("utf-8", "replace") if isinstance(body, bytes) else verify.shown(body)
+    return _harmless(said).strip(" .") or "without a reason"
+
+
+def _harmless(text):
+    """A line of it without what a terminal would obey (escapes, bells, letters that turn the direction)."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:SHOWN]).split())
 
 
 def _reason(fault):
-    return "no word in time" if isinstance(fault, TimeoutError) else str(fault) or type(fault).__name__
+    return "no word in time" if isinstance(fault, TimeoutError) else _harmless(str(fault)) or type(fault).__name__
 
 
 # ---- in this process ------------------------------------------------------------------------------------------------
@@ -260,8 +332,7 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
     if name in ("130b", "3b", "mini") and str(folder) == name or ours:
         what = f"{folder} is in aqaa's own format" if ours else f"{folder!r} is no folder"
         raise ValueError(f"{what}: name that of a released language model, 16 bits or packed ({', '.join(PACKED)}).")
-    with open(f"{folder}/config.json", encoding="utf-8") as file:
-        config = json.load(file)
+    config = verify.read_json(Path(folder) / "config.json")
     if "backbone" in config:
         raise ValueError(f"{folder} is a whole system of aqaa: save its backbone alone, with save_pretrained.")
     group = _group(config, folder) if weights == "int4" else None
@@ -282,10 +353,14 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
 
 def _group(config, folder):
     """The group size of a 4-bit checkpoint. Raises ValueError if it is none that vLLM reads."""
-    packed = config.get("quantization_config") or {}
+    packed = config.get("quantization_config")
+    packed = packed if isinstance(packed, dict) else {}
     if packed.get("quant_method") not in PACKED:
         raise ValueError(f"{folder} is not a 4-bit checkpoint ({', '.join(PACKED)}): vLLM makes fp8 and int8 itself.")
-    groups = packed.get("config_groups") or {}
-    found = [part["weights"]["group_size"] for part in groups.values() if part.get("weights")]
-    size = found[0] if found else packed.get("group_size")
-    return size if size and size > 0 else None  # -1: a scale for each output
+    try:
+        groups = packed.get("config_groups") or {}
+        found = [part["weights"]["group_size"] for part in groups.values() if part.get("weights")]
+        size = found[0] if found else packed.get("group_size")
+        return size if size and size > 0 else None  # -1: a scale for each output
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(f"{folder} does not say how its weights are packed: get its config.json again.") from None

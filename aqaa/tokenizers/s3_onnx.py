@@ -16,6 +16,7 @@ from aqaa.config import SemanticConfig
 
 DTYPES = {1: np.float32, 10: np.float16, 11: np.float64}  # TensorProto.data_type
 GRAPH, NODE, INITIALIZER = 7, 1, 5  # field numbers: ModelProto.graph, GraphProto.node, GraphProto.initializer
+LONGEST_NAME = 10_000  # bytes
 HEAD_SIZE = 64  # of the published network
 
 NODES = {  # consuming node -> our name of the tensor
@@ -43,7 +44,7 @@ def read(path, n_audio_head=None):
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         graph = next(v for number, v in fields(data) if number == GRAPH)
         tensors, nodes, strides = _parts(graph)
-    except (StopIteration, IndexError, KeyError, TypeError, ValueError) as fault:
+    except (StopIteration, LookupError, TypeError, ValueError, OverflowError, MemoryError, RuntimeError) as fault:
         raise ValueError(f"{path} is no ONNX file ({fault or 'no graph'}): download it again.") from None
     if any("fsmn" in node for node, _ in nodes):
         raise ValueError(f"{path} is version 2 of the S3 tokenizer: version 1 at 25 Hz is needed, from Step-Audio.")
@@ -75,6 +76,8 @@ def fields(data):
         if kind == 0:
             value, place = _varint(data, place)
         else:
+            if kind not in (1, 2, 5):
+                raise ValueError(f"it has a field of kind {kind}")
             size, place = _varint(data, place) if kind == 2 else ({1: 8, 5: 4}[kind], place)
             value, place = data[place : place + size], place + size
             if len(value) < size:
@@ -85,6 +88,8 @@ def fields(data):
 def _varint(data, place):
     value = shift = 0
     while True:
+        if shift >= 70:  # ten bytes hold 64 bits; longer ones would be summed in quadratic time
+            raise ValueError("a number is too long")
         byte = data[place]
         value |= (byte & 127) << shift
         shift, place = shift + 7, place + 1
@@ -102,11 +107,18 @@ def _parts(graph):
                 tensors[name] = tensor
         elif number == NODE:
             parts = list(fields(value))
-            name = next((bytes(v).decode() for n, v in parts if n == 3), "")
-            nodes.append((name, [bytes(v).decode() for n, v in parts if n == 1]))
+            name = next((_text(v) for n, v in parts if n == 3), "")
+            nodes.append((name, [_text(v) for n, v in parts if n == 1]))
             if (4, b"Conv") in parts:
                 strides.append(_stride([list(fields(v)) for n, v in parts if n == 5]))
     return tensors, nodes, strides
+
+
+def _text(value):
+    """A string field; bytes() of a number would be that many zeros."""
+    if isinstance(value, int) or len(value) > LONGEST_NAME:
+        raise ValueError("a name is no name")
+    return bytes(value).decode()
 
 
 def _stride(attributes):
@@ -126,7 +138,7 @@ def _tensor(data):
         elif number == 4:
             floats.append(np.frombuffer(value, np.float32))
         elif number == 8:
-            name = bytes(value).decode()
+            name = _text(value)
         elif number == 9:
             raw = value
     if kind not in DTYPES:

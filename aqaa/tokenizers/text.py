@@ -28,6 +28,7 @@ STEP1_MARKERS = (
     "<|TTS|>", "<|ASR|>", "<|TQAA|>", "<|AQTA|>", *ROLES, *TAGS, *(f"<unused_{i}>" for i in range(52, FIRST_TEXT)),
 )  # fmt: skip
 MAX_PIECE = 4  # characters, ▁ included: keeps pieces near 3 characters
+LONGEST_PIECE = 1000  # bytes of a published piece: the library cannot take endless ones
 ANCHOR = "<s>"  # stands before a text that must not get a leading space
 AUTO = {  # what AutoTokenizer is told; an answer is generated from its end, hence padding on the left
     "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "padding_side": "left",
@@ -242,6 +243,8 @@ def read_sentencepiece(data, name="model"):
         for number, value in _fields(data):
             if number == 1:  # repeated SentencePiece: 1 piece, 2 score, 3 type
                 entry = dict(_fields(value))
+                if len(entry[1]) > LONGEST_PIECE or not math.isfinite(entry.get(2, 0.0)):
+                    raise IndexError("a piece is too long, or its score no number")
                 pieces.append((entry[1].decode(), entry.get(2, 0.0), entry.get(3, NORMAL)))
             elif number == 2:  # TrainerSpec: 3 model_type
                 model_type = dict(_fields(value)).get(3, UNIGRAM)
@@ -277,6 +280,8 @@ def _fields(data):
 def _varint(data, at):
     value = shift = 0
     while True:
+        if shift >= 70:  # ten bytes hold 64 bits; longer ones would be summed in quadratic time
+            raise IndexError("a number is too long")
         byte = data[at]
         value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
         if byte < 128:

@@ -6,6 +6,8 @@ Both are plain .npy arrays of concatenated rows with a .json of lengths beside t
 import json
 import os
 import signal
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -109,8 +111,14 @@ def load_codes(folder, items, shipped=None):
         path = Path(shipped) / "codes.npz"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
-    with np.load(path) as file:
-        names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
+    try:
+        with np.load(path) as file:
+            names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
+        whole = lengths.shape == (len(names), 2) and lengths.min(initial=0) >= 0 and lengths.sum() == len(flat)
+    except (OSError, ValueError, TypeError, EOFError, LookupError, AttributeError, zipfile.BadZipFile, zlib.error):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is cut short or damaged: get the file again, or run `aqaa train codes`")
     ends = lengths.reshape(-1).cumsum()
     parts = np.split(flat, ends[:-1])
     found = {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(names.tolist())}

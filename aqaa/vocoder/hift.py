@@ -43,7 +43,10 @@ class WeightNormConv(nn.Module):
         """The weight the convolution uses."""
         if "weight" in self._parameters:
             return self.weight
-        return self.weight_v * (self.weight_g / self._norm(self.weight_v))
+        return self._product(self.weight_v, self.weight_g)
+
+    def _product(self, v, g):
+        return v * (g / self._norm(v))
 
     def forward(self, x):
         convolve = F.conv_transpose1d if self.transposed else F.conv1d
@@ -57,11 +60,22 @@ class WeightNormConv(nn.Module):
         return spectral.convolve(x, self.spectrum, self.bias, padding, dilation, activation.into)
 
     def fold(self):
-        """Replace the two factors by their product, for inference."""
+        """Put the product in place of the two factors, for inference; `factors` still knows them."""
         if "weight" not in self._parameters:
             weight = self.kernel().detach()
-            del self.weight_g, self.weight_v
+            for name in ("weight_g", "weight_v"):
+                factor = getattr(self, name).detach()
+                delattr(self, name)
+                self.register_buffer(name, factor, persistent=False)
             self.weight = nn.Parameter(weight)
+
+    def factors(self):
+        """{"weight_g", "weight_v"} of a folded layer, so that it is saved as it was read: rounded once more, the
+        product would sound differently. Empty if nothing is folded, or the product has been changed since."""
+        folded = "weight" in self._parameters
+        if not folded or not torch.allclose(self._product(self.weight_v, self.weight_g), self.weight, 1e-6, 0):
+            return {}
+        return {"weight_g": self.weight_g, "weight_v": self.weight_v}
 
     def _rename(self, state, prefix, *_):
         self.spectrum = None
@@ -72,9 +86,11 @@ class WeightNormConv(nn.Module):
         if given and not folded:
             weight = state.pop(prefix + "weight")
             state[prefix + "weight_v"], state[prefix + "weight_g"] = weight, self._norm(weight)
+        elif folded and given:
+            self.weight_v, self.weight_g = state[prefix + "weight"], self._norm(state[prefix + "weight"])
         elif folded and prefix + "weight_v" in state:
-            v, g = state.pop(prefix + "weight_v"), state.pop(prefix + "weight_g")
-            state[prefix + "weight"] = v * (g / self._norm(v))
+            self.weight_v, self.weight_g = state.pop(prefix + "weight_v"), state.pop(prefix + "weight_g")
+            state[prefix + "weight"] = self._product(self.weight_v, self.weight_g)
 
 
 class Snake(nn.Module):
