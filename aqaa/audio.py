@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from aqaa.config import SAMPLE_RATE
+from aqaa.files import replacing
 
 MIN_SECONDS = 0.06  # below it neither tokenizer gives a code
 MAX_SECONDS = 60  # rows of the mini's semantic positions, and what it was trained to listen to
@@ -124,18 +125,8 @@ def write(path, samples, rate):
 
 
 def _write_bytes(path, data):
-    if path.exists() and not path.is_file():  # a device or a pipe is written in place; a folder raises
-        path.write_bytes(data)
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, parents=False) as part:
+        part.write_bytes(data)
 
 
 def load_question(question, max_seconds=MAX_SECONDS):

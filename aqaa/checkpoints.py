@@ -4,13 +4,11 @@ On disk large matrices are fp16, everything small stays fp32; in memory all is f
 said in one sentence (ModelError), and nothing is ever half-written: files are renamed into place.
 """
 
-import hashlib
 import importlib
 import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +20,7 @@ from aqaa import amx as matrix_units
 from aqaa import kernels
 from aqaa.backbone.quantized import empty_linears
 from aqaa.config import PRESETS, AQAAConfig
+from aqaa.files import ModelError, brief, fingerprint, replacing, write_json
 from aqaa.pipeline import AQAA
 from aqaa.tokenizers.text import TextTokenizer
 
@@ -39,10 +38,6 @@ TRAIN = f"{AGAIN}, or train it with `aqaa train`"
 ROLES = ("tokenizer", "backbone", "vocoder")  # what a released folder can stand in for
 PREPARED = ("linguistic", "semantic", "flow", "hift")  # laid out for a CPU; the backbone's decoder has its own way
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
-
-
-class ModelError(ValueError):
-    """Weights that cannot be used; its one sentence names the file, the fault and the remedy."""
 
 
 # ---- places ---------------------------------------------------------------------------------------------------------
@@ -252,11 +247,6 @@ def _check_weights(path):
         raise ModelError(f"{path} is cut short or damaged ({brief(fault)}): get the file again.") from None
 
 
-def brief(fault):
-    """The first line of an exception's message, without a closing full stop."""
-    return (str(fault).splitlines() or [type(fault).__name__])[0].strip(" .")
-
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -298,18 +288,6 @@ def _describe(folder, config, record):
         write_json(folder / f"{name}.json", content)
 
 
-def write_json(path, content):
-    """Write a JSON file, whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def fingerprint(path):
-    """{"bytes", "sha256"} of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def inspect(folder):
     """{"bytes", "sha256", "as_recorded": bool} for every weight file of a folder. Raises ModelError."""
     record_path = Path(folder) / "record.json"
@@ -328,15 +306,3 @@ def _compact(tensor):
     half = tensor.is_floating_point() and tensor.numel() >= SMALL and tensor.ndim > 1 and tensor.abs().max() < 6e4
     wanted = torch.float16 if half else torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.to(wanted, copy=True).contiguous()
-
-
-@contextmanager
-def replacing(path):
-    """A temporary path in the same folder that takes the name `path` if all goes well, and goes away if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

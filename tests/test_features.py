@@ -1,5 +1,6 @@
 """Features and codes on disk: what the tokenizers hear, in the order asked for, written whole or not at all."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_half_a_file_never_replaces_a_whole_one(tmp_path, monkeypatch, write, ol
     path = tmp_path / "data.npy"
     write(path, old)
     before = path.read_bytes()
-    monkeypatch.setattr(K.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write(path, new)
     assert path.read_bytes() == before

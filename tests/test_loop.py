@@ -1,5 +1,7 @@
 """The training loop: a batch belongs to its step, an interruption leaves no trace, a bad batch does no harm."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -14,14 +16,14 @@ STEPS = 45  # rows of the log at 20, 40 and 45
 
 
 class Task:
-    """A small regression with dropout; `stop` interrupts before that step, `poison` spoils the batch of one."""
+    """A small regression with dropout; Ctrl-C comes in step `stop`, `halt` breaks a step off, `poison` spoils a batch."""
 
     lr = 1e-2
 
-    def __init__(self, stop=None, poison=None):
+    def __init__(self, stop=None, halt=None, poison=None):
         torch.manual_seed(5)
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.LayerNorm(1))
-        self.stop, self.poison, self.seen, self.at = stop, poison, [], None
+        self.stop, self.halt, self.poison, self.seen, self.at = stop, halt, poison, [], None
 
     def modules(self):
         return {"net": self.net}
@@ -29,6 +31,8 @@ class Task:
     def event(self, progress):
         self.at = round(progress * STEPS)
         if self.at == self.stop:
+            signal.raise_signal(signal.SIGINT)
+        if self.at == self.halt:
             raise KeyboardInterrupt
 
     def batch(self, rng):
@@ -177,14 +181,14 @@ def test_half_a_checkpoint_never_replaces_a_whole_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [0, 30])
 def test_a_batch_that_overflows_is_dropped(tmp_path, step):
-    task = Task(stop=step + 1, poison=step)
+    task = Task(halt=step + 1, poison=step)
     with pytest.raises(KeyboardInterrupt):
         train(task, tmp_path)
-    calm = Task(stop=step)
+    calm = Task(halt=step)
     with pytest.raises(KeyboardInterrupt):
         train(calm, tmp_path / "calm")
     assert equal(weights(task), weights(calm))  # the bad step changed nothing
-    task.stop = None
+    task.halt = None
     train(task, tmp_path, resume=True)
     assert not equal(weights(task), weights(calm))
     assert all(value.isfinite().all() for value in weights(task).values())
@@ -226,7 +230,7 @@ def test_checkpoints_are_written_on_the_way(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(Trainer, "_save", lambda self: saved.append(self.step))
     train(Task(), tmp_path)
-    assert saved == [*range(1, STEPS + 1), STEPS]
+    assert saved == [0, *range(1, STEPS + 1), STEPS]
 
 
 @given(st.floats(0, 1), st.floats(0.001, 0.5), st.floats(0, 0.9))

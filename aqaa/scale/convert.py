@@ -21,8 +21,9 @@ import aqaa
 from aqaa import checkpoints, shards
 from aqaa.backbone.quantized import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config, Step1DecoderLayer
-from aqaa.checkpoints import ModelError, check_file, fingerprint, replacing, write_json
+from aqaa.checkpoints import ModelError, check_file
 from aqaa.config import BackboneConfig, check_group
+from aqaa.files import fingerprint, replacing, write_json
 from aqaa.scale.plan import resident_bytes
 from aqaa.scale.quantize import Calibration, replace_linears
 
