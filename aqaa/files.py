@@ -31,8 +31,11 @@ class WriteError(OSError):
     """A file that cannot be written; its one sentence names the file, the reason and the remedy."""
 
     def __init__(self, path, reason, number=None):
-        super().__init__(f"{path} cannot be written ({reason}): free some room there, or choose another folder.")
-        self.strerror, self.errno = reason, number
+        super().__init__(number, reason)
+        self.sentence = f"{path} cannot be written ({reason}): free some room there, or choose another folder."
+
+    def __str__(self):
+        return self.sentence
 
 
 def brief(fault):

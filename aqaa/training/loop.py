@@ -313,7 +313,7 @@ def atomic_save(state, path, previous=None):
     """torch.save that never leaves half a file; what was at `path` is kept as `previous`. Raises WriteError."""
     path = Path(path)
     if previous and path.exists():  # its room is needed: there are never more than two
-        with writing(path):
+        with writing(previous):
             previous.unlink(missing_ok=True)
     with replacing(path) as part:
         try:
@@ -335,13 +335,14 @@ def load_checkpoint(path, device, remedy):
 
 def append_row(path, row):
     """Append one row to a CSV whose header may grow (a task that logs more once its second phase begins)."""
-    rows = read_log(path) if path.exists() else []
-    names = list(rows[0]) if rows else []
-    if any(key not in names for key in row):
-        write_rows(path, [*rows, row])
-        return
-    with writing(path), open(path, "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, names, restval="").writerow(row)
+    with writing(path):
+        rows = read_log(path) if path.exists() else []
+        names = list(rows[0]) if rows else []
+        if any(key not in names for key in row):
+            write_rows(path, [*rows, row])
+            return
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, names, restval="").writerow(row)
 
 
 def write_rows(path, rows):
