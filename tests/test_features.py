@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa import audio
+from aqaa.files import ModelError
 from aqaa.tokenizers.linguistic import LinguisticTokenizer, row_count
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.training import features as K
@@ -147,6 +148,25 @@ def test_codes_come_back_in_any_order(tmp_path_factory, pairs, random):
     for index, found in zip(order, K.load_codes(folder, [items[i] for i in order]), strict=True):
         for stored, loaded in zip(pairs[index], found, strict=True):
             assert loaded.dtype == np.int64 and np.array_equal(stored, loaded)
+
+
+@pytest.mark.parametrize("name, data", [
+    ("features.json", b'{"ids": ["a0"'), ("features.json", b"{}"), ("lfr.npy", b""), ("lfr.npy", None),
+])  # fmt: skip
+def test_torn_features_are_one_sentence(tmp_path, name, data):
+    shelf = Shelf()
+    K.prepare(shelf, shelf.items, tmp_path, workers=1)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-99] if data is None else data)
+    with pytest.raises(ModelError, match=f"{name} is cut short or damaged .*: remove features.json"):
+        K.utterances(tmp_path, shelf.items, "lfr")
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4 and no more", bytes(300)])
+def test_torn_codes_are_one_sentence(tmp_path, data):
+    (tmp_path / "codes.npz").write_bytes(data)
+    with pytest.raises(ModelError, match="codes.npz is cut short or damaged .*: run `aqaa train codes` again.$"):
+        K.load_codes(tmp_path, [])
 
 
 def test_codes_before_their_stage_are_one_sentence(tmp_path):

@@ -224,11 +224,11 @@ def test_a_step_that_breaks_off_is_not_saved(whole, tmp_path, monkeypatch, place
 
     task = Task()
     trainer = Trainer(task, tmp_path, "toy", STEPS, quiet=True)
-    first, last = trainer.optimizers.values()
+    last = trainer.optimizers["muon"]
     owner, name, late = {
         "batch": (task, "batch", True), "loss": (task, "loss", True),
-        "backward": (torch.nn.utils, "clip_grad_norm_", True), "between the optimizers": (last, "step", False), "after them": (last, "step", True),
-        "the log": (loop, "append_row", False),
+        "backward": (torch.nn.utils, "clip_grad_norm_", True), "between the optimizers": (last, "step", False),
+        "after them": (last, "step", True), "the log": (loop, "append_row", False),
     }[place]  # fmt: skip
     with monkeypatch.context() as patch:
         if place == "the log":

@@ -95,7 +95,7 @@ class Corpus:
         if item.shard not in self._shards:
             path = _names(self.folder, item.shard)[0]
             with reading(path, AGAIN):
-                self._shards[item.shard] = np.load(path, mmap_mode="r")
+                self._shards[item.shard] = np.lib.format.open_memmap(path, mode="r")
         return np.array(self._shards[item.shard][item.offset : item.offset + item.length])
 
     def answers(self):

@@ -139,7 +139,7 @@ def save_array(path, array):
 def load_array(path, rows):
     """An array of so many rows, mapped. Raises ModelError if it is damaged or has another number."""
     with reading(path, AGAIN):
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
         if len(array) != rows:
             raise ValueError(f"{len(array)} rows in place of {rows}")
         return array
