@@ -4,18 +4,22 @@ An option, never a need: `aqaa.load(..., amx=True)`. The C of `amx.c` is compile
 user's cache folder. That takes Linux, such a processor and a C compiler; the layers then take twice the memory.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from aqaa.records import cpuinfo
+from aqaa.files import WriteError, brief, replacing
+from aqaa.processor import cpuinfo
 
 SOURCE = Path(__file__).with_name("amx.c")
 NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"}  # as Linux writes them
@@ -83,7 +87,11 @@ def compiled():
     """`amx.c`, compiled and loaded. Raises ValueError, which says what this machine lacks."""
     if lacking := NEEDED - set(cpuinfo("flags").split()):
         raise ValueError(f"this processor has no AMX for bf16 (it lacks {', '.join(sorted(lacking))}): leave amx out.")
-    code = ctypes.CDLL(str(_shared_object()))
+    path = _shared_object()
+    try:
+        code = ctypes.CDLL(str(path))
+    except OSError as fault:  # a disk that forbids programs
+        raise ValueError(f"{path} cannot be loaded ({brief(fault)}): leave amx out.") from None
     if not code.allowed():
         raise ValueError("the system does not let this process use AMX: leave amx out.")
     pointer, size = ctypes.c_void_p, ctypes.c_int64
@@ -93,24 +101,68 @@ def compiled():
 
 
 def _shared_object():
-    """The path of the compiled code, made now if it is not there. Raises ValueError."""
+    """The path of the compiled code, made now if it is not there. Raises ValueError.
+
+    What is loaded runs with the user's rights: it is taken from the cache only if nobody but the user and root can have
+    written it, and if it is whole (its name ends in its hash). Else it is compiled anew, and used from a folder of this
+    process alone if the cache can keep nothing safely.
+    """
     shared = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]  # torch's: one pool of threads
     command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-fopenmp", "-fPIC", "-shared", str(SOURCE), *shared]
-    name = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aqaa" / f"amx-{name}.so"
-    if path.is_file():
-        return path
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    name = f"amx-{_hash(SOURCE.read_bytes() + repr(command).encode())}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aqaa"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*command, "-o", str(part)], check=True, capture_output=True)
-        os.replace(part, path)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid():
+            folder.chmod(0o700)
+    except OSError:
+        pass  # nothing can be kept there
+    if _only_ours(folder):
+        for path in folder.glob(f"{name}-*.so"):
+            if _only_ours(path) and path.stem.endswith(_hash(path.read_bytes())):
+                return path
+    made = _compile(command)
+    kept = folder / f"{name}-{_hash(made.read_bytes())}.so"
+    try:
+        if _only_ours(folder):
+            with replacing(kept, mode=0o700) as part:
+                part.write_bytes(made.read_bytes())
+            return kept
+    except WriteError:
+        pass
+    return made
+
+
+def _only_ours(path):
+    """Could nobody but this user and root have written it?"""
+    try:
+        facts = path.stat(), path.lstat()
+    except OSError:
+        return False
+    return facts[0].st_mode & 0o022 == 0 and all(fact.st_uid in (os.getuid(), 0) for fact in facts)
+
+
+def _compile(command):
+    """Run the compiler; returns the path of what it made, in `_private`. Raises ValueError."""
+    path = _private() / "amx.so"
+    try:
+        subprocess.run([*command, "-o", str(path)], check=True, capture_output=True)
     except FileNotFoundError:
         raise ValueError(f"amx needs a C compiler, and {command[0]} is none: install gcc, or leave amx out.") from None
     except subprocess.CalledProcessError as fault:
         lines = fault.stderr.decode(errors="replace").splitlines()
         said = next((line for line in lines if "error" in line), "it gave no reason")
         raise ValueError(f"{command[0]} could not compile amx.c ({said.strip()}): leave amx out.") from None
-    finally:
-        part.unlink(missing_ok=True)
     return path
+
+
+@functools.cache
+def _private():
+    """A folder that nobody else can enter, for as long as this process lives."""
+    folder = Path(tempfile.mkdtemp(prefix="aqaa-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _hash(data):
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from aqaa.config import SAMPLE_RATE
+from aqaa.files import replacing
 from aqaa.sound_files import BLOCK, RATES, bad_rate, called, mono, read
 from aqaa.sound_headers import AudioError, too_long
 
@@ -53,18 +54,8 @@ def write(path, samples, rate):
 
 
 def _write_bytes(path, data):
-    if path.exists() and not path.is_file():  # a device or a pipe is written in place; a folder raises
-        path.write_bytes(data)
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, parents=False) as part:
+        part.write_bytes(data)
 
 
 def load_question(question, max_seconds=MAX_SECONDS):

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,9 +20,10 @@ from aqaa import kernels, verify
 from aqaa.backbone.layers import PlainStep1
 from aqaa.backbone.quantized import empty_linears, format_in, format_within, numbers
 from aqaa.config import PRESETS, AQAAConfig
+from aqaa.files import ModelError, brief, fingerprint, replacing, write_json
 from aqaa.pipeline import AQAA
 from aqaa.tokenizers.text import TextTokenizer
-from aqaa.verify import AGAIN, ModelError, all_finite, as_recorded, fingerprint, recorded, skip_init
+from aqaa.verify import AGAIN, all_finite, as_recorded, recorded, skip_init
 
 PARTS = {  # name of the part: its class, and how its configuration becomes the arguments
     "linguistic": ("aqaa.tokenizers.linguistic", "LinguisticTokenizer"),
@@ -273,11 +273,6 @@ def check_parts(folder):
         as_recorded(path)
 
 
-def brief(fault):
-    """The first line of an exception's message, without a closing full stop."""
-    return (str(fault).splitlines() or [type(fault).__name__])[0].strip(" .")
-
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -326,12 +321,6 @@ def _describe(folder, config, record):
         write_json(folder / f"{name}.json", content)
 
 
-def write_json(path, content):
-    """Write a JSON file, whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def inspect(folder):
     """{"bytes", "sha256", "as_recorded": bool} for every weight file of a folder. Raises ModelError."""
     listed = recorded(folder)
@@ -351,15 +340,3 @@ def _compact(tensor):
     half = tensor.is_floating_point() and tensor.numel() >= SMALL and tensor.ndim > 1 and tensor.abs().max() < 6e4
     wanted = torch.float16 if half else torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.to(wanted, copy=True).contiguous()
-
-
-@contextmanager
-def replacing(path):
-    """A temporary path in the same folder that takes the name `path` if all goes well, and goes away if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from aqaa import options
+from aqaa.files import WriteError
 from aqaa.options import BENCHES, RELEASED, STAGES  # noqa: F401  (STAGES: the public door)
 
 LONGEST_DIALOGUE = 8192  # ids that the fast engine keeps room for
@@ -69,6 +70,8 @@ def _sentence(fault, about=""):
         text = f"{fault.name} is not installed: pip install -e '.[test,train]' brings it"
     elif isinstance(fault, MemoryError):
         text = "there is not enough memory: close other programs, or ask less at once."
+    elif isinstance(fault, WriteError):  # it says all that there is to say
+        text = str(fault)
     elif isinstance(fault, OSError) and fault.strerror and fault.filename is not None:
         text = f"{os.fsdecode(fault.filename)} cannot be used ({fault.strerror})."
     elif isinstance(fault, OSError) and fault.strerror:

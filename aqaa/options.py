@@ -219,7 +219,8 @@ def _parsers():
     convert.add_argument("out", type=_name, metavar="OUT", help="folder of the result; goes on where it stopped")
     convert.add_argument("--weights", type=_one_of(("int4", "int8", "fp8")), default="int4", metavar="FORMAT",
                          help="int4, int8 or fp8 (%(default)s)")  # fmt: skip
-    convert.add_argument("--group", type=_count, metavar="N", help="inputs that share a scale in int4 (largest that fits)")
+    convert.add_argument("--group", type=_count, metavar="N",
+                         help="inputs that share a scale in int4 (the most that fit)")  # fmt: skip
     convert.add_argument("--method", type=_one_of(("rtn", "gptq")), default="rtn", metavar="NAME",
                          help="rtn rounds each weight by itself; gptq (%(default)s)")  # fmt: skip
     convert.add_argument("--calibration", metavar="FILE", help="gptq: JSON, a list of dialogues, each a list of ids")

@@ -9,16 +9,7 @@ from pathlib import Path
 
 import torch
 
-CPUINFO = Path("/proc/cpuinfo")  # Linux only; elsewhere the platform's own word for the processor has to do
-
-
-def cpuinfo(name):
-    """What Linux says of the first processor under `name`, such as "flags"; "" where it says nothing."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == name), "")
+from aqaa.processor import cpuinfo
 
 
 def cpu_name():

@@ -1,9 +1,7 @@
 """What is checked before something that was read is used: settings, sizes, hashes, numbers."""
 
-import hashlib
 import json
 import math
-import os
 import reprlib
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from aqaa.config import TOKENS_PER_SECOND, AQAAConfig
+from aqaa.files import ModelError, fingerprint
 
 AGAIN = "get the whole folder again"
 AT_MOST = 100  # times the published value (or 1, where that is less): the largest that a setting may be
@@ -24,10 +23,6 @@ JSON_BYTES = 64_000_000  # of the longest JSON file that is read: an index of a 
 SMALL = 4096  # values of a tensor that is looked at together with others
 SPARE_TENSORS, SPARE_VALUES = 64, 1 << 20  # what a module may have beyond twice what its file holds
 BROKEN = (ValueError, RuntimeError, TypeError, ArithmeticError, AssertionError, LookupError, MemoryError)  # no module
-
-
-class ModelError(ValueError):
-    """Weights that cannot be used; its one sentence names the file, the fault and the remedy."""
 
 
 def shown(value):
@@ -219,12 +214,6 @@ class skip_init(Room):
 
 
 # ---- hashes ---------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(path):
-    """{"bytes", "sha256"} of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def recorded(folder):

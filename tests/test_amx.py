@@ -1,6 +1,8 @@
 """Products in three of bf16: the rule in plain torch everywhere, the matrix units where the processor has them."""
 
+import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,74 @@ def test_it_is_compiled_once(fresh, monkeypatch):
     monkeypatch.setattr(amx.subprocess, "run", None)
     amx.compiled()
     assert made.suffix == ".so"
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+PLANTED = """
+#include <stdlib.h>
+__attribute__((constructor)) void run(void) { system("touch %s"); }
+int allowed(void) { return 1; }
+void linear(void) {}
+"""
+
+
+def works():
+    """A product by the code that is loaded now."""
+    amx.compiled.cache_clear()
+    fast, x = amx.use(layer(64, 32)), noise(5, 64)
+    with torch.no_grad():
+        return error(fast(x), layer(64, 32)(x)) < 1e-5
+
+
+@on_the_units
+@pytest.mark.parametrize("data", [b"", b"junk", None])
+def test_a_damaged_cache_is_compiled_again(fresh, data):
+    assert works()
+    (made,) = (fresh / "cache" / "aqaa").iterdir()
+    whole = made.read_bytes()
+    made.unlink()  # this process goes on using the old one
+    made.write_bytes(whole[: len(whole) // 2] if data is None else data)
+    made.chmod(0o700)
+    assert works() and made.read_bytes() == whole
+
+
+@on_the_units
+@pytest.mark.parametrize("file, folder, owner", [
+    (0o777, 0o777, True), (0o770, 0o770, False), (0o722, 0o700, False), (0o700, 0o700, True), (0o700, 0o777, True),
+])  # fmt: skip
+def test_code_that_somebody_else_may_have_written_is_not_run(fresh, file, folder, owner):
+    """owner: the file belongs to another user, where this one may say so."""
+    path, mark = amx._shared_object(), fresh / "mark"
+    (fresh / "planted.c").write_text(PLANTED % mark, encoding="utf-8")
+    path.unlink()
+    command = ["cc", "-shared", "-fPIC", "-w", "-o", str(fresh / "planted.so"), str(fresh / "planted.c")]
+    subprocess.run(command, check=True)
+    data = (fresh / "planted.so").read_bytes()
+    path = path.with_stem(path.stem.rpartition("-")[0] + "-" + amx._hash(data))  # whole, by its name
+    path.write_bytes(data)
+    path.chmod(file)
+    path.parent.chmod(folder)
+    if owner and os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    elif owner:
+        path.chmod(0o777)
+    assert works() and not mark.exists()
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    kept = [one for one in path.parent.iterdir() if one != path]
+    assert [stat.S_IMODE(one.stat().st_mode) for one in kept] == [0o700]
+
+
+@on_the_units
+@pytest.mark.parametrize("place", ["/proc/nowhere", "file", "another's"])
+def test_where_nothing_can_be_kept_it_is_compiled_for_this_process(fresh, monkeypatch, place):
+    (fresh / "file").write_text("", encoding="utf-8")
+    home = fresh / place
+    if place == "another's":
+        (home / "aqaa").mkdir(parents=True)
+        (home / "aqaa").chmod(0o777)
+        monkeypatch.setattr(amx.os, "getuid", lambda: 4711)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    assert works()
+    assert place != "another's" or not list((home / "aqaa").iterdir())
+    assert amx._private().stat().st_mode & 0o077 == 0

@@ -344,9 +344,6 @@ def test_doctor_sees_changed_weights(run, tmp_path, tiny_folder):
 
 
 def test_bench_reports_speed(run, monkeypatch, tmp_path):
-    from aqaa import bench
-
-    monkeypatch.setattr(bench, "_command", lambda code: 0.1)
     monkeypatch.setenv("AQAA_DATA", str(tmp_path))
     code, out, err = run("bench", "speed", "--limit", "1", "--json", "--out", "speed.json")
     assert code == 0

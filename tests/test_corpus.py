@@ -4,10 +4,14 @@ Everything is tried with the speaker of tones; where the synthesizers are instal
 """
 
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 
+from aqaa import files
+from aqaa.files import ModelError
 from aqaa.training import corpus as K
 from aqaa.training import voices as V
 from tests import tones
@@ -79,6 +83,36 @@ def test_an_interrupted_shard_is_spoken_again_exactly(spoken, monkeypatch):
     assert again.complete and npy.read_bytes() == before and jsonl.read_bytes() == lines
     assert K._names(folder, 0)[0].stat().st_mtime_ns == untouched
     assert not list(folder.glob(".*.part"))
+
+
+def test_scratch_folders_of_killed_runs_are_swept(spoken, monkeypatch, tmp_path):
+    """A process that was killed left its folder, others are in use or of other things."""
+    items, folder, _, speaker = spoken
+    take_over(monkeypatch, speaker)
+    monkeypatch.setattr(files, "MEMORY", str(tmp_path))
+    machine, dead = files.process_tag()[:8], subprocess.Popen(["true"])
+    dead.wait()
+    gone = [tmp_path / f"aqaa-{machine}-{dead.pid}-{name}" for name in ("a1", "b2", "c3")]
+    stay = [tmp_path / name for name in (f"aqaa-{files.process_tag()}-d4", f"aqaa-00000000-{dead.pid}-e5", "aqaa-f6")]
+    for place in gone + stay:
+        place.mkdir()
+        (place / "0.wav").write_bytes(bytes(99))
+    half = folder / f".shard_0001.npy.{machine}-{dead.pid}.0a1b2c3d.part"
+    half.write_bytes(b"half")
+    assert K.speak(items, folder, workers=1, progress=False).complete
+    assert sorted(tmp_path.iterdir()) == sorted(stay) and not half.exists()
+
+
+@pytest.mark.parametrize("name, data", [
+    ("plan.json", b'{"hash'), ("plan.json", b""), ("shard_0000.jsonl", b'{"id": 1'), ("shard_0000.jsonl", b"\xff"),
+    ("shard_0000.npy", b"half"), ("shard_0000.npy", b""),
+])  # fmt: skip
+def test_a_torn_corpus_is_one_sentence(spoken, tmp_path, name, data):
+    folder = shutil.copytree(spoken[1], tmp_path / "corpus")
+    (folder / name).write_bytes(data)
+    with pytest.raises(ModelError, match=f"{name} is cut short or damaged .*: remove it.*`aqaa train corpus --resume`"):
+        corpus = K.Corpus(folder)
+        corpus.wav(corpus.items()[0])
 
 
 def test_a_changed_plan_is_refused(spoken, monkeypatch):

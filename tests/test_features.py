@@ -1,5 +1,6 @@
 """Features and codes on disk: what the tokenizers hear, in the order asked for, written whole or not at all."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa import audio
+from aqaa.files import ModelError
 from aqaa.tokenizers.linguistic import LinguisticTokenizer, row_count
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.training import features as K
@@ -148,18 +150,22 @@ def test_codes_come_back_in_any_order(tmp_path_factory, pairs, random):
             assert loaded.dtype == np.int64 and np.array_equal(stored, loaded)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: b"PK\3\4junk", lambda data: data[:90], lambda data: data[:-9],
-    lambda data: data[:1000] + bytes([data[1000] ^ 1]) + data[1001:],
+@pytest.mark.parametrize("name, data", [
+    ("features.json", b'{"ids": ["a0"'), ("features.json", b"{}"), ("lfr.npy", b""), ("lfr.npy", None),
 ])  # fmt: skip
-def test_damaged_codes_are_one_sentence(tmp_path, damage):
-    K.store_codes(tmp_path, [SimpleNamespace(id="a")], [list(range(400))], [list(range(600))])
-    path = tmp_path / "codes.npz"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="codes.npz is cut short or damaged"):
-        K.load_codes(tmp_path, [])
-    np.savez(path, ids=np.array(["a"]), lengths=np.array([[2, 3]]), codes=np.arange(4))  # one code is lost
-    with pytest.raises(ValueError, match="codes.npz is cut short or damaged"):
+def test_torn_features_are_one_sentence(tmp_path, name, data):
+    shelf = Shelf()
+    K.prepare(shelf, shelf.items, tmp_path, workers=1)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-99] if data is None else data)
+    with pytest.raises(ModelError, match=f"{name} is cut short or damaged .*: remove features.json"):
+        K.utterances(tmp_path, shelf.items, "lfr")
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4 and no more", bytes(300)])
+def test_torn_codes_are_one_sentence(tmp_path, data):
+    (tmp_path / "codes.npz").write_bytes(data)
+    with pytest.raises(ModelError, match="codes.npz is cut short or damaged .*: run `aqaa train codes` again.$"):
         K.load_codes(tmp_path, [])
 
 
@@ -173,7 +179,7 @@ def test_half_a_file_never_replaces_a_whole_one(tmp_path, monkeypatch, write, ol
     path = tmp_path / "data.npy"
     write(path, old)
     before = path.read_bytes()
-    monkeypatch.setattr(K.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write(path, new)
     assert path.read_bytes() == before

@@ -1,5 +1,11 @@
 """The training loop: a batch belongs to its step, an interruption leaves no trace, a bad batch does no harm."""
 
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,21 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from aqaa.files import ModelError, WriteError
 from aqaa.training import loop
 from aqaa.training.loop import LengthBuckets, Trainer, append_row, atomic_save, build_optimizers, cosine, read_log
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 45  # rows of the log at 20, 40 and 45
 
 
 class Task:
-    """A small regression with dropout; `stop` interrupts before that step, `poison` spoils the batch of one."""
+    """A small regression with dropout; Ctrl-C comes in step `stop`, `halt` breaks one off, `poison` spoils one."""
 
     lr = 1e-2
 
-    def __init__(self, stop=None, poison=None):
+    def __init__(self, stop=None, halt=None, poison=None):
         torch.manual_seed(5)
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.LayerNorm(1))
-        self.stop, self.poison, self.seen, self.at = stop, poison, [], None
+        self.stop, self.halt, self.poison, self.seen, self.at = stop, halt, poison, [], None
 
     def modules(self):
         return {"net": self.net}
@@ -29,6 +37,8 @@ class Task:
     def event(self, progress):
         self.at = round(progress * STEPS)
         if self.at == self.stop:
+            signal.raise_signal(signal.SIGINT)
+        if self.at == self.halt:
             raise KeyboardInterrupt
 
     def batch(self, rng):
@@ -172,19 +182,178 @@ def test_half_a_checkpoint_never_replaces_a_whole_one(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "x.ckpt")["a"].tolist() == [1, 1]
 
 
+# ---- ended anywhere, resumed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, end, before", [("SIGKILL", -9, -9), ("SIGINT", 130, 130), ("SIGTERM", 130, -15)])
+def test_wherever_a_run_ends_it_goes_on_to_the_same_bits_and_the_same_log(tmp_path, name, end, before):
+    """before: its exit when the signal comes before the first step."""
+    command = [sys.executable, "-m", "tests.broken_training", str(tmp_path), name, "4" if end < 0 else "7"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    found = json.loads(done.stdout)
+    assert found["points"] >= 10 and set(found["ends"]) <= {0, end, before} and end in found["ends"], done.stderr
+    assert found["differ"] == {}
+
+
+def test_a_second_interrupt_ends_at_once_and_saves_nothing(tmp_path):
+    class Impatient(Task):
+        def loss(self, batch, step):
+            if step == 10:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return super().loss(batch, step)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(Impatient(), tmp_path)
+    assert loop.load_checkpoint(tmp_path / "toy.ckpt", "cpu", "")["step"] == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("place", ["batch", "loss", "backward", "between the optimizers", "after them", "the log"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
+def test_a_step_that_breaks_off_is_not_saved(whole, tmp_path, monkeypatch, place, fault):
+    def broken(function, late=False):
+        def call(*args, **options):
+            found = function(*args, **options) if late else None
+            if trainer.step == 19:
+                raise fault
+            return found if late else function(*args, **options)
+
+        return call
+
+    task = Task()
+    trainer = Trainer(task, tmp_path, "toy", STEPS, quiet=True)
+    last = trainer.optimizers["muon"]
+    owner, name, late = {
+        "batch": (task, "batch", True), "loss": (task, "loss", True),
+        "backward": (torch.nn.utils, "clip_grad_norm_", True), "between the optimizers": (last, "step", False),
+        "after them": (last, "step", True), "the log": (loop, "append_row", False),
+    }[place]  # fmt: skip
+    with monkeypatch.context() as patch:
+        if place == "the log":
+            patch.setattr(loop, "append_row", lambda *_: (_ for _ in ()).throw(fault))
+        else:
+            patch.setattr(owner, name, broken(getattr(owner, name), late))
+        with pytest.raises(fault):
+            trainer.run()
+    again = Task()
+    train(again, tmp_path, resume=True)
+    assert equal(weights(again), weights(whole[Task][0]))
+
+
+# ---- bad disks ------------------------------------------------------------------------------------------------------
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:900]),
+    "no tail": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit": lambda path: path.write_bytes(flipped(path)),
+    "gone": lambda path: path.unlink(),
+}
+
+
+def flipped(path):
+    """The file, but one bit of a weight is another one."""
+    data = path.read_bytes()
+    weight = torch.load(path)["modules"]["net"]["0.weight"].numpy().tobytes()
+    place = data.index(weight) + 2
+    return data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_torn_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys, monkeypatch, damage):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
+    with pytest.raises(KeyboardInterrupt):
+        train(Task(stop=30), tmp_path)
+    damage(tmp_path / "toy.ckpt")
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 1e9)
+    trainer = Trainer(Task(), tmp_path, "toy", STEPS, quiet=True, resume=True)
+    said = capsys.readouterr().err
+    assert trainer.step == 31 and ("the one before it is taken" in said) == (damage is not DAMAGES["gone"])
+    trainer.run()
+    assert equal(weights(trainer.task), weights(whole[Task][0]))
+    assert logged(tmp_path) == logged(whole[Task][1])
+
+
+@pytest.mark.parametrize("damage", [DAMAGES[name] for name in ("empty", "cut", "zeros")])
+def test_no_checkpoint_left_is_one_sentence(tmp_path, damage):
+    train(Task(), tmp_path)
+    for path in tmp_path.glob("toy.ckpt*"):
+        damage(path)
+    with pytest.raises(ModelError, match="toy.ckpt.previous is cut short or damaged .* anew without --resume.$"):
+        Trainer(Task(), tmp_path, "toy", STEPS, quiet=True, resume=True)
+
+
+@pytest.mark.parametrize("other", [nn.Linear(4, 9), nn.Sequential(nn.Linear(4, 8)), nn.Conv1d(4, 8, 1)])
+def test_a_checkpoint_of_another_task_is_one_sentence(tmp_path, other):
+    train(Task(), tmp_path)
+    task = Task()
+    task.net = other
+    with pytest.raises(ModelError, match="toy.ckpt is no checkpoint of this task .*: name another folder.$"):
+        Trainer(task, tmp_path, "toy", STEPS, quiet=True, resume=True)
+
+
+def logged(folder):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_log(folder / "toy.csv")]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: data[:-1], lambda data: data[:-7], lambda data: data + b"4", lambda data: data[:30],
+    lambda data: data + bytes(40), lambda data: b"\xff" * 99, lambda data: None,
+])  # fmt: skip
+def test_a_torn_log_is_whole_again(whole, tmp_path, damage):
+    with pytest.raises(KeyboardInterrupt):
+        train(Task(stop=41), tmp_path)
+    path = tmp_path / "toy.csv"
+    data = damage(path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)
+    train(Task(), tmp_path, resume=True)
+    assert logged(tmp_path) == logged(whole[Task][1])
+
+
+@pytest.mark.parametrize("file", ["toy.csv", "toy.ckpt", "toy.ckpt.previous"])
+def test_a_disk_that_fails_is_one_sentence(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
+    task = Task()
+    trainer = Trainer(task, tmp_path, "toy", STEPS, quiet=True)
+    task.event = lambda progress: trainer.step == 19 and fail()
+
+    def fail():
+        (tmp_path / file).unlink(missing_ok=True)
+        (tmp_path / file / "in the way").mkdir(parents=True)
+
+    with pytest.raises(WriteError, match=f"{file}.* cannot be written .*: free some room there, or choose another"):
+        trainer.run()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("free, fits", [(0, False), (500, False), (10**6, True)])
+def test_room_is_asked_for_before_the_first_step(tmp_path, monkeypatch, free, fits):
+    usage = loop.probe.__globals__["shutil"].disk_usage(tmp_path)
+    monkeypatch.setattr("aqaa.files.shutil.disk_usage", lambda folder: usage._replace(free=free))
+    if fits:
+        Trainer(Task(), tmp_path, "toy", STEPS, quiet=True)
+    else:
+        with pytest.raises(WriteError, match="0 MB are free, 1 MB are needed"):
+            Trainer(Task(), tmp_path, "toy", STEPS, quiet=True)
+        assert list(tmp_path.iterdir()) == []
+
+
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [0, 30])
 def test_a_batch_that_overflows_is_dropped(tmp_path, step):
-    task = Task(stop=step + 1, poison=step)
+    task = Task(halt=step + 1, poison=step)
     with pytest.raises(KeyboardInterrupt):
         train(task, tmp_path)
-    calm = Task(stop=step)
+    calm = Task(halt=step)
     with pytest.raises(KeyboardInterrupt):
         train(calm, tmp_path / "calm")
     assert equal(weights(task), weights(calm))  # the bad step changed nothing
-    task.stop = None
+    task.halt = None
     train(task, tmp_path, resume=True)
     assert not equal(weights(task), weights(calm))
     assert all(value.isfinite().all() for value in weights(task).values())
@@ -226,7 +395,7 @@ def test_checkpoints_are_written_on_the_way(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(Trainer, "_save", lambda self: saved.append(self.step))
     train(Task(), tmp_path)
-    assert saved == [*range(1, STEPS + 1), STEPS]
+    assert saved == [0, *range(1, STEPS + 1), STEPS]
 
 
 @given(st.floats(0, 1), st.floats(0.001, 0.5), st.floats(0, 0.9))
@@ -237,6 +406,29 @@ def test_rate_rises_then_falls_to_its_floor(progress, warmup, floor):
     assert cosine(1.0, warmup, floor) == pytest.approx(floor) and cosine(warmup, warmup, floor) == pytest.approx(1)
     if warmup <= progress <= 0.99:
         assert cosine(progress + 0.01, warmup, floor) <= factor
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (1, 5)])
+def test_in_bf16_muon_is_that_of_torch(shape, monkeypatch):
+    monkeypatch.setattr(loop, "precision", lambda device: torch.bfloat16)
+    made = [nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape)) for _ in range(2)]
+    options = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    steppers = [loop.Muon(made[:1], **options), torch.optim.Muon(made[1:], **options)]
+    for step in range(3):
+        for weight, stepper in zip(made, steppers):
+            weight.grad = torch.sin(torch.arange(weight.numel()) * (step + 1.5)).view(shape)
+            stepper.step()
+    assert torch.equal(*made)
+    assert torch.equal(*(one.state_dict()["state"][0]["momentum_buffer"] for one in steppers))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_a_matrix_becomes_nearly_orthogonal(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = loop.orthogonal(matrix, torch.float32)
+    assert found.dtype == torch.float32 and (torch.linalg.svdvals(found) - 1).abs().max() < 0.45
+    half = loop.orthogonal(matrix, torch.bfloat16).float()
+    assert (found - half).norm() / found.norm() < 0.05
 
 
 def test_each_parameter_has_one_optimizer():

@@ -463,7 +463,8 @@ def test_a_value_that_is_no_number_is_named(copy, damage, part, words):
 @pytest.mark.parametrize("name", ["flow.pt", "hift.pt"])
 def test_a_flipped_bit_is_found_where_a_record_knows(copy, name):
     path = copy / "vocoder" / name
-    (copy / "vocoder/record.json").write_text(json.dumps({"files": {name: checkpoints.fingerprint(path)}}))
+    record = json.dumps({"files": {name: checkpoints.fingerprint(path)}})
+    (copy / "vocoder/record.json").write_text(record, encoding="utf-8")
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle] ^= 1
@@ -528,7 +529,7 @@ def test_files_made_to_hurt_are_one_sentence_soon(copy, name):
     place, content, words = HURTFUL[name]
     path = copy / place
     if isinstance(content, tuple):
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         assert content[0] in old
         content = (ALIASES + old.replace(*content)).encode()
     path.write_bytes(content)

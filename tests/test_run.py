@@ -4,13 +4,15 @@ The sizes are those of the `tiny` fixtures, so the answers are noise; that every
 """
 
 import json
+import re
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 import aqaa
-from aqaa import checkpoints, pipeline
+from aqaa import checkpoints, cli, pipeline
 from aqaa.checkpoints import ModelError
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
@@ -145,8 +147,7 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
     wanted, step = part.read_bytes(), K.Trainer._one_step
 
     def stop(trainer):
-        if trainer.step == 1:
-            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
         return step(trainer)
 
     with monkeypatch.context() as patch:
@@ -197,6 +198,22 @@ def test_a_stage_before_its_time_says_what_is_missing(tmp_path, place):
         early.flow()
     with pytest.raises(FileNotFoundError, match="holds no corpus"):
         K.Run(**options(tmp_path)).features()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"flow": {"steps', b"[]", bytes(40)])
+def test_half_a_record_is_told_before_anything_is_trained(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "record.json").write_bytes(content)
+    with pytest.raises(ModelError, match="record.json is cut short or damaged .*: remove it; it only says how"):
+        K.Run(**options(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path, capsys, place):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert cli.main(["train", "sft1", "--out", str(tmp_path / place)]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch("aqaa: .*(cannot be written .*free some room|cannot be a folder, .*name another).*\n", said)
 
 
 def test_an_unknown_stage_is_refused(tmp_path):

@@ -132,7 +132,7 @@ def test_one_flipped_bit_is_found(copy, tmp_path, part):
     '{"files": {"flow.safetensors": {"bytes": NaN}}}',
 ])  # fmt: skip
 def test_a_damaged_record(copy, record, capsys):
-    (copy / "record.json").write_text(record)
+    (copy / "record.json").write_text(record, encoding="utf-8")
     for look in (lambda: aqaa.load(copy).flow, lambda: checkpoints.inspect(copy)):
         with pytest.raises(ModelError) as fault:
             look()
@@ -168,7 +168,7 @@ def test_settings_that_are_right_are_taken(name):
 
 @pytest.mark.parametrize("place", [*WHOLE, *REAL, *LISTS, "ids", "flow", "name"])
 def test_a_wrong_setting_is_named(tiny_folder, place):
-    data, kind = json.loads((tiny_folder / "config.json").read_text()), place.partition(".")[0]
+    data, kind = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8")), place.partition(".")[0]
     for value in WRONG:
         if (place, value) in (("name", "x"), ("hift.nb_harmonics", 0)):
             continue
@@ -188,8 +188,8 @@ def test_a_wrong_setting_is_named(tiny_folder, place):
     ("ids.eot", 1), ("ids.first_text", 20), ("backbone.vocab_size", 100), ("flow.input_frame_rate", 50.0),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(copy, place, value):
-    data = with_setting(json.loads((copy / "config.json").read_text()), place, value)
-    (copy / "config.json").write_text(json.dumps(data))
+    data = with_setting(json.loads((copy / "config.json").read_text(encoding="utf-8")), place, value)
+    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ModelError) as fault:
         aqaa.load(copy)
     one_sentence(fault, "config.json", "expected")
@@ -197,7 +197,7 @@ def test_settings_that_contradict_each_other(copy, place, value):
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, '{"name": NaN}', '{"ids": [[[[[]]]]]}'])
 def test_json_of_endless_depth_or_without_numbers(copy, text):
-    (copy / "config.json").write_text(text)
+    (copy / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ModelError) as fault:
         aqaa.load(copy)
     one_sentence(fault, "config.json is not a configuration")
@@ -211,8 +211,8 @@ def test_json_of_endless_depth_or_without_numbers(copy, text):
     ("hift.base_channels", 50_000, "hift"), ("linguistic.output_size", 50_000, "linguistic"),
 ])  # fmt: skip
 def test_settings_beyond_the_file_are_refused_before_it_costs(copy, place, value, part):
-    data = with_setting(json.loads((copy / "config.json").read_text()), place, value)
-    (copy / "config.json").write_text(json.dumps(data))
+    data = with_setting(json.loads((copy / "config.json").read_text(encoding="utf-8")), place, value)
+    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
     model = aqaa.load(copy)
     began = time.process_time()
     with pytest.raises(ModelError) as fault:

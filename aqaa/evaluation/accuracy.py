@@ -16,6 +16,7 @@ import numpy as np
 from aqaa.config import SAMPLE_RATE
 from aqaa.evaluation.controls import RULES, direction
 from aqaa.evaluation.judges import Judge, missing_words, normalise
+from aqaa.files import write_json
 
 CELLS = {  # of the corpus, and what they are called in the table
     "seen_seen": "seen wording, seen voice",
@@ -345,6 +346,4 @@ def report(args, result, lines, details=None):
     """Print a result, as JSON or as lines, and write it with its details to args.out if there is one."""
     print(json.dumps(result) if args.json else "\n".join(lines))
     if args.out:
-        part = Path(f"{args.out}.part")
-        part.write_text(json.dumps({**result, **(details or {})}, indent=1) + "\n", encoding="utf-8")
-        part.replace(args.out)
+        write_json(args.out, {**result, **(details or {})})

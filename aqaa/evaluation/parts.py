@@ -20,6 +20,7 @@ import torch
 from aqaa import checkpoints, kernels
 from aqaa.config import PRESETS, SAMPLE_RATE, preset
 from aqaa.evaluation import peers
+from aqaa.processor import has_bf16
 
 ROUNDS = 5
 LAYER_VOCABULARY = 1024  # rows of the embedding around a single layer, which is all that is timed
@@ -195,7 +196,7 @@ def flow(config):
     tensors = noise, torch.randn(1, n, frames), torch.randn(1, n), torch.zeros(1, n, frames)
     for how, ready in ways.items():
         yield _decoder(f"flow decoder{how}", seconds, plain, ready, tensors, rate)
-    if torch.cpu._is_avx512_bf16_supported():
+    if has_bf16():
         half = [tensor.bfloat16() for tensor in tensors]
         yield _decoder("flow decoder, bfloat16", seconds, plain.bfloat16(), ways[""].bfloat16(), half, rate)
 

@@ -22,8 +22,9 @@ from aqaa import checkpoints, shards, verify
 from aqaa.backbone.layers import Step1DecoderLayer
 from aqaa.backbone.quantized import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
-from aqaa.checkpoints import ModelError, all_finite, check_file, fingerprint, replacing, write_json
+from aqaa.checkpoints import ModelError, all_finite, check_file
 from aqaa.config import BackboneConfig, check_group, largest_group
+from aqaa.files import fingerprint, replacing, write_json
 from aqaa.scale.plan import resident_bytes
 from aqaa.scale.quantize import Calibration, replace_linears
 

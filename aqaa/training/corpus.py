@@ -5,10 +5,10 @@ all, the .jsonl last, so whatever is interrupted goes on where it stopped.
 """
 
 import json
-import os
+import multiprocessing
 import signal
 import subprocess
-import tempfile
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,13 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from aqaa.files import probe, read_object, reading, replacing, scratch, sweep, sweep_scratch, write_json
 from aqaa.training import voices as V
 from aqaa.training.intents import said_as
 from aqaa.training.planning import CELLS, Item, as_line, plan, plan_hash, texts  # noqa: F401  (the public door)
 
 PER_SHARD = 400
+AGAIN = "remove it and the file of the same name beside it, and run `aqaa train corpus --resume`"
 TRIES = 60  # renders until the sound is clearly of the wanted class
 VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
 
@@ -30,18 +32,21 @@ VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
 def speak(items, folder, workers=2, progress=True):
     """Speak Items into `folder`; shards already there are kept. Returns the Corpus.
 
-    Raises FileNotFoundError when a synthesizer is missing, ValueError when the folder holds another plan.
+    Raises FileNotFoundError when a synthesizer is missing, ValueError when the folder holds another plan, WriteError
+    when it cannot be written.
     """
     V.check_engines({item.voice for item in items})
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    probe(folder)
+    sweep(folder)
+    sweep_scratch()
     shards = [items[i : i + PER_SHARD] for i in range(0, len(items), PER_SHARD)]
     head = {"hash": plan_hash(items), "items": len(items), "shards": len(shards)}
     if (folder / "plan.json").exists():
-        if json.loads((folder / "plan.json").read_text(encoding="utf-8"))["hash"] != head["hash"]:
+        if _head(folder).get("hash") != head["hash"]:
             raise ValueError(f"{folder} holds a corpus of another plan; give another folder or remove this one.")
     else:
-        _write(folder / "plan.json", json.dumps(head).encode())
+        write_json(folder / "plan.json", head)
     todo = [i for i in range(len(shards)) if not _names(folder, i)[1].exists()]
     done = len(items) - sum(len(shards[i]) for i in todo)
     with tqdm(total=len(items), initial=done, unit="utt", disable=not progress, desc="speaking") as bar:
@@ -49,8 +54,8 @@ def speak(items, folder, workers=2, progress=True):
             for i in todo:
                 bar.update(_speak_shard(i, shards[i], folder))
         else:
-            quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # at Ctrl-C
-            with ProcessPoolExecutor(workers, **quiet) as pool:
+            context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half-alive
+            with ProcessPoolExecutor(workers, context, initializer=_leave_quietly) as pool:
                 futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
                 try:
                     for future in as_completed(futures):
@@ -68,10 +73,12 @@ class Corpus:
         self.folder = Path(folder)
         if not (self.folder / "plan.json").exists():
             raise FileNotFoundError(f"{folder} holds no corpus; make one with `aqaa train corpus`.")
-        self.head = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        self.head = _head(self.folder)
         self._items, self._shards = [], {}
         for path in sorted(self.folder.glob("shard_*.jsonl")):
-            self._items += [Item(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            with reading(path, AGAIN):
+                lines = path.read_text(encoding="utf-8").splitlines()
+                self._items += [Item(**json.loads(line)) for line in lines]
 
     @property
     def complete(self):
@@ -86,7 +93,9 @@ class Corpus:
     def wav(self, item):
         """int16 samples (N,) at 16 kHz."""
         if item.shard not in self._shards:
-            self._shards[item.shard] = np.load(_names(self.folder, item.shard)[0], mmap_mode="r")
+            path = _names(self.folder, item.shard)[0]
+            with reading(path, AGAIN):
+                self._shards[item.shard] = np.lib.format.open_memmap(path, mode="r")
         return np.array(self._shards[item.shard][item.offset : item.offset + item.length])
 
     def answers(self):
@@ -98,12 +107,14 @@ def _names(folder, index):
     return Path(folder) / f"shard_{index:04d}.npy", Path(folder) / f"shard_{index:04d}.jsonl"
 
 
-def _write(path, data):
-    """Write bytes so that the file appears whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-        file.write(data)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+def _head(folder):
+    """plan.json: {"hash", "items", "shards"}. Raises ModelError."""
+    return read_object(folder / "plan.json", "remove it, and run `aqaa train corpus --resume`")
+
+
+def _leave_quietly():
+    """A worker that Ctrl-C reaches cleans up and ends; its parent says so, once."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
 
 
 def _speak_shard(index, items, folder):
@@ -121,11 +132,10 @@ def _speak_shard(index, items, folder):
         wavs.append(wav)
         lines.append(as_line(item))
     npy, jsonl = _names(folder, index)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+    with replacing(npy) as part, open(part, "wb") as file:
         np.save(file, np.concatenate(wavs))
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, npy)
-    _write(jsonl, ("\n".join(lines) + "\n").encode())
+    with replacing(jsonl) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(items)
 
 
@@ -174,10 +184,10 @@ def phones_of(lines):
     The voice matters: kal merges "ah" with "aa". slt does not, and is quick when its speech has next to no duration.
     """
     command = ["flite", "-voice", "slt", "--setf", "duration_stretch=0.02", "-ps", "-o", "none", "-f"]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-        file.write("\n\n".join(f"{line}." for line in lines))
-        file.flush()
-        done = subprocess.run([*command, file.name], capture_output=True, encoding="utf-8", check=True)
+    with scratch() as folder:
+        path = folder / "lines.txt"
+        path.write_text("\n\n".join(f"{line}." for line in lines), encoding="utf-8")
+        done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
     if len(said) != len(lines):
         raise RuntimeError(f"flite made {len(said)} utterances of {len(lines)} texts; its front end has changed.")
@@ -213,9 +223,10 @@ def export_questions(corpus, folder, per_category=5, seed=0):
             stock.remove(item)
             taken.add(item.intent)
             name = f"{item.intent}_{item.id}.wav"
-            soundfile.write(folder / name, corpus.wav(item), V.SAMPLE_RATE, subtype="PCM_16")
+            with replacing(folder / name) as part:
+                soundfile.write(part, corpus.wav(item), V.SAMPLE_RATE, subtype="PCM_16", format="WAV")
             entries.append(_entry(item, name))
-    _write(folder / "questions.json", (json.dumps(entries, indent=1) + "\n").encode())
+    write_json(folder / "questions.json", entries)
     return entries
 
 

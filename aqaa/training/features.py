@@ -3,11 +3,8 @@
 Both are plain .npy arrays of concatenated rows with a .json of lengths beside them, written whole or not at all.
 """
 
-import json
-import os
+import multiprocessing
 import signal
-import zipfile
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -19,10 +16,12 @@ from tqdm import tqdm
 
 from .. import audio
 from ..config import preset
+from ..files import read_object, reading, replacing, write_json
 from ..tokenizers.linguistic import LinguisticTokenizer
 from .f0 import f0
 from .tokenizers import F0_FLOOR, Utterances, phone_ids
 
+AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question
 
 
@@ -57,12 +56,13 @@ def prepare(corpus, items, folder, workers=2):
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "features.json"
     names = [item.id for item in items]
-    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["ids"] == names:
+    if done.exists() and read_object(done, AGAIN).get("ids") == names:
         return folder
     parts = {"lfr": [], "log_mel": [], "f0": []}
     jobs = (as_heard(item, corpus.wav(item)) for item in items)
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half-alive
     quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # no traceback at Ctrl-C
-    with ProcessPoolExecutor(workers, **quiet) as pool:
+    with ProcessPoolExecutor(workers, context, **quiet) as pool:
         found = pool.map(_features, jobs, chunksize=32) if workers > 1 else map(_features, jobs)
         for lfr, log_mel, pitch in tqdm(found, total=len(items), desc="features", unit="utt", mininterval=5):
             for key, value in zip(parts, (lfr, log_mel, pitch), strict=True):
@@ -77,10 +77,11 @@ def prepare(corpus, items, folder, workers=2):
 def utterances(folder, items, kind):
     """The stored features as `Utterances`: kind "lfr" (with CMVN statistics applied later) or "log_mel" (with f0)."""
     folder = Path(folder)
-    meta = json.loads((folder / "features.json").read_text(encoding="utf-8"))
-    lengths = meta["lengths"][kind]
-    flat = np.load(folder / f"{kind}.npy", mmap_mode="r")
-    extra = {"f0": np.load(folder / "f0.npy")} if kind == "log_mel" else {}
+    path = folder / "features.json"
+    with reading(path, AGAIN):
+        lengths = read_object(path, AGAIN)["lengths"][kind]
+    flat = load_array(folder / f"{kind}.npy", sum(lengths))
+    extra = {"f0": np.array(load_array(folder / "f0.npy", sum(lengths)))} if kind == "log_mel" else {}
     phones = [phone_ids(item.phones) for item in items]
     weights = [ANSWER_SHARE if item.role == "answer" else 1.0 for item in items]
     return Utterances(np.array(flat), lengths, phones, extra, np.array(weights))
@@ -88,37 +89,29 @@ def utterances(folder, items, kind):
 
 def store_codes(folder, items, linguistic, semantic):
     """Write codes.npz: the code sequences of each item, small enough to travel (10 bits a code before compression)."""
-    folder, pairs = Path(folder), list(zip(linguistic, semantic, strict=True))
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "codes.part.npz"
-    np.savez_compressed(
-        temporary,
-        ids=np.array([item.id for item in items]),
-        lengths=np.array([[len(codes) for codes in pair] for pair in pairs], dtype=np.int16),
-        codes=np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16),
-    )
-    os.replace(temporary, folder / "codes.npz")
+    pairs = list(zip(linguistic, semantic, strict=True))
+    with replacing(Path(folder) / "codes.npz") as part, open(part, "wb") as file:
+        np.savez_compressed(
+            file,
+            ids=np.array([item.id for item in items]),
+            lengths=np.array([[len(codes) for codes in pair] for pair in pairs], dtype=np.int16),
+            codes=np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16),
+        )
 
 
 def load_codes(folder, items, shipped=None):
     """List of (linguistic, semantic) int arrays, in the order of `items`, from folder/codes.npz.
 
     shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if there are none at
-    all, ValueError if they are of other utterances.
+    all, ValueError if they are damaged, or of other utterances.
     """
     path = Path(folder) / "codes.npz"
     if not path.exists() and shipped:
         path = Path(shipped) / "codes.npz"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
-    try:
-        with np.load(path) as file:
-            names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
-        whole = lengths.shape == (len(names), 2) and lengths.min(initial=0) >= 0 and lengths.sum() == len(flat)
-    except (OSError, ValueError, TypeError, EOFError, LookupError, AttributeError, zipfile.BadZipFile, zlib.error):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is cut short or damaged: get the file again, or run `aqaa train codes`")
+    with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
+        names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
     ends = lengths.reshape(-1).cumsum()
     parts = np.split(flat, ends[:-1])
     found = {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(names.tolist())}
@@ -141,13 +134,14 @@ def normalise(data, model: LinguisticTokenizer):
 
 def save_array(path, array):
     """np.save that never leaves half a file."""
-    temporary = Path(path).with_suffix(".part.npy")
-    np.save(temporary, array)
-    os.replace(temporary, path)
+    with replacing(path) as part, open(part, "wb") as file:
+        np.save(file, array)
 
 
-def write_json(path, data):
-    """Write JSON that is never half there."""
-    temporary = Path(path).with_suffix(".part")
-    temporary.write_text(json.dumps(data), encoding="utf-8")
-    os.replace(temporary, path)
+def load_array(path, rows):
+    """An array of so many rows, mapped. Raises ModelError if it is damaged or has another number."""
+    with reading(path, AGAIN):
+        array = np.lib.format.open_memmap(path, mode="r")
+        if len(array) != rows:
+            raise ValueError(f"{len(array)} rows in place of {rows}")
+        return array

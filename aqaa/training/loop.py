@@ -17,13 +17,20 @@ Optional: `event(progress)` is called before each step (the semantic tokenizer t
 import csv
 import math
 import os
+import signal
+import sys
+import threading
 import time
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from aqaa.files import ModelError, WriteError, brief, probe, reading, replacing, sweep, writing
+from aqaa.processor import has_bf16, precision
 
 LOG_EVERY = 20  # steps between two rows of the CSV
 SAVE_SECONDS = 60.0
@@ -46,20 +53,55 @@ def build_optimizers(modules, lr, weight_decay=0.01):
             (matrices if hidden else others).append(parameter)
     found = {"adamw": torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)}
     if matrices:
-        found["muon"] = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        found["muon"] = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return found
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon with `match_rms_adamw`, but orthogonalised in bf16 only where the processor has it: else in fp32."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step from the gradients. In bf16 its bits are those of torch.optim.Muon."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for weight in (p for p in group["params"] if p.grad is not None):
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = orthogonal(weight.grad.lerp(average, momentum), precision(weight.device))
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.add_(update, alpha=-(rate * (0.2 * math.sqrt(max(weight.shape)))))
+
+
+def orthogonal(matrix, dtype, rounds=5):
+    """(N, K) -> (N, K) in `dtype`: U S' Vᵀ of the matrix U S Vᵀ, with S' between about 0.7 and 1.2 (Newton–Schulz)."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # of Keller Jordan's Muon: steepest at zero
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(dtype, copy=True)
+    x = x.T if tall else x
+    x.div_(x.norm().clamp(min=1e-7))  # no singular value above 1
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 class Trainer:
     """Runs `task` for `steps` steps in `folder`/`name`.* and leaves name.ckpt, name.csv and name.png there.
 
     With `minutes` the run, its schedule included, ends after that much training time if the steps take longer.
+    A checkpoint is only ever taken between two steps, and holds the log up to there; the one before it is kept as
+    name.ckpt.previous. Raises WriteError before the first step if the folder cannot hold them, ModelError if there is a
+    checkpoint to resume from but neither it nor the one before it can be read, or it is of other modules.
     """
 
     def __init__(self, task, folder, name, steps, *, minutes=None, seed=0, device="cpu", resume=False, quiet=False):
         self.task, self.name, self.steps, self.minutes, self.seed = task, name, steps, minutes, seed
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        probe(self.folder)
+        sweep(self.folder)
         self.device, self.quiet = torch.device(device), quiet
         for module in task.modules().values():
             module.to(self.device)
@@ -67,14 +109,23 @@ class Trainer:
         self.lr = getattr(task, "lr", 1e-3)
         self.optimizers = build_optimizers(task.modules(), self.lr) if self.own else task.optimizers()
         self.step, self.seconds = 0, 0.0
-        if resume and self.checkpoint.exists():
-            self._restore()
-        elif self.csv_path.exists():
-            self.csv_path.unlink()
+        self.rows, self.sums, self.count = [], {}, 0  # the log, and what its next row will be the mean of
+        kept = [path for path in (self.checkpoint, self.previous) if path.exists()]
+        if resume and kept:
+            self._restore(kept)
+        else:
+            with writing(self.csv_path):
+                for path in (self.csv_path, *kept):
+                    path.unlink(missing_ok=True)
+        self._check_room()
 
     @property
     def checkpoint(self):
         return self.folder / f"{self.name}.ckpt"
+
+    @property
+    def previous(self):
+        return self.folder / f"{self.name}.ckpt.previous"
 
     @property
     def csv_path(self):
@@ -87,30 +138,38 @@ class Trainer:
         return min(1.0, max(self.step / self.steps, spent))
 
     def run(self):
-        """Train to the last step. Ctrl-C saves a checkpoint first, so that `--resume` goes on from that step."""
+        """Train to the last step; returns {"steps", "seconds", "seed"}.
+
+        Ctrl-C lets the step end, saves and raises KeyboardInterrupt, so that `--resume` goes on from there; a second
+        Ctrl-C, like any other fault in mid-step, ends at once and saves nothing. Raises WriteError when the disk fails.
+        """
+        if self.step == 0:
+            self._save()  # the disk is tried before there is anything to lose
         saved = started = time.monotonic()
-        before, sums, count = self.seconds, {}, 0
+        before = self.seconds
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", disable=self.quiet, mininterval=5)
-        try:
-            while self.progress < 1:
+        with bar, stop_asked() as asked:
+            while self.progress < 1 and not asked:
                 logs = self._one_step()
                 self.step += 1
                 self.seconds = before + time.monotonic() - started
                 for key, value in logs.items():
-                    sums[key] = sums.get(key, 0.0) + float(value)
-                count += 1
+                    self.sums[key] = self.sums.get(key, 0.0) + float(value)
+                self.count += 1
                 bar.update(1)
                 if self.step % LOG_EVERY == 0 or self.progress >= 1:
-                    row = {key: value / count for key, value in sums.items()}
+                    row = {key: value / self.count for key, value in self.sums.items()}
                     self._log(row)
                     bar.set_postfix({key: f"{value:.3g}" for key, value in list(row.items())[:5]})
-                    sums, count = {}, 0
+                    self.sums, self.count = {}, 0
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self._save()
                     saved = time.monotonic()
-        finally:
-            bar.close()
             self._save()
+        if asked:
+            if not self.quiet:
+                print(f"{self.name}: stopped after step {self.step} and saved; --resume goes on there", file=sys.stderr)
+            raise KeyboardInterrupt
         self._plot()
         return {"steps": self.step, "seconds": round(self.seconds, 1), "seed": self.seed}
 
@@ -144,26 +203,56 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "progress": self.progress,
+            "log": {"rows": self.rows, "sums": self.sums, "count": self.count},
             "modules": {key: module.state_dict() for key, module in self.task.modules().items()},
             "optimizers": {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()},
         }
-        atomic_save(state, self.checkpoint)
+        atomic_save(state, self.checkpoint, self.previous)
 
-    def _restore(self):
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        for key, module in self.task.modules().items():
-            module.load_state_dict(state["modules"][key])
-        for key, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][key])
-        self.step, self.seconds = state["step"], state["seconds"]
-        if self.csv_path.exists():  # rows after the checkpoint are run again, so they leave the log
-            rows = [row for row in read_log(self.csv_path) if int(row["step"]) <= self.step]
-            self.csv_path.unlink()
-            for row in rows:
-                append_row(self.csv_path, row)
+    def _restore(self, kept):
+        for path in kept:
+            try:
+                remedy = "train anew without --resume" if path == kept[-1] else "the one before it is taken"
+                state = load_checkpoint(path, self.device, remedy)
+                break
+            except ModelError as fault:
+                if path == kept[-1]:
+                    raise
+                print(f"aqaa: {fault}", file=sys.stderr)
+        try:
+            for key, module in self.task.modules().items():
+                module.load_state_dict(state["modules"][key])
+            for key, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][key])
+            self.step, self.seconds = state["step"], state["seconds"]
+        except (RuntimeError, ValueError, LookupError, TypeError) as fault:
+            why = (str(fault).splitlines()[1:2] or [brief(fault)])[0].strip(" \t.")
+            raise ModelError(f"{path} is no checkpoint of this task ({why}): name another folder.") from None
+        log = state.get("log") or {"rows": self._earlier_rows(), "sums": {}, "count": 0}
+        self.rows, self.sums, self.count = log["rows"], log["sums"], log["count"]
+        with writing(path):
+            if path == self.previous:  # the next save may not remove the only good one
+                os.replace(path, self.checkpoint)
+            write_rows(self.csv_path, self.rows)  # rows after the checkpoint are run again
+
+    def _earlier_rows(self):
+        """Rows up to this step from the CSV, for a checkpoint that was written before they were kept in it."""
+        rows = read_log(self.csv_path) if self.csv_path.exists() else []
+        return [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= self.step]
+
+    def _check_room(self):
+        """Two checkpoints and the finished part must fit. Raises WriteError."""
+        held = sum(path.stat().st_size for path in (self.checkpoint, self.previous) if path.exists())
+        module = sum(t.nbytes for m in self.task.modules().values() for t in m.state_dict().values())
+        moments = sum(
+            p.nbytes * (1 if isinstance(optimizer, torch.optim.Muon) else 2)
+            for optimizer in self.optimizers.values() for group in optimizer.param_groups for p in group["params"]
+        )  # fmt: skip
+        probe(self.folder, 2 * (module + moments) + module // 2 - held)
 
     def _log(self, row):
         row = {"step": self.step, "seconds": round(self.seconds, 1), **{k: round(v, 5) for k, v in row.items()}}
+        self.rows.append(row)
         append_row(self.csv_path, row)
 
     def _plot(self):
@@ -183,38 +272,86 @@ class Trainer:
             axis.plot(*zip(*points, strict=True), label=key)
         axis.set(xlabel="step", ylabel="value", title=f"{self.name}: training", yscale="log")
         axis.legend(fontsize="small")
-        figure.savefig(self.folder / f"{self.name}.png", dpi=100)
+        with replacing(self.folder / f"{self.name}.png") as part:
+            figure.savefig(part, dpi=100, format="png")
         plt.close(figure)
+
+
+@contextmanager
+def stop_asked():
+    """Within it the first Ctrl-C (or SIGTERM) only fills the list that is handed out; the next one interrupts."""
+    asked = []
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield asked
+        return
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def autocast(device, enabled=True):
     """bf16 where the matrices are multiplied: on a GPU, and on a CPU that has bf16 units (AMX or AVX512-BF16)."""
     device = torch.device(device)
-    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and not has_bf16():
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def atomic_save(state, path):
-    """torch.save that never leaves half a file: written beside, then renamed."""
+def atomic_save(state, path, previous=None):
+    """torch.save that never leaves half a file; what was at `path` is kept as `previous`. Raises WriteError."""
     path = Path(path)
-    temporary = path.with_suffix(path.suffix + ".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    if previous and path.exists():  # its room is needed: there are never more than two
+        with writing(previous):
+            previous.unlink(missing_ok=True)
+    with replacing(path) as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as fault:
+            raise WriteError(path, brief(fault)) from None
+        if previous and path.exists():
+            os.replace(path, previous)
+
+
+def load_checkpoint(path, device, remedy):
+    """What `atomic_save` wrote. Raises ModelError, which ends in the remedy, if it is not whole."""
+    with reading(path, remedy):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def append_row(path, row):
     """Append one row to a CSV whose header may grow (a task that logs more once its second phase begins)."""
-    rows = read_log(path) if path.exists() else []
-    names = list(rows[0]) if rows else []
-    fresh = [key for key in row if key not in names]
-    if fresh:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names + fresh, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, names + fresh, restval="").writerow(row)
+    with writing(path):
+        rows = read_log(path) if path.exists() else []
+        names = list(rows[0]) if rows else []
+        if any(key not in names for key in row):
+            write_rows(path, [*rows, row])
+            return
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, names, restval="").writerow(row)
+
+
+def write_rows(path, rows):
+    """Write a CSV anew, whole or not at all; its header has every name in the order of appearance."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_log(path):

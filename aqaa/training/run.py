@@ -4,7 +4,6 @@ A stage reads what earlier ones left in the run folder and leaves a checkpoint, 
 record.json. `export` gathers the finished parts into a model folder that `aqaa.load` reads.
 """
 
-import json
 import shutil
 import time
 import zlib
@@ -16,6 +15,7 @@ import torch
 from .. import checkpoints
 from ..config import preset
 from ..evaluation.codes import usage
+from ..files import probe, read_object, replacing, sweep, write_json
 from ..records import provenance
 from ..tokenizers.linguistic import LinguisticTokenizer
 from ..tokenizers.semantic import SemanticTokenizer
@@ -43,7 +43,9 @@ class Run:
         self.device, self.seed, self.resume, self.steps, self.minutes = device, seed, resume, steps, minutes
         self.scale, self.workers, self.init, self.quiet = scale, workers, Path(init) if init else None, quiet
         self.config = config or preset("mini")
-        self.out.mkdir(parents=True, exist_ok=True)
+        probe(self.out)  # said now, not after an hour of training
+        sweep(self.out, self.out / "parts", self.out / "features")
+        self._recorded()
 
     # --- data -------------------------------------------------------------------------------------------------
 
@@ -176,7 +178,8 @@ class Run:
         path = self._text_path()
         if not path.exists():
             said = [item.text for item in items] + [line[key] for line in lines for key in ("question", "answer")]
-            TextTokenizer.train(sorted(set(said)), n_text=self.config.ids.n_text).save(path)
+            with replacing(path) as part:
+                TextTokenizer.train(sorted(set(said)), n_text=self.config.ids.n_text).save(part)
         return Book(self.config, TextTokenizer.from_file(path), items, codes, lines)
 
     def pretrain(self):
@@ -227,29 +230,29 @@ class Run:
         return checkpoints.load_part(self.out / "parts", name, module)
 
     def _record(self, name, result):
-        path = self.out / "record.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        record = self._recorded()
         record[name] = {**result, **provenance(self.device)}
-        if self.init and (earlier := self._initial_record().get(name)):
+        if self.init and (earlier := self._recorded(self.init).get(name)):
             record[name]["continues"] = earlier
-        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_json(self.out / "record.json", record)
 
-    def _initial_record(self):
-        path = self.init / "record.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def _recorded(self, folder=None):
+        """record.json of a folder (default: this run's), {} if there is none. Raises ModelError."""
+        path = (folder or self.out) / "record.json"
+        return read_object(path, "remove it; it only says how the parts were trained") if path.exists() else {}
 
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the codes beside it."""
         made_by = {"backbone": "sft1"}  # the others are named like their stage
         parts = {name: self.out / "parts" / f"{made_by.get(name, name)}.safetensors" for name in checkpoints.PARTS}
-        record = json.loads((self.out / "record.json").read_text(encoding="utf-8"))
+        record = self._recorded()
         if self.init:  # what was not trained here comes along unchanged
             parts = {name: path if path.exists() else self.init / f"{name}.safetensors" for name, path in parts.items()}
-            record = {**self._initial_record(), **record}
+            record = {**self._recorded(self.init), **record}
         checkpoints.gather(self.export_folder, self.config, self._text_path(), parts, record)
         if (self.out / "codes.npz").exists():
-            (self.export_folder.parent / "codes").mkdir(exist_ok=True)
-            shutil.copyfile(self.out / "codes.npz", self.export_folder.parent / "codes" / "codes.npz")
+            with replacing(self.export_folder.parent / "codes" / "codes.npz") as part:
+                shutil.copyfile(self.out / "codes.npz", part)
         print(f"wrote {self.export_folder}")
 
     def _text_path(self):

@@ -7,7 +7,6 @@ change that moves pitch and formants together, a gain, and sometimes noise or a 
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from math import gcd
 
@@ -16,6 +15,7 @@ import soundfile
 from scipy.signal import fftconvolve, lfilter, resample_poly
 
 from aqaa.config import SAMPLE_RATE
+from aqaa.files import scratch
 from aqaa.training.f0 import f0
 
 INSTALL = "apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"
@@ -136,7 +136,7 @@ def draw(rng, want="", mild=False):
 def synthesize(jobs):
     """Speak [(voice, text, Draw or Manner), …] -> list of (float samples (N,), rate), festival in one process."""
     sounds = [None] * len(jobs)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with scratch() as folder:
         batch = []
         for i, (voice, text, how) in enumerate(jobs):
             engine, name = voice.split(":")
