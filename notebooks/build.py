@@ -140,7 +140,7 @@ def record(name, entry, command):
     from aqaa.training.run import provenance
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # as show.setup() does in every notebook: the hardware line counts threads
+    torch.set_num_threads(1)  # as show.setup() does in every notebook: the hardware line counts threads
     about = provenance()
     torch.set_num_threads(threads)
     entry |= {key: about[key] for key in ("date", "commit", "hardware")}
