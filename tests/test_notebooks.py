@@ -1,7 +1,8 @@
 """The notebooks run as committed and with other parameters, and keep the house's conventions.
 
-A run of the tests executes every chapter once: as committed, or with another seed and question. Which of the two changes
-with every commit, so two commits cover both; AQAA_NOTEBOOKS=both does both at once, `build.py check` compares them all.
+A run of the tests executes every chapter once: as committed, or with another seed and question. Which of the two
+changes with every commit, so two commits cover both; AQAA_NOTEBOOKS=both does both at once, `build.py check` compares
+them all.
 `AQAA_NOTEBOOKS=both pytest tests/test_notebooks.py -k 03` is enough while writing notebook 03.
 """
 
@@ -316,7 +317,7 @@ def test_a_reader_sees_no_red_box():
             kinds = {out.output_type if out.output_type == "error" else out.get("name") for out in cell.outputs}
             assert not kinds & {"error", "stderr"}, f"{path.stem}: {form.label(cell)}"
             for line in form.texts(cell, ("text/plain", "text/html")):
-                assert not re.search(r"\b\w*Warning:|Traceback \(most", line), f"{path.stem}: {form.label(cell)}: {line}"
+                assert not re.search(r"\b\w*Warning:|Traceback \(most", line), f"{path.stem}: {line}"
 
 
 def test_a_reader_can_tell_all_curves_apart():

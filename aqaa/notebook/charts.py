@@ -55,7 +55,8 @@ def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", 
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
-    same = [f"{a} and {b} lie on one another" for a, b in combinations(series, 2) if _covered(axis, series[a], series[b])]
+    same = [f"{a} and {b} lie on one another" for a, b in combinations(series, 2)
+            if _covered(axis, series[a], series[b])]  # fmt: skip
     for words, place in (marks or {}).items():
         axis.axvline(place, color="0.35", linewidth=1)
         axis.text(place, 1.01, printable(words), transform=axis.get_xaxis_transform(), ha="center", fontsize=9)

@@ -122,7 +122,8 @@ class Interleave(Widget):
     def _static(self):
         speed, rows = self._state["tokens_per_second"], []
         for name, layout in interleave.LAYOUTS.items():
-            blocks = schedule(self.n_text, self.n_audio, self._text_block(layout), layout.audio_block, speed, self.first)
+            sizes = self._text_block(layout), layout.audio_block
+            blocks = schedule(self.n_text, self.n_audio, *sizes, speed, self.first)
             sounds = [block for block in blocks if block["kind"] == "audio"]
             silence = sum(block["wait"] for block in sounds)
             rows.append([name, f"{sounds[0]['plays']:.2f}", f"{silence:.2f}", f"{blocks[-1]['ready']:.2f}"])

@@ -160,9 +160,8 @@ class Player(Widget):
         self.answer, self.report, self.heard, self._fault = None, {}, torch.zeros(0), None
         self.rate = model.vocoder.sample_rate
         self._halt.clear()
-        self._set(
-            phase="listening", text="", sound=None, rate=self.rate, error="", message="hearing the question …", waiting=[]
-        )
+        self._set(phase="listening", text="", sound=None, rate=self.rate, error="", waiting=[])
+        self._set(message="hearing the question …")
         self._thread = threading.Thread(target=self._run, args=(model, question, sampling), daemon=True)
         self._thread.start()
         return self if self.interactive else self.join()
