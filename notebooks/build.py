@@ -4,7 +4,8 @@
     check   run, compare the printed text with what is committed; a sentence for every drift, exit code 1
     open    write build/NN_name.py, the notebook as text (py:percent), to be edited
     close   fold build/NN_name.py back: tags are kept, the notebook is run; makes a new notebook when there is none
-    html    a static site of all notebooks (--out FOLDER): opens from disk, needs no JavaScript and no network
+    html    a static site of all notebooks (--out FOLDER): opens from disk, needs no JavaScript and no network; HTML in
+            cells and outputs is passed through as it stands, so only build it of notebooks that you trust
     teach   renew the map of notebooks in README.md and the table of exercises in TEACH.md
     diff    let `git diff` show notebooks as text
 
@@ -140,7 +141,7 @@ def record(name, entry, command):
     from aqaa.records import provenance
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # as show.setup() does in every notebook: the hardware line counts threads
+    torch.set_num_threads(1)  # as show.setup() does in every notebook: the hardware line counts threads
     about = provenance()
     torch.set_num_threads(threads)
     entry |= {key: about[key] for key in ("date", "commit", "hardware")}

@@ -1,6 +1,7 @@
 """A static site of the notebooks; used by build.py.
 
-It needs no JavaScript and no network: formulas are drawn here, code is coloured here, sounds lie in the page.
+It needs no JavaScript and no network: formulas are drawn here, code is coloured here, sounds lie in the page. HTML in
+Markdown cells and in outputs goes into the pages as it stands, so make a site of notebooks whose writers you trust.
 """
 
 import html
@@ -194,7 +195,8 @@ pre, code { font: .86rem/1.45 ui-monospace, Menlo, Consolas, monospace } pre { m
 .exercise .code { border-left-color: #0072b2 } summary { cursor: pointer; font-family: sans-serif }
 .cell { margin: 1rem 0 } .out { margin: .5rem 0; overflow-x: auto } div.out { font-family: sans-serif }
 img { max-width: 100%; height: auto } audio { max-width: 100% } figure { margin: 0 } .math { text-align: center }
-table { border-collapse: collapse; font: .92rem/1.4 sans-serif }
+p, li, h1, h2, h3, figcaption, figure div, summary, pre { overflow-wrap: anywhere } svg { max-width: 100% }
+table { border-collapse: collapse; font: .92rem/1.4 sans-serif; display: block; overflow-x: auto }
 td, th { border: 1px solid var(--line); padding: .25rem .5rem }
 """
 PAGE = """<!doctype html>

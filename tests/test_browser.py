@@ -4,6 +4,7 @@ What is asserted is the sound itself: the samples that a page was given to play,
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import soundfile
 from scipy import stats
 from scipy.signal import fftconvolve
 
-from .browser import lab
+from .browser import lab, narrow
 
 REASON = "the browser test needs anywidget, jupyterlab and playwright: pip install -e '.[test]'"
 pytest.importorskip("anywidget", reason=REASON)
@@ -86,6 +87,19 @@ def browser(place):
         chromium = lab.launch(driver, place / "microphone.wav")
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def chapter(place):
+    """00 as shipped but for `interactive`, in the folder of the notebooks: the ids of its cells."""
+    path = lab.ROOT / "notebooks" / "00_talk.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    for cell in nb["cells"]:
+        cell["source"] = "".join(cell["source"]).replace("interactive = False", "interactive = True", 1)
+        cell |= {"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}
+    assert sum("interactive = True  #" in cell["source"] for cell in nb["cells"]) == 1
+    (place / path.name).write_text(json.dumps(nb), encoding="utf-8")
+    return [cell["id"] for cell in nb["cells"]]
 
 
 @pytest.fixture(scope="module")
@@ -310,3 +324,76 @@ def test_the_voice_control_speaks(book, place):
     assert book.run("said") == "slow 0.4"
     assert np.abs(sound["samples"] - np.load(place / "said.npy")).max() < 1e-4
     assert book.output("voice").get_by_role("row").count() == 2
+
+
+# ---- 00 as a stranger runs it ---------------------------------------------------------------------------------------
+
+
+def test_run_all_plays_while_later_cells_still_run(browser, server, chapter):
+    """What 00 promises of Run All, in a browser that lets a page sound only after somebody has pressed something."""
+    book = lab.Book(browser, server, "00_talk.ipynb", chapter)
+    try:
+        asking = next(i for i in chapter if "play_stream" in book.cell(i).inner_text())
+        book.run_all()
+        before = book.until(lambda: book.played() and book.waiting(), "the first sound, before the last cell", lab.CELL)
+        told = book.says(asking, r"made in (\d+) pieces, first sound after (\d+) ms, (\d+) gaps?\.", lab.CELL)
+        assert before > 5 and book.waiting() > 2  # it has been heard and reported, and cells still wait
+        sounds = book.silence()
+        gaps = sum(b["from"] > a["from"] + len(a["samples"]) / a["rate"] + 0.002 for a, b in zip(sounds, sounds[1:]))
+        assert (int(told[1]), int(told[3])) == (len(sounds), gaps) and int(told[2]) > 0
+        assert sum(len(sound["samples"]) for sound in sounds) > RATE // 2 and not any("stopped" in s for s in sounds)
+        book.button(asking, "Play again").click()  # in the page, while Python is busy
+        again = book.until(lambda: len(book.played()) > len(sounds) and book.played()[-1], "the second time")
+        assert np.array_equal(again["samples"], np.concatenate([sound["samples"] for sound in sounds]))
+        book.until(lambda: not book.waiting(), "the last cell", 4 * lab.CELL)
+        book.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=1000 * lab.CELL)
+        book.says(asking, re.escape(told[0]))  # Python has read the page's report by now, and says the same
+        assert book.page.locator('[data-mime-type$="stderr"], [data-mime-type$="error"]').count() == 0
+        assert "it heard:" in book.page.locator(".jp-Notebook").inner_text() and book.errors == []
+    finally:
+        book.close()
+
+
+# ---- narrow windows -------------------------------------------------------------------------------------------------
+
+WIDTHS = ((390, 390), (620, 620), (360, 1000))  # px of the widget, of the window
+
+
+@pytest.fixture(scope="module")
+def mini():
+    import aqaa
+
+    return aqaa.load("mini")
+
+
+def test_no_widget_overlaps_itself_or_leaves_a_narrow_window(browser, mini):
+    from aqaa.notebook import show
+
+    for name, widget in narrow.every_widget(mini, show.question("product")).items():
+        for width, window in WIDTHS:
+            sheet = narrow.live(browser, widget, width, window)
+            assert (narrow.faults(sheet), sheet.errors) == ([], []), f"{name}, {width} of {window} px"
+            sheet.close()
+
+
+@pytest.mark.parametrize("width", [390, 620])
+def test_no_page_of_the_site_overlaps_itself_or_leaves_a_narrow_window(browser, width, tmp_path):
+    from notebooks import build, pages
+
+    pages.site(lab.ROOT, [(path, build.read(path)) for path in build.notebooks()], tmp_path)
+    for path in sorted(tmp_path.glob("[0-9it]*.html")):
+        sheet = narrow.Sheet(browser, width, url=path.as_uri())
+        assert narrow.faults(sheet) == [], f"{path.name}, {width} px"
+        sheet.close()
+
+
+@pytest.mark.parametrize(("body", "sentence"), [
+    ("<div style='position: absolute'>one</div><div style='position: absolute'>two</div>", "overlap"),
+    ("<div style='width: 900px'>wide</div>", "outside"),
+    ("<div style='width: 40px; white-space: nowrap'>many words in a little box</div>", "too narrow for its words"),
+    ("<button style='margin-left: -30px'>a</button><button style='margin-left: -9px'>b</button>", "overlap"),
+])  # fmt: skip
+def test_what_does_not_fit_is_found(browser, body, sentence):
+    sheet = narrow.Sheet(browser, 390, body)
+    assert any(sentence in fault for fault in narrow.faults(sheet)), narrow.faults(sheet)
+    sheet.close()

@@ -165,6 +165,36 @@ def test_a_table_is_html_and_aligned_text():
     assert repr(show.table([[1, "x"]])) == "1  x"
 
 
+def staircase(n, slope):
+    """What a causal bias alone prefers: softmax of -slope times distance, (n, n)."""
+    gap = np.arange(n)[:, None] - np.arange(n)
+    weights = np.where(gap < 0, 0.0, np.exp(-slope * np.maximum(gap, 0)))
+    return weights / weights.sum(1, keepdims=True)
+
+
+ONE_SURE = np.full((12, 40), 0.01) + 0.02 * (np.arange(40) % 5 == np.arange(12)[:, None] % 5)
+
+
+@pytest.mark.parametrize("weights", [staircase(100, 0.0)[::8], staircase(60, 0.1)[::5], np.r_[np.eye(1, 40), ONE_SURE]])
+def test_one_sure_query_does_not_darken_the_others(weights):
+    image = np.asarray(Image.open(io.BytesIO(show.attention(weights).png)).convert("RGB"))
+    cells = image[40:-45, 70:600].reshape(-1, 3).astype(int) @ (299, 587, 114) / 1000  # brightness below the first row
+    assert (cells > 60).mean() > 0.45  # they are no single purple: much is clearly brighter than nothing
+    assert len(np.unique(cells.round())) > 1
+
+
+@pytest.mark.parametrize(("rows", "log", "said"), [
+    ([{"step": i, "a": 0.1 + i / 1000, "b": 0.1, "c": 200.0 * i} for i in range(20)], False, ["a and b"]),
+    ([{"step": i, "a": 0.1 + i / 1000, "b": 0.15, "c": 200.0 * i + 1} for i in range(20)], True, []),
+    ([{"step": i, "a": float(i), "b": float(i), "c": float(i)} for i in range(5)], False,
+     ["a and b", "a and c", "b and c"]),
+    ([{"step": i, ("a", "b")[i % 2]: 1.0} for i in range(20)], False, []),
+])  # fmt: skip
+def test_curves_that_nobody_can_tell_apart_are_named(rows, log, said):
+    alt = show.curves(rows, log=log).alt
+    assert re.findall(r"(\w and \w) lie on one another", alt) == said
+
+
 def test_radar_has_its_numbers_as_a_table():
     figure = show.radar(SCORES)
     assert repr(figure).splitlines()[-1].split() == ["voice", "20", "%"]
@@ -297,7 +327,7 @@ def test_setup_seeds_everything_quietly():
         "import warnings, random; warnings.simplefilter('error');"
         "import numpy as np, torch; from aqaa.notebook import show;"
         "draw = lambda: (show.setup(3), random.random(), np.random.rand(), torch.rand(1).item());"
-        "assert draw() == draw(); assert torch.get_num_threads() == 2; print(torch.tensor([1e-4]))"
+        "assert draw() == draw(); assert torch.get_num_threads() == 1; print(torch.tensor([1e-4]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stderr == "" and "e-" not in result.stdout, result.stderr

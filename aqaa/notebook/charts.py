@@ -2,6 +2,7 @@
 
 import csv
 from html import escape
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", 
     xlabel, ylabel: what the axes measure, with its unit; by default the names of the columns. marks: {words: x} of
     places to point out.
 
-    Values are drawn on a logarithmic axis where log is true and all of them are positive.
+    Values are drawn on a logarithmic axis where log is true and all of them are positive. Lines that nobody can tell
+    apart are named in the text of the picture: "A and B lie on one another".
     """
     if isinstance(rows, (str, Path)):
         if not Path(rows).is_file():
@@ -53,6 +55,8 @@ def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", 
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
+    same = [f"{a} and {b} lie on one another" for a, b in combinations(series, 2)
+            if _covered(axis, series[a], series[b])]  # fmt: skip
     for words, place in (marks or {}).items():
         axis.axvline(place, color="0.35", linewidth=1)
         axis.text(place, 1.01, printable(words), transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
@@ -60,7 +64,16 @@ def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", 
     axis.set(xlabel=xlabel or x, ylabel=ylabel or ("value" if len(series) > 1 else next(iter(series))))
     if len(series) > 1:
         figure.legend(loc="outside right upper", fontsize=9)
-    return picture(figure, alt or f"curves of {', '.join(series)} over {x}", title)
+    return picture(figure, "; ".join([alt or f"curves of {', '.join(series)} over {x}", *same]), title)
+
+
+def _covered(axis, first, second, apart=3):
+    """Whether two lines [(x, y)] are nowhere `apart` pixels from each other, where both have values."""
+    first, second = dict(first), dict(second)
+    axis.get_ylim()  # limits are worked out when somebody asks
+    heights = [axis.transData.transform([(x, y[x]) for x in first if x in second])[:, 1] for y in (first, second)
+               if first.keys() & second.keys()]  # fmt: skip
+    return bool(heights) and np.abs(heights[0] - heights[1]).max() < apart
 
 
 @styled

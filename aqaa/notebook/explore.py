@@ -13,6 +13,8 @@ from aqaa.notebook.figures import array
 from aqaa.notebook.live import Widget, pcm16
 from aqaa.tokenizers import interleave
 
+SCALE = (1, 5)  # of a mark
+FIRST = 3 * GROUP_SIZE  # audio tokens before the first sound: the vocoder speaks two groups and looks one ahead
 STEPS = {"linguistic": GROUP_SECONDS / LINGUISTIC_PER_GROUP, "semantic": GROUP_SECONDS / SEMANTIC_PER_GROUP}  # s a code
 
 
@@ -72,17 +74,17 @@ def neighbours(codes, table, count=4):
 class Interleave(Widget):
     """Drag the ratio of text to audio tokens: the blocks of an answer, and when each sound could start.
 
-    n_text, n_audio: tokens of the whole answer (audio: cut to groups of 5). Time is counted in tokens alone: a vocoder
-    adds its look-ahead and its own work.
+    n_text, n_audio: tokens of the whole answer (audio: cut to groups of 5); first: audio tokens that the vocoder must
+    have before it speaks. Time is counted in tokens alone: a vocoder adds its own work.
     """
 
     script = "interleave"
     SPEED = 100  # tokens a second, to begin with
 
-    def __init__(self, n_text, n_audio, interactive=False):
+    def __init__(self, n_text, n_audio, interactive=False, first=FIRST):
         if n_text < 1 or n_audio < GROUP_SIZE:
             raise ValueError(f"an answer needs text and at least one group of {GROUP_SIZE} audio tokens.")
-        self.n_text, self.n_audio = int(n_text), int(n_audio) // GROUP_SIZE * GROUP_SIZE
+        self.n_text, self.n_audio, self.first = int(n_text), int(n_audio) // GROUP_SIZE * GROUP_SIZE, first
         super().__init__(interactive, blocks=[])
         self.plan()
         if interactive:
@@ -94,9 +96,9 @@ class Interleave(Widget):
 
     def plan(self, text_block=10, audio_block=15, tokens_per_second=SPEED):
         """The blocks in order, see `schedule`; what the page shows from now on. text_block 0: no text at all."""
-        blocks = schedule(self.n_text, self.n_audio, text_block, audio_block, tokens_per_second)
+        blocks = schedule(self.n_text, self.n_audio, text_block, audio_block, tokens_per_second, self.first)
         sounds = [block for block in blocks if block["kind"] == "audio"]
-        waits = [block["wait"] for block in sounds[1:] if block["wait"] > 1e-6]
+        waits = [block["wait"] for block in sounds if block["wait"] > 1e-6]
         words = f"First sound after {sounds[0]['plays']:.2f} s; " + (
             f"{len(waits)} waits, {sum(waits):.2f} s of silence in all." if waits else "then no wait."
         )
@@ -120,9 +122,10 @@ class Interleave(Widget):
     def _static(self):
         speed, rows = self._state["tokens_per_second"], []
         for name, layout in interleave.LAYOUTS.items():
-            blocks = schedule(self.n_text, self.n_audio, self._text_block(layout), layout.audio_block, speed)
+            sizes = self._text_block(layout), layout.audio_block
+            blocks = schedule(self.n_text, self.n_audio, *sizes, speed, self.first)
             sounds = [block for block in blocks if block["kind"] == "audio"]
-            silence = sum(block["wait"] for block in sounds[1:])
+            silence = sum(block["wait"] for block in sounds)
             rows.append([name, f"{sounds[0]['plays']:.2f}", f"{silence:.2f}", f"{blocks[-1]['ready']:.2f}"])
         generated = [(b["start"], b["ready"], f"{b['kind'][0].upper()}{b['count']}") for b in self._state["blocks"]]
         heard = [(b["plays"], b["plays"] + b["seconds"], f"sound {k + 1}") for k, b in
@@ -135,11 +138,13 @@ class Interleave(Widget):
         ]
 
 
-def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second):
+def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=FIRST):
     """Blocks of an answer as they are generated: dicts kind, count (tokens), start and ready (s); for audio also plays
-    (s, when its sound can start: it is ready and the one before is over), seconds of sound, and wait (s of silence).
+    (s, when its sound starts), seconds of sound, and wait (s of silence before or in it, once the voice has begun).
 
-    The order of the tokens is that of interleave.Layout; once there is no more text the audio still counts in blocks.
+    The voice begins with `first` audio tokens, in whatever block they end; then each group of five plays when it is
+    ready and the one before is over. The order of the tokens is that of interleave.Layout; once there is no more text
+    the audio still counts in blocks.
     """
     if tokens_per_second <= 0:
         raise ValueError(f"{tokens_per_second} tokens a second never make an answer: pass a number above 0.")
@@ -147,7 +152,10 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second):
     audio_ids = interleave.merge([0] * LINGUISTIC_PER_GROUP * groups, [0] * SEMANTIC_PER_GROUP * groups, ids)
     layout = interleave.Layout("yours", text_block, audio_block)
     answer = layout.arrange([ids.first_text] * n_text if text_block else [], audio_ids, ids)[:-1]  # without eot
-    blocks, done, end = [], 0, 0.0
+    places = [place for place, token in enumerate(answer, 1) if token >= ids.n_text]  # how many are known with each
+    end = places[min(first, len(places)) - 1] / tokens_per_second
+    ready = iter(place / tokens_per_second for place in places[GROUP_SIZE - 1 :: GROUP_SIZE])  # of each group
+    blocks, done = [], 0
     for spoken, run in groupby(answer, lambda token: token >= ids.n_text):
         count = len(list(run))
         while count:
@@ -156,10 +164,12 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second):
             count, done = count - size, done + size
             block["ready"] = done / tokens_per_second
             if spoken:
-                block["plays"] = max(block["ready"], end)
-                block["wait"] = block["plays"] - end
-                block["seconds"] = size / GROUP_SIZE * GROUP_SECONDS
-                end = block["plays"] + block["seconds"]
+                block |= {"plays": None, "wait": 0.0, "seconds": size // GROUP_SIZE * GROUP_SECONDS}
+                for _ in range(size // GROUP_SIZE):
+                    plays = max(end, next(ready))
+                    block["plays"] = plays if block["plays"] is None else block["plays"]
+                    block["wait"] += plays - end
+                    end = plays + GROUP_SECONDS
             blocks.append(block)
     return blocks
 
@@ -255,7 +265,7 @@ class Listening(Widget):
     def result(self):
         """{name: {"n", "mean", "low", "high"}}: mean opinion score and its 95 % interval, and "all" over several names.
 
-        low and high are None for a single mark. Empty before the first listener.
+        low and high are None for a single mark, and never leave the scale. Empty before the first listener.
         """
         found = {}
         for row in self.marks:
@@ -304,11 +314,12 @@ class Listening(Widget):
 
 
 def interval(marks, level=0.95):
-    """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two."""
+    """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two. No mean of marks can
+    lie outside their scale, 1 to 5, so the interval ends there."""
     from scipy.stats import t
 
     mean = fmean(marks)
     if len(marks) < 2:
         return mean, None, None
     reach = float(t.ppf((1 + level) / 2, len(marks) - 1)) * stdev(marks) / len(marks) ** 0.5
-    return mean, mean - reach, mean + reach
+    return mean, max(mean - reach, SCALE[0]), min(mean + reach, SCALE[1])

@@ -262,7 +262,8 @@ def trajectory(states, times, title="", alt="", bins="mel bin", hop_seconds=0.01
 def attention(weights, rows=None, columns=None, title="", alt="", names=("looking (query)", "looked at (key)")):
     """Heat map of weights (Q, K): which key each query looks at.
 
-    rows, columns: labels, printed when they fit; names: of the two axes.
+    rows, columns: labels, printed when they fit; names: of the two axes. The scale ends where three of four queries
+    have their largest weight: a query that is sure of one key does not darken all the others.
     """
     weights = array(weights, 2, "the weights")
     for labels, size, name in ((rows, weights.shape[0], "rows"), (columns, weights.shape[1], "columns")):
@@ -270,9 +271,12 @@ def attention(weights, rows=None, columns=None, title="", alt="", names=("lookin
             raise ValueError(f"attention needs {size} labels for its {name}, not {len(labels)}.")
     figure, (axis,) = canvas(max(2.4, min(5.5, 0.9 + (0.1 if rows is None else 0.18) * len(weights))))
     colours = matplotlib.colormaps["viridis"].resampled(LEVELS)
-    norm = PowerNorm(0.5, min(0.0, float(weights.min())), float(weights.max()) or 1.0)
+    low, high = min(0.0, float(weights.min())), float(np.quantile(weights.max(1), 0.75))
+    high = high if high > low else max(float(weights.max()), low + 1.0)
+    norm = PowerNorm(0.5, low, high, clip=True)
     image = axis.imshow(weights, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    figure.colorbar(image, ax=axis, label="weight (colours by square root)", pad=0.01)
+    over = "max" if weights.max() > 1.001 * high else "neither"
+    figure.colorbar(image, ax=axis, label="weight (colours by square root)", pad=0.01, extend=over)
     axis.set(xlabel=names[1], ylabel=names[0])
     if rows is not None and len(rows) <= 40:
         axis.set_yticks(range(len(rows)), [printable(label) for label in rows], fontsize=8)

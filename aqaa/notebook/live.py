@@ -1,10 +1,11 @@
 """The ground that all widgets stand on: one class, live on a page or static in `show`'s figures.
 
-The page draws, records and plays; Python keeps the state and does the work. Messages from a page are only read
-*between* cells, so a widget never waits for one.
+The page draws, records and plays; Python keeps the state and does the work. Messages from a page may be read only
+*between* cells, and with "Run All" after the last of them, so a widget never waits for one.
 """
 
 import json
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Widget:
     def __init__(self, interactive, **state):
         self.interactive, self._view = interactive, None
         self._state = {"error": "", "message": "", **state}
+        self._lock = threading.RLock()  # a thread at work and a page's message may change the state at one time
 
     def _open(self, **data):
         """Let a page in; data: what it needs and never changes."""
@@ -52,9 +54,10 @@ class Widget:
         self._view.on_msg(self._receive)
 
     def _set(self, **changes):
-        self._state = {**self._state, **changes}
-        if self._view is not None:
-            self._view.state = self._state
+        with self._lock:
+            self._state = {**self._state, **changes}
+            if self._view is not None:
+                self._view.state = self._state
 
     def _tell(self, message, *buffers):
         if self._view is not None:

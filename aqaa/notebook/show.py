@@ -41,11 +41,12 @@ PUBLISHED = dict(zip(ROLES, ("Step-Audio-Tokenizer", "Step-Audio-AQAA", "Step-Au
 
 
 def setup(seed=0):
-    """Begin a notebook: seed every generator, two threads, three digits, our figure style."""
+    """Begin a notebook: seed every generator, three digits, our figure style; one thread, as small matrices gain
+    nothing from a second one and lose much where another program wants its core."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.set_printoptions(precision=3, sci_mode=False)
     np.set_printoptions(precision=3, suppress=True)
     matplotlib.rcParams.update(STYLE)

@@ -124,16 +124,21 @@ class Player(Widget):
     answer: the finished Answer, None before that and after a stop. heard: (N,) samples of it, or what was made before
     the stop. report: chunks, gaps (how often the sound had to wait for its next piece), first_ms (from the call to the
     first sound), and where this was counted: on the "page", or in the "kernel", which knows when pieces were ready.
+
+    With "Run All" the kernel reads what a page says only after the last cell, but a page sees at once what changes in
+    the state. So pieces travel in the state until the page has said that it is there, and as messages from then on.
     """
 
     script = "player"
     rate = SAMPLE_RATE
 
     def __init__(self, interactive=False):
-        super().__init__(interactive, phase="idle", text="", sound=None, rate=SAMPLE_RATE, message="Nothing said yet.")
+        super().__init__(
+            interactive, phase="idle", text="", sound=None, rate=SAMPLE_RATE, message="Nothing said yet.", waiting=[]
+        )
         self.answer, self.report, self.heard = None, {}, torch.zeros(0)
         self._thread, self._fault, self._halt = None, None, threading.Event()
-        self._lock, self._queue, self._listening = threading.Lock(), [], False
+        self._number, self._listening = 0, False
         if interactive:
             self._open()
 
@@ -152,11 +157,11 @@ class Player(Widget):
         self.stop()
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
-        self._queue.clear()
         self.answer, self.report, self.heard, self._fault = None, {}, torch.zeros(0), None
         self.rate = model.vocoder.sample_rate
         self._halt.clear()
-        self._set(phase="listening", text="", sound=None, rate=self.rate, error="", message="hearing the question …")
+        self._set(phase="listening", text="", sound=None, rate=self.rate, error="", waiting=[])
+        self._set(message="hearing the question …")
         self._thread = threading.Thread(target=self._run, args=(model, question, sampling), daemon=True)
         self._thread.start()
         return self if self.interactive else self.join()
@@ -164,7 +169,7 @@ class Player(Widget):
     def stop(self):
         """Silence; an answer that is being made ends after the piece at work."""
         self._halt.set()
-        self._say({"type": "silence"})
+        self._say("silence")
 
     def join(self, timeout=None):
         """Wait until the answer is made (seconds at most). What went wrong meanwhile is raised here.
@@ -180,7 +185,7 @@ class Player(Widget):
 
     def _run(self, model, question, sampling):
         began, ready, pieces = time.perf_counter(), [], []
-        self._say({"type": "start"}, began=began)
+        self._say("start", sent=1000 * time.time())
         try:
             talk = model.stream(question, **sampling)
             for piece in talk:
@@ -189,40 +194,45 @@ class Player(Widget):
                 if len(piece.audio):
                     ready.append((time.perf_counter() - began, len(piece.audio) / self.rate))
                     pieces.append(piece.audio)
-                    self._say({"type": "chunk", "rate": self.rate}, pcm16(piece.audio))
-                self._set(phase="speaking", text=self._state["text"] + piece.text, message="speaking …")
+                    self._say("chunk", pcm16(piece.audio), rate=self.rate)
+                self._set(phase="speaking", text=self._state["text"] + piece.text, message="making the answer …")
             self.heard = torch.cat([torch.zeros(0), *pieces])
             stopped = self._halt.is_set()
             self.answer = None if stopped else getattr(talk, "answer", None)  # a generator has none
             self.report = {**waits(ready), "where": "kernel"}
             sound = pcm16(self.heard) if len(self.heard) else None
             self._set(phase="stopped" if stopped else "done", sound=sound, message=self._summary(stopped))
-            self._say({"type": "end"})
+            self._say("end")
         except Exception as fault:  # the thread has nobody above it
             self._fault = fault
             self._set(phase="failed", error=str(fault), message="")
 
-    def _say(self, message=None, *buffers, began=None):
-        """Send in order, once a page listens; what was said before that waits."""
+    def _say(self, kind, *sound, **message):
+        """To the page, numbered, so that it takes everything once: as a message if it listens, else in the state."""
         if self._view is None:
             return
         with self._lock:
-            if message:
-                self._queue.append((message, buffers, began))
-            while self._queue and self._listening:
-                message, buffers, began = self._queue.pop(0)
-                age = {} if began is None else {"age_ms": 1000 * (time.perf_counter() - began)}
-                self._tell({**message, **age}, *buffers)
+            self._number += 1
+            message = {"type": kind, "number": self._number, **message}
+            if self._listening:
+                self._tell(message, *sound)
+            else:
+                self._set(waiting=[*self._state["waiting"], {**message, "sound": sound[0] if sound else None}])
 
     def _summary(self, stopped):
-        report = self.report
+        """What is known: a kernel knows when pieces were ready, only a page knows when they were heard."""
+        report, began = self.report, "Stopped: " * stopped
+        made = f"{began}{len(self.heard) / self.rate:.1f} s made in {report['chunks']} pieces"
+        if report["where"] == "kernel":
+            return f"{made}, the first of them after {report['first_ms'] or 0:.0f} ms."
         gaps = f"{report['gaps']} gap{'s' * (report['gaps'] != 1)}"
-        made = f"{len(self.heard) / self.rate:.1f} s made in {report['chunks']} pieces, first sound after"
-        return f"{'Stopped: ' * stopped}{made} {report['first_ms'] or 0:.0f} ms, {gaps}."
+        return f"{made}, first sound after {report['first_ms'] or 0:.0f} ms, {gaps}."
 
     def _on_ready(self, *_):
-        self._listening = True
-        self._say()
+        """The page has had what waits; it was there all the time."""
+        with self._lock:
+            self._listening = True
+            self._set(waiting=[])
 
     def _on_stop(self, *_):
         self._halt.set()

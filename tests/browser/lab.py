@@ -158,6 +158,16 @@ class Book:
         assert faults.count() == 0, f"cell {name}: {faults.first.inner_text()}"
         return self.output(name).inner_text().strip()
 
+    def run_all(self):
+        """Run every cell by the menu, as a reader does; returns at once."""
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+    def waiting(self):
+        """How many cells wait or run; those whose source is folded have no prompt and are not counted."""
+        return self.page.evaluate("""[...document.querySelectorAll(".jp-Notebook .jp-InputArea-prompt")]
+            .filter((prompt) => prompt.textContent.includes("*")).length""")
+
     def need(self, *names):
         """Run the cells that have not been run in this page."""
         for name in names:

@@ -43,10 +43,10 @@ export default () => ({
       if (state.error) fault.textContent = state.error;
       results.hidden = !state.done;
       results.replaceChildren(h("p", { role: "status" }, state.message),
-        h("table", {}, h("caption", {}, "Mean opinion score with its 95 % confidence interval"),
+        h("div", { class: "aqaa-scroll" }, h("table", {}, h("caption", {}, "Mean opinion score with its 95 % confidence interval"),
           h("thead", {}, h("tr", {}, ["sound", "marks", "mean", "from", "to"].map((name) => h("th", { scope: "col" }, name)))),
           h("tbody", {}, state.results.map((row) => h("tr", {}, h("th", { scope: "row" }, row.title),
-            [row.n, round(row.mean), round(row.low), round(row.high)].map((value) => h("td", {}, String(value))))))),
+            [row.n, round(row.mean), round(row.low), round(row.high)].map((value) => h("td", {}, String(value)))))))),
         h("button", { type: "button", onclick: () => model.send({ type: "again" }) }, "Another listener"));
     });
     return () => speaker.close();

@@ -44,12 +44,12 @@ export default () => {
       if (fault.textContent !== state.error) fault.textContent = state.error;
       if (drawn === state.said) return;
       drawn = state.said;
-      takes.replaceChildren(...(state.takes.length ? [h("table", {}, h("caption", {}, "What was said, newest first"),
+      takes.replaceChildren(...(state.takes.length ? [h("div", { class: "aqaa-scroll" }, h("table", {}, h("caption", {}, "What was said, newest first"),
         h("thead", {}, h("tr", {}, ["manner", "temperature", "seed", "speech, s", "pitch, Hz", "level, dB", "sound"].map((title) =>
           h("th", { scope: "col" }, title)))),
         h("tbody", {}, state.takes.map((take) => h("tr", {}, h("th", { scope: "row" }, take.manner), [take.temperature, take.seed,
           take.seconds.toFixed(2), take.f0 ? take.f0.toFixed(0) : "–", take.energy.toFixed(1)].map((value) => h("td", {}, String(value))),
-        h("td", {}, playButton(speaker, `Play ${take.manner}`, () => [samples(take.sound), take.rate]))))))] : []));
+        h("td", {}, playButton(speaker, `Play ${take.manner}`, () => [samples(take.sound), take.rate])))))))] : []));
     });
     return () => speaker.close();
   }
