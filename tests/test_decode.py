@@ -11,8 +11,8 @@ from aqaa.backbone.generation import generate
 from aqaa.backbone.quantized import Int4Linear, linears, put
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import BackboneConfig
-from aqaa.scale import kernels
-from aqaa.scale.decode import CHUNK, Engine, check_room
+from aqaa.scale import decode, kernels
+from aqaa.scale.decode import Engine, check_room
 from aqaa.tokenizers.interleave import LAYOUTS
 
 LAYOUT = LAYOUTS["ratio_10_15"]
@@ -68,11 +68,15 @@ def test_a_prompt_that_grows_is_read_once_and_a_new_one_afresh(mini, engine, mon
 
 
 @torch.inference_mode()
-def test_long_prompts_are_read_in_parts_and_room_is_kept(mini, engine):
-    ids = torch.tensor([prompt(mini, CHUNK + 30)])
+def test_long_prompts_are_read_in_parts_of_about_one_size_and_room_is_kept(mini, engine, monkeypatch):
+    rows, run = [], engine.run
+    monkeypatch.setattr(decode, "CHUNK", 200)
+    monkeypatch.setattr(engine, "run", lambda x: rows.append(len(x)) or run(x))
+    ids = torch.tensor([prompt(mini, 500)])
     wanted = mini.backbone.model(ids).last_hidden_state[:, -1]
     engine.cache.length = 0
     assert (engine.feed(mini.backbone.model.embed_tokens(ids)) - wanted).abs().max() < 1e-3
+    assert len(rows) == 3 and max(rows) - min(rows) <= 2
     with pytest.raises(ValueError, match="do not fit the 700 slots"):
         engine.feed(mini.backbone.model.embed_tokens(ids))
     with pytest.raises(ValueError, match="takes 1 to 699"):
@@ -96,8 +100,8 @@ def narrow():
 
 
 @torch.inference_mode()
-def test_the_step_of_six_kernels_equals_the_modules(narrow, monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", (128, 64, 1))  # few large programs: the interpreter runs them one by one
+def test_the_step_of_ten_kernels_equals_the_modules(narrow, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))  # few large programs: the interpreter runs them one by one
     ids = torch.randint(90, (1, 6), generator=torch.Generator().manual_seed(1))
     embeddings = narrow.model.embed_tokens(ids)
     wanted = narrow.model(ids).last_hidden_state[0]

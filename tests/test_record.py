@@ -9,7 +9,7 @@ import torch
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
 from aqaa import cli
 from aqaa.config import BackboneConfig
-from aqaa.scale import kernels, plan, record
+from aqaa.scale import kernel_bench, kernels, plan, record
 from tests.conftest import tiny_config
 
 
@@ -22,13 +22,13 @@ def config():
 def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, monkeypatch):
     for name, value in {"QUESTION": 60, "TOKENS": 12, "ASKED": 0.5, "ANSWER": 60, "REPEATS": 1, "SPOKEN": 0.5}.items():
         monkeypatch.setattr(record, name, value)
-    monkeypatch.setattr(kernels, "TILE", (128, 64, 1))
+    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
     path = tmp_path / "run.json"
     bench, seen = record.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
     real = {}
     found = bench.record(path)
     assert list(json.loads(path.read_text()))[:2] == ["what", "date"]
-    for name in ("copy", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
+    for name in ("copy", "check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
         real[name] = getattr(bench, name)
 
         def measure(record, name=name):
@@ -44,7 +44,8 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     linear = plan.linear_bytes(config.backbone, "int4", 64)  # the rest is fp32 here and bf16 in the plan
     assert data["resident_bytes"] == 2 * plan.resident_bytes(config.backbone, "int4", 64) - linear
     assert data["copy_gb_per_s"] > 0 and data["kernels"] and data["layer_error"] < 1e-3
-    assert data["prefill"][0]["ids"] == 60 and data["prefill"][0]["seconds"] > 0
+    assert list(data["kernel_errors"]) == list(kernel_bench.CHECKS) and max(data["kernel_errors"].values()) < 1e-4
+    assert [point["ids"] for point in data["prefill"]] == [60, kernels.FEW] and data["prefill"][0]["seconds"] > 0
     assert [point["context"] for point in data["decode"]] == [16, 64]
     for point in data["decode"] + data["fp8"]["decode"]:
         assert point["tokens_per_s"] > 0 and point["step_ms"] > 0 and 0 < point["share_of_copy"] < 1
@@ -63,7 +64,7 @@ def test_bytes_of_a_step_are_those_of_the_planner(config):
 
 def test_a_fault_is_named_and_the_rest_still_measured(config, tmp_path, monkeypatch, capsys):
     bench = record.Bench(config, torch.device("cpu"), contexts=(16,))
-    for name in ("check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
+    for name in ("check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
         monkeypatch.setattr(bench, name, lambda record: None)
     monkeypatch.setattr(bench, "copy", lambda record: 1 / 0)
     monkeypatch.setattr(bench, "vocoder", lambda record: record.add(vocoder=1))
@@ -77,7 +78,7 @@ def test_random_weights_are_as_wide_as_they_should_be(config):
     for weights, group in (("int4", 64), ("int8", None), ("fp8", None)):
         model = record.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
         matrix = model.model.layers[1].mlp.down_proj.dequantized()
-        assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(record.STD, rel=0.1)
+        assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(kernel_bench.STD, rel=0.1)
 
 
 def test_the_command(monkeypatch, capsys):
