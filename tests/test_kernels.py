@@ -16,7 +16,7 @@ from aqaa.scale.decode import linear
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
     """Few large programs: the interpreter runs them one by one."""
-    monkeypatch.setattr(kernels, "TILE", (64, 32, 1, 1))
+    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
     monkeypatch.setattr(kernels, "SUMS", 1024)
 
 

@@ -23,6 +23,7 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     for name, value in {"QUESTION": 60, "TOKENS": 12, "ASKED": 0.5, "ANSWER": 60, "REPEATS": 1, "SPOKEN": 0.5}.items():
         monkeypatch.setattr(record, name, value)
     monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
+    monkeypatch.setattr(kernels, "SUMS", 1024)
     path = tmp_path / "run.json"
     bench, seen = record.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
     real = {}

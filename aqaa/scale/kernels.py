@@ -105,12 +105,8 @@ def _dot4(nibbles, digits, total):
 @jit
 def _word(word, at, total):
     """total + the products of a word's nibbles with its two planes of digits."""
-    if _ASM:
-        total = _dot4(word & 0x0F0F0F0F, tl.load(at)[None, :], total)
-        return _dot4((word >> 4) & 0x0F0F0F0F, tl.load(at + _BLOCK)[None, :], total)
-    i = tl.arange(0, 8)  # the interpreter's way, nibble by nibble
-    digit = (tl.load(at[:, None] + (i % 2 * _BLOCK)[None, :]) << (24 - i // 2 * 8)[None, :]) >> 24
-    return total + tl.sum(((word[:, :, None] >> (4 * i)[None, None, :]) & 15) * digit[None], 2)
+    total = _dot4(word & 0x0F0F0F0F, tl.load(at)[None, :], total)
+    return _dot4((word >> 4) & 0x0F0F0F0F, tl.load(at + _BLOCK)[None, :], total)
 
 
 @jit
@@ -121,10 +117,10 @@ def _product(
     """Rows of W x: BATCH times (ROWS,) fp32. words int32 (N, K/8), scale (N, K/GROUP), x: rows as of `pack`."""
     SHARE: tl.constexpr = GROUP // (8 * WORDS)
     PLANES: tl.constexpr = 2 * WORDS * DIGITS
-    size = tl.cdiv(n_runs, _BLOCK) * ((PLANES + 2) * _BLOCK)
+    size = (n_runs + _BLOCK - 1) // _BLOCK * ((PLANES + 2) * _BLOCK)
     words += row[:, None] * (n_runs * WORDS)
     scale += row[:, None] * (n_runs // SHARE)
-    sums = (tl.zeros((ROWS, RUNS), tl.float32),) * BATCH
+    sums = (tl.full((ROWS, RUNS), 0, tl.float32),) * BATCH
     for start in tl.range(0, n_runs, RUNS, num_stages=STAGES):
         run, spot = start + tl.arange(0, RUNS), start * WORDS + tl.arange(0, RUNS * WORDS)
         block = tl.load(
@@ -133,27 +129,35 @@ def _product(
         lot = start // SHARE + tl.arange(0, RUNS // SHARE)  # a group's scale is loaded once for its runs
         step = tl.load(scale + lot[None, :], mask=(lot < n_runs // SHARE)[None, :], other=0.0)
         step = tl.broadcast_to(step[:, :, None], (ROWS, RUNS // SHARE, SHARE)).reshape(ROWS, RUNS).to(tl.float32)
-        even, odd = tl.split(tl.reshape(block, (ROWS, RUNS, WORDS // 2, 2)))
+        block = tl.reshape(block, (ROWS, RUNS, WORDS // 2, 2))
         more = ()
         for i in tl.static_range(BATCH):
             item = tl.minimum(tl.program_id(1) * BATCH + i, n_items - 1)
             at = x + item * size + run // _BLOCK * ((PLANES + 2) * _BLOCK) + run % _BLOCK
-            total = tl.zeros((ROWS, RUNS), tl.int32)
+            total = tl.full((ROWS, RUNS), 0, tl.int32)
             for d in tl.static_range(DIGITS):
+                total <<= 8
                 if d == DIGITS - 1:
                     total += tl.load(at + PLANES * _BLOCK)[None, :]
-                if WORDS == 4:
+                place = at + (2 * WORDS * d) * _BLOCK
+                if not _ASM:  # the interpreter's way, nibble by nibble
+                    word, slot = tl.arange(0, WORDS)[:, None], tl.arange(0, 8)[None, :]
+                    digit = tl.load(place[:, None, None] + (word * 2 + slot % 2)[None] * _BLOCK)
+                    digit = (digit << (24 - slot // 2 * 8)[None]) >> 24
+                    nibble = (tl.reshape(block, (ROWS, RUNS, WORDS))[:, :, :, None] >> (4 * slot)[None, None]) & 15
+                    total += tl.sum(tl.reshape(nibble * digit[None], (ROWS, RUNS, 8 * WORDS)), 2)
+                elif WORDS == 4:
+                    even, odd = tl.split(block)
                     zero, two = tl.split(even)
                     one, three = tl.split(odd)
-                    total = _word(zero, at + (8 * d) * _BLOCK, total)
-                    total = _word(one, at + (8 * d + 2) * _BLOCK, total)
-                    total = _word(two, at + (8 * d + 4) * _BLOCK, total)
-                    total = _word(three, at + (8 * d + 6) * _BLOCK, total)
+                    total = _word(zero, place, total)
+                    total = _word(one, place + 2 * _BLOCK, total)
+                    total = _word(two, place + 4 * _BLOCK, total)
+                    total = _word(three, place + 6 * _BLOCK, total)
                 else:
-                    total = _word(tl.reshape(even, (ROWS, RUNS)), at + (4 * d) * _BLOCK, total)
-                    total = _word(tl.reshape(odd, (ROWS, RUNS)), at + (4 * d + 2) * _BLOCK, total)
-                if d < DIGITS - 1:
-                    total <<= 8
+                    zero, one = tl.split(tl.reshape(block, (ROWS, RUNS, 2)))
+                    total = _word(zero, place, total)
+                    total = _word(one, place + 2 * _BLOCK, total)
             factor = tl.load(at + (PLANES + 1) * _BLOCK).to(tl.float32, bitcast=True)
             more += (sums[i] + total.to(tl.float32) * (step * factor[None, :]),)
         sums = more
