@@ -1,6 +1,8 @@
 """The decode engine: the same answers as the plain loop, its int4 step against the modules, memory said beforehand."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -126,6 +128,22 @@ def test_kernels_come_and_go_with_the_engine(narrow):
         assert torch.equal(layer(x), wanted) and calls == [1]
     finally:
         kernels.product = product
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_engine_and_its_weights_go_with_the_last_name(narrow, fast):
+    """At once, not when the garbage collector finds them: on a GPU there is no room for two."""
+    model = copy.deepcopy(narrow)
+    engine = Engine(model, 8, fast)
+    alive = [weakref.ref(x) for x in (engine, engine.cache, model, model.model.layers[0].mlp.up_proj)]
+    gc.disable()
+    try:
+        del engine
+        assert [ref() is None for ref in alive] == [True, True, False, False]
+        del model
+        assert [ref() for ref in alive] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_too_little_memory_is_said_with_what_would_fit():

@@ -202,52 +202,79 @@ assert kernels.triton is None and not kernels.usable("cpu") and not kernels.usab
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-GPU = """
-import sys
+GPU = r"""
+import re
+import subprocess
+from pathlib import Path
+
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import triton
-from aqaa.scale import kernels
+
+from aqaa.scale import attention_kernels, kernels
 
 POINTERS = {"words": "*i32", "scale": "*bf16", "first": "*i64", "query": "*bf16", "keys": "*bf16", "values": "*bf16",
-            "norm": "*bf16", "weight": "*u8", "codes": "*u8", "x": "*bf16"}
-NUMBERS = {"n_rows", "n_out", "parts", "size", "n_query"}
+            "norm": "*bf16", "weight": "*u8"}
+NUMBERS = {"n_rows", "n_out", "n_runs", "n_items", "size", "n_query"}
+CUOBJDUMP = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
-def build(name, warps=4, **constants):
-    kernel = getattr(kernels, name)
-    types = {}
+def build(name, warps=4, types={}, **constants):
+    kernel = getattr(kernels, name, None) or getattr(attention_kernels, name)
+    kinds = {}
     for argument in kernel.arg_names:
         number = "i32" if argument in NUMBERS else "fp32" if argument == "eps" else None
-        types[argument] = "constexpr" if argument in constants else number or POINTERS.get(argument, "*fp32")
-    if name == "_attend":
-        types["scale"] = "fp32"
-    elif name == "_unpack":
-        types["out"] = "*bf16"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+        kind = types.get(argument) or number or POINTERS.get(argument, "*fp32")
+        kinds[argument] = "constexpr" if argument in constants else kind
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (argument, kind) in enumerate(kinds.items())
+               if kind[0] == "*" or kind == "i32" and argument not in ("n_items", "n_query")}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    Path("kernel.cubin").write_bytes(built.asm["cubin"])
+    usage = subprocess.check_output([CUOBJDUMP, "-res-usage", "kernel.cubin"], stderr=subprocess.STDOUT, text=True)
+    assert "STACK:0 " in usage and "LOCAL:0 " in usage, (name, constants, usage)
+    return built
 
-wide = {"SIZE": 12288, "GROUP": 128, "ROWS": 8, "UNITS": 128, "warps": 1}
-build("_heads", PARTS=2048, HEADS=8, WIDTH=128, **wide)
-build("_heads", PARTS=1, parts=1, HEADS=8, WIDTH=128, **wide)  # the first layer: Triton makes a 1 a constant
-build("_heads", PARTS=0, parts=0, HEADS=0, WIDTH=1, first=None, **wide)
-build("_gated", PARTS=2048, **wide)
-ptx = build("_added", **wide)
+def loop():
+    text = subprocess.check_output([CUOBJDUMP, "-sass", "kernel.cubin"], text=True)
+    code = {int(at, 16): line for at, line in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)}
+    back = {(int(m[1], 16), at) for at, line in code.items() if (m := re.search(r"BRA.*?0x([0-9a-f]+)", line))}
+    start, end = max((pair for pair in back if pair[0] < pair[1]), key=lambda pair: pair[1] - pair[0])
+    return [line for at, line in code.items() if start <= at <= end]
+
+def product(name, tile, most, batch=1, **others):
+    rows, runs, warps, stages = tile
+    single = {"n_items": 1} if batch == 1 else {}  # Triton makes a 1 a constant
+    types = {"x": "*i32", "out": "*bf16" if name == "_heads" else "*fp32"}
+    built = build(name, warps, types, GROUP=128, ROWS=rows, RUNS=runs, BATCH=batch, WORDS=4, DIGITS=kernels.DIGITS,
+                  STAGES=stages, **single, **others)
+    a_weight = len(loop()) / (rows * runs // warps)  # a lane multiplies 32 weights of each of its runs
+    assert a_weight <= most, f"{name} {tile} for {batch} rows: {a_weight:.2f} instructions a weight, at most {most}"
+    return built.asm["ptx"]
+
+for tile in kernels.CANDIDATES:
+    product("_added", tile, 2)
+ptx = product("_gated", kernels.TILE, 1.6)
 assert ptx.count("evict_first.L2::cache_hint.v4.b32") == 8, "weights are read 16 bytes a thread"
-assert ptx.count("bar.sync") <= 2, "nothing goes through shared memory while weights are multiplied"
-build("_attend", n_query=1, GROUPS=8, RATIO=12, WIDTH=128, ROWS=16, KEYS=32, SPLITS=32)
-build("_attend", GROUPS=8, RATIO=12, WIDTH=128, ROWS=64, KEYS=32, SPLITS=1)
-build("_combine", HEADS=96, WIDTH=128, SPLITS=32, SPREAD=True)
-build("_bytes", SIZE=12288, FP8=True, ROWS=4, COLUMNS=512, warps=1)
-build("_unpack", SIZE=12288, GROUP=128, ROWS=4, COLUMNS=256)
+product("_heads", kernels.TILE, 1.6, HEADS=8, WIDTH=128)
+product("_heads", kernels.TILE, 4, batch=4, HEADS=0, WIDTH=1, first=None)
+product("_heads", (4, *kernels.TILE[1:]), 8, batch=8, HEADS=0, WIDTH=1, first=None)  # one read for eight rows
+for x in ("*fp32", "*bf16"):
+    build("_pack", 8, {"x": x, "out": "*i32"}, NORM=x == "*fp32", WORDS=4, DIGITS=2, LIMIT=32639.0, COLUMNS=16384)
+types = {"scale": "fp32"}
+build("_attend", types=types, n_query=1, GROUPS=8, RATIO=12, WIDTH=128, ROWS=16, KEYS=32, SPLITS=32)
+build("_attend", types=types, GROUPS=8, RATIO=12, WIDTH=128, ROWS=64, KEYS=32, SPLITS=1)
+build("_combine", WIDTH=128, SPLITS=32)
+build("_bytes", 1, {"x": "*bf16"}, SIZE=12288, FP8=True, ROWS=4, COLUMNS=512)
+build("_unpack", types={"out": "*bf16"}, SIZE=12288, GROUP=128, ROWS=4, WIDE=1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the compiler comes with triton, which is made for Linux")
 def test_every_kernel_compiles_for_a_gpu_at_the_published_sizes(tmp_path):
-    """Down to PTX for an H100 or H200; no GPU is needed for that."""
+    """Down to the instructions of an H100 or H200, which are counted; no GPU is needed for that."""
     import os
 
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", GPU], env=env, capture_output=True, text=True)
+    paths = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {**os.environ, "TRITON_INTERPRET": "0", **paths}
+    result = subprocess.run([sys.executable, "-c", GPU], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

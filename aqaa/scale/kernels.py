@@ -247,19 +247,18 @@ def _bytes(
 
 
 @jit
-def _unpack(
-    codes, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """int4 weights written out: (N, SIZE) in the dtype of `out`."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    byte = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    mask = (row < n_rows) & (byte < SIZE // 2)
-    code = tl.load(codes + row * (SIZE // 2) + byte, mask=mask, other=0).to(tl.int32)
-    step = tl.load(scale + row * (SIZE // GROUP) + byte * 2 // GROUP, mask=mask, other=0.0).to(tl.float32)
-    both = tl.join(((code & 15) - 8).to(tl.float32) * step, ((code >> 4) - 8).to(tl.float32) * step)
-    k = (tl.program_id(1) * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS))[None, :]
-    whole = tl.reshape(both, (ROWS, 2 * COLUMNS)).to(out.dtype.element_ty)
-    tl.store(out + row * SIZE + k, whole, mask=(row < n_rows) & (k < SIZE))
+def _unpack(words, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """int4 weights written out: (N, SIZE) in the dtype of `out`, WIDE inputs of ROWS rows a program."""
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n_rows - 1)[:, None].to(tl.int64)
+    start = tl.program_id(1) * WIDE
+    at, slot = start // 8 + tl.arange(0, WIDE // 8)[None, :], 4 * tl.arange(0, 8)[None, None, :]
+    word = tl.load(words + row * (SIZE // 8) + at, mask=at < SIZE // 8, other=0)
+    lot = start // GROUP + tl.arange(0, WIDE // GROUP)[None, :]
+    step = tl.load(scale + row * (SIZE // GROUP) + lot, mask=lot < SIZE // GROUP, other=0.0).to(tl.float32)
+    code = (((word[:, :, None] >> slot) & 15) - 8).to(tl.float32)
+    y = tl.reshape(code, (ROWS, WIDE // GROUP, GROUP)) * step[:, :, None]
+    k = start + tl.arange(0, WIDE)[None, :]
+    tl.store(out + row * SIZE + k, tl.reshape(y, (ROWS, WIDE)).to(out.dtype.element_ty), mask=k < SIZE)
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -358,8 +357,10 @@ def unpack(layer, dtype=torch.bfloat16):
     """W (N, K) of an Int4Linear in `dtype`, as its `dequantized`."""
     n, k = layer.out_features, layer.in_features
     out = torch.empty(n, k, dtype=dtype, device=layer.qweight.device)
-    grid = (triton.cdiv(n, 4), triton.cdiv(k // 2, 256))
-    _unpack[grid](layer.qweight, layer.scale, out, n, SIZE=k, GROUP=layer.group, ROWS=4, COLUMNS=256)
+    wide = max(1024, layer.group)
+    grid = (triton.cdiv(n, 4), triton.cdiv(k, wide))
+    words = layer.qweight.view(torch.int32)
+    _unpack[grid](words, layer.scale, out, n, SIZE=k, GROUP=layer.group, ROWS=4, WIDE=wide)
     return out
 
 
