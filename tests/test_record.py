@@ -55,6 +55,35 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     assert "copy_gb_per_s" in seen["check_layer"] and "decode" in seen["vocoder"] and "ask" in seen["fp8"]
 
 
+def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkeypatch):
+    class Pool:  # the interpreter cannot run two kernels at a time
+        __init__ = lambda self, workers: None  # noqa: E731
+        __enter__, __exit__, map = (lambda self: self), (lambda *_: None), staticmethod(map)
+
+    good, broken = [(128, 32, 1, 1), (128, 16, 1, 1)], (128, 32, 1, 9)
+    monkeypatch.setattr(kernels, "CANDIDATES", (broken, *good))
+    monkeypatch.setattr(kernels, "SUMS", 1024)
+    monkeypatch.setattr(kernels, "TILES", {})
+    monkeypatch.setattr(kernel_bench, "ThreadPoolExecutor", Pool)
+    bench = record.Bench(config, torch.device("cpu"), contexts=(16,), fast=True)
+    bench.build("int4", 64, record.Record(None, {}))
+
+    def seconds(launch, layers):
+        launch(layers[0])
+        if broken in kernels.TILES.values():
+            raise MemoryError("shared")
+        return 1e-3 if good[0] in kernels.TILES.values() else 1e-6
+
+    with torch.inference_mode():
+        found = kernel_bench.tune(bench.engine, 2, seconds)
+        others = kernel_bench.others(bench.engine, lambda launch, layers: launch(layers[0]) is None or 1e-6)
+    rates = {name: value for name, value in found.items() if isinstance(value, dict)}
+    assert list(rates) == ["heads 128 to 192", "added 128 to 128", "gated 128 to 384", "added 192 to 128"]
+    assert all(set(rate["tiles"]) == {"128 32 1 1", "128 16 1 1"} and rate["gb_per_s"] > 0 for rate in rates.values())
+    assert rates["heads 128 to 192"]["tile"] == good[1] and "MemoryError: shared" in found["gated (128, 32, 1, 9)"]
+    assert set(kernels.TILES.values()) == {good[1]} and min(others.values()) == 1
+
+
 def test_bytes_of_a_step_are_those_of_the_planner(config):
     bench, backbone = record.Bench(config, torch.device("cpu"), contexts=(16,)), config.backbone
     bench.build("int4", 64, record.Record(None, {}))

@@ -154,7 +154,7 @@ def tune(engine, layers, seconds):
     return found
 
 
-def others(engine, backbone, seconds):
+def others(engine, seconds):
     """Microseconds of the kernels that read no weights, with the context of the engine's cache, and of `unpack`."""
     fused, (keys, values) = engine.fused, (engine.cache.keys[0], engine.cache.values[0])
     heads, _, both, down, norm, _ = fused.layers[0]

@@ -31,7 +31,7 @@ DIGITS = 2  # bytes of an activation
 BLOCK = 32  # runs of packed activations that lie together, a thread each
 TILES = {}  # (kernel, outputs, inputs) -> (rows, runs, warps, stages) of a program, where `tune` has found what is best
 TILE = (8, 32, 1, 1)  # a run of 16 bytes a thread in each row: nothing passes through shared memory
-CANDIDATES = (TILE, (4, 32, 1, 1), (16, 32, 2, 1), (8, 32, 1, 4), (8, 64, 2, 3), (4, 64, 2, 1))
+CANDIDATES = (TILE, (4, 32, 1, 1), (8, 64, 2, 1), (4, 128, 4, 1), (8, 32, 1, 4), (8, 64, 2, 3))
 
 
 def jit(function):

@@ -214,7 +214,7 @@ class Bench:
         """The best tile of each int4 kernel, and the bandwidth that it reaches alone, over several layers' weights."""
         if self.gpu and self.engine.fused:
             record.add(kernel_rates=kernel_bench.tune(self.engine, TUNED, self.time_graph))
-            record.add(kernel_us=kernel_bench.others(self.engine, self.config.backbone, self.time_graph))
+            record.add(kernel_us=kernel_bench.others(self.engine, self.time_graph))
 
     def time_graph(self, launch, layers):
         """Seconds of launch(layer) within a CUDA graph of all of them."""
