@@ -24,6 +24,7 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
         monkeypatch.setattr(record, name, value)
     monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
     monkeypatch.setattr(kernels, "SUMS", 1024)
+    monkeypatch.setattr(kernels, "CANDIDATES", ((128, 32, 1, 1), (64, 8, 1, 1)))
     path = tmp_path / "run.json"
     bench, seen = record.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
     real = {}

@@ -1,5 +1,6 @@
 """Kernels one at a time, at the model's sizes: each against fp64, and how fast each tile reads its weights."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -72,6 +73,16 @@ class Checks:
         wanted = stream.double() + x.double() @ layer.dequantized(torch.float64).T
         return kernels.added(kernels.Rows(layer), kernels.pack(x, self.group), stream), wanted, self.fine
 
+    def tiles(self):
+        """`added` by every tile that `tune` may choose."""
+        key, found = ("added", ROWS, self.backbone.intermediate_size), []
+        for tile in kernels.CANDIDATES:
+            kernels.TILES[key] = tile
+            got, wanted, limit = self.added()
+            found.append(got.double() - wanted)
+        del kernels.TILES[key]
+        return torch.cat(found) + wanted, wanted, limit
+
     def attend(self, queries=1):
         heads, groups = self.backbone.num_attention_heads, self.backbone.num_attention_groups
         query = self.noise(1, queries, heads, self.width, dtype=self.dtype)
@@ -98,7 +109,7 @@ class Checks:
         return self.int8(Fp8Linear)
 
 
-CHECKS = ("heads", "few", "gated", "added", "attend", "prompt", "unpack", "int8", "fp8")
+CHECKS = ("heads", "few", "gated", "added", "tiles", "attend", "prompt", "unpack", "int8", "fp8")
 
 
 def errors(backbone, group, device, dtype):
@@ -107,8 +118,8 @@ def errors(backbone, group, device, dtype):
     for name in CHECKS:
         try:
             got, wanted, limit = getattr(checks, name)()
-            found[name] = ((got.double() - wanted.double()).abs().max() / wanted.abs().max()).item()
-            good = found[name] <= limit
+            error = ((got.double() - wanted.double()).abs().max() / wanted.abs().max()).item()
+            found[name], good = error if math.isfinite(error) else str(error), error <= limit
         except Exception as fault:  # a kernel that does not compile must not hide the others
             found[name], good = f"{type(fault).__name__}: {fault}"[:300], False
         failed += [] if good else [name]

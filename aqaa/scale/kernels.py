@@ -122,7 +122,8 @@ def _product(
     scale += row[:, None] * (n_runs // SHARE)
     sums = (tl.full((ROWS, RUNS), 0, tl.float32),) * BATCH
     for start in tl.range(0, n_runs, RUNS, num_stages=STAGES):
-        run, spot = start + tl.arange(0, RUNS), start * WORDS + tl.arange(0, RUNS * WORDS)
+        spot = start * WORDS + tl.arange(0, RUNS * WORDS)
+        run = tl.minimum(start + tl.arange(0, RUNS), n_runs - 1)  # behind the last, weights and scales are zero
         block = tl.load(
             words + spot[None, :], mask=(spot < n_runs * WORDS)[None, :], other=0, eviction_policy="evict_first"
         )
