@@ -164,12 +164,12 @@ class Fused:
 def linear(layer, x):
     """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: its `product`; its `forward` without one is their twin.
 
-    Up to FEW rows weights are multiplied as they are read; for more they are unpacked, once, for an ordinary product.
+    Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; for more they are unpacked, once, for an ordinary product.
     """
     flat, int4 = x.reshape(-1, x.shape[-1]), kernels.fits(layer)
     if not int4 and (layer.name == "int4" or layer.scale.shape[1] > 1):
         return F.linear(x, layer.dequantized(x.dtype))  # groups that the kernels do not know
-    if len(flat) <= kernels.FEW:
+    if len(flat) <= (kernels.FEW if int4 else kernels.FEW_BYTES):
         out = x.new_empty(len(flat), layer.out_features)
         if int4:
             kernels.product(kernels.Rows(layer), kernels.pack(flat.contiguous(), layer.group), out)

@@ -25,6 +25,7 @@ except ImportError:  # not made for this system
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW = 16  # rows of activations up to which weights are multiplied as they are unpacked; beyond, unpacking pays once
+FEW_BYTES = 8  # the same for weights of a byte, which every row of activations reads anew
 AT_ONCE = 8  # rows of activations that one program multiplies by the weights it reads
 SUMS = 32  # outputs times rows of activations of a program: sums that each thread keeps
 DIGITS = 2  # bytes of an activation
@@ -366,7 +367,7 @@ def unpack(layer, dtype=torch.bfloat16):
 
 
 def product_bytes(layer, x, out):
-    """out (B, N) = W x for an Int8Linear or Fp8Linear and x (B, K), contiguous, B ≤ FEW."""
+    """out (B, N) = W x for an Int8Linear or Fp8Linear and x (B, K), contiguous, B ≤ FEW_BYTES."""
     _bytes[triton.cdiv(layer.out_features, 4), len(x)](
         layer.qweight, layer.scale, x, out, layer.out_features, SIZE=layer.in_features, FP8=layer.name == "fp8",
         ROWS=4, COLUMNS=512, num_warps=1,
