@@ -164,7 +164,7 @@ class Fused:
 def linear(layer, x):
     """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: its `product`; its `forward` without one is their twin.
 
-    Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; for more they are unpacked, once, for an ordinary product.
+    Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; for more they are unpacked once.
     """
     flat, int4 = x.reshape(-1, x.shape[-1]), kernels.fits(layer)
     if not int4 and (layer.name == "int4" or layer.scale.shape[1] > 1):
