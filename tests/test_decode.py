@@ -1,6 +1,8 @@
 """The decode engine: the same answers as the plain loop, its int4 step against the modules, memory said beforehand."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from aqaa.backbone.generation import generate
 from aqaa.backbone.quantized import Int4Linear, linears, put
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import BackboneConfig
-from aqaa.scale import kernels
-from aqaa.scale.decode import CHUNK, Engine, check_room
+from aqaa.scale import decode, kernels
+from aqaa.scale.decode import Engine, check_room
 from aqaa.tokenizers.interleave import LAYOUTS
 
 LAYOUT = LAYOUTS["ratio_10_15"]
@@ -68,11 +70,15 @@ def test_a_prompt_that_grows_is_read_once_and_a_new_one_afresh(mini, engine, mon
 
 
 @torch.inference_mode()
-def test_long_prompts_are_read_in_parts_and_room_is_kept(mini, engine):
-    ids = torch.tensor([prompt(mini, CHUNK + 30)])
+def test_long_prompts_are_read_in_parts_of_about_one_size_and_room_is_kept(mini, engine, monkeypatch):
+    rows, run = [], engine.run
+    monkeypatch.setattr(decode, "CHUNK", 200)
+    monkeypatch.setattr(engine, "run", lambda x: rows.append(len(x)) or run(x))
+    ids = torch.tensor([prompt(mini, 500)])
     wanted = mini.backbone.model(ids).last_hidden_state[:, -1]
     engine.cache.length = 0
     assert (engine.feed(mini.backbone.model.embed_tokens(ids)) - wanted).abs().max() < 1e-3
+    assert len(rows) == 3 and max(rows) - min(rows) <= 2
     with pytest.raises(ValueError, match="do not fit the 700 slots"):
         engine.feed(mini.backbone.model.embed_tokens(ids))
     with pytest.raises(ValueError, match="takes 1 to 699"):
@@ -96,8 +102,9 @@ def narrow():
 
 
 @torch.inference_mode()
-def test_the_step_of_six_kernels_equals_the_modules(narrow, monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", (128, 64, 1))  # few large programs: the interpreter runs them one by one
+def test_the_step_of_ten_kernels_equals_the_modules(narrow, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))  # few large programs: the interpreter runs them one by one
+    monkeypatch.setattr(kernels, "SUMS", 1024)
     ids = torch.randint(90, (1, 6), generator=torch.Generator().manual_seed(1))
     embeddings = narrow.model.embed_tokens(ids)
     wanted = narrow.model(ids).last_hidden_state[0]
@@ -121,6 +128,22 @@ def test_kernels_come_and_go_with_the_engine(narrow):
         assert torch.equal(layer(x), wanted) and calls == [1]
     finally:
         kernels.product = product
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_engine_and_its_weights_go_with_the_last_name(narrow, fast):
+    """At once, not when the garbage collector finds them: on a GPU there is no room for two."""
+    model = copy.deepcopy(narrow)
+    engine = Engine(model, 8, fast)
+    alive = [weakref.ref(x) for x in (engine, engine.cache, model, model.model.layers[0].mlp.up_proj)]
+    gc.disable()
+    try:
+        del engine
+        assert [ref() is None for ref in alive] == [True, True, False, False]
+        del model
+        assert [ref() for ref in alive] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_too_little_memory_is_said_with_what_would_fit():

@@ -1,6 +1,5 @@
 """Each kernel, run by Triton's interpreter on the CPU, against its twin in plain torch."""
 
-import math
 import subprocess
 import sys
 
@@ -10,8 +9,21 @@ import torch
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
 from aqaa.backbone.attention import slopes
 from aqaa.backbone.quantized import Fp8Linear, Int4Linear, Int8Linear
-from aqaa.scale import kernels
+from aqaa.scale import attention_kernels, kernels
 from aqaa.scale.decode import linear
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """Few large programs: the interpreter runs them one by one."""
+    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
+    monkeypatch.setattr(kernels, "SUMS", 1024)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Activations of three digits: as good as fp32."""
+    monkeypatch.setattr(kernels, "DIGITS", 3)
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -40,23 +52,24 @@ def attention_inputs(batch, n_query, heads, groups, width, size, first, dtype=to
 )
 def test_attention(sizes, splits):
     inputs = attention_inputs(*sizes)
-    close(kernels.attend(*inputs, splits=splits), kernels.attend_eager(*inputs))
+    close(attention_kernels.attend(*inputs, splits=splits), attention_kernels.attend_eager(*inputs))
 
 
-def test_attention_in_half_precision_and_spread_for_the_next_product():
+def test_attention_in_half_precision_and_in_fp32_for_the_next_product():
     inputs = attention_inputs(2, 1, 12, 2, 16, 90, 77, dtype=torch.float16)
-    wanted = kernels.attend_eager(*(x.float() if x.is_floating_point() else x for x in inputs[:-1]), inputs[-1])
-    close(kernels.attend(*inputs).float(), wanted, 2e-3)
+    wide = (x.float() if x.is_floating_point() else x for x in inputs[:-1])
+    wanted = attention_kernels.attend_eager(*wide, inputs[-1])
+    close(attention_kernels.attend(*inputs).float(), wanted, 2e-3)
     out = torch.empty(2, 12 * 16)
-    kernels.attend(*inputs, out=out)
-    close(out, kernels.spread(wanted.reshape(2, -1)), 2e-3)
+    attention_kernels.attend(*inputs, out=out)
+    close(out, wanted.reshape(2, -1), 2e-3)
 
 
 def test_attention_sees_nothing_beyond_the_newest_id():
     query, keys, values, *others = attention_inputs(1, 3, 12, 1, 16, 64, 20)
-    before = kernels.attend(query, keys, values, *others)
+    before = attention_kernels.attend(query, keys, values, *others)
     keys[:, :, 23:], values[:, :, 23:] = torch.nan, torch.nan
-    assert torch.equal(kernels.attend(query, keys, values, *others), before)
+    assert torch.equal(attention_kernels.attend(query, keys, values, *others), before)
 
 
 def test_the_bias_is_exact_at_a_distance_of_32_thousand():
@@ -64,24 +77,43 @@ def test_the_bias_is_exact_at_a_distance_of_32_thousand():
     size = 32_768
     query, keys = torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, size, 16)
     values, slope = noise(1, 1, size, 16), torch.tensor([0.917, 0.0039063])
-    out = kernels.attend(query, keys, values, slope, torch.tensor([size - 1]), 0.25, splits=4)
+    out = attention_kernels.attend(query, keys, values, slope, torch.tensor([size - 1]), 0.25, splits=4)
     distance = torch.arange(size - 1, -1, -1, dtype=torch.float64)
     for head, value in enumerate(slope.double()):
         weights = (-value * distance.sqrt()).softmax(0)
         close(out[0, 0, head].double(), weights @ values[0, 0].double(), 2e-6)
 
 
-def test_spread_loses_nothing():
-    x = noise(3, 64)
-    planes = kernels.spread(x).unflatten(-1, (8, 8))
-    factors = torch.tensor([16.0 ** (i if i < 5 else i - 5) for i in range(8)])
-    assert torch.equal((planes * factors[:, None]).mT.flatten(-2), x)
+def unpacked(packed, group, size):
+    """What `pack` made of activations: (B, K), by its docstring."""
+    run, (batch, blocks) = min(32, group), packed.shape[:2]
+    digits = (packed.shape[2] - 2) * 4 // run
+    planes = packed.view(torch.int8).view(batch, blocks, -1, kernels.BLOCK, 4)  # bytes
+    codes = sum(planes[:, :, : -2].unflatten(2, (digits, run // 8, 2))[:, :, d].double() * 256 ** (digits - 1 - d)
+                for d in range(digits))  # fmt: skip
+    codes = codes.permute(0, 1, 4, 2, 5, 3).flatten(3)  # batch, block, run; word, byte, even or odd
+    assert torch.equal(packed[:, :, -2].double(), -8 * codes.sum(-1))
+    return (codes * packed[:, :, -1].view(torch.float32)[..., None]).flatten(1)[:, :size]
+
+
+@pytest.mark.parametrize("size, group", [(64, 16), (1088, 32), (1280, 128)])
+@pytest.mark.parametrize("digits, step", [(2, 1 / 65_000), (3, 1 / 4e6)])
+def test_packed_activations_are_as_exact_as_their_digits(size, group, digits, step, monkeypatch):
+    monkeypatch.setattr(kernels, "DIGITS", digits)
+    x = noise(3, size) * 10 ** noise(3, size, seed=1)  # large values beside small ones
+    x[1, : size // 2] = 0
+    largest = x.unflatten(1, (-1, min(32, group))).abs().amax(-1, keepdim=True).expand(-1, -1, min(32, group))
+    error = (unpacked(kernels.pack(x, group), group, size) - x).abs()
+    assert (error <= 1.01 * step * largest.flatten(1)).all()
+    norm = 1 + noise(size, seed=2) / 9
+    wanted = torch.nn.functional.rms_norm(x, (size,), norm, 1e-5)
+    close(unpacked(kernels.pack(x, group, norm, 1e-5), group, size), wanted, 2 * step)
 
 
 @pytest.mark.parametrize("outputs, inputs, group, batch", [
-    (70, 256, 64, 1), (33, 384, 128, 3), (17, 640, 128, 8), (16, 32, 16, 2), (9, 1152, 128, 1),
+    (70, 256, 64, 1), (33, 384, 128, 3), (17, 640, 128, 8), (16, 32, 16, 2), (9, 1152, 128, 1), (12, 1056, 32, 13),
 ])  # fmt: skip
-def test_int4_product(outputs, inputs, group, batch):
+def test_int4_product(outputs, inputs, group, batch, exact):
     layer, x = Int4Linear.from_weights(noise(outputs, inputs), group), noise(batch, inputs, seed=1)
     close(linear(layer, x), layer(x))
     more = noise(kernels.FEW + 1, inputs, seed=2)
@@ -89,13 +121,22 @@ def test_int4_product(outputs, inputs, group, batch):
     assert torch.equal(kernels.unpack(layer, torch.float32), layer.dequantized())
 
 
-def test_every_code_and_every_tile():
+@pytest.mark.parametrize("outputs, inputs, group, batch", [(40, 512, 128, 1), (40, 1024, 32, 2), (24, 192, 64, 5)])
+def test_two_digits_are_far_finer_than_the_bf16_of_the_model(outputs, inputs, group, batch):
+    layer, x = Int4Linear.from_weights(noise(outputs, inputs), group), noise(batch, inputs, seed=1)
+    wanted = x.double() @ layer.dequantized(torch.float64).T
+    close(linear(layer, x).double(), wanted, 1e-4)
+    x[:, 7] *= 1000  # an input that stands out
+    close(linear(layer, x).double(), x.double() @ layer.dequantized(torch.float64).T, 1e-4)
+
+
+def test_every_code_and_every_tile(exact):
     layer = Int4Linear(128, 8, 16)
     layer.qweight.copy_(torch.arange(512).remainder(256).view(8, 64))
     layer.scale.copy_(noise(8, 8))
     x = noise(1, 128)
     try:
-        for tile in kernels.CANDIDATES:
+        for tile in (*kernels.CANDIDATES, kernels.TILE):
             kernels.TILES["heads", 8, 128] = tile
             close(linear(layer, x), layer(x))
     finally:
@@ -115,37 +156,32 @@ def test_products_with_weights_of_a_byte(cls, batch):
         close(torch.cat([linear(layer, row) for row in x.split(8)]), layer(x), 0)
 
 
-def test_query_key_and_value_in_one_launch():
+def test_query_key_and_value_in_one_launch(exact):
     group, inputs, (heads, groups, width) = 16, 64, (4, 2, 8)
     layers = [Int4Linear.from_weights(noise(n, inputs, seed=n), group) for n in (heads * width, 16, 16)]
     alone = [layer.dequantized() for layer in layers]
     rows = kernels.Rows(*layers)
     assert all(torch.equal(layer.dequantized(), one) for layer, one in zip(layers, alone))  # views still work
     x, norm, cache = noise(2, inputs), 1 + noise(inputs) / 9, [torch.zeros(2, groups, 5, width) for _ in range(2)]
-    squares = x.square().unflatten(1, (4, 16)).sum(-1)
-    out = kernels.product(rows, kernels.spread(x * norm), torch.empty(2, heads * width), squares, 1e-5, cache,
-                          torch.tensor([3]))  # fmt: skip
+    packed = kernels.pack(x, group, norm, 1e-5)
+    out = kernels.product(rows, packed, torch.empty(2, heads * width), cache, torch.tensor([3]))
     y = torch.nn.functional.rms_norm(x, (inputs,), norm, 1e-5)
     for found, weight in zip((out, cache[0][:, :, 3].flatten(1), cache[1][:, :, 3].flatten(1)), alone):
         close(found, y @ weight.T)
     assert not cache[0][:, :, [0, 1, 2, 4]].any() and not cache[1][:, :, [0, 1, 2, 4]].any()
 
 
-def test_gate_and_up_with_their_product_and_the_sum_with_the_residual_stream():
+def test_gate_and_up_with_their_product_and_the_sum_with_the_residual_stream(exact):
     sizes = ((48, 64), (48, 64), (64, 48))
     gate, up, down = (Int4Linear.from_weights(noise(*size, seed=i) / 8, 16) for i, size in enumerate(sizes))
     x = noise(2, 64)
     wanted = torch.nn.functional.silu(gate(x)) * up(x)
-    squares = torch.full((2, 1), 64.0)  # an RMS of one
-    inner = kernels.gated(kernels.Rows(gate, up), kernels.spread(x), squares, 0.0, torch.empty(2, 48))
-    close(inner, kernels.spread(wanted))
-    stream, norm, out = noise(2, 64, seed=5), noise(64, seed=6), torch.empty(2, 64)
+    inner = kernels.gated(kernels.Rows(gate, up), kernels.pack(x, 16), torch.empty(2, 48))
+    close(inner, wanted)
+    stream = noise(2, 64, seed=5)
     total = stream + down(wanted)
-    squares = kernels.added(kernels.Rows(down), inner, stream, norm, out)
+    kernels.added(kernels.Rows(down), kernels.pack(inner, 16), stream)
     close(stream, total)
-    close(out, kernels.spread(total * norm))
-    close(squares.sum(1), total.square().sum(1))
-    assert squares.shape == (2, math.ceil(64 / kernels.TILE[0]))
 
 
 def test_layers_that_do_not_fit():
@@ -166,52 +202,79 @@ assert kernels.triton is None and not kernels.usable("cpu") and not kernels.usab
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-GPU = """
-import sys
+GPU = r"""
+import re
+import subprocess
+from pathlib import Path
+
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import triton
-from aqaa.scale import kernels
+
+from aqaa.scale import attention_kernels, kernels
 
 POINTERS = {"words": "*i32", "scale": "*bf16", "first": "*i64", "query": "*bf16", "keys": "*bf16", "values": "*bf16",
-            "norm": "*bf16", "weight": "*u8", "codes": "*u8", "x": "*bf16"}
-NUMBERS = {"n_rows", "n_out", "parts", "size", "n_query"}
+            "norm": "*bf16", "weight": "*u8"}
+NUMBERS = {"n_rows", "n_out", "n_runs", "n_items", "size", "n_query"}
+CUOBJDUMP = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
-def build(name, warps=4, **constants):
-    kernel = getattr(kernels, name)
-    types = {}
+def build(name, warps=4, types={}, **constants):
+    kernel = getattr(kernels, name, None) or getattr(attention_kernels, name)
+    kinds = {}
     for argument in kernel.arg_names:
         number = "i32" if argument in NUMBERS else "fp32" if argument == "eps" else None
-        types[argument] = "constexpr" if argument in constants else number or POINTERS.get(argument, "*fp32")
-    if name == "_attend":
-        types["scale"] = "fp32"
-    elif name == "_unpack":
-        types["out"] = "*bf16"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+        kind = types.get(argument) or number or POINTERS.get(argument, "*fp32")
+        kinds[argument] = "constexpr" if argument in constants else kind
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (argument, kind) in enumerate(kinds.items())
+               if kind[0] == "*" or kind == "i32" and argument not in ("n_items", "n_query")}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    Path("kernel.cubin").write_bytes(built.asm["cubin"])
+    usage = subprocess.check_output([CUOBJDUMP, "-res-usage", "kernel.cubin"], stderr=subprocess.STDOUT, text=True)
+    assert "STACK:0 " in usage and "LOCAL:0 " in usage, (name, constants, usage)
+    return built
 
-wide = {"SIZE": 12288, "GROUP": 128, "ROWS": 8, "UNITS": 128, "warps": 1}
-build("_heads", PARTS=2048, HEADS=8, WIDTH=128, **wide)
-build("_heads", PARTS=1, parts=1, HEADS=8, WIDTH=128, **wide)  # the first layer: Triton makes a 1 a constant
-build("_heads", PARTS=0, parts=0, HEADS=0, WIDTH=1, first=None, **wide)
-build("_gated", PARTS=2048, **wide)
-ptx = build("_added", **wide)
+def loop():
+    text = subprocess.check_output([CUOBJDUMP, "-sass", "kernel.cubin"], text=True)
+    code = {int(at, 16): line for at, line in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)}
+    back = {(int(m[1], 16), at) for at, line in code.items() if (m := re.search(r"BRA.*?0x([0-9a-f]+)", line))}
+    start, end = max((pair for pair in back if pair[0] < pair[1]), key=lambda pair: pair[1] - pair[0])
+    return [line for at, line in code.items() if start <= at <= end]
+
+def product(name, tile, most, batch=1, **others):
+    rows, runs, warps, stages = tile
+    single = {"n_items": 1} if batch == 1 else {}  # Triton makes a 1 a constant
+    types = {"x": "*i32", "out": "*bf16" if name == "_heads" else "*fp32"}
+    built = build(name, warps, types, GROUP=128, ROWS=rows, RUNS=runs, BATCH=batch, WORDS=4, DIGITS=kernels.DIGITS,
+                  STAGES=stages, **single, **others)
+    a_weight = len(loop()) / (rows * runs // warps)  # a lane multiplies 32 weights of each of its runs
+    assert a_weight <= most, f"{name} {tile} for {batch} rows: {a_weight:.2f} instructions a weight, at most {most}"
+    return built.asm["ptx"]
+
+for tile in kernels.CANDIDATES:
+    product("_added", tile, 2)
+ptx = product("_gated", kernels.TILE, 1.6)
 assert ptx.count("evict_first.L2::cache_hint.v4.b32") == 8, "weights are read 16 bytes a thread"
-assert ptx.count("bar.sync") <= 2, "nothing goes through shared memory while weights are multiplied"
-build("_attend", n_query=1, GROUPS=8, RATIO=12, WIDTH=128, ROWS=16, KEYS=32, SPLITS=32)
-build("_attend", GROUPS=8, RATIO=12, WIDTH=128, ROWS=64, KEYS=32, SPLITS=1)
-build("_combine", HEADS=96, WIDTH=128, SPLITS=32, SPREAD=True)
-build("_bytes", SIZE=12288, FP8=True, ROWS=4, COLUMNS=512, warps=1)
-build("_unpack", SIZE=12288, GROUP=128, ROWS=4, COLUMNS=256)
+product("_heads", kernels.TILE, 1.6, HEADS=8, WIDTH=128)
+product("_heads", kernels.TILE, 4, batch=4, HEADS=0, WIDTH=1, first=None)
+product("_heads", (4, *kernels.TILE[1:]), 8, batch=8, HEADS=0, WIDTH=1, first=None)  # one read for eight rows
+for x in ("*fp32", "*bf16"):
+    build("_pack", 8, {"x": x, "out": "*i32"}, NORM=x == "*fp32", WORDS=4, DIGITS=2, LIMIT=32639.0, COLUMNS=16384)
+types = {"scale": "fp32"}
+build("_attend", types=types, n_query=1, GROUPS=8, RATIO=12, WIDTH=128, ROWS=16, KEYS=32, SPLITS=32)
+build("_attend", types=types, GROUPS=8, RATIO=12, WIDTH=128, ROWS=64, KEYS=32, SPLITS=1)
+build("_combine", WIDTH=128, SPLITS=32)
+build("_bytes", 1, {"x": "*bf16"}, SIZE=12288, FP8=True, ROWS=4, COLUMNS=512)
+build("_unpack", types={"out": "*bf16"}, SIZE=12288, GROUP=128, ROWS=4, WIDE=1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the compiler comes with triton, which is made for Linux")
 def test_every_kernel_compiles_for_a_gpu_at_the_published_sizes(tmp_path):
-    """Down to PTX for an H100 or H200; no GPU is needed for that."""
+    """Down to the instructions of an H100 or H200, which are counted; no GPU is needed for that."""
     import os
 
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", GPU], env=env, capture_output=True, text=True)
+    paths = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {**os.environ, "TRITON_INTERPRET": "0", **paths}
+    result = subprocess.run([sys.executable, "-c", GPU], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

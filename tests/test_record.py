@@ -9,7 +9,7 @@ import torch
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
 from aqaa import cli
 from aqaa.config import BackboneConfig
-from aqaa.scale import kernels, plan, record
+from aqaa.scale import kernel_bench, kernels, plan, record
 from tests.conftest import tiny_config
 
 
@@ -22,13 +22,15 @@ def config():
 def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, monkeypatch):
     for name, value in {"QUESTION": 60, "TOKENS": 12, "ASKED": 0.5, "ANSWER": 60, "REPEATS": 1, "SPOKEN": 0.5}.items():
         monkeypatch.setattr(record, name, value)
-    monkeypatch.setattr(kernels, "TILE", (128, 64, 1))
+    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
+    monkeypatch.setattr(kernels, "SUMS", 1024)
+    monkeypatch.setattr(kernels, "CANDIDATES", ((128, 32, 1, 1), (64, 8, 1, 1)))
     path = tmp_path / "run.json"
     bench, seen = record.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
     real = {}
     found = bench.record(path)
     assert list(json.loads(path.read_text(encoding="utf-8")))[:2] == ["what", "date"]
-    for name in ("copy", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
+    for name in ("copy", "check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
         real[name] = getattr(bench, name)
 
         def measure(record, name=name):
@@ -44,13 +46,43 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     linear = plan.linear_bytes(config.backbone, "int4", 64)  # the rest is fp32 here and bf16 in the plan
     assert data["resident_bytes"] == 2 * plan.resident_bytes(config.backbone, "int4", 64) - linear
     assert data["copy_gb_per_s"] > 0 and data["kernels"] and data["layer_error"] < 1e-3
-    assert data["prefill"][0]["ids"] == 60 and data["prefill"][0]["seconds"] > 0
+    assert list(data["kernel_errors"]) == list(kernel_bench.CHECKS) and max(data["kernel_errors"].values()) < 1e-4
+    assert [point["ids"] for point in data["prefill"]] == [60, kernels.FEW] and data["prefill"][0]["seconds"] > 0
     assert [point["context"] for point in data["decode"]] == [16, 64]
     for point in data["decode"] + data["fp8"]["decode"]:
         assert point["tokens_per_s"] > 0 and point["step_ms"] > 0 and 0 < point["share_of_copy"] < 1
     assert data["ask"]["ids"] == 60 and 0 < data["ask"]["first_audio_s"] < data["ask"]["timings"]["total"]
     assert data["vocoder"]["rtf"] > 0
     assert "copy_gb_per_s" in seen["check_layer"] and "decode" in seen["vocoder"] and "ask" in seen["fp8"]
+
+
+def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkeypatch):
+    class Pool:  # the interpreter cannot run two kernels at a time
+        __init__ = lambda self, workers: None  # noqa: E731
+        __enter__, __exit__, map = (lambda self: self), (lambda *_: None), staticmethod(map)
+
+    good, broken = [(128, 32, 1, 1), (128, 16, 1, 1)], (128, 32, 1, 9)
+    monkeypatch.setattr(kernels, "CANDIDATES", (broken, *good))
+    monkeypatch.setattr(kernels, "SUMS", 1024)
+    monkeypatch.setattr(kernels, "TILES", {})
+    monkeypatch.setattr(kernel_bench, "ThreadPoolExecutor", Pool)
+    bench = record.Bench(config, torch.device("cpu"), contexts=(16,), fast=True)
+    bench.build("int4", 64, record.Record(None, {}))
+
+    def seconds(launch, layers):
+        launch(layers[0])
+        if broken in kernels.TILES.values():
+            raise MemoryError("shared")
+        return 1e-3 if good[0] in kernels.TILES.values() else 1e-6
+
+    with torch.inference_mode():
+        found = kernel_bench.tune(bench.engine, 2, seconds)
+        others = kernel_bench.others(bench.engine, lambda launch, layers: launch(layers[0]) is None or 1e-6)
+    rates = {name: value for name, value in found.items() if isinstance(value, dict)}
+    assert list(rates) == ["heads 128 to 192", "added 128 to 128", "gated 128 to 384", "added 192 to 128"]
+    assert all(set(rate["tiles"]) == {"128 32 1 1", "128 16 1 1"} and rate["gb_per_s"] > 0 for rate in rates.values())
+    assert rates["heads 128 to 192"]["tile"] == good[1] and "MemoryError: shared" in found["gated (128, 32, 1, 9)"]
+    assert set(kernels.TILES.values()) == {good[1]} and min(others.values()) == 1
 
 
 def test_bytes_of_a_step_are_those_of_the_planner(config):
@@ -63,7 +95,7 @@ def test_bytes_of_a_step_are_those_of_the_planner(config):
 
 def test_a_fault_is_named_and_the_rest_still_measured(config, tmp_path, monkeypatch, capsys):
     bench = record.Bench(config, torch.device("cpu"), contexts=(16,))
-    for name in ("check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
+    for name in ("check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
         monkeypatch.setattr(bench, name, lambda record: None)
     monkeypatch.setattr(bench, "copy", lambda record: 1 / 0)
     monkeypatch.setattr(bench, "vocoder", lambda record: record.add(vocoder=1))
@@ -77,7 +109,7 @@ def test_random_weights_are_as_wide_as_they_should_be(config):
     for weights, group in (("int4", 64), ("int8", None), ("fp8", None)):
         model = record.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
         matrix = model.model.layers[1].mlp.down_proj.dequantized()
-        assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(record.STD, rel=0.1)
+        assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(kernel_bench.STD, rel=0.1)
 
 
 def test_the_command(monkeypatch, capsys):

@@ -3,12 +3,12 @@
 An Engine stands where backbone.generation has its Decoder, so the loop, the layouts, the sampling and the answers are
 those of `generate`; only how a hidden state comes about differs. On a CPU, and with fast=False, that is the readable
 way: the modules one after the other, attention by hand. With fast=True attention and quantised layers are the kernels
-of aqaa/scale/kernels.py, int4 models take a step of six kernels a layer, and a GPU records the step as a graph. The
+of aqaa/scale/kernels.py, int4 models take a step of ten kernels a layer, and a GPU records the step as a graph. The
 output layer, whose rows depend on the layout's position, stays outside of it, and so do sampling and its seed.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from types import MethodType
 
 import torch
 from torch.nn import functional as F
@@ -17,10 +17,10 @@ from aqaa.backbone import attention
 from aqaa.backbone.generation import Prefill, generate
 from aqaa.backbone.quantized import QuantizedLinear
 from aqaa.checkpoints import ModelError
-from aqaa.scale import kernels
+from aqaa.scale import attention_kernels, kernels
 from aqaa.scale.plan import BITS, GIB, buffer_bytes, cache_bytes, resident_bytes
 
-CHUNK = 512  # ids of a prompt that are read together
+CHUNK = 1024  # most ids of a prompt that are read together: for each part all weights are unpacked once
 WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, libraries start
 
 
@@ -53,14 +53,18 @@ class Engine:
         self.cache = Cache(weight.new_zeros(shape), weight.new_zeros(shape))
         self.slopes = attention.slopes(model.config.num_attention_heads)[rank * heads :][:heads].to(self.device)
         self.first = torch.zeros(1, dtype=torch.long, device=self.device)  # slot of the first new query
-        self.attend = kernels.attend if self.fast else kernels.attend_eager
+        self.attend = attention_kernels.attend if self.fast else attention_kernels.attend_eager
         for part in model.modules():
             if isinstance(part, QuantizedLinear):
-                part.__dict__.pop("forward", None)
-                if self.fast:
-                    part.forward = partial(linear, part)
+                part.product = linear if self.fast else None
         fused = self.fast and ranks == 1 and all(kernels.fits(part) for part in _linears(model))
-        self.step, self.graph = Fused(self) if fused else self.run, None
+        self.fused = Fused(model, self.cache, self.slopes, self.first) if fused else None
+        self.graph = None
+
+    @property
+    def step(self):
+        """x (1, D) of the next id → hidden state (1, D)."""
+        return self.fused or MethodType(Engine.run, self)  # made anew: kept, it would be a cycle
 
     def generate(self, prompt, ids, layout, **options):
         """Steps as of backbone.generation.generate."""
@@ -79,7 +83,7 @@ class Engine:
         length = self.cache.length + embeddings.shape[1]
         if length > self.size:
             raise ValueError(f"{length} ids do not fit the {self.size} slots of the engine: make it larger.")
-        for part in embeddings[0].split(CHUNK):
+        for part in embeddings[0].chunk(-(-embeddings.shape[1] // CHUNK)):  # parts of about one size
             self.first.fill_(self.cache.length)
             hidden = self._one(part) if len(part) == 1 else self.run(part)
             self.cache.length += len(part)
@@ -105,7 +109,7 @@ class Engine:
             self._capture(x)
         self.x.copy_(x)
         self.graph.replay()
-        return self.hidden
+        return self.hidden.clone()  # the next step overwrites it
 
     def _capture(self, x):
         """Record the step as a graph that reads self.x and self.first and writes the cache and self.hidden."""
@@ -127,50 +131,48 @@ class Reader(Prefill):
 
 
 class Fused:
-    """The step of an int4 model, x (1, D) → hidden (1, D), six kernels a layer; the residual stream is fp32.
+    """The step of an int4 model, x (1, D) → hidden (1, D), ten kernels a layer; the residual stream is fp32.
 
-    Norms cost nothing of their own: whoever adds to the stream multiplies by the next norm's weights and leaves sums of
-    squares, and whoever reads it divides its result by their root.
+    Activations are packed by the kernel that also normalises them, wherever a product reads them.
     """
 
-    def __init__(self, engine):
-        model, self.engine, self.layers = engine.model.model, engine, []
-        norms = [layer.input_layernorm.weight for layer in model.layers] + [model.norm.weight]
-        for layer, following in zip(model.layers, norms[1:], strict=True):
+    def __init__(self, model, cache, slopes, first):
+        self.cache, self.slopes, self.first, self.layers = cache, slopes, first, []
+        for layer in model.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
             packed = (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), (mlp.gate_proj, mlp.up_proj)
             rows = [kernels.Rows(*linears) for linears in (*packed, (mlp.down_proj,))]
-            self.layers.append((*rows, layer.post_attention_layernorm.weight, following))
-        self.first_norm, self.norm, self.eps = norms[0], model.norm, model.config.rms_norm_eps
+            self.layers.append((*rows, layer.input_layernorm.weight, layer.post_attention_layernorm.weight))
+        self.norm, self.eps = model.model.norm, model.config.rms_norm_eps
 
     def __call__(self, x):
-        engine, cache, size = self.engine, self.engine.cache, x.shape[1]
-        stream = x.to(torch.float32, copy=True)
-        squares, planes = stream.square().sum(-1, keepdim=True), kernels.spread(stream * self.first_norm)
-        query, heard = x.new_empty(1, size), torch.empty_like(stream)
-        for i, (heads, out, inner, down, middle, following) in enumerate(self.layers):
-            keys, values = cache.keys[i], cache.values[i]
-            kernels.product(heads, planes, query, squares, self.eps, (keys, values), engine.first)
-            shaped = query.view(1, 1, -1, engine.width)
-            kernels.attend(shaped, keys, values, engine.slopes, engine.first, engine.width**-0.5, heard)
-            squares = kernels.added(out, heard, stream, middle, planes)
-            gated = kernels.gated(inner, planes, squares, self.eps, stream.new_empty(1, down.size))
-            squares = kernels.added(down, gated, stream, following, planes)
+        stream, width = x.to(torch.float32, copy=True), self.cache.keys.shape[-1]
+        query, heard, inner = x.new_empty(1, x.shape[1]), torch.empty_like(stream), None
+        for i, (heads, out, both, down, before, middle) in enumerate(self.layers):
+            cache = self.cache.keys[i], self.cache.values[i]
+            packed = kernels.pack(stream, heads.group, before, self.eps)
+            kernels.product(heads, packed, query, cache, self.first)
+            shaped = query.view(1, 1, -1, width), *cache, self.slopes, self.first, width**-0.5
+            attention_kernels.attend(*shaped, out=heard)
+            kernels.added(out, kernels.pack(heard, out.group), stream)
+            packed = kernels.pack(stream, both.group, middle, self.eps)
+            inner = kernels.gated(both, packed, stream.new_empty(1, down.size) if inner is None else inner)
+            kernels.added(down, kernels.pack(inner, down.group), stream)
         return self.norm(stream.to(x.dtype))
 
 
 def linear(layer, x):
-    """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: what takes the place of its `forward`, which is their twin.
+    """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: its `product`; its `forward` without one is their twin.
 
-    Up to FEW rows weights are multiplied as they are read; for more they are unpacked, once, for an ordinary product.
+    Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; for more they are unpacked once.
     """
     flat, int4 = x.reshape(-1, x.shape[-1]), kernels.fits(layer)
     if not int4 and (layer.name == "int4" or layer.scale.shape[1] > 1):
-        return type(layer).forward(layer, x)  # groups that the kernels do not know
-    if len(flat) <= kernels.FEW:
+        return F.linear(x, layer.dequantized(x.dtype))  # groups that the kernels do not know
+    if len(flat) <= (kernels.FEW if int4 else kernels.FEW_BYTES):
         out = x.new_empty(len(flat), layer.out_features)
         if int4:
-            kernels.product(kernels.Rows(layer), kernels.spread(flat), out)
+            kernels.product(kernels.Rows(layer), kernels.pack(flat.contiguous(), layer.group), out)
         else:
             kernels.product_bytes(layer, flat.contiguous(), out)
         return out.view(*x.shape[:-1], -1)

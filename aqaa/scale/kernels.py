@@ -1,11 +1,12 @@
-"""The decode step's kernels in Triton, each with a twin in plain torch that says what it computes.
+"""Products of few rows of activations with packed weights in Triton, each with a twin in plain torch.
 
-Decoding one token reads every weight once, so a kernel is as good as the share of the memory's bandwidth it reaches.
-int4 weights are multiplied as they are unpacked: a nibble n at bit 4s of a word, or'ed into the mantissa of 2²³, is the
-float 2²³ + n·16ˢ, from which one subtraction leaves (n − 8)·16ˢ exactly. The factor 16ˢ is taken out of the activations
-beforehand, which `spread` also sorts by nibble, so that neighbouring threads read neighbouring numbers. All sums are
-fp32. Attention reads keys and values once for all heads of a group, in several runs of keys at a time (flash-decoding,
-Dao et al. 2023), and makes its bias −slope·√distance in registers, in fp32.
+Decoding one token reads every weight once, so a kernel is as good as the share of the memory's bandwidth it reaches:
+it must need fewer instructions than a GPU issues while the bytes arrive (on an H200 about three a weight).
+int4 weights are multiplied as integers. `pack` makes activations fixed-point: each run of 32 inputs gets a scale, and
+each input DIGITS signed bytes of 8 bits. One mask takes four nibbles out of a word as four bytes, one `dp4a` multiplies
+them with four digits and adds the products to an int32: five instructions multiply eight weights by one digit. Sums
+of a run are exact; they meet the scales, and one another, in fp32. Two digits keep an input to 1.5e-5 of the largest
+in its run (bf16, in which the model computes: 2e-3), three to 1.2e-7.
 
 Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import), which the tests do.
 """
@@ -16,243 +17,217 @@ import os
 
 import torch
 
-from aqaa.backbone import attention
-
 try:
     import triton
     import triton.language as tl
 except ImportError:  # not made for this system
-    triton = None
+    triton = tl = None
 
-LOW = 5  # nibbles of a word that fit the mantissa of a float where they lie; the upper three are shifted down first
-FEW = 8  # rows of activations up to which weights are multiplied as they are unpacked; beyond, unpacking pays once
-TILES = {}  # (kernel, outputs, inputs) -> (rows, words, warps) of a program, where `tune` has found what is best
-TILE = (8, 128, 1)  # four words a thread in each row: 16-byte loads, and nothing passes through shared memory
-CANDIDATES = (TILE, (4, 128, 1), (16, 128, 4), (4, 256, 2), (8, 512, 4))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FEW = 16  # rows of activations up to which weights are multiplied as they are unpacked; beyond, unpacking pays once
+FEW_BYTES = 8  # the same for weights of a byte, which every row of activations reads anew
+AT_ONCE = 8  # rows of activations that one program multiplies by the weights it reads
+SUMS = 32  # outputs times rows of activations of a program: sums that each thread keeps
+DIGITS = 2  # bytes of an activation
+BLOCK = 32  # runs of packed activations that lie together, a thread each
+TILES = {}  # (kernel, outputs, inputs) -> (rows, runs, warps, stages) of a program, where `tune` has found what is best
+TILE = (8, 32, 1, 1)  # a run of 16 bytes a thread in each row: nothing passes through shared memory
+CANDIDATES = (TILE, (4, 32, 1, 1), (8, 64, 2, 1), (4, 128, 4, 1), (8, 32, 1, 4), (8, 64, 2, 3))
 
 
-def _jit(function):
+def jit(function):
     return triton.jit(function) if triton else function
 
 
 def usable(device):
     """Whether the kernels can run on tensors of `device`: a GPU with triton, or its interpreter on the CPU."""
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    return triton is not None and (torch.device(device).type == "cuda" or interpreting)
+    return triton is not None and (torch.device(device).type == "cuda" or INTERPRETED)
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------
+# ---- int4 -----------------------------------------------------------------------------------------------------------
+
+_ASM = triton and tl.constexpr(not INTERPRETED)
+_BLOCK = triton and tl.constexpr(BLOCK)
 
 
-@_jit
-def _attend(
-    query, keys, values, slopes, first, part, stat, n_query, size, scale, GROUPS: tl.constexpr, RATIO: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+@jit
+def _pack(
+    x, norm, out, size, eps, NORM: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr, LIMIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries (rows: query · RATIO + head of the group) against one of SPLITS runs of keys."""
-    group, batch = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS
-    split, past = tl.program_id(2), tl.load(first).to(tl.int32)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    which, head = row // RATIO, group * RATIO + row % RATIO
-    real = which < n_query
-    column = tl.arange(0, WIDTH)
-    at_row = (batch * n_query + which) * (GROUPS * RATIO) + head
-    x = tl.load(query + at_row[:, None] * WIDTH + column[None, :], mask=real[:, None], other=0.0)
-    slope = tl.load(slopes + head, mask=real, other=0.0)
-    place = past + which
-    last_row = tl.minimum((tl.program_id(0) * ROWS + ROWS - 1) // RATIO, n_query - 1)
-    seen = past + last_row + 1  # keys that some row of this tile sees
-    share = tl.cdiv(tl.cdiv(seen, SPLITS), KEYS) * KEYS
-    end = tl.minimum(split * share + share, seen)
-    offset = (batch * GROUPS + group).to(tl.int64) * size * WIDTH
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(split * share, end, KEYS):
-        slot = start + tl.arange(0, KEYS)
-        cell = offset + slot[:, None] * WIDTH + column[None, :]
-        k = tl.load(keys + cell, mask=slot[:, None] < end, other=0.0)
-        distance = place[:, None] - slot[None, :]
-        score = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
-        score -= slope[:, None] * tl.sqrt(tl.maximum(distance, 0).to(tl.float32))
-        score = tl.where((distance >= 0) & (slot[None, :] < end), score, float("-inf"))
-        new = tl.maximum(top, tl.max(score, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # a row that sees nothing in this run
-        weight, fade = tl.exp(score - base[:, None]), tl.exp(top - base)
-        v = tl.load(values + cell, mask=slot[:, None] < end, other=0.0)
-        out = out * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        total = total * fade + tl.sum(weight, 1)
-        top = new
-    at_part = at_row * SPLITS + split
-    tl.store(part + at_part[:, None] * WIDTH + column[None, :], out, mask=real[:, None])
-    tl.store(stat + at_part * 2, top, mask=real)
-    tl.store(stat + at_part * 2 + 1, total, mask=real)
+    """One block of _BLOCK runs of 8 · WORDS inputs of row program_id(1): see `pack`."""
+    run = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
+    item, real = tl.program_id(1), run < size // (8 * WORDS)
+    x += item * size
+    out += (item * tl.num_programs(0) + tl.program_id(0)) * ((2 * WORDS * DIGITS + 2) * _BLOCK) + tl.arange(0, _BLOCK)
+    root = 1.0
+    if NORM:
+        squares = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(0, size, COLUMNS):
+            at = start + tl.arange(0, COLUMNS)
+            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+            squares += value * value
+        root = 1.0 / tl.sqrt(tl.sum(squares, 0) / size + eps)
+    half = tl.arange(0, 2 * WORDS)  # the even inputs of word 0, its odd ones, those of word 1, …
+    first = run[:, None] * (8 * WORDS) + (half // 2 * 8 + half % 2)[None, :]
+    top = tl.zeros((_BLOCK,), tl.float32)
+    for i in tl.static_range(4):
+        value = tl.load(x + first + 2 * i, mask=real[:, None], other=0.0).to(tl.float32)
+        if NORM:
+            value *= tl.load(norm + first + 2 * i, mask=real[:, None], other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.max(tl.abs(value), 1))
+    factor = LIMIT / tl.maximum(top, 1e-30)
+    total = tl.zeros((_BLOCK,), tl.int32)
+    for d in tl.static_range(DIGITS):  # the lowest digit first
+        plane = tl.zeros((_BLOCK, 2 * WORDS), tl.int32)
+        for i in tl.static_range(4):
+            value = tl.load(x + first + 2 * i, mask=real[:, None], other=0.0).to(tl.float32)
+            if NORM:
+                value *= tl.load(norm + first + 2 * i, mask=real[:, None], other=0.0).to(tl.float32)
+            code = tl.floor(value * factor[:, None] + 0.5).to(tl.int32)
+            if d == 0:
+                total += tl.sum(code, 1)
+            for _ in tl.static_range(d):
+                code = (code + 128) >> 8
+            plane |= (code & 255) << (8 * i)
+        place = (DIGITS - 1 - d) * 2 * WORDS + half
+        tl.store(out[:, None] + place[None, :] * _BLOCK, plane)
+    tl.store(out + 2 * WORDS * DIGITS * _BLOCK, -8 * total)
+    tl.store(out + (2 * WORDS * DIGITS + 1) * _BLOCK, (top / LIMIT * root).to(tl.int32, bitcast=True))
 
 
-@_jit
-def _combine(part, stat, out, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SPREAD: tl.constexpr):
-    """The runs of keys of one query and head put together."""
-    at, split, column = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    top = tl.load(stat + (at * SPLITS + split) * 2)
-    total = tl.load(stat + (at * SPLITS + split) * 2 + 1)
-    weight = tl.exp(top - tl.max(top, 0))
-    heard = tl.load(part + (at * SPLITS + split)[:, None] * WIDTH + column[None, :])
-    y = tl.sum(heard * weight[:, None], 0) / tl.sum(total * weight, 0)
-    if SPREAD:
-        _spread(out + at // HEADS * (HEADS * WIDTH), at % HEADS * WIDTH + column, y, HEADS * WIDTH, column < WIDTH)
-    else:
-        tl.store(out + at * WIDTH + column, y.to(out.dtype.element_ty))
+@jit
+def _dot4(nibbles, digits, total):
+    """total + the sum of four products of a byte of `nibbles`, 0 … 15, and a signed one of `digits`."""
+    code: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(code, "=r,r,r,r", [nibbles, digits, total], tl.int32, is_pure=True, pack=1)
 
 
-def attend(query, keys, values, slopes, first, scaling, out=None, splits=None):
-    """Causal attention of new queries over a static cache, which holds their own keys already.
-
-    query (B, Q, H, d); keys, values (B, G, S, d), contiguous; slopes (H,) fp32; first: int tensor (1,), the slot of the
-    first query. out: None for (B, Q, H, d) in the dtype of the query, or fp32 (B·Q, H·d) to be filled `spread`.
-    """
-    batch, n_query, heads, width = query.shape
-    groups, size = keys.shape[1:3]
-    rows = 16 if n_query * heads // groups <= 16 else 64
-    splits = splits or (32 if n_query == 1 else 1)  # a single query has too few tiles to fill a GPU
-    part = query.new_empty(batch * n_query * heads, splits, width, dtype=torch.float32)
-    stat = query.new_empty(batch * n_query * heads, splits, 2, dtype=torch.float32)
-    grid = (triton.cdiv(n_query * heads // groups, rows), batch * groups, splits)
-    _attend[grid](
-        query.contiguous(), keys, values, slopes, first, part, stat, n_query, size, scaling, GROUPS=groups,
-        RATIO=heads // groups, WIDTH=width, ROWS=rows, KEYS=32, SPLITS=splits,
-    )  # fmt: skip
-    spread_out = out is not None
-    out = torch.empty_like(query) if out is None else out
-    _combine[(len(part),)](part, stat, out, HEADS=heads, WIDTH=width, SPLITS=splits, SPREAD=spread_out)
-    return out
+@jit
+def _word(word, at, total):
+    """total + the products of a word's nibbles with its two planes of digits."""
+    total = _dot4(word & 0x0F0F0F0F, tl.load(at)[None, :], total)
+    return _dot4((word >> 4) & 0x0F0F0F0F, tl.load(at + _BLOCK)[None, :], total)
 
 
-def attend_eager(query, keys, values, slopes, first, scaling):
-    """The twin of `attend`."""
-    past, n_query = int(first), query.shape[1]
-    bias = attention.sqrt_bias(slopes, n_query, past + n_query, past)
-    keys, values = keys[:, :, : past + n_query], values[:, :, : past + n_query]
-    return attention.eager(query.transpose(1, 2), keys, values, bias, scaling)[0].transpose(1, 2)
-
-
-# ---- products with few rows -----------------------------------------------------------------------------------------
-
-
-def spread(x):
-    """Activations (…, K) as the int4 kernels read them: fp32 (…, K), nibble by nibble, x[8j + i]·16⁻ˢ at i·K/8 + j.
-
-    s is i for the lower LOW nibbles of a word, and i − LOW above them. A multiplication by 16⁻ˢ rounds nothing.
-    """
-    planes = x.float().unflatten(-1, (-1, 8)).mT  # (…, 8, K/8)
-    slot = torch.arange(8, device=x.device)
-    return (planes * 16.0 ** -torch.where(slot < LOW, slot, slot - LOW)[:, None]).flatten(-2)
-
-
-@_jit
-def _spread(out, k, y, size, mask):
-    """Store y of input k where `spread` puts it."""
-    nibble = k % 8
-    slot = tl.where(nibble < 5, nibble, nibble - 5)
-    factor = ((127 - 4 * slot) << 23).to(tl.float32, bitcast=True)
-    tl.store(out + nibble * (size // 8) + k // 8, y * factor, mask=mask)
-
-
-@_jit
-def _code(word, SLOT: tl.constexpr):
-    """(nibble SLOT of a word − 8) · 16^SLOT as a float, exactly."""
-    bits = (word & (15 << (4 * SLOT))) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + (8 << (4 * SLOT)))
-
-
-@_jit
+@jit
 def _product(
-    words, scale, planes, row, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr
-):
-    """Rows of W x: (ROWS,) fp32. words int32 (N, SIZE/8), scale (N, SIZE/GROUP), planes (SIZE,) spread."""
-    total = tl.zeros((ROWS, UNITS), tl.float32)
-    n_words: tl.constexpr = SIZE // 8
-    for start in range(0, n_words, UNITS):
-        at = start + tl.arange(0, UNITS)
-        mask = (row < n_rows)[:, None] & (at < n_words)[None, :]
-        where = row[:, None] * n_words + at[None, :]
-        word = tl.load(words + where, mask=mask, other=0, eviction_policy="evict_first")
-        high = word >> 20
-        part = tl.zeros((ROWS, UNITS), tl.float32)
-        for i in tl.static_range(5):
-            x = tl.load(planes + i * n_words + at, mask=at < n_words, other=0.0)
-            part += _code(word, i) * x[None, :]
-        for i in tl.static_range(3):
-            x = tl.load(planes + (i + 5) * n_words + at, mask=at < n_words, other=0.0)
-            part += _code(high, i) * x[None, :]
-        step_at = row[:, None] * (SIZE // GROUP) + (at // (GROUP // 8))[None, :]
-        total += part * tl.load(scale + step_at, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(total, 1)
+    words, scale, x, row, n_runs, n_items, GROUP: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+    BATCH: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows of W x: BATCH times (ROWS,) fp32. words int32 (N, K/8), scale (N, K/GROUP), x: rows as of `pack`."""
+    SHARE: tl.constexpr = GROUP // (8 * WORDS)
+    PLANES: tl.constexpr = 2 * WORDS * DIGITS
+    size = (n_runs + _BLOCK - 1) // _BLOCK * ((PLANES + 2) * _BLOCK)
+    words += row[:, None] * (n_runs * WORDS)
+    scale += row[:, None] * (n_runs // SHARE)
+    sums = (tl.full((ROWS, RUNS), 0, tl.float32),) * BATCH
+    for start in tl.range(0, n_runs, RUNS, num_stages=STAGES):
+        spot = start * WORDS + tl.arange(0, RUNS * WORDS)
+        run = tl.minimum(start + tl.arange(0, RUNS), n_runs - 1)  # behind the last, weights and scales are zero
+        block = tl.load(
+            words + spot[None, :], mask=(spot < n_runs * WORDS)[None, :], other=0, eviction_policy="evict_first"
+        )
+        lot = start // SHARE + tl.arange(0, RUNS // SHARE)  # a group's scale is loaded once for its runs
+        step = tl.load(scale + lot[None, :], mask=(lot < n_runs // SHARE)[None, :], other=0.0)
+        step = tl.broadcast_to(step[:, :, None], (ROWS, RUNS // SHARE, SHARE)).reshape(ROWS, RUNS).to(tl.float32)
+        block = tl.reshape(block, (ROWS, RUNS, WORDS // 2, 2))
+        more = ()
+        for i in tl.static_range(BATCH):
+            item = tl.minimum(tl.program_id(1) * BATCH + i, n_items - 1)
+            at = x + item * size + run // _BLOCK * ((PLANES + 2) * _BLOCK) + run % _BLOCK
+            total = tl.full((ROWS, RUNS), 0, tl.int32)
+            for d in tl.static_range(DIGITS):
+                total <<= 8
+                if d == DIGITS - 1:
+                    total += tl.load(at + PLANES * _BLOCK)[None, :]
+                place = at + (2 * WORDS * d) * _BLOCK
+                if not _ASM:  # the interpreter's way, nibble by nibble
+                    word, slot = tl.arange(0, WORDS)[:, None], tl.arange(0, 8)[None, :]
+                    digit = tl.load(place[:, None, None] + (word * 2 + slot % 2)[None] * _BLOCK)
+                    digit = (digit << (24 - slot // 2 * 8)[None]) >> 24
+                    nibble = (tl.reshape(block, (ROWS, RUNS, WORDS))[:, :, :, None] >> (4 * slot)[None, None]) & 15
+                    total += tl.sum(tl.reshape(nibble * digit[None], (ROWS, RUNS, 8 * WORDS)), 2)
+                elif WORDS == 4:
+                    even, odd = tl.split(block)
+                    zero, two = tl.split(even)
+                    one, three = tl.split(odd)
+                    total = _word(zero, place, total)
+                    total = _word(one, place + 2 * _BLOCK, total)
+                    total = _word(two, place + 4 * _BLOCK, total)
+                    total = _word(three, place + 6 * _BLOCK, total)
+                else:
+                    zero, one = tl.split(tl.reshape(block, (ROWS, RUNS, 2)))
+                    total = _word(zero, place, total)
+                    total = _word(one, place + 2 * _BLOCK, total)
+            factor = tl.load(at + (PLANES + 1) * _BLOCK).to(tl.float32, bitcast=True)
+            more += (sums[i] + total.to(tl.float32) * (step * factor[None, :]),)
+        sums = more
+    found = ()
+    for i in tl.static_range(BATCH):
+        found += (tl.sum(sums[i], 1),)
+    return found
 
 
-@_jit
-def _root(squares, parts, eps, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    """1 / RMS of x from partial sums of squares (parts,)."""
-    column = tl.arange(0, PARTS)
-    found = tl.load(squares + column, mask=column < parts, other=0.0)
-    return 1.0 / tl.sqrt(tl.sum(found, 0) / SIZE + eps)
-
-
-@_jit
+@jit
 def _heads(
-    words, scale, planes, squares, out, keys, values, first, n_rows, n_out, parts, size, eps,
-    SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    words, scale, x, out, keys, values, first, n_rows, n_out, n_runs, n_items, size, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, BATCH: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr,
+    STAGES: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """W x. With PARTS x is normalised first; with HEADS rows from n_out on are keys, then values, of the cache."""
-    item, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y = _product(words, scale, planes + item * SIZE, row, n_rows, SIZE, GROUP, ROWS, UNITS)
-    if PARTS > 0:
-        y = y * _root(squares + item * parts, parts, eps, SIZE, PARTS)
-    y = y.to(out.dtype.element_ty)
-    tl.store(out + item * n_out + row, y, mask=row < n_out)
-    if HEADS > 0:
-        other = tl.maximum(row - n_out, 0)
-        inner, is_value = other % (HEADS * WIDTH), other >= HEADS * WIDTH
-        cell = ((item * HEADS + inner // WIDTH) * size + tl.load(first)) * WIDTH + inner % WIDTH
-        kept = (row >= n_out) & (row < n_rows)
-        tl.store(keys + cell, y, mask=kept & ~is_value)
-        tl.store(values + cell, y, mask=kept & is_value)
+    """W x. With HEADS, rows from n_out on are keys, then values, of the cache."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    found = _product(
+        words, scale, x, tl.minimum(row, n_rows - 1), n_runs, n_items, GROUP, ROWS, RUNS, BATCH, WORDS, DIGITS, STAGES
+    )
+    for i in tl.static_range(BATCH):
+        item, y = tl.program_id(1) * BATCH + i, found[i].to(out.dtype.element_ty)
+        tl.store(out + item * n_out + row, y, mask=(row < n_out) & (item < n_items))
+        if HEADS > 0:
+            other = tl.maximum(row - n_out, 0)
+            inner, is_value = other % (HEADS * WIDTH), other >= HEADS * WIDTH
+            cell = ((item * HEADS + inner // WIDTH) * size + tl.load(first)) * WIDTH + inner % WIDTH
+            kept = (row >= n_out) & (row < n_rows) & (item < n_items)
+            tl.store(keys + cell, y, mask=kept & ~is_value)
+            tl.store(values + cell, y, mask=kept & is_value)
 
 
-@_jit
+@jit
 def _gated(
-    words, scale, planes, squares, out, n_rows, parts, eps, SIZE: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
+    words, scale, x, out, n_rows, n_runs, n_items, GROUP: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+    BATCH: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate x) · (up x) of a normalised x, spread; rows of `up` lie behind the n_rows rows of `gate`."""
-    item, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    planes += item * SIZE
-    root = _root(squares + item * parts, parts, eps, SIZE, PARTS)
-    gate = _product(words, scale, planes, row, n_rows, SIZE, GROUP, ROWS, UNITS) * root
-    words += n_rows * (SIZE // 8)
-    scale += n_rows * (SIZE // GROUP)
-    up = _product(words, scale, planes, row, n_rows, SIZE, GROUP, ROWS, UNITS) * root
-    _spread(out + item * n_rows, row, gate / (1.0 + tl.exp(-gate)) * up, n_rows, row < n_rows)
+    """silu(gate x) · (up x); rows of `up` lie behind the n_rows rows of `gate`, and a program takes them in turns."""
+    local = tl.arange(0, ROWS)
+    row = tl.minimum(tl.program_id(0) * (ROWS // 2) + local // 2, n_rows - 1) + local % 2 * n_rows
+    found = _product(words, scale, x, row, n_runs, n_items, GROUP, ROWS, RUNS, BATCH, WORDS, DIGITS, STAGES)
+    row = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    for i in tl.static_range(BATCH):
+        item = tl.program_id(1) * BATCH + i
+        gate, up = tl.split(tl.reshape(found[i], (ROWS // 2, 2)))
+        tl.store(out + item * n_rows + row, gate / (1.0 + tl.exp(-gate)) * up, mask=(row < n_rows) & (item < n_items))
 
 
-@_jit
+@jit
 def _added(
-    words, scale, planes, hidden, norm, out, squares, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr,
+    words, scale, x, hidden, n_rows, n_runs, n_items, GROUP: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+    BATCH: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """hidden += W x; out = hidden · norm, spread; and this program's share of the sum of squares of hidden."""
-    item, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y = _product(words, scale, planes + item * SIZE, row, n_rows, SIZE, GROUP, ROWS, UNITS)
-    real, at = row < n_rows, hidden + item * n_rows + row
-    y += tl.load(at, mask=real, other=0.0)
-    tl.store(at, y, mask=real)
-    weight = tl.load(norm + row, mask=real, other=0.0).to(tl.float32)
-    _spread(out + item * n_rows, row, y * weight, n_rows, real)
-    share = tl.sum(tl.where(real, y * y, 0.0), 0)
-    tl.store(squares + item * tl.num_programs(0) + tl.program_id(0), share)
+    """hidden += W x."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    found = _product(
+        words, scale, x, tl.minimum(row, n_rows - 1), n_runs, n_items, GROUP, ROWS, RUNS, BATCH, WORDS, DIGITS, STAGES
+    )
+    for i in tl.static_range(BATCH):
+        item = tl.program_id(1) * BATCH + i
+        real, at = (row < n_rows) & (item < n_items), hidden + item * n_rows + row
+        tl.store(at, found[i] + tl.load(at, mask=real, other=0.0), mask=real)
 
 
-@_jit
+# ---- weights of a byte, and weights unpacked ------------------------------------------------------------------------
+
+
+@jit
 def _bytes(
     weight, scale, x, out, n_rows, SIZE: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -273,20 +248,19 @@ def _bytes(
     tl.store(out + item * n_rows + row, y.to(out.dtype.element_ty), mask=row < n_rows)
 
 
-@_jit
-def _unpack(
-    codes, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """int4 weights written out: (N, SIZE) in the dtype of `out`."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    byte = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    mask = (row < n_rows) & (byte < SIZE // 2)
-    code = tl.load(codes + row * (SIZE // 2) + byte, mask=mask, other=0).to(tl.int32)
-    step = tl.load(scale + row * (SIZE // GROUP) + byte * 2 // GROUP, mask=mask, other=0.0).to(tl.float32)
-    both = tl.join(((code & 15) - 8).to(tl.float32) * step, ((code >> 4) - 8).to(tl.float32) * step)
-    k = (tl.program_id(1) * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS))[None, :]
-    whole = tl.reshape(both, (ROWS, 2 * COLUMNS)).to(out.dtype.element_ty)
-    tl.store(out + row * SIZE + k, whole, mask=(row < n_rows) & (k < SIZE))
+@jit
+def _unpack(words, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """int4 weights written out: (N, SIZE) in the dtype of `out`, WIDE inputs of ROWS rows a program."""
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n_rows - 1)[:, None].to(tl.int64)
+    start = tl.program_id(1) * WIDE
+    at, slot = start // 8 + tl.arange(0, WIDE // 8)[None, :], 4 * tl.arange(0, 8)[None, None, :]
+    word = tl.load(words + row * (SIZE // 8) + at, mask=at < SIZE // 8, other=0)
+    lot = start // GROUP + tl.arange(0, WIDE // GROUP)[None, :]
+    step = tl.load(scale + row * (SIZE // GROUP) + lot, mask=lot < SIZE // GROUP, other=0.0).to(tl.float32)
+    code = (((word[:, :, None] >> slot) & 15) - 8).to(tl.float32)
+    y = tl.reshape(code, (ROWS, WIDE // GROUP, GROUP)) * step[:, :, None]
+    k = start + tl.arange(0, WIDE)[None, :]
+    tl.store(out + row * SIZE + k, tl.reshape(y, (ROWS, WIDE)).to(out.dtype.element_ty), mask=k < SIZE)
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -300,7 +274,7 @@ class Rows:
 
     def __init__(self, *layers):
         if any(fault := [layer for layer in layers if not fits(layer)]):
-            raise ValueError(f"{fault[0]} does not fit the kernels: int4 with groups of 16, 32, 64, 128 … is needed")
+            raise ValueError(f"{fault[0]} does not fit the kernels: int4 with groups of 16, 32, 64, … 1024 is needed")
         self.size, self.group = layers[0].in_features, layers[0].group
         self.rows = sum(layer.out_features for layer in layers)
         self.codes, self.scale = (
@@ -313,65 +287,87 @@ class Rows:
 
     def options(self, kernel, batch):
         """Keyword arguments of a launch for `batch` rows of activations, and its grid."""
-        tile = TILES.get((kernel, self.rows, self.size), TILE)
-        count = self.rows // 2 if kernel == "gated" else self.rows
-        options = {"SIZE": self.size, "GROUP": self.group, "ROWS": tile[0], "UNITS": tile[1], "num_warps": tile[2]}
-        return options, (triton.cdiv(count, tile[0]), batch)
+        rows, runs, warps, stages = TILES.get((kernel, self.rows, self.size), TILE)
+        at_once = min(AT_ONCE, triton.next_power_of_2(batch))
+        rows = min(rows, SUMS // at_once)
+        options = {"GROUP": self.group, "ROWS": rows, "RUNS": runs, "BATCH": at_once, "WORDS": run_of(self.group) // 8,
+                   "DIGITS": DIGITS, "STAGES": stages, "num_warps": warps}  # fmt: skip
+        options |= {"n_items": batch, "n_runs": self.size // run_of(self.group)}
+        count = triton.cdiv(self.rows, rows)
+        return options, (count, triton.cdiv(batch, at_once))
 
 
 def fits(layer):
     """Whether the int4 kernels can multiply by this layer."""
-    return getattr(layer, "name", "") == "int4" and layer.group >= 16 and layer.group & (layer.group - 1) == 0
+    return getattr(layer, "name", "") == "int4" and 16 <= layer.group <= 1024 and layer.group & (layer.group - 1) == 0
 
 
-def product(rows, planes, out, squares=None, eps=0.0, cache=None, first=None):
-    """out (B, N) = W x for `planes` (B, K) = spread(x), B ≤ FEW.
+def run_of(group):
+    """Inputs with one scale in packed activations."""
+    return min(32, group)
 
-    squares (B, P): partial sums of squares that normalise x. cache (keys, values), each (B, G, S, d): out takes the
-    first rows, the rest go into slot `first` of keys and values.
+
+def pack(x, group, norm=None, eps=0.0):
+    """Activations (B, K) as the int4 kernels read them: int32 (B, blocks, planes, BLOCK), runs of 32 inputs each.
+
+    Runs are no longer than a group; there are zeros behind the last. A digit of the 8 inputs of a word fills two
+    planes, that of inputs 0, 2, 4, 6 and that of 1, 3, 5, 7, lowest byte first, the highest digit before the others.
+    The last plane but one holds −8 times the sum of a run, which turns nibbles
+    into codes, and the last the run's scale, a float. norm (K,): x is divided by its RMS and multiplied by `norm`.
     """
-    options, grid = rows.options("heads", len(planes))
+    run, (batch, size) = run_of(group), x.shape
+    blocks = triton.cdiv(size, run * BLOCK)
+    out = torch.empty(batch, blocks, run // 4 * DIGITS + 2, BLOCK, dtype=torch.int32, device=x.device)
+    limit = 127 * 256 + 127 if DIGITS == 2 else 1 << 22
+    _pack[blocks, batch](
+        x, x if norm is None else norm, out, size, eps, NORM=norm is not None, WORDS=run // 8, DIGITS=DIGITS,
+        LIMIT=float(limit), COLUMNS=min(16384, triton.next_power_of_2(size)), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def product(rows, x, out, cache=None, first=None):
+    """out (B, N) = W x for x = pack(…) of B ≤ FEW rows.
+
+    cache (keys, values), each (B, G, S, d): out takes the first rows, the rest go into slot `first` of keys and values.
+    """
+    options, grid = rows.options("heads", len(x))
     keys, values = cache or (out, out)
     groups, size, width = keys.shape[1:] if cache else (0, 0, 1)
-    parts = 0 if squares is None else squares.shape[1]
     _heads[grid](
-        rows.words, rows.scale, planes, planes if squares is None else squares, out, keys, values, first, rows.rows,
-        out.shape[1], parts, size, eps, HEADS=groups, WIDTH=width,
-        PARTS=triton.next_power_of_2(parts) if parts else 0, **options,
+        rows.words, rows.scale, x, out, keys, values, first, rows.rows, out.shape[1], size=size, HEADS=groups,
+        WIDTH=width, **options,
     )  # fmt: skip
     return out
 
 
-def gated(rows, planes, squares, eps, out):
-    """out (B, N), spread = silu(gate x) · (up x) for `rows` of gate, then up; see `product`."""
-    options, grid = rows.options("gated", len(planes))
-    parts = squares.shape[1]
-    _gated[grid](
-        rows.words, rows.scale, planes, squares, out, rows.rows // 2, parts, eps,
-        PARTS=triton.next_power_of_2(parts), **options,
-    )  # fmt: skip
+def gated(rows, x, out):
+    """out (B, N) = silu(gate x) · (up x) for `rows` of gate, then up, and x = pack(…)."""
+    options, grid = rows.options("gated", len(x))
+    _gated[grid](rows.words, rows.scale, x, out, rows.rows // 2, **options)
     return out
 
 
-def added(rows, planes, hidden, norm, out):
-    """hidden (B, N) fp32 += W x; out = spread(hidden · norm); returns the partial sums of squares (B, P) of hidden."""
-    options, grid = rows.options("added", len(planes))
-    squares = hidden.new_empty(len(planes), grid[0])
-    _added[grid](rows.words, rows.scale, planes, hidden, norm, out, squares, rows.rows, **options)
-    return squares
+def added(rows, x, hidden):
+    """hidden (B, N) fp32 += W x for x = pack(…)."""
+    options, grid = rows.options("added", len(x))
+    _added[grid](rows.words, rows.scale, x, hidden, rows.rows, **options)
+    return hidden
 
 
 def unpack(layer, dtype=torch.bfloat16):
     """W (N, K) of an Int4Linear in `dtype`, as its `dequantized`."""
     n, k = layer.out_features, layer.in_features
     out = torch.empty(n, k, dtype=dtype, device=layer.qweight.device)
-    grid = (triton.cdiv(n, 4), triton.cdiv(k // 2, 256))
-    _unpack[grid](layer.qweight, layer.scale, out, n, SIZE=k, GROUP=layer.group, ROWS=4, COLUMNS=256)
+    wide = max(1024, layer.group)
+    grid = (triton.cdiv(n, 4), triton.cdiv(k, wide))
+    words = layer.qweight.view(torch.int32)
+    _unpack[grid](words, layer.scale, out, n, SIZE=k, GROUP=layer.group, ROWS=4, WIDE=wide)
     return out
 
 
 def product_bytes(layer, x, out):
-    """out (B, N) = W x for an Int8Linear or Fp8Linear and x (B, K), contiguous, B ≤ FEW."""
+    """out (B, N) = W x for an Int8Linear or Fp8Linear and x (B, K), contiguous, B ≤ FEW_BYTES."""
     _bytes[triton.cdiv(layer.out_features, 4), len(x)](
         layer.qweight, layer.scale, x, out, layer.out_features, SIZE=layer.in_features, FP8=layer.name == "fp8",
         ROWS=4, COLUMNS=512, num_warps=1,

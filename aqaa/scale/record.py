@@ -24,7 +24,7 @@ from aqaa.backbone import layers, quantized, step1
 from aqaa.backbone.generation import Vocabulary, generate
 from aqaa.config import GROUP_SIZE, SAMPLE_RATE, TOKENS_PER_SECOND, preset
 from aqaa.pipeline import AQAA
-from aqaa.scale import kernels, plan
+from aqaa.scale import kernel_bench, kernels, plan
 from aqaa.scale.decode import Engine, check_room, free_bytes
 from aqaa.tokenizers import interleave
 
@@ -35,7 +35,6 @@ ASKED, ANSWER = 3.0, 250  # s of the question that is asked; ids of its answer: 
 SPOKEN = 5.0  # s of sound that the vocoder is timed with
 REPEATS = 5
 TUNED = 8  # layers whose weights a kernel is tuned on: more than any cache holds
-STD = 0.02  # of the random weights
 COPIED = 4 << 30  # bytes
 PARTS = ("linguistic", "semantic", "flow", "hift")
 
@@ -125,7 +124,7 @@ class Bench:
     def run(self, record):
         """All of it. Raises ModelError if not even the int4 model fits."""
         self.build("int4", self.group, record)
-        steps = ("copy", "check_layer", "tune", "prefill", "decode", "vocoder", "ask", "fp8")
+        steps = ("copy", "check_kernels", "check_layer", "tune", "prefill", "decode", "vocoder", "ask", "fp8")
         for name in steps:
             with record.measuring(name), torch.inference_mode():
                 getattr(self, name)(record)
@@ -187,19 +186,25 @@ class Bench:
         self.bandwidth = 2 * size / self.time(lambda: target.copy_(source))
         record.add(copy_gb_per_s=round(self.bandwidth / 1e9, 1))
 
+    def check_kernels(self, record):
+        """Each kernel by itself against fp64."""
+        if not kernels.usable(self.device):
+            return
+        dtype = self.model.model.norm.weight.dtype
+        found, failed = kernel_bench.errors(self.config.backbone, self.group, self.device, dtype)
+        record.add(kernel_errors=found)
+        if failed:
+            raise ValueError(f"these kernels differ from fp64 by more than rounding does: {', '.join(failed)}")
+
     def check_layer(self, record):
-        """The first layer, read as a prompt and then id by id, by kernels and by unpacked weights and plain torch."""
-        model, usable, found = self.model, kernels.usable(self.device), []
-        layers, self.engine = model.model.layers, None  # its cache goes, too
-        try:
-            model.model.layers = layers[:1]
-            for fast in (False, usable):
-                engine = Engine(model, 64, fast)
-                found.append(torch.cat([engine.feed(part) for part in self.embeddings(36).split([33, 1, 1, 1], 1)]))
-        finally:
-            model.model.layers = layers
-            self.engine = Engine(model, self.size, self.fast)
-        plain, quick = (x.float() for x in found)
+        """A layer, read as a prompt, by a few ids, and id by id, by kernels and by unpacked weights and plain torch."""
+        small, usable, found = replace(self.config.backbone, num_hidden_layers=1), kernels.usable(self.device), []
+        small, x = replace(small, vocab_size=64), self.embeddings(41)
+        model = random_backbone(small, "int4", self.group, self.device, x.dtype, self.seed)
+        for fast in (False, usable):
+            engine = Engine(model, 64, fast)
+            found.append(torch.cat([engine.feed(part).float() for part in x.split([33, 5, 1, 1, 1], 1)]))
+        plain, quick = found
         error = ((quick - plain).abs().max() / plain.abs().max()).item()
         record.add(layer_error=error, kernels=usable)
         if not error < 0.05:
@@ -207,29 +212,9 @@ class Bench:
 
     def tune(self, record):
         """The best tile of each int4 kernel, and the bandwidth that it reaches alone, over several layers' weights."""
-        engine, found = self.engine, {}
-        if not self.gpu or not hasattr(engine.step, "layers"):
-            return
-        heads, out, inner, down, norm, _ = engine.step.layers[0]
-        x, y = (torch.randn(1, rows.size, device=self.device) for rows in (out, down))
-        stream, squares = torch.randn_like(x), torch.ones(1, 1, device=self.device)
-        query, (first, cache) = x.bfloat16(), (engine.first, engine.cache)
-        kept = cache.keys[0], cache.values[0]
-        launches = {  # of a layer's (heads, out, inner, down)
-            ("heads", heads): lambda layer: kernels.product(layer[0], x, query, squares, 1e-5, kept, first),
-            ("added", out): lambda layer: kernels.added(layer[1], x, stream, norm, torch.empty_like(x)),
-            ("gated", inner): lambda layer: kernels.gated(layer[2], x, squares, 1e-5, torch.empty_like(y)),
-            ("added", down): lambda layer: kernels.added(layer[3], y, stream, norm, torch.empty_like(x)),
-        }
-        for (kernel, rows), launch in launches.items():
-            times = {}
-            for tile in kernels.CANDIDATES:
-                kernels.TILES[kernel, rows.rows, rows.size] = tile
-                times[tile] = self.time_graph(launch, engine.step.layers[:TUNED])
-            best = kernels.TILES[kernel, rows.rows, rows.size] = min(times, key=times.get)
-            rate = (rows.codes.numel() + rows.scale.numel() * 2) / times[best] / 1e9
-            found[f"{kernel} {rows.size} to {rows.rows}"] = {"tile": best, "gb_per_s": round(rate, 1)}
-        record.add(kernel_rates=found)
+        if self.gpu and self.engine.fused:
+            record.add(kernel_rates=kernel_bench.tune(self.engine, TUNED, self.time_graph))
+            record.add(kernel_us=kernel_bench.others(self.engine, self.time_graph))
 
     def time_graph(self, launch, layers):
         """Seconds of launch(layer) within a CUDA graph of all of them."""
@@ -250,13 +235,15 @@ class Bench:
     def prefill(self, record):
         """Reading the prompt of a question of 10 s."""
         count = min(QUESTION, self.size - 1)
-        x = self.embeddings(count)
+        found = []
+        for x in map(self.embeddings, (count, kernels.FEW)):
 
-        def work():
-            self.engine.cache.length = 0
-            self.engine.feed(x)
+            def work(x=x):
+                self.engine.cache.length = 0
+                self.engine.feed(x)
 
-        record.add(prefill=[{"ids": count, "seconds": round(self.time(work, 3), 4)}])
+            found.append({"ids": x.shape[1], "seconds": round(self.time(work, 3), 4)})
+            record.add(prefill=found)
 
     def decode(self, record):
         """Ids a second with so much context, the whole loop, and the step alone."""
@@ -376,15 +363,11 @@ def random_backbone(backbone, weights, group, device, dtype, seed=0):
     generator = torch.Generator(device).manual_seed(seed)
     for part in model.modules():
         if isinstance(part, quantized.QuantizedLinear):
-            low = -127 if part.qweight.dtype == torch.int8 else 0
-            part.qweight.random_(low, 128 if low else 256, generator=generator)
-            if part.name == "fp8":
-                part.qweight.bitwise_and_(0b1011_1111)  # below 2, and never NaN
-            part.scale.fill_(STD / part.unpack(part.qweight[:8]).std().item())
+            kernel_bench.draw(part, generator)
         elif isinstance(part, layers.Step1RMSNorm):
             part.weight.data.fill_(1.0)
         elif isinstance(part, torch.nn.Embedding | torch.nn.Linear):
-            part.weight.data.normal_(0, STD, generator=generator)
+            part.weight.data.normal_(0, kernel_bench.STD, generator=generator)
     return model
 
 
