@@ -13,7 +13,7 @@ from aqaa.notebook.figures import array
 from aqaa.notebook.live import Widget, pcm16
 from aqaa.tokenizers import interleave
 
-SCALE = (1, 5)  # of a mark
+SCALE = (1.0, 5.0)  # of a mark
 FIRST = 3 * GROUP_SIZE  # audio tokens before the first sound: the vocoder speaks two groups and looks one ahead
 STEPS = {"linguistic": GROUP_SECONDS / LINGUISTIC_PER_GROUP, "semantic": GROUP_SECONDS / SEMANTIC_PER_GROUP}  # s a code
 
