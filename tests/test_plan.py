@@ -19,10 +19,11 @@ B130 = BackboneConfig()
 
 # GPUs, format, ms at least, ceiling, tokens/s expected, audio in real time, text and audio in real time: a table worked
 # out by hand for 130 B at 2,048 ids of context; its rows of 8 GPUs with int4 count scales of groups of 128.
-# Bytes, ms and ceilings follow from the sizes alone; tokens/s do not, as EFFICIENCY was solved for from that column.
+# Bytes, ms and ceilings follow from the sizes alone; tokens/s do not, as EFFICIENCY was solved for from that column
+# (one H200: set to what was measured there).
 TABLE = [
-    ("1xH200", "fp8", 27.6, 36.2, 28, False, False),
-    ("1xH200", "int4", 14.5, 68.9, 50, True, False),
+    ("1xH200", "fp8", 27.6, 36.2, 16, False, False),
+    ("1xH200", "int4", 14.5, 68.9, 28, False, False),
     ("2xH200", "bf16", 27.4, 36.5, 28, False, False),
     ("2xH200", "fp8", 13.8, 72, 52, True, False),
     ("2xH200", "int4", 7.3, 138, 86, True, True),
@@ -139,8 +140,8 @@ def test_prefill_and_first_sound():
     unpacking = sums.prefill_seconds(one("1xH200", "int4").setup, long) - sums.prefill_seconds(setup, long)
     assert unpacking == pytest.approx(0.12, abs=0.01)
     assert sums.prefill_seconds(one("8xH200", "bf16").setup, long) == pytest.approx(0.03, abs=0.005)
-    assert one("1xH200", "int4").first_sound[10] == pytest.approx(0.9, abs=0.1)
-    assert one("1xH200", "int4").first_sound[3] < 1
+    assert one("1xH200", "int4").first_sound[10] == pytest.approx(1.3, abs=0.1)
+    assert one("1xH200", "int4").first_sound[3] == pytest.approx(1.45, abs=0.3)  # measured on that card
 
 
 @settings(max_examples=40, deadline=None)

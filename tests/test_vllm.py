@@ -276,7 +276,9 @@ def test_the_command_line_says_one_sentence(tmp_path, capsys, tiny, tiny_folder,
 # ---- rules ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [*interleave.LAYOUTS.values(), interleave.TextOnly()], ids=str)
+@pytest.mark.parametrize(
+    "layout", [*interleave.LAYOUTS.values(), interleave.TextOnly()], ids=[*interleave.LAYOUTS, "text"]
+)
 def test_rules_survive_the_journey(tiny, layout):
     rules = Rules.of(layout, tiny.ids, 15, Repetition(kinds=("text",)))
     again = Rules.from_json(rules.to_json())

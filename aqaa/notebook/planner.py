@@ -82,7 +82,8 @@ def reliance():
     """What the rates of a Plan rest on, in words."""
     ratios = [row["ratio"] for row in check(data_folder() / "runs") if row["what"].startswith("tokens")]
     said = f"recorded runs reached {min(ratios)} to {max(ratios)} of them" if ratios else "no recorded run confirms any"
-    return f"At most: bandwidth over bytes a token. Estimates rest on assumed efficiencies: {said}."
+    where = "measured for int4 and fp8 on one H200, elsewhere assumed"
+    return f"At most: bandwidth over bytes a token. Estimates rest on efficiencies, {where}: {said}."
 
 
 def in_words(found):

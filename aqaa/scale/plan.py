@@ -17,15 +17,16 @@ TEXT_RATE = 5.0  # text ids in a second of speech
 SCALE_BITS = 16  # a bfloat16 scale for each group, or for each output
 BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}  # of a weight in a linear layer
 
-# Assumptions; none was measured by this project. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs with
-# tensor parallelism. They are solved for, from estimates made by hand for H100 and H200, so agreeing with those proves
-# nothing. For comparison, gpt-fast's README on 70 B and A100, of the bandwidth it saw: bf16 87, 79, 67 % on 2, 4, 8;
-# int8 78 % on one, 44 % on eight; int4 65 % and 32 %. What else has no source is a guess, and says so.
+# Assumptions. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs with tensor parallelism. Those of int4
+# and fp8 on one GPU were measured on an H200 (data/runs/h200-130b-int4.json; the int4 kernels have changed since). The
+# others are solved for, from estimates made by hand for H100 and H200, so agreeing with those proves nothing. For comparison,
+# gpt-fast's README on 70 B and A100, of the bandwidth it saw: bf16 87, 79, 67 % on 2, 4, 8; int8 78 % on one, 44 % on
+# eight; int4 65 % and 32 %. What else has no source is a guess, and says so.
 EFFICIENCY = {
     "bf16": {1: 0.80, 2: 0.80, 4: 0.73, 8: 0.645},
-    "fp8": {1: 0.775, 2: 0.78, 4: 0.665, 8: 0.525},
+    "fp8": {1: 0.45, 2: 0.78, 4: 0.665, 8: 0.525},
     "int8": {1: 0.775, 2: 0.78, 4: 0.665, 8: 0.525},
-    "int4": {1: 0.725, 2: 0.72, 4: 0.56, 8: 0.415},
+    "int4": {1: 0.40, 2: 0.72, 4: 0.56, 8: 0.415},
 }
 ALL_REDUCE = {1: 0.0, 2: 9e-6, 4: 10.5e-6, 8: 12e-6}  # s over NVLink, two a layer: 9 to 12 µs, spread by us
 PCIE = 4.0  # times as long without NVLink: a guess
