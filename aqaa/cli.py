@@ -188,7 +188,7 @@ def _load(args):
 
         engine = Engine(model.backbone, min(LONGEST_DIALOGUE, model.config.backbone.max_seq_len))
     model.engine = engine
-    for part in ("text", "linguistic", "semantic", "vocoder", *(() if engine else ("backbone",))):
+    for part in ("text", "linguistic", "semantic", "vocoder", *(() if engine else ("decoder",))):
         getattr(model, part)
     importlib.import_module("aqaa.backbone.generation")
     for note in model.notes:

@@ -73,3 +73,12 @@ assert "transformers" in sys.modules and model.decoder is model.backbone
 assert model.ask("data/questions/sum_q001813.wav", max_tokens=40).tokens == answer.tokens
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_nor_does_the_command_line(tmp_path):
+    """`-X importtime` names on stderr whatever a process imports."""
+    command = [sys.executable, "-X", "importtime", "-m", "aqaa", "ask", "data/questions/sum_q001813.wav", "--json"]
+    done = subprocess.run([*command, "-o", tmp_path / "a.wav"], capture_output=True, encoding="utf-8", cwd=ROOT)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and {"torch", "aqaa.backbone.layers", "soundfile"} <= imported
+    assert not {"transformers", "scipy", "torch._dynamo", "matplotlib", "aqaa.backbone.step1"} & imported
