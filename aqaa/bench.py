@@ -46,7 +46,8 @@ def speed(source="mini", device="cpu", repeats=REPEATS, seed=0, busy=False):
         results["busy"] = {name: loaded[name] for name in SIDE_BY_SIDE}
         results["busy_loops"] = os.cpu_count()
         results["busy_over_idle"] = round(loaded["total_s"] / results["total_s"], 2)
-    parts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in checkpoints.PARTS}
+    networks = {name: getattr(model, "decoder" if name == "backbone" else name) for name in checkpoints.PARTS}
+    parts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     return {**results, "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "parameters": parts}  # fmt: skip
 
