@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -234,6 +235,18 @@ def test_ci_runs_what_the_readme_says():
     assert (ROOT / question).is_file()
     assert ask.startswith("python3 -m venv .venv && ") and ask.endswith("-o answer.wav")
     assert tests.startswith("python3 -m venv .venv && ") and "lock/all.txt" in tests and "-m pytest" in tests
+
+
+def test_ci_takes_its_options_and_no_others(tmp_path):
+    """Without git or python3 on the PATH it stops behind its arguments, which it has read by then."""
+    (tmp_path / "bash").symlink_to(shutil.which("bash"))
+    for tool in ("awk", "dirname", "dpkg", "id", "mktemp", "rm"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or shutil.which("true"))
+    for option, code, words in ((None, 127, "git"), ("--newest", 127, "git"), ("--latest", 2, "option --latest")):
+        command = ["bash", ".ci/run", *([option] if option else [])]
+        env = {"PATH": str(tmp_path)}
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
+        assert result.returncode == code and words in result.stderr, result.stderr
 
 
 def test_the_command_line_knows_the_stages_of_training():
