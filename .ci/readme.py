@@ -93,6 +93,15 @@ def quantized(result):
     return lines
 
 
+def whole_tests(result):
+    """How long all tests take, where."""
+    yield "**All tests**, two workers on two cores, in a fresh clone and a fresh environment:"
+    yield from ["", "| Python | versions | processor | passed | failed | minutes |", "|---|---|---|---|---|---|"]
+    for run in result["runs"]:
+        yield "| " + " | ".join(str(run[key]) for key in (
+            "python", "versions", "processor", "passed", "failed", "minutes")) + " |"  # fmt: skip
+
+
 def full_size(result):
     """What one GPU did with random weights of the published size."""
     yield "**The published size on one GPU**, 131.9 B random weights in four bits, one listener:"
@@ -141,6 +150,7 @@ def results():
         "busy.real_time_factor": "real-time factor, ask, busy", "busy.stream_first_audio_s": "first sound, busy, s",
         "busy_over_idle": "an answer when busy, times as long"})
     lines += section("parts", parts) + section("quantize", quantized) + section("h200-130b-int4", full_size)
+    lines += section("tests", whole_tests)
     record = ROOT / "data" / "mini" / "record.json"
     if record.exists():
         known = json.loads(record.read_text(encoding="utf-8"))
