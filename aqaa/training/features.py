@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import audio
-from ..config import preset
-from ..files import read_object, reading, replacing, write_json
-from ..tokenizers.linguistic import LinguisticTokenizer
-from .f0 import f0
-from .tokenizers import F0_FLOOR, Utterances, phone_ids
+from aqaa import audio
+from aqaa.config import preset
+from aqaa.files import read_object, reading, replacing, write_json
+from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.training.f0 import f0
+from aqaa.training.tokenizers import F0_FLOOR, Utterances, phone_ids
 
 AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..backbone import step1
-from ..pipeline import ASR_MARKER as ASR
-from ..tokenizers import interleave
-from ..tokenizers.text import tagged
-from .curriculum import VOICE
+from aqaa.backbone import step1
+from aqaa.pipeline import ASR_MARKER as ASR
+from aqaa.tokenizers import interleave
+from aqaa.tokenizers.text import tagged
+from aqaa.training.curriculum import VOICE
 
 TTS, TQAA, AQTA = 35, 37, 38  # ids of Step-1's control tokens <|TTS|> <|TQAA|> <|AQTA|>
 MIXTURES = {  # share of the examples drawn

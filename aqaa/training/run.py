@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import checkpoints
-from ..config import preset
-from ..evaluation.codes import usage
-from ..files import probe, read_object, replacing, sweep, write_json
-from ..records import provenance
-from ..tokenizers.linguistic import LinguisticTokenizer
-from ..tokenizers.semantic import SemanticTokenizer
-from ..tokenizers.text import TextTokenizer
-from . import features
-from .corpus import Corpus
-from .loop import Trainer, read_log
-from .tokenizers import LinguisticTask, SemanticTask, kmeans
+from aqaa import checkpoints
+from aqaa.config import preset
+from aqaa.evaluation.codes import usage
+from aqaa.files import probe, read_object, replacing, sweep, write_json
+from aqaa.records import provenance
+from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.tokenizers.semantic import SemanticTokenizer
+from aqaa.tokenizers.text import TextTokenizer
+from aqaa.training import features
+from aqaa.training.corpus import Corpus
+from aqaa.training.loop import Trainer, read_log
+from aqaa.training.tokenizers import LinguisticTask, SemanticTask, kmeans
 
 STEPS = {  # of each stage, about four hours in all on two cores
     "linguistic": 4400, "semantic": 2700, "hift": 2400, "flow": 6300, "pretrain": 1500, "sft1": 5000,
@@ -50,7 +50,7 @@ class Run:
     # --- data -------------------------------------------------------------------------------------------------
 
     def corpus(self):
-        from . import corpus
+        from aqaa.training import corpus
 
         corpus.main(self.corpus_folder, scale=self.scale, seed=self.seed, workers=self.workers, resume=self.resume)
 
@@ -145,7 +145,7 @@ class Run:
         return opened, items, rows
 
     def hift(self):
-        from .vocoder import HiftTask
+        from aqaa.training.vocoder import HiftTask
 
         opened, items, rows = self._spoken()
         task = HiftTask(self.config, [opened.wav(items[i]) for i in rows])
@@ -153,8 +153,8 @@ class Run:
         self._finish("hift", task.modules()["hift"], self._train(task, "hift"))
 
     def flow(self):
-        from ..tokenizers import interleave
-        from .vocoder import FlowTask
+        from aqaa.tokenizers import interleave
+        from aqaa.training.vocoder import FlowTask
 
         opened, items, rows = self._spoken()
         codes = features.load_codes(self.out, items)
@@ -168,8 +168,8 @@ class Run:
 
     def book(self):
         """Utterances of the training split as ids, with the mini's text tokenizer (trained here when missing)."""
-        from .language import Book
-        from .planning import plan, texts
+        from aqaa.training.language import Book
+        from aqaa.training.planning import plan, texts
 
         planned = plan(scale=self.scale, seed=self.seed)  # what was said is known without the sound
         items = [item for item in planned if item.split == "train"]
@@ -189,7 +189,7 @@ class Run:
         self._language("sft1", "pretrain")
 
     def _language(self, stage, parent):
-        from .language import LanguageTask
+        from aqaa.training.language import LanguageTask
 
         task = LanguageTask(self.book(), stage, lr=6e-4 if self.init else 2e-3)  # weights that have learnt go on gently
         if parent or self.init:

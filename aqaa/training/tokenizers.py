@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..tokenizers.linguistic import LinguisticTokenizer
-from ..tokenizers.semantic import SemanticTokenizer
-from .loop import LengthBuckets
+from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.tokenizers.semantic import SemanticTokenizer
+from aqaa.training.loop import LengthBuckets
 
 F0_FLOOR = 60.0  # Hz; melody is measured in octaves above it
 PHONES = (
