@@ -139,7 +139,7 @@ def _try(about, step, *args):
     try:
         return step(*args), None
     except Exception as fault:
-        loaded = sys.modules.get("aqaa.checkpoints")
+        loaded = sys.modules.get("aqaa.weights.model_folder")
         if isinstance(fault, (BrokenPipeError, *([loaded.ModelError] if loaded else []))):
             raise
         sentence = _sentence(fault, about)
@@ -174,17 +174,17 @@ def _load(args):
 
     All parts are loaded here, so that the timings of an answer are its own.
     """
-    from aqaa import checkpoints
+    from aqaa.weights import model_folder
 
     engine = None
     if args.engine and args.engine != "fast":  # first: whether a server answers is known in a moment
-        from aqaa.scale.vllm_engine import Server
+        from aqaa.scale.vllm.client import Server
 
         engine = Server(args.engine)
     folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
-    model = checkpoints.load(args.preset, device=args.device, dtype=args.dtype, amx=args.amx, **folders)
+    model = model_folder.load(args.preset, device=args.device, dtype=args.dtype, amx=args.amx, **folders)
     if args.engine == "fast":
-        from aqaa.scale.decode import Engine
+        from aqaa.fast.graph_decoder import Engine
 
         engine = Engine(model.backbone, min(LONGEST_DIALOGUE, model.config.backbone.max_seq_len))
     model.engine = engine
@@ -344,9 +344,9 @@ def _bench(args):
 
 
 def _plan(args):
-    from aqaa.scale import setups
+    from aqaa.scale import plan_table
 
-    return setups.main(args)
+    return plan_table.main(args)
 
 
 def _convert(args):

@@ -76,22 +76,22 @@ def _folders(args):
 
 def _together(sources):
     """Why the parts of several folders make no system; nothing if they do, or if some are not there."""
-    from aqaa import checkpoints, released
+    from aqaa.weights import model_folder, released
 
     if len(sources) < sum(map(len, released.PARTS.values())):
         return []
     try:
-        released.combine(checkpoints.AQAAConfig(), sources)
-    except checkpoints.ModelError as fault:
+        released.combine(model_folder.AQAAConfig(), sources)
+    except model_folder.ModelError as fault:
         return [str(fault)]
     return []
 
 
 def _places(name):
     """A folder, and those in it that hold weights (Step-Audio-TTS-3B brings two vocoders)."""
-    from aqaa import checkpoints
+    from aqaa.weights import model_folder
 
-    path = checkpoints.find(name)
+    path = model_folder.find(name)
     inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and roles(folder))
     return [path, *inside] if not inside or roles(path) else inside
 
@@ -103,13 +103,13 @@ def roles(path):
 
 def folder(path):
     """What a folder holds: (rows for the report, {part: released.Source} of what is whole). Loads no weights."""
-    from aqaa import checkpoints, released
-    from aqaa.shards import in_bytes
+    from aqaa.weights import model_folder, released
+    from aqaa.weights.shards import in_bytes
 
     files, sources, faults = [file for file in path.rglob("*") if file.is_file()], {}, []
     size = f"{in_bytes(sum(file.stat().st_size for file in files))} in {len(files)} files"
     rows = {"roles": roles(path), "size": size, "licence": licence(path)}
-    if any((path / f"{part}.safetensors").is_file() for part in checkpoints.PARTS):
+    if any((path / f"{part}.safetensors").is_file() for part in model_folder.PARTS):
         rows |= {"roles": ["model"], **weights(path)}
         faults += [rows.pop("fault")] if "fault" in rows else []
     elif not rows["roles"]:
@@ -120,15 +120,15 @@ def folder(path):
                 sources[part] = look(path)
                 rows[part] = sources[part].facts
                 rows |= {"note": sources[part].note} if sources[part].note else {}
-            except checkpoints.ModelError as fault:
+            except model_folder.ModelError as fault:
                 rows[part] = "not usable"
                 faults.append(str(fault))
     if "semantic" in sources:
-        same = checkpoints.fingerprint(path / released.ONNX)["sha256"] == FIRST_S3
+        same = model_folder.fingerprint(path / released.ONNX)["sha256"] == FIRST_S3
         rows["semantic"] += f", {'' if same else 'not '}the file of CosyVoice-300M-25Hz"
     try:
         released.recorded(path, hashes=True)
-    except checkpoints.ModelError as fault:
+    except model_folder.ModelError as fault:
         faults.append(str(fault))
     return rows | {"faults": faults}, sources
 
@@ -161,7 +161,7 @@ def devices():
     """Processors, and what they can compute in bf16."""
     import torch
 
-    from aqaa import amx
+    from aqaa.fast import amx
     from aqaa.records import cpuinfo
 
     known = cpuinfo("flags").split()
@@ -195,15 +195,15 @@ def engines():
 
 def weights(source):
     """Size and hash of every weight file, or {"fault": one sentence}."""
-    from aqaa import checkpoints
+    from aqaa.weights import model_folder
 
     try:
-        folder = checkpoints.find(source)
-        checkpoints.read_config(folder)
+        folder = model_folder.find(source)
+        model_folder.read_config(folder)
         found = {"folder": str(folder)}
-        for name, facts in checkpoints.inspect(folder).items():
+        for name, facts in model_folder.inspect(folder).items():
             known = "as recorded" if facts["as_recorded"] else "NOT as recorded"
             found[name] = f"{facts['bytes'] / 1e6:6.1f} MB  sha256 {facts['sha256'][:16]}  {known}"
         return found
-    except checkpoints.ModelError as fault:
+    except model_folder.ModelError as fault:
         return {"fault": str(fault)}

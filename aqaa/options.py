@@ -19,14 +19,14 @@ STAGES = (
     "corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export", "all",
 )  # fmt: skip
 BENCHES = {
-    "speed": "aqaa.bench",
+    "speed": "aqaa.evaluation.speed",
     "accuracy": "aqaa.evaluation.accuracy",
     "synthesis": "aqaa.evaluation.synthesis",
     "codes": "aqaa.evaluation.codes",
     "parts": "aqaa.evaluation.parts",
-    "quantize": "aqaa.scale.fidelity",
+    "quantize": "aqaa.evaluation.quantization",
     "streaming": "aqaa.evaluation.streaming",
-    "scale": "aqaa.scale.record",
+    "scale": "aqaa.evaluation.gpu_speed",
 }
 RELEASED = {  # option: what its folder holds
     "tokenizer": "Step-Audio-Tokenizer",

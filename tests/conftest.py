@@ -64,15 +64,15 @@ def tiny(tiny_text):
     """An AQAA of random weights; its answers are noise, but whole and well formed."""
     import torch
 
-    from aqaa import checkpoints
     from aqaa.pipeline import AQAA
+    from aqaa.weights import model_folder
 
     config = tiny_config()
     parts = {"text": tiny_text}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for name in checkpoints.PARTS:
-            parts[name] = checkpoints.build(name, config).eval()
+        for name in model_folder.PARTS:
+            parts[name] = model_folder.build(name, config).eval()
         for codebook in (parts["linguistic"].centroids, parts["semantic"].quantizer._codebook.embed):
             codebook.normal_()
     return AQAA(config, parts.__getitem__)
@@ -81,10 +81,10 @@ def tiny(tiny_text):
 @pytest.fixture(scope="session")
 def tiny_folder(tiny, tmp_path_factory):
     """The same on disk, as `aqaa.load` reads it. Copy it before breaking it."""
-    from aqaa import checkpoints
+    from aqaa.weights import model_folder
 
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    checkpoints.save(tiny, folder)
+    model_folder.save(tiny, folder)
     return folder
 
 

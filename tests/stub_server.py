@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from aqaa.scale.rules import KEY, Rules
+from aqaa.scale.vllm.rules import KEY, Rules
 from aqaa.tokenizers import interleave
 
 NAME = "stub"

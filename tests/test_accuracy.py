@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import preset
+from aqaa.corpus.plan import Item
 from aqaa.evaluation import accuracy
 from aqaa.evaluation.accuracy import CELLS, METRICS, Row, ask_all, evaluate, make_judge, questions, share, summarise
 from aqaa.pipeline import AQAA
-from aqaa.training.planning import Item
 
 SAID = ["seven plus five is equal to twelve", "the capital of france is paris", "the opposite of hot is cold"]
 PATHS = [Path(__file__).parent / "data" / f"{text.replace(' ', '_')}.flac" for text in SAID]
@@ -129,18 +129,18 @@ def test_limit_spreads_over_a_cell():
 
 
 def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
-    from aqaa.training import corpus
+    from aqaa.corpus import speak
 
     shelf, spoken = Shelf(), []
     unasked = Item("a9", "train", "", "answer", "x", "voice", 0, answer="x", manner="normal", answer_id="a9")
     trained = Item("q9", "train", "", "question", "?", "voice", 0, answer="x", answer_id="a9")
-    monkeypatch.setattr(corpus, "plan", lambda seed: [*shelf.made, unasked, trained])
-    monkeypatch.setattr(corpus, "speak", lambda items, folder, workers: spoken.extend(items))
+    monkeypatch.setattr(speak, "plan", lambda seed: [*shelf.made, unasked, trained])
+    monkeypatch.setattr(speak, "speak", lambda items, folder, workers: spoken.extend(items))
     accuracy.evaluation_corpus(tmp_path)
     assert {item.id for item in spoken} == {"a0", "a1", "a2", "a3", "q0", "q1", "q2"}
     spoken.clear()
     mine = shelf.items(role="answer") + shelf.items(role="question")
-    head = {"hash": corpus.plan_hash(mine), "items": 9, "shards": 1}
+    head = {"hash": speak.plan_hash(mine), "items": 9, "shards": 1}
     (tmp_path / "plan.json").write_text(json.dumps(head), encoding="utf-8")
     accuracy.evaluation_corpus(tmp_path)  # interrupted: goes on
     assert len(spoken) == 4 + len(CELLS)

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from aqaa import amx, checkpoints, cli, kernels
+from aqaa import cli
+from aqaa.fast import amx, prepared
+from aqaa.weights import model_folder
 from tests.parity import common
 from tests.parity.__main__ import main as parity
 
@@ -117,7 +119,7 @@ def test_new_weights_are_noticed():
 def test_only_layers_that_fit_are_taken_and_names_stay():
     part = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 33), nn.Linear(33, 32), nn.Conv1d(32, 32, 3))
     names = list(part.state_dict())
-    kernels.prepare(part, amx=True)
+    prepared.prepare(part, amx=True)
     assert [type(one) for one in part] == [amx.AmxLinear, nn.Linear, nn.Linear, nn.Conv1d]
     assert list(part.state_dict()) == names
 
@@ -131,8 +133,8 @@ def test_the_golden_tensors(capsys, monkeypatch):
 
 @on_the_units
 def test_a_model_hears_and_speaks_the_same(tmp_path, capsys):
-    question = checkpoints.data_folder() / "questions" / "product_q001959.wav"
-    plain, fast = (checkpoints.load("mini", amx=on).ask(question, seed=3) for on in (False, True))
+    question = model_folder.data_folder() / "questions" / "product_q001959.wav"
+    plain, fast = (model_folder.load("mini", amx=on).ask(question, seed=3) for on in (False, True))
     assert plain.tokens == fast.tokens
     assert (plain.audio - fast.audio).abs().max() < 0.02
     assert cli.main(["ask", str(question), "--amx", "-o", str(tmp_path / "a.wav")]) == 0
@@ -154,12 +156,12 @@ def fresh(monkeypatch, tmp_path):
 
 def test_another_processor_is_told_so(monkeypatch, capsys, fresh):
     monkeypatch.setattr(amx, "cpuinfo", lambda name: "avx2")
-    question = checkpoints.data_folder() / "questions" / "product_q001959.wav"
+    question = model_folder.data_folder() / "questions" / "product_q001959.wav"
     assert cli.main(["ask", str(question), "--amx"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("aqaa: this processor has no AMX") and said.count("\n") == 1
-    with pytest.raises(checkpoints.ModelError, match="a part of processors"):
-        checkpoints.load("mini", device="meta", amx=True)
+    with pytest.raises(model_folder.ModelError, match="a part of processors"):
+        model_folder.load("mini", device="meta", amx=True)
 
 
 @pytest.mark.parametrize("body, why", [

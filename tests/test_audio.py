@@ -12,9 +12,10 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa import audio, checkpoints
+from aqaa import audio
 from aqaa.audio import AudioError, load_question
 from aqaa.config import MelConfig
+from aqaa.weights import model_folder
 
 SECOND = 0.3 * torch.sin(torch.arange(16_000) * 0.05)
 
@@ -260,7 +261,7 @@ def test_endpoints_keep_what_is_spoken():
 
 
 def test_ordinary_questions_stay_whole():
-    paths = sorted((checkpoints.data_folder() / "questions").glob("*.wav"))
+    paths = sorted((model_folder.data_folder() / "questions").glob("*.wav"))
     assert len(paths) == 30
     for path in paths:
         wav = load_question(path)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from aqaa import bench, checkpoints, cli, kernels, pipeline
+from aqaa import cli, pipeline
 from aqaa.config import preset
-from aqaa.evaluation import parts, peers
+from aqaa.evaluation import parts, peers, speed
+from aqaa.fast import prepared
+from aqaa.weights import model_folder
 from tests.conftest import RATE, tone
 
 
@@ -70,15 +72,15 @@ def test_it_wants_sizes_not_weights(capsys):
 def test_prepared_weights_are_the_same_weights(name, tmp_path):
     torch.manual_seed(0)
     config = preset("mini")
-    module = checkpoints.build(name, config)
+    module = model_folder.build(name, config)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     matrices = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    after = kernels.prepare(module).state_dict()
+    after = prepared.prepare(module).state_dict()
     assert not module.training and all(layer.weight.stride(0) == 1 for layer in matrices)
     for key, value in before.items():
         assert key.endswith(("weight_g", "weight_v")) or torch.equal(value, after[key])
-    checkpoints.save_part(tmp_path, name, module)
-    again = checkpoints.load_part(tmp_path, name, checkpoints.build(name, config))
+    model_folder.save_part(tmp_path, name, module)
+    again = model_folder.load_part(tmp_path, name, model_folder.build(name, config))
     assert again.state_dict().keys() == before.keys()
 
 
@@ -86,7 +88,7 @@ def test_a_prepared_layer_still_learns():
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 8), torch.randn(5, 24)
     expected = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
-    kernels.prepare(layer)
+    prepared.prepare(layer)
     found = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -98,10 +100,10 @@ def running(process):
 
 @pytest.mark.parametrize("fault", [None, ValueError, KeyboardInterrupt])
 def test_a_busy_machine_is_idle_again_whatever_happens(monkeypatch, fault):
-    started, real = [], bench.subprocess.Popen
-    monkeypatch.setattr(bench.subprocess, "Popen", lambda *args: started.append(real(*args)) or started[-1])
+    started, real = [], speed.subprocess.Popen
+    monkeypatch.setattr(speed.subprocess, "Popen", lambda *args: started.append(real(*args)) or started[-1])
     with contextlib.suppress(fault or ()):
-        with bench.busy_machine(2):
+        with speed.busy_machine(2):
             assert len(started) == 2 and all(map(running, started))
             if fault:
                 raise fault
@@ -109,12 +111,12 @@ def test_a_busy_machine_is_idle_again_whatever_happens(monkeypatch, fault):
 
 
 def test_idle_and_busy_stand_side_by_side(tiny_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "_questions", lambda count: [(tone(), RATE)] * count)
+    monkeypatch.setattr(speed, "_questions", lambda count: [(tone(), RATE)] * count)
     monkeypatch.setitem(pipeline.SAMPLING, "max_tokens", 60)
     out = tmp_path / "speed.json"
     assert cli.main(["bench", "speed", "--preset", str(tiny_folder), "--limit", "1", "--busy", "--out", str(out)]) == 0
     results = json.loads(out.read_text(encoding="utf-8"))
     assert results["busy_loops"] == os.cpu_count()
-    assert set(results["busy"]) == set(bench.SIDE_BY_SIDE) <= set(results)
+    assert set(results["busy"]) == set(speed.SIDE_BY_SIDE) <= set(results)
     ratio = results["busy"]["total_s"] / results["total_s"]
     assert results["busy_over_idle"] == pytest.approx(ratio, rel=0.05)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import aqaa
-from aqaa import checkpoints
-from aqaa.checkpoints import ModelError
+from aqaa.weights import model_folder
+from aqaa.weights.model_folder import ModelError
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_what_is_saved_comes_back(tiny, tiny_folder):
 
 def test_loaded_modules_are_ready_and_whole(tiny_folder):
     model = aqaa.load(tiny_folder)
-    for name in checkpoints.PARTS:
+    for name in model_folder.PARTS:
         module = getattr(model, name)
         assert not module.training
         assert all(torch.isfinite(t).all() for t in module.state_dict().values() if t.is_floating_point())
@@ -56,7 +56,7 @@ def test_parts_are_read_when_first_used(copy):
 
 def test_matrices_are_half_and_small_tensors_whole_on_disk(tmp_path):
     module = torch.nn.Linear(128, 64)
-    checkpoints.save_part(tmp_path, "x", module, {"steps": 3})
+    model_folder.save_part(tmp_path, "x", module, {"steps": 3})
     from safetensors import safe_open
 
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
@@ -66,35 +66,35 @@ def test_matrices_are_half_and_small_tensors_whole_on_disk(tmp_path):
 
 
 def test_saving_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = checkpoints.save_part(tmp_path, "x", torch.nn.Linear(2, 2))
+    path = model_folder.save_part(tmp_path, "x", torch.nn.Linear(2, 2))
     before = path.read_bytes()
 
     def full_disk(state, part, meta):
         part.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    monkeypatch.setattr(model_folder, "save_file", full_disk)
     with pytest.raises(OSError):
-        checkpoints.save_part(tmp_path, "x", torch.nn.Linear(2, 2))
+        model_folder.save_part(tmp_path, "x", torch.nn.Linear(2, 2))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_gather_makes_a_folder_that_loads(tiny_folder, tmp_path):
-    config = checkpoints.read_config(tiny_folder)
-    parts = {name: tiny_folder / f"{name}.safetensors" for name in checkpoints.PARTS}
-    checkpoints.gather(tmp_path / "new", config, tiny_folder / "tokenizer.json", parts, {"flow": {"steps": 5}})
+    config = model_folder.read_config(tiny_folder)
+    parts = {name: tiny_folder / f"{name}.safetensors" for name in model_folder.PARTS}
+    model_folder.gather(tmp_path / "new", config, tiny_folder / "tokenizer.json", parts, {"flow": {"steps": 5}})
     record = json.loads((tmp_path / "new" / "record.json").read_text(encoding="utf-8"))
-    assert record["flow"] == {"steps": 5} and len(record["files"]) == len(checkpoints.PARTS)
-    assert all(row["as_recorded"] for row in checkpoints.inspect(tmp_path / "new").values())
+    assert record["flow"] == {"steps": 5} and len(record["files"]) == len(model_folder.PARTS)
+    assert all(row["as_recorded"] for row in model_folder.inspect(tmp_path / "new").values())
     aqaa.load(tmp_path / "new").hift  # noqa: B018
     parts["flow"] = tmp_path / "nothing.safetensors"
     with pytest.raises(ModelError, match="nothing.safetensors is missing"):
-        checkpoints.gather(tmp_path / "other", config, tiny_folder / "tokenizer.json", parts, {})
+        model_folder.gather(tmp_path / "other", config, tiny_folder / "tokenizer.json", parts, {})
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", [*(f"{p}.safetensors" for p in checkpoints.PARTS), "config.json"])
+@pytest.mark.parametrize("name", [*(f"{p}.safetensors" for p in model_folder.PARTS), "config.json"])
 def test_a_missing_file(copy, name):
     (copy / name).unlink()
     with pytest.raises(ModelError) as fault:
@@ -127,7 +127,7 @@ def test_a_git_lfs_pointer(copy, name):
 
 
 def test_weights_of_another_size(copy):
-    config = checkpoints.read_config(copy)
+    config = model_folder.read_config(copy)
     data = config.to_dict()
     data["backbone"]["hidden_size"] = 32
     (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
@@ -191,7 +191,7 @@ def test_a_device_that_is_not_here(tiny_folder, device):
 
 def test_skip_init_leaves_buffers_and_shapes_alone():
     torch.manual_seed(0)
-    with checkpoints.skip_init():
+    with model_folder.skip_init():
         layer = torch.nn.Linear(3, 2)
         table = torch.nn.Parameter(torch.arange(6.0))
     assert layer.weight.shape == (2, 3) and torch.equal(table, torch.arange(6.0))

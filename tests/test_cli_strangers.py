@@ -192,11 +192,12 @@ def test_help_has_an_example_that_can_be_parsed_and_the_defaults(verb, capsys):
 
 
 def test_the_defaults_that_help_tells_are_those_of_the_pipeline():
-    from aqaa import checkpoints, pipeline
+    from aqaa import pipeline
+    from aqaa.weights import model_folder
 
     assert options.SAMPLING.items() <= pipeline.SAMPLING.items()
-    assert tuple(options.RELEASED) == checkpoints.ROLES
-    assert all(str(checkpoints.dtype_of(name)) == f"torch.{name}" for name in options.DTYPES)
+    assert tuple(options.RELEASED) == model_folder.ROLES
+    assert all(str(model_folder.dtype_of(name)) == f"torch.{name}" for name in options.DTYPES)
 
 
 def test_a_question_may_stand_behind_an_option():
@@ -273,7 +274,7 @@ def test_a_fault_that_nobody_foresaw_says_where_it_was(quick, capsys, fault, wor
 
 
 def test_faults_of_the_weights_end_the_run(quick, capsys):
-    from aqaa.checkpoints import ModelError
+    from aqaa.weights.model_folder import ModelError
 
     assert quick("answer", ModelError("flow.safetensors is damaged.")) == 1
     out, err = capsys.readouterr()
@@ -353,12 +354,12 @@ SCRIPTS = ("recorder", "player", "voice", "tokens", "interleave", "ode", "listen
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_widgets_load_whatever_the_locale(script, monkeypatch):
-    from aqaa.notebook import live
+    from aqaa.notebook import base
 
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "cp1252")
-    live.front_end.cache_clear()
-    made = live.front_end(script)
-    live.front_end.cache_clear()
+    base.front_end.cache_clear()
+    made = base.front_end(script)
+    base.front_end.cache_clear()
     assert "▶" in str(made._esm) and "â" not in str(made._esm)
 
 
@@ -420,7 +421,8 @@ def test_closed_streams_are_no_fault():
 
 
 def test_loading_is_not_counted(monkeypatch, capsys, tmp_path, tiny_folder, question):
-    from aqaa import checkpoints, pipeline
+    from aqaa import pipeline
+    from aqaa.weights import model_folder
 
     events = []
 
@@ -429,8 +431,8 @@ def test_loading_is_not_counted(monkeypatch, capsys, tmp_path, tiny_folder, ques
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(pipeline.SAMPLING, "max_tokens", 80)
-    monkeypatch.setattr(checkpoints, "load_part", noted("load", checkpoints.load_part))
-    monkeypatch.setattr(checkpoints, "read_text", noted("load", checkpoints.read_text))
+    monkeypatch.setattr(model_folder, "load_part", noted("load", model_folder.load_part))
+    monkeypatch.setattr(model_folder, "read_text", noted("load", model_folder.read_text))
     monkeypatch.setattr(pipeline, "Ledger", noted("clock", pipeline.Ledger))
     args = ["ask", str(question), "--preset", str(tiny_folder), "--json"]
     assert cli.main([*args, "--engine", "fast"]) == 0

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqaa import checkpoints, released, shards
 from aqaa.backbone import step1
-from aqaa.checkpoints import ModelError
 from aqaa.config import AQAAConfig, BackboneConfig
 from aqaa.tokenizers import s3_onnx
+from aqaa.weights import model_folder, released, shards
+from aqaa.weights.model_folder import ModelError
 from tests.test_semantic import consumer
 
 SMALL = BackboneConfig(  # Step-Audio-TTS-3B and EditX
@@ -37,7 +37,7 @@ KEYS = published()
 
 def built(name):
     with torch.device("meta"):
-        return checkpoints.build(name, AQAAConfig())
+        return model_folder.build(name, AQAAConfig())
 
 
 def shapes(state):
@@ -131,15 +131,15 @@ def normed(name):
 @pytest.mark.parametrize("rename", [str, normed, "generator.{}".format, lambda name: "generator." + normed(name)])
 def test_the_hift_loader_takes_every_naming(rename):
     state = {rename(name): tensor for name, tensor in KEYS["hift"].items()}
-    checkpoints.fit(built("hift"), state, "hift.pt")
+    model_folder.fit(built("hift"), state, "hift.pt")
     with pytest.raises(ModelError, match="lacks"):
-        checkpoints.fit(built("hift"), dict(list(state.items())[1:]), "hift.pt")
+        model_folder.fit(built("hift"), dict(list(state.items())[1:]), "hift.pt")
     with pytest.raises(ModelError, match="no place for"):
-        checkpoints.fit(built("hift"), state | {"more": torch.empty(1, device="meta")}, "hift.pt")
+        model_folder.fit(built("hift"), state | {"more": torch.empty(1, device="meta")}, "hift.pt")
 
 
 def test_the_flow_loader_takes_the_published_keys():
-    checkpoints.fit(built("flow"), KEYS["flow"], "flow.pt")
+    model_folder.fit(built("flow"), KEYS["flow"], "flow.pt")
 
 
 def test_the_onnx_reader_names_every_tensor():
@@ -153,4 +153,4 @@ def test_the_onnx_reader_names_every_tensor():
             nodes.append((consumer(name), ["x", f"onnx::MatMul_{1100 + i}"]))
     state = s3_onnx._state(tensors, nodes)
     assert shapes(state) == shapes(KEYS["semantic"])
-    checkpoints.fit(built("semantic"), state, "speech_tokenizer_v1.onnx")
+    model_folder.fit(built("semantic"), state, "speech_tokenizer_v1.onnx")

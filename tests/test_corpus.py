@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from aqaa import files
+from aqaa.corpus import speak as K
+from aqaa.corpus import voices as V
 from aqaa.files import ModelError
-from aqaa.training import corpus as K
-from aqaa.training import voices as V
 from tests import tones
 
 SPEAKERS = ["tones", "engines"] if tones.ENGINES else ["tones"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pocketsphinx
 import pytest
 
-from aqaa.training import curriculum
-from aqaa.training import facts as F
-from aqaa.training import intents as C
-from aqaa.training import voices as V
-from aqaa.training.planning import CELLS, plan, plan_hash, texts, vocabulary
+from aqaa.corpus import curriculum
+from aqaa.corpus import facts as F
+from aqaa.corpus import intents as C
+from aqaa.corpus import voices as V
+from aqaa.corpus.plan import CELLS, plan, plan_hash, texts, vocabulary
 
 
 @pytest.fixture(scope="module")

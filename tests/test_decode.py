@@ -8,21 +8,21 @@ import pytest
 import torch
 
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
-from aqaa import checkpoints
 from aqaa.backbone.generation import generate
-from aqaa.backbone.quantized import Int4Linear, linears, put
+from aqaa.backbone.quantized_linear import Int4Linear, linears, put
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import BackboneConfig
-from aqaa.scale import decode, kernels
-from aqaa.scale.decode import Engine, check_room
+from aqaa.fast import graph_decoder, triton_kernels
+from aqaa.fast.graph_decoder import Engine, check_room
 from aqaa.tokenizers.interleave import LAYOUTS
+from aqaa.weights import model_folder
 
 LAYOUT = LAYOUTS["ratio_10_15"]
 
 
 @pytest.fixture(scope="module")
 def mini():
-    return checkpoints.load("mini")
+    return model_folder.load("mini")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_prompt_that_grows_is_read_once_and_a_new_one_afresh(mini, engine, mon
 @torch.inference_mode()
 def test_long_prompts_are_read_in_parts_of_about_one_size_and_room_is_kept(mini, engine, monkeypatch):
     rows, run = [], engine.run
-    monkeypatch.setattr(decode, "CHUNK", 200)
+    monkeypatch.setattr(graph_decoder, "CHUNK", 200)
     monkeypatch.setattr(engine, "run", lambda x: rows.append(len(x)) or run(x))
     ids = torch.tensor([prompt(mini, 500)])
     wanted = mini.backbone.model(ids).last_hidden_state[:, -1]
@@ -103,8 +103,8 @@ def narrow():
 
 @torch.inference_mode()
 def test_the_step_of_ten_kernels_equals_the_modules(narrow, monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))  # few large programs: the interpreter runs them one by one
-    monkeypatch.setattr(kernels, "SUMS", 1024)
+    monkeypatch.setattr(triton_kernels, "TILE", (128, 32, 1, 1))  # few large programs: the interpreter runs them one by one
+    monkeypatch.setattr(triton_kernels, "SUMS", 1024)
     ids = torch.randint(90, (1, 6), generator=torch.Generator().manual_seed(1))
     embeddings = narrow.model.embed_tokens(ids)
     wanted = narrow.model(ids).last_hidden_state[0]
@@ -121,13 +121,13 @@ def test_kernels_come_and_go_with_the_engine(narrow):
     layer = narrow.model.layers[0].self_attn.o_proj
     wanted, calls = layer(x), []
     Engine(narrow, 8, fast=True)
-    product, kernels.product = kernels.product, lambda *args: calls.append(1) or product(*args)
+    product, triton_kernels.product = triton_kernels.product, lambda *args: calls.append(1) or product(*args)
     try:
         assert (layer(x) - wanted).abs().max() < 1e-4 and calls == [1]
         Engine(narrow, 8, fast=False)
         assert torch.equal(layer(x), wanted) and calls == [1]
     finally:
-        kernels.product = product
+        triton_kernels.product = product
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -149,9 +149,9 @@ def test_an_engine_and_its_weights_go_with_the_last_name(narrow, fast):
 def test_too_little_memory_is_said_with_what_would_fit():
     full, gib = BackboneConfig(), 2**30
     check_room(full, 8192, 80 * gib, "int4", 128)
-    with pytest.raises(checkpoints.ModelError, match="fp8 weights and a cache of 2048 ids need 12.*int4 would fit"):
+    with pytest.raises(model_folder.ModelError, match="fp8 weights and a cache of 2048 ids need 12.*int4 would fit"):
         check_room(full, 2048, 80 * gib, "fp8")
-    with pytest.raises(checkpoints.ModelError, match=r"30.0 GiB are free: see `aqaa plan`"):
+    with pytest.raises(model_folder.ModelError, match=r"30.0 GiB are free: see `aqaa plan`"):
         check_room(full, 2048, 30 * gib, "int4", 128)
-    with pytest.raises(checkpoints.ModelError, match=r"a cache of 32768 ids needs 11.* a context of \d+ ids would fit"):
+    with pytest.raises(model_folder.ModelError, match=r"a cache of 32768 ids needs 11.* a context of \d+ ids would fit"):
         check_room(full, 32_768, 9 * gib)

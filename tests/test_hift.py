@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa.config import HiftConfig, preset
-from aqaa.vocoder import spectral
+from aqaa.fast import spectral
 from aqaa.vocoder.hift import HiFT, SourceState
 from tests.parity import vocoder_kinds
 from tests.parity.__main__ import check

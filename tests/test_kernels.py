@@ -8,22 +8,22 @@ import torch
 
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
 from aqaa.backbone.attention import slopes
-from aqaa.backbone.quantized import Fp8Linear, Int4Linear, Int8Linear
-from aqaa.scale import attention_kernels, kernels
-from aqaa.scale.decode import linear
+from aqaa.backbone.quantized_linear import Fp8Linear, Int4Linear, Int8Linear
+from aqaa.fast import attention_kernels, triton_kernels
+from aqaa.fast.graph_decoder import linear
 
 
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
     """Few large programs: the interpreter runs them one by one."""
-    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
-    monkeypatch.setattr(kernels, "SUMS", 1024)
+    monkeypatch.setattr(triton_kernels, "TILE", (128, 32, 1, 1))
+    monkeypatch.setattr(triton_kernels, "SUMS", 1024)
 
 
 @pytest.fixture
 def exact(monkeypatch):
     """Activations of three digits: as good as fp32."""
-    monkeypatch.setattr(kernels, "DIGITS", 3)
+    monkeypatch.setattr(triton_kernels, "DIGITS", 3)
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -88,7 +88,7 @@ def unpacked(packed, group, size):
     """What `pack` made of activations: (B, K), by its docstring."""
     run, (batch, blocks) = min(32, group), packed.shape[:2]
     digits = (packed.shape[2] - 2) * 4 // run
-    planes = packed.view(torch.int8).view(batch, blocks, -1, kernels.BLOCK, 4)  # bytes
+    planes = packed.view(torch.int8).view(batch, blocks, -1, triton_kernels.BLOCK, 4)  # bytes
     codes = sum(planes[:, :, : -2].unflatten(2, (digits, run // 8, 2))[:, :, d].double() * 256 ** (digits - 1 - d)
                 for d in range(digits))  # fmt: skip
     codes = codes.permute(0, 1, 4, 2, 5, 3).flatten(3)  # batch, block, run; word, byte, even or odd
@@ -99,15 +99,15 @@ def unpacked(packed, group, size):
 @pytest.mark.parametrize("size, group", [(64, 16), (1088, 32), (1280, 128)])
 @pytest.mark.parametrize("digits, step", [(2, 1 / 65_000), (3, 1 / 4e6)])
 def test_packed_activations_are_as_exact_as_their_digits(size, group, digits, step, monkeypatch):
-    monkeypatch.setattr(kernels, "DIGITS", digits)
+    monkeypatch.setattr(triton_kernels, "DIGITS", digits)
     x = noise(3, size) * 10 ** noise(3, size, seed=1)  # large values beside small ones
     x[1, : size // 2] = 0
     largest = x.unflatten(1, (-1, min(32, group))).abs().amax(-1, keepdim=True).expand(-1, -1, min(32, group))
-    error = (unpacked(kernels.pack(x, group), group, size) - x).abs()
+    error = (unpacked(triton_kernels.pack(x, group), group, size) - x).abs()
     assert (error <= 1.01 * step * largest.flatten(1)).all()
     norm = 1 + noise(size, seed=2) / 9
     wanted = torch.nn.functional.rms_norm(x, (size,), norm, 1e-5)
-    close(unpacked(kernels.pack(x, group, norm, 1e-5), group, size), wanted, 2 * step)
+    close(unpacked(triton_kernels.pack(x, group, norm, 1e-5), group, size), wanted, 2 * step)
 
 
 @pytest.mark.parametrize("outputs, inputs, group, batch", [
@@ -116,9 +116,9 @@ def test_packed_activations_are_as_exact_as_their_digits(size, group, digits, st
 def test_int4_product(outputs, inputs, group, batch, exact):
     layer, x = Int4Linear.from_weights(noise(outputs, inputs), group), noise(batch, inputs, seed=1)
     close(linear(layer, x), layer(x))
-    more = noise(kernels.FEW + 1, inputs, seed=2)
+    more = noise(triton_kernels.FEW + 1, inputs, seed=2)
     close(linear(layer, more), layer(more))  # unpacked first
-    assert torch.equal(kernels.unpack(layer, torch.float32), layer.dequantized())
+    assert torch.equal(triton_kernels.unpack(layer, torch.float32), layer.dequantized())
 
 
 @pytest.mark.parametrize("outputs, inputs, group, batch", [(40, 512, 128, 1), (40, 1024, 32, 2), (24, 192, 64, 5)])
@@ -136,11 +136,11 @@ def test_every_code_and_every_tile(exact):
     layer.scale.copy_(noise(8, 8))
     x = noise(1, 128)
     try:
-        for tile in (*kernels.CANDIDATES, kernels.TILE):
-            kernels.TILES["heads", 8, 128] = tile
+        for tile in (*triton_kernels.CANDIDATES, triton_kernels.TILE):
+            triton_kernels.TILES["heads", 8, 128] = tile
             close(linear(layer, x), layer(x))
     finally:
-        kernels.TILES.clear()
+        triton_kernels.TILES.clear()
 
 
 @pytest.mark.parametrize("cls", [Int8Linear, Fp8Linear])
@@ -160,11 +160,11 @@ def test_query_key_and_value_in_one_launch(exact):
     group, inputs, (heads, groups, width) = 16, 64, (4, 2, 8)
     layers = [Int4Linear.from_weights(noise(n, inputs, seed=n), group) for n in (heads * width, 16, 16)]
     alone = [layer.dequantized() for layer in layers]
-    rows = kernels.Rows(*layers)
+    rows = triton_kernels.Rows(*layers)
     assert all(torch.equal(layer.dequantized(), one) for layer, one in zip(layers, alone))  # views still work
     x, norm, cache = noise(2, inputs), 1 + noise(inputs) / 9, [torch.zeros(2, groups, 5, width) for _ in range(2)]
-    packed = kernels.pack(x, group, norm, 1e-5)
-    out = kernels.product(rows, packed, torch.empty(2, heads * width), cache, torch.tensor([3]))
+    packed = triton_kernels.pack(x, group, norm, 1e-5)
+    out = triton_kernels.product(rows, packed, torch.empty(2, heads * width), cache, torch.tensor([3]))
     y = torch.nn.functional.rms_norm(x, (inputs,), norm, 1e-5)
     for found, weight in zip((out, cache[0][:, :, 3].flatten(1), cache[1][:, :, 3].flatten(1)), alone):
         close(found, y @ weight.T)
@@ -176,19 +176,19 @@ def test_gate_and_up_with_their_product_and_the_sum_with_the_residual_stream(exa
     gate, up, down = (Int4Linear.from_weights(noise(*size, seed=i) / 8, 16) for i, size in enumerate(sizes))
     x = noise(2, 64)
     wanted = torch.nn.functional.silu(gate(x)) * up(x)
-    inner = kernels.gated(kernels.Rows(gate, up), kernels.pack(x, 16), torch.empty(2, 48))
+    inner = triton_kernels.gated(triton_kernels.Rows(gate, up), triton_kernels.pack(x, 16), torch.empty(2, 48))
     close(inner, wanted)
     stream = noise(2, 64, seed=5)
     total = stream + down(wanted)
-    kernels.added(kernels.Rows(down), kernels.pack(inner, 16), stream)
+    triton_kernels.added(triton_kernels.Rows(down), triton_kernels.pack(inner, 16), stream)
     close(stream, total)
 
 
 def test_layers_that_do_not_fit():
     with pytest.raises(ValueError, match="does not fit the kernels"):
-        kernels.Rows(Int8Linear.from_weights(noise(8, 32)))
+        triton_kernels.Rows(Int8Linear.from_weights(noise(8, 32)))
     odd = Int4Linear.from_weights(noise(8, 48), 48)
-    assert not kernels.fits(odd)
+    assert not triton_kernels.fits(odd)
     assert torch.equal(linear(odd, noise(2, 48)), odd(noise(2, 48)))
 
 
@@ -196,8 +196,9 @@ def test_kernels_can_be_imported_without_triton():
     code = """
 import sys
 sys.modules["triton"] = None
-from aqaa.scale import decode, kernels
-assert kernels.triton is None and not kernels.usable("cpu") and not kernels.usable("cuda")
+from aqaa.fast import graph_decoder
+from aqaa.fast import triton_kernels
+assert triton_kernels.triton is None and not triton_kernels.usable("cpu") and not triton_kernels.usable("cuda")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -211,7 +212,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aqaa.scale import attention_kernels, kernels
+from aqaa.fast import triton_kernels
+from aqaa.fast import attention_kernels
 
 POINTERS = {"words": "*i32", "scale": "*bf16", "first": "*i64", "query": "*bf16", "keys": "*bf16", "values": "*bf16",
             "norm": "*bf16", "weight": "*u8"}
@@ -219,7 +221,7 @@ NUMBERS = {"n_rows", "n_out", "n_runs", "n_items", "size", "n_query"}
 CUOBJDUMP = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
 def build(name, warps=4, types={}, **constants):
-    kernel = getattr(kernels, name, None) or getattr(attention_kernels, name)
+    kernel = getattr(triton_kernels, name, None) or getattr(attention_kernels, name)
     kinds = {}
     for argument in kernel.arg_names:
         number = "i32" if argument in NUMBERS else "fp32" if argument == "eps" else None
@@ -245,19 +247,19 @@ def product(name, tile, most, batch=1, **others):
     rows, runs, warps, stages = tile
     single = {"n_items": 1} if batch == 1 else {}  # Triton makes a 1 a constant
     types = {"x": "*i32", "out": "*bf16" if name == "_heads" else "*fp32"}
-    built = build(name, warps, types, GROUP=128, ROWS=rows, RUNS=runs, BATCH=batch, WORDS=4, DIGITS=kernels.DIGITS,
+    built = build(name, warps, types, GROUP=128, ROWS=rows, RUNS=runs, BATCH=batch, WORDS=4, DIGITS=triton_kernels.DIGITS,
                   STAGES=stages, **single, **others)
     a_weight = len(loop()) / (rows * runs // warps)  # a lane multiplies 32 weights of each of its runs
     assert a_weight <= most, f"{name} {tile} for {batch} rows: {a_weight:.2f} instructions a weight, at most {most}"
     return built.asm["ptx"]
 
-for tile in kernels.CANDIDATES:
+for tile in triton_kernels.CANDIDATES:
     product("_added", tile, 2)
-ptx = product("_gated", kernels.TILE, 1.6)
+ptx = product("_gated", triton_kernels.TILE, 1.6)
 assert ptx.count("evict_first.L2::cache_hint.v4.b32") == 8, "weights are read 16 bytes a thread"
-product("_heads", kernels.TILE, 1.6, HEADS=8, WIDTH=128)
-product("_heads", kernels.TILE, 4, batch=4, HEADS=0, WIDTH=1, first=None)
-product("_heads", (4, *kernels.TILE[1:]), 8, batch=8, HEADS=0, WIDTH=1, first=None)  # one read for eight rows
+product("_heads", triton_kernels.TILE, 1.6, HEADS=8, WIDTH=128)
+product("_heads", triton_kernels.TILE, 4, batch=4, HEADS=0, WIDTH=1, first=None)
+product("_heads", (4, *triton_kernels.TILE[1:]), 8, batch=8, HEADS=0, WIDTH=1, first=None)  # one read for eight rows
 for x in ("*fp32", "*bf16"):
     build("_pack", 8, {"x": x, "out": "*i32"}, NORM=x == "*fp32", WORDS=4, DIGITS=2, LIMIT=32639.0, COLUMNS=16384)
 types = {"scale": "fp32"}

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from aqaa.corpus.plan import Item
 from aqaa.pipeline import ASR_MARKER
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import FIRST_TEXT, tagged
-from aqaa.training import language as K
-from aqaa.training.language import Book, LanguageTask
-from aqaa.training.planning import Item
+from aqaa.training import objectives as K
+from aqaa.training.objectives import Book, LanguageTask
 from tests.conftest import SENTENCES, tiny_config
 
 CONFIG = tiny_config()

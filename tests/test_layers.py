@@ -8,7 +8,7 @@ import torch
 
 from aqaa.backbone.layers import PlainStep1
 from aqaa.backbone.step1 import Step1ForCausalLM, from_plain
-from aqaa.checkpoints import build
+from aqaa.weights.model_folder import build
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent

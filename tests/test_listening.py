@@ -8,22 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa import audio, checkpoints
+from aqaa import audio
 from aqaa.backbone.generation import Prefill
 from aqaa.evaluation import streaming
 from aqaa.tokenizers.linguistic import STRIDE, row_count
 from aqaa.tokenizers.semantic import PIECE
+from aqaa.weights import model_folder
 from tests.conftest import RATE, tone
 from tests.test_linguistic import MODEL as PUBLISHED_STYLE
 
 LENGTHS = st.sampled_from([0, 500, 879, 880, STRIDE, 3 * STRIDE, 20_000, 27_111])
 SIZES = st.one_of(st.just(0), st.just(1), st.integers(2, 900), st.integers(3000, 9000), st.sampled_from([STRIDE, 7680]))
-QUESTION = checkpoints.data_folder() / "questions" / "sum_q001813.wav"
+QUESTION = model_folder.data_folder() / "questions" / "sum_q001813.wav"
 
 
 @pytest.fixture(scope="module")
 def mini():
-    return checkpoints.load("mini")
+    return model_folder.load("mini")
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +321,7 @@ def test_what_has_been_read_is_not_read_again(tiny, monkeypatch, history):
 
 
 def test_the_bench_reports_what_it_found(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(checkpoints, "load", lambda *args, **options: tiny)
+    monkeypatch.setattr(model_folder, "load", lambda *args, **options: tiny)
     monkeypatch.setattr(streaming, "STEPS", (0.24,))
     out = tmp_path / "streaming.json"
     streaming.main(SimpleNamespace(preset="tiny", device="cpu", limit=1, seed=0, json=False, out=str(out)))

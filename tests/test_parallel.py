@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from aqaa.backbone.generation import generate
-from aqaa.backbone.quantized import Fp8Linear, Int4Linear
+from aqaa.backbone.quantized_linear import Fp8Linear, Int4Linear
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
-from aqaa.checkpoints import ModelError
 from aqaa.config import BackboneConfig, IdsConfig
 from aqaa.scale import parallel
 from aqaa.scale.quantize import quantize_
 from aqaa.tokenizers.interleave import LAYOUTS
+from aqaa.weights.model_folder import ModelError
 from tests.conftest import sharp_step1
 
 IDS = IdsConfig(n_text=100, n_linguistic=20, n_semantic=30)
@@ -87,7 +87,7 @@ def test_shares_of_a_layer_make_up_the_whole(ranks):
 
 
 def test_a_model_is_cut_before_it_has_weights():
-    from aqaa.backbone.quantized import empty_linears
+    from aqaa.backbone.quantized_linear import empty_linears
 
     with torch.device("meta"):
         whole = model()

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aqaa import checkpoints, kernels
 from aqaa.config import preset
 from aqaa.evaluation import peers
+from aqaa.fast import prepared
+from aqaa.weights import model_folder
 
 HIDDEN = 3e-5  # what rounding makes of a hidden row, whatever the order of the work
 MARGIN = 1e-4  # a code may differ where the second nearest entry is this close
@@ -20,7 +21,7 @@ def peer_or_skip(package):
 
 def build(name):
     torch.manual_seed(SEED)
-    model = checkpoints.build(name, preset("full")).eval().requires_grad_(False)
+    model = model_folder.build(name, preset("full")).eval().requires_grad_(False)
     for key, value in model.named_parameters():  # norms that do something
         if "norm" in key or "_ln." in key:
             value.add_(0.1 * torch.randn(value.shape))
@@ -52,7 +53,7 @@ def test_linguistic_is_funasr(seconds):
     model.centroids.copy_(wanted.mean(0) + wanted.std(0) * torch.randn(1024, 512))
     wanted_codes = model.quantize(wanted)
     with torch.inference_mode():
-        for ready in (model, kernels.prepare(model)):
+        for ready in (model, prepared.prepare(model)):
             hidden = ready(ready.features(wav)[None])[0]
             check(hidden, wanted, ready.centroids, ready.encode(wav, energy_norm=False), wanted_codes)
 
@@ -64,7 +65,7 @@ def test_semantic_is_s3tokenizer(seconds):
     model.quantizer._codebook.embed.copy_(F.normalize(torch.randn(4096, 1280), dim=1))
     wanted, wanted_codes = peers.s3tokenizer(model)(wav)
     with torch.inference_mode():
-        for ready in (model, kernels.prepare(model)):
+        for ready in (model, prepared.prepare(model)):
             hidden, codes = ready.hidden(ready.features(wav)[None])[0][0], ready.encode(wav, energy_norm=False)
             check(hidden, wanted, ready.quantizer._codebook.embed, codes, wanted_codes, F.normalize)
 
@@ -76,5 +77,5 @@ def test_the_estimator_is_matcha():
     told = mu, torch.randn(1, 80), cond
     wanted = peers.matcha(flow)(noise, None, *told, 3, 0.7)
     with torch.inference_mode():
-        for ready in (flow, kernels.prepare(flow)):
+        for ready in (flow, prepared.prepare(flow)):
             assert (ready.decoder(noise, None, *told, 3, 0.7) - wanted).abs().max() < HIDDEN

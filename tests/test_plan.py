@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from aqaa import cli
 from aqaa.config import BackboneConfig, preset
 from aqaa.scale import plan as sums
-from aqaa.scale import setups as words
+from aqaa.scale import plan_table as words
 
 ROOT = words.Path(__file__).resolve().parent.parent
 B130 = BackboneConfig()

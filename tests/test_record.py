@@ -9,7 +9,9 @@ import torch
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
 from aqaa import cli
 from aqaa.config import BackboneConfig
-from aqaa.scale import kernel_bench, kernels, plan, record
+from aqaa.evaluation import gpu_speed, kernel_bench
+from aqaa.fast import triton_kernels
+from aqaa.scale import plan
 from tests.conftest import tiny_config
 
 
@@ -21,21 +23,21 @@ def config():
 
 def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, monkeypatch):
     for name, value in {"QUESTION": 60, "TOKENS": 12, "ASKED": 0.5, "ANSWER": 60, "REPEATS": 1, "SPOKEN": 0.5}.items():
-        monkeypatch.setattr(record, name, value)
-    monkeypatch.setattr(kernels, "TILE", (128, 32, 1, 1))
-    monkeypatch.setattr(kernels, "SUMS", 1024)
-    monkeypatch.setattr(kernels, "CANDIDATES", ((128, 32, 1, 1), (64, 8, 1, 1)))
+        monkeypatch.setattr(gpu_speed, name, value)
+    monkeypatch.setattr(triton_kernels, "TILE", (128, 32, 1, 1))
+    monkeypatch.setattr(triton_kernels, "SUMS", 1024)
+    monkeypatch.setattr(triton_kernels, "CANDIDATES", ((128, 32, 1, 1), (64, 8, 1, 1)))
     path = tmp_path / "run.json"
-    bench, seen = record.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
+    bench, seen = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
     real = {}
     found = bench.record(path)
     assert list(json.loads(path.read_text(encoding="utf-8")))[:2] == ["what", "date"]
     for name in ("copy", "check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
         real[name] = getattr(bench, name)
 
-        def measure(record, name=name):
+        def measure(gpu_speed, name=name):
             seen[name] = set(json.loads(path.read_text(encoding="utf-8")))
-            real[name](record)
+            real[name](gpu_speed)
 
         monkeypatch.setattr(bench, name, measure)
     bench.run(found)
@@ -47,7 +49,7 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     assert data["resident_bytes"] == 2 * plan.resident_bytes(config.backbone, "int4", 64) - linear
     assert data["copy_gb_per_s"] > 0 and data["kernels"] and data["layer_error"] < 1e-3
     assert list(data["kernel_errors"]) == list(kernel_bench.CHECKS) and max(data["kernel_errors"].values()) < 1e-4
-    assert [point["ids"] for point in data["prefill"]] == [60, kernels.FEW] and data["prefill"][0]["seconds"] > 0
+    assert [point["ids"] for point in data["prefill"]] == [60, triton_kernels.FEW] and data["prefill"][0]["seconds"] > 0
     assert [point["context"] for point in data["decode"]] == [16, 64]
     for point in data["decode"] + data["fp8"]["decode"]:
         assert point["tokens_per_s"] > 0 and point["step_ms"] > 0 and 0 < point["share_of_copy"] < 1
@@ -62,18 +64,18 @@ def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkey
         __enter__, __exit__, map = (lambda self: self), (lambda *_: None), staticmethod(map)
 
     good, broken = [(128, 32, 1, 1), (128, 16, 1, 1)], (128, 32, 1, 9)
-    monkeypatch.setattr(kernels, "CANDIDATES", (broken, *good))
-    monkeypatch.setattr(kernels, "SUMS", 1024)
-    monkeypatch.setattr(kernels, "TILES", {})
+    monkeypatch.setattr(triton_kernels, "CANDIDATES", (broken, *good))
+    monkeypatch.setattr(triton_kernels, "SUMS", 1024)
+    monkeypatch.setattr(triton_kernels, "TILES", {})
     monkeypatch.setattr(kernel_bench, "ThreadPoolExecutor", Pool)
-    bench = record.Bench(config, torch.device("cpu"), contexts=(16,), fast=True)
-    bench.build("int4", 64, record.Record(None, {}))
+    bench = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,), fast=True)
+    bench.build("int4", 64, gpu_speed.Record(None, {}))
 
     def seconds(launch, layers):
         launch(layers[0])
-        if broken in kernels.TILES.values():
+        if broken in triton_kernels.TILES.values():
             raise MemoryError("shared")
-        return 1e-3 if good[0] in kernels.TILES.values() else 1e-6
+        return 1e-3 if good[0] in triton_kernels.TILES.values() else 1e-6
 
     with torch.inference_mode():
         found = kernel_bench.tune(bench.engine, 2, seconds)
@@ -82,23 +84,23 @@ def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkey
     assert list(rates) == ["heads 128 to 192", "added 128 to 128", "gated 128 to 384", "added 192 to 128"]
     assert all(set(rate["tiles"]) == {"128 32 1 1", "128 16 1 1"} and rate["gb_per_s"] > 0 for rate in rates.values())
     assert rates["heads 128 to 192"]["tile"] == good[1] and "MemoryError: shared" in found["gated (128, 32, 1, 9)"]
-    assert set(kernels.TILES.values()) == {good[1]} and min(others.values()) == 1
+    assert set(triton_kernels.TILES.values()) == {good[1]} and min(others.values()) == 1
 
 
 def test_bytes_of_a_step_are_those_of_the_planner(config):
-    bench, backbone = record.Bench(config, torch.device("cpu"), contexts=(16,)), config.backbone
-    bench.build("int4", 64, record.Record(None, {}))
+    bench, backbone = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,)), config.backbone
+    bench.build("int4", 64, gpu_speed.Record(None, {}))
     linear = plan.linear_bytes(backbone, "int4", 64)
     wide = plan.norm_bytes(backbone) + 300 * plan.cache_bytes(backbone)  # fp32 here, bf16 in the plan
     assert bench.step_bytes(300) == linear + 2 * wide
 
 
 def test_a_fault_is_named_and_the_rest_still_measured(config, tmp_path, monkeypatch, capsys):
-    bench = record.Bench(config, torch.device("cpu"), contexts=(16,))
+    bench = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,))
     for name in ("check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
         monkeypatch.setattr(bench, name, lambda record: None)
     monkeypatch.setattr(bench, "copy", lambda record: 1 / 0)
-    monkeypatch.setattr(bench, "vocoder", lambda record: record.add(vocoder=1))
+    monkeypatch.setattr(bench, "vocoder", lambda record: gpu_speed.add(vocoder=1))
     found = bench.record(tmp_path / "run.json")
     bench.run(found)
     assert found.data["faults"] == {"copy": "ZeroDivisionError: division by zero"} and found.data["vocoder"] == 1
@@ -107,17 +109,17 @@ def test_a_fault_is_named_and_the_rest_still_measured(config, tmp_path, monkeypa
 
 def test_random_weights_are_as_wide_as_they_should_be(config):
     for weights, group in (("int4", 64), ("int8", None), ("fp8", None)):
-        model = record.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
+        model = gpu_speed.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
         matrix = model.model.layers[1].mlp.down_proj.dequantized()
         assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(kernel_bench.STD, rel=0.1)
 
 
 def test_the_command(monkeypatch, capsys):
-    class Small(record.Bench):
+    class Small(gpu_speed.Bench):
         def run(self, found):
             found.add(layers=self.config.backbone.num_hidden_layers, group=self.group)
 
-    monkeypatch.setattr(record, "Bench", Small)
+    monkeypatch.setattr(gpu_speed, "Bench", Small)
     assert cli.main(["bench", "scale", "--preset", "full", "--layers", "3", "--json"]) == 0
     data = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert data["layers"] == 3 and data["group"] == 128 and data["setup"]["model"] == "130b"

@@ -18,9 +18,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import aqaa
-from aqaa import checkpoints, cli, foreign, kernels, shards
-from aqaa.checkpoints import ModelError
+from aqaa import cli
+from aqaa.fast import prepared
 from aqaa.pipeline import AQAA
+from aqaa.weights import model_folder, readers, shards
+from aqaa.weights.model_folder import ModelError
 from tests import release
 from tests.conftest import tiny_config, tone
 from tests.test_text import field
@@ -49,11 +51,11 @@ def copy(small, tmp_path):
 
 
 def options(folder, *roles):
-    return [word for role in roles or checkpoints.ROLES for word in (f"--{role}", str(folder / role))]
+    return [word for role in roles or model_folder.ROLES for word in (f"--{role}", str(folder / role))]
 
 
 def test_the_environment_may_name_the_folders(small, question, monkeypatch):
-    for role in checkpoints.ROLES:
+    for role in model_folder.ROLES:
         monkeypatch.setenv(f"AQAA_{role.upper()}", str(small[role]))
     by_name = model(small["backbone"].parent).ask(question, max_tokens=20)
     assert aqaa.load("full").ask(question, max_tokens=20).tokens == by_name.tokens
@@ -62,7 +64,7 @@ def test_the_environment_may_name_the_folders(small, question, monkeypatch):
 
 
 def model(folder, *roles, **more):
-    return aqaa.load("full" if not roles else "mini", **{r: folder / r for r in roles or checkpoints.ROLES}, **more)
+    return aqaa.load("full" if not roles else "mini", **{r: folder / r for r in roles or model_folder.ROLES}, **more)
 
 
 # ---- the whole way --------------------------------------------------------------------------------------------------
@@ -94,9 +96,9 @@ def test_weights_arrive_where_they_belong(small):
     assert not torch.equal(system.backbone.lm_head.weight, system.backbone.model.embed_tokens.weight)
     assert system.backbone.dtype == torch.bfloat16 and not system.backbone.training
     for name in ("flow", "hift"):
-        saved = checkpoints.build(name, system.config)
+        saved = model_folder.build(name, system.config)
         saved.load_state_dict(torch.load(small["vocoder"] / f"{name}.pt", weights_only=True))
-        saved = kernels.prepare(saved).state_dict()
+        saved = prepared.prepare(saved).state_dict()
         assert all(torch.equal(value, saved[key]) for key, value in getattr(system, name).state_dict().items())
     centroids = np.load(small["tokenizer"] / "linguistic_tokenizer.npy")
     assert torch.equal(system.linguistic.centroids, torch.from_numpy(centroids))
@@ -111,14 +113,14 @@ def test_weights_arrive_where_they_belong(small):
 
 def test_dtype_is_of_backbone_and_flow_alone(small, question):
     system = model(small["backbone"].parent, dtype="float16")
-    kinds = {name: next(getattr(system, name).parameters()).dtype for name in checkpoints.PARTS}
+    kinds = {name: next(getattr(system, name).parameters()).dtype for name in model_folder.PARTS}
     assert {name for name, kind in kinds.items() if kind == torch.float16} == {"backbone", "flow"}
     assert model(small["backbone"].parent).flow.encoder_proj.weight.dtype == torch.float32
     with pytest.raises(ModelError, match="'int4': choose"):
         model(small["backbone"].parent, dtype="int4")
 
 
-@pytest.mark.parametrize("role", checkpoints.ROLES)
+@pytest.mark.parametrize("role", model_folder.ROLES)
 def test_the_mini_takes_no_part_with_other_codes(small, question, capsys, role):
     assert cli.main(["ask", str(question), *options(small["backbone"].parent, role)]) == 1
     assert "they are no pair" in capsys.readouterr()[1]
@@ -132,8 +134,8 @@ def test_parts_mix_where_their_ids_fit(tiny_text, small, tmp_path, question):
         linguistic=replace(config.linguistic, codebook_size=1024), flow=replace(config.flow, vocab_size=ids.n_audio),
         semantic=replace(config.semantic, n_codebook_size=4096),
     )  # fmt: skip
-    parts = {name: checkpoints.build(name, config) for name in checkpoints.PARTS} | {"text": tiny_text}
-    checkpoints.save(AQAA(config, parts.__getitem__), tmp_path / "own")
+    parts = {name: model_folder.build(name, config) for name in model_folder.PARTS} | {"text": tiny_text}
+    model_folder.save(AQAA(config, parts.__getitem__), tmp_path / "own")
     (tmp_path / "own" / "flow.safetensors").unlink()  # not needed
     mixed = aqaa.load(tmp_path / "own", tokenizer=small["tokenizer"], vocoder=small["vocoder"])
     answer = mixed.ask(question)
@@ -183,7 +185,7 @@ def test_nested_configuration_and_prefix(copy):
 def test_what_is_no_pickle_of_tensors_is_told(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(ModelError, match="a.pt is cut short or no file of torch.save"):
-        foreign.pickled(tmp_path / "a.pt")
+        readers.pickled(tmp_path / "a.pt")
 
 
 def test_old_names_of_weight_norm_and_old_pickles(copy):
@@ -201,10 +203,10 @@ def test_old_names_of_weight_norm_and_old_pickles(copy):
 def test_yaml_is_read_and_never_executed(tmp_path):
     text = release.COSYVOICE_YAML + f"\nx: !!python/object/apply:os.mkdir ['{tmp_path}/made']\ny: !ref <z>\n"
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
-    data = foreign.read_yaml(tmp_path / "a.yaml")
+    data = readers.read_yaml(tmp_path / "a.yaml")
     assert not (tmp_path / "made").exists() and data["__set_seed1"] == [1986]
     assert data["flow"]["decoder"]["estimator"]["channels"] == [16, 16]
-    assert yaml.SafeLoader.yaml_multi_constructors != foreign.PlainLoader.yaml_multi_constructors
+    assert yaml.SafeLoader.yaml_multi_constructors != readers.PlainLoader.yaml_multi_constructors
 
 
 # ---- damages --------------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def config_with(**values):
 
 def s3(change=lambda state: state, **more):
     def damage(folder):
-        state = checkpoints.build("semantic", release.sizes(N_TEXT)).state_dict()
+        state = model_folder.build("semantic", release.sizes(N_TEXT)).state_dict()
         release.write_s3(folder / ONNX, change(state), **more)
 
     return damage
@@ -389,7 +391,7 @@ def test_a_damaged_release(copy, question, tmp_path, capsys, monkeypatch, name):
     assert err.startswith("aqaa: ") and err.count("\n") == 1 and err.endswith(".\n") and "Traceback" not in err, err
     assert words in err and len(err) < 600, err
     assert not any(other in err for _, other in DAMAGES.values() if other != words), err
-    assert cli.main(["doctor", *(str(copy / role) for role in checkpoints.ROLES)]) == 1
+    assert cli.main(["doctor", *(str(copy / role) for role in model_folder.ROLES)]) == 1
     assert words in capsys.readouterr()[1].replace("\n", " ")
 
 
@@ -419,7 +421,7 @@ NAN, INF = float("nan"), float("inf")
 
 def onnx_with(value):
     def damage(folder):
-        state = checkpoints.build("semantic", release.sizes(N_TEXT)).state_dict()
+        state = model_folder.build("semantic", release.sizes(N_TEXT)).state_dict()
         state["encoder.conv1.bias"][3] = value
         release.write_s3(folder / ONNX, state)
 
@@ -463,7 +465,7 @@ def test_a_value_that_is_no_number_is_named(copy, damage, part, words):
 @pytest.mark.parametrize("name", ["flow.pt", "hift.pt"])
 def test_a_flipped_bit_is_found_where_a_record_knows(copy, name):
     path = copy / "vocoder" / name
-    record = json.dumps({"files": {name: checkpoints.fingerprint(path)}})
+    record = json.dumps({"files": {name: model_folder.fingerprint(path)}})
     (copy / "vocoder/record.json").write_text(record, encoding="utf-8")
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
@@ -480,7 +482,7 @@ def test_a_pickle_cut_anywhere(copy, name, keep):
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     with pytest.raises(ModelError, match=f"{path.name} is cut short or no file of torch.save"):
-        foreign.pickled(path)
+        readers.pickled(path)
 
 
 def varint(number):
@@ -573,11 +575,11 @@ def test_settings_of_a_release_that_cannot_be(copy, values, words):
 
 def test_doctor_tells_what_folders_hold_without_loading_them(small, capsys, monkeypatch):
     monkeypatch.setattr(shards, "safe_open", lambda *_: pytest.fail("weights were opened"))
-    folders = [str(small[role]) for role in checkpoints.ROLES]
+    folders = [str(small[role]) for role in model_folder.ROLES]
     assert cli.main(["doctor", *folders, "--json"]) == 0
     report = json.loads(capsys.readouterr()[0])
     assert [report[folder]["roles"] for folder in folders] == [["tokenizer"], ["backbone"], ["vocoder"]]
-    count = sum(t.numel() for t in checkpoints.build("backbone", release.sizes(N_TEXT)).state_dict().values())
+    count = sum(t.numel() for t in model_folder.build("backbone", release.sizes(N_TEXT)).state_dict().values())
     assert f"30 tensors, {count:,} parameters" in report[folders[1]]["backbone"]
     assert report[folders[1]]["licence"] == "apache-2.0 (README.md)" and "3 tensors" in report[folders[1]]["note"]
     assert "not the file of CosyVoice" in report[folders[0]]["semantic"]
@@ -595,11 +597,11 @@ def test_doctor_knows_the_mini_and_what_is_nothing(tiny_folder, tmp_path, capsys
 
 
 def test_doctor_checks_hashes_and_looks_into_folders(copy, capsys):
-    facts = checkpoints.fingerprint(copy / "vocoder/flow.pt")
+    facts = model_folder.fingerprint(copy / "vocoder/flow.pt")
     record(facts)(copy)
     assert cli.main(["doctor", str(copy)]) == 0  # all three in it
     out = capsys.readouterr()[0]
-    assert all(f"{copy / role}\n" in out for role in checkpoints.ROLES)
+    assert all(f"{copy / role}\n" in out for role in model_folder.ROLES)
     record(facts | {"sha256": "0" * 64})(copy)
     assert cli.main(["doctor", str(copy)]) == 1
     assert "does not have the hash" in capsys.readouterr()[1]

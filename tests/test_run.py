@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import aqaa
-from aqaa import checkpoints, cli, pipeline
-from aqaa.checkpoints import ModelError
+from aqaa import cli, pipeline
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.training import features
 from aqaa.training import run as K
 from aqaa.training.loop import read_log
+from aqaa.weights import model_folder
+from aqaa.weights.model_folder import ModelError
 from tests import tones
 from tests.conftest import tiny_config
 
@@ -68,7 +69,7 @@ def test_the_finished_model_answers_a_question(place, run, short_answers):
     assert answer.seconds >= 0.3 and answer.audio.isfinite().all() and answer.audio.abs().max() > 0
     text, audio = interleave.layout().parse(answer.tokens["answer"], CONFIG.ids)
     assert len(audio) % 5 == 0 and answer.text == model.text.decode(text).strip()
-    assert checkpoints.inspect(place / "model")["flow"]["as_recorded"]
+    assert model_folder.inspect(place / "model")["flow"]["as_recorded"]
 
 
 def test_every_stage_leaves_its_traces(place):
@@ -174,11 +175,11 @@ def test_a_run_may_start_from_a_model_folder(place, tmp_path):
     """Its parts stand in for stages that have not run."""
     later = K.Run(**{**options(tmp_path), "corpus": place / "corpus"}, init=place / "model")
     for name in ("linguistic", "semantic"):
-        blank = checkpoints.build(name, CONFIG)
-        first = later._warm(name, checkpoints.build(name, CONFIG))
+        blank = model_folder.build(name, CONFIG)
+        first = later._warm(name, model_folder.build(name, CONFIG))
         assert first.training and not same_weights(first, blank)
         assert same_weights(first, later.part(name, blank))
-    backbone = later.part("pretrain", checkpoints.build("backbone", CONFIG))
+    backbone = later.part("pretrain", model_folder.build("backbone", CONFIG))
     assert same_weights(backbone, aqaa.load(place / "model").backbone)
     later._record("sft1", {"steps": 3})
     record = json.loads((later.out / "record.json").read_text(encoding="utf-8"))["sft1"]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqaa import checkpoints
 from aqaa.pipeline import AQAA
 from aqaa.scale.serving import Batch, Server
-from aqaa.scale.vllm_engine import EngineError
-from aqaa.scale.vllm_engine import Server as Far
+from aqaa.scale.vllm.client import EngineError
+from aqaa.scale.vllm.client import Server as Far
 from aqaa.tokenizers import interleave
+from aqaa.weights import model_folder
 from tests.conftest import RATE, tone
 from tests.stub_server import serve
 
@@ -23,7 +23,7 @@ DEADLINE = 30  # s: nobody waits for ever
 
 @pytest.fixture(scope="module")
 def mini():
-    return checkpoints.load("mini")
+    return model_folder.load("mini")
 
 
 @pytest.fixture

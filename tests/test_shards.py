@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from aqaa import checkpoints, shards
-from aqaa.checkpoints import ModelError
 from aqaa.config import AQAAConfig, BackboneConfig
+from aqaa.weights import model_folder, shards
+from aqaa.weights.model_folder import ModelError
 
 BIG = BackboneConfig(
     vocab_size=32_768, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=2, num_attention_heads=32,
@@ -22,7 +22,7 @@ BIG = BackboneConfig(
 )  # fmt: skip
 LOAD = """
 import re, sys, torch
-from aqaa import shards
+from aqaa.weights import shards
 from aqaa.backbone import step1
 from aqaa.config import BackboneConfig
 def peak():  # of this program alone: getrusage would begin with that of the process it was forked from
@@ -43,7 +43,7 @@ print(peak() - before, sum(weight.nbytes for weight in model.parameters()), tota
 def hollow(folder):
     """BIG in three shards of about half a gigabyte: headers, and zeros that take no disk. Returns the largest size."""
     with torch.device("meta"):
-        state = checkpoints.build("backbone", replace(AQAAConfig(), backbone=BIG)).state_dict()
+        state = model_folder.build("backbone", replace(AQAAConfig(), backbone=BIG)).state_dict()
     sizes = []
     for i in range(3):
         listed, at = {}, 0

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from aqaa.training import tokenizers as K
+from aqaa.training import speech_tokenizers as K
 from aqaa.training.loop import Trainer
-from aqaa.training.tokenizers import LinguisticTask, SemanticTask, Utterances
+from aqaa.training.speech_tokenizers import LinguisticTask, SemanticTask, Utterances
 from tests.conftest import tiny_config
 
 CONFIG = tiny_config()

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aqaa
-from aqaa import checkpoints, cli, kernels, verify
-from aqaa.checkpoints import ModelError
+from aqaa import cli
 from aqaa.config import AQAAConfig, preset
+from aqaa.fast import prepared
 from aqaa.scale import convert
+from aqaa.weights import model_folder, verify
+from aqaa.weights.model_folder import ModelError
 from tests.conftest import tiny_config
 
 NAN, INF = float("nan"), float("inf")
@@ -70,10 +72,10 @@ def test_a_folder_with_a_value_that_is_no_number(copy, tmp_path, part, name, pla
         getattr(aqaa.load(copy), part)
     one_sentence(fault, *words)
     (copy / "record.json").unlink()
-    config, parts = checkpoints.read_config(copy), {name: copy / f"{name}.safetensors" for name in checkpoints.PARTS}
+    config, parts = model_folder.read_config(copy), {name: copy / f"{name}.safetensors" for name in model_folder.PARTS}
     for spoil in (
         lambda: convert.convert(copy, tmp_path / "out", "int8", quiet=True),
-        lambda: checkpoints.gather(tmp_path / "out", config, copy / "tokenizer.json", parts, {}),
+        lambda: model_folder.gather(tmp_path / "out", config, copy / "tokenizer.json", parts, {}),
     ):
         with pytest.raises(ModelError) as fault:
             spoil()
@@ -86,16 +88,16 @@ def test_a_folder_with_a_value_that_is_no_number(copy, tmp_path, part, name, pla
     ("fp8", "qweight", 0xFF),
 ])  # fmt: skip
 def test_scales_and_codes_of_quantised_layers(tmp_path, weights, name, value):
-    from aqaa.backbone.quantized import FORMATS, numbers
+    from aqaa.backbone.quantized_linear import FORMATS, numbers
     from aqaa.scale.quantize import empty_linears
 
     module = torch.nn.ModuleDict({"proj": torch.nn.Linear(128, 8, bias=False)})
     empty_linears(module, weights, 64 if weights == "int4" else None, device="cpu")
     state = FORMATS[weights].from_weights(torch.randn(8, 128), module["proj"].group).state_dict(prefix="proj.")
-    checkpoints.fit(module, state, "a.safetensors")
+    model_folder.fit(module, state, "a.safetensors")
     state[f"proj.{name}"][2, 1 if name == "qweight" else 0] = value
     with pytest.raises(ModelError, match=rf"a.safetensors holds -?(nan|inf) at proj\.{name}\[2, "):
-        checkpoints.fit(module, state, "a.safetensors")
+        model_folder.fit(module, state, "a.safetensors")
     assert numbers(module, "proj.scale", state["proj.scale"]) is state["proj.scale"]
 
 
@@ -111,7 +113,7 @@ def test_a_weight_too_large_for_a_dtype(copy):
 # ---- hashes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", checkpoints.PARTS)
+@pytest.mark.parametrize("part", model_folder.PARTS)
 def test_one_flipped_bit_is_found(copy, tmp_path, part):
     path = copy / f"{part}.safetensors"
     data = bytearray(path.read_bytes())
@@ -133,7 +135,7 @@ def test_one_flipped_bit_is_found(copy, tmp_path, part):
 ])  # fmt: skip
 def test_a_damaged_record(copy, record, capsys):
     (copy / "record.json").write_text(record, encoding="utf-8")
-    for look in (lambda: aqaa.load(copy).flow, lambda: checkpoints.inspect(copy)):
+    for look in (lambda: aqaa.load(copy).flow, lambda: model_folder.inspect(copy)):
         with pytest.raises(ModelError) as fault:
             look()
         one_sentence(fault, "record.json does not list files")
@@ -247,14 +249,14 @@ def sound(hift):
 @pytest.mark.parametrize("source", ["mini", "int4", "fp8"])
 def test_loading_and_saving_change_nothing(tmp_path, source):
     """All tensors as they were read, also folded and quantised ones; and a second time the very same bytes."""
-    folder = checkpoints.find("mini")
+    folder = model_folder.find("mini")
     if source != "mini":
         convert.convert("mini", tmp_path / "source", source, quiet=True)
         folder = tmp_path / "source"
-    checkpoints.save(aqaa.load(folder), tmp_path / "a")
-    checkpoints.save(aqaa.load(tmp_path / "a"), tmp_path / "b")
+    model_folder.save(aqaa.load(folder), tmp_path / "a")
+    model_folder.save(aqaa.load(tmp_path / "a"), tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    for part in checkpoints.PARTS:
+    for part in model_folder.PARTS:
         read, saved = (load_file(place / f"{part}.safetensors") for place in (folder, tmp_path / "a"))
         assert read.keys() == saved.keys()
         assert all(torch.equal(value, saved[name]) and value.dtype == saved[name].dtype for name, value in read.items())
@@ -265,23 +267,23 @@ def test_loading_and_saving_change_nothing(tmp_path, source):
 
 def test_folded_layers_know_their_factors_until_they_change():
     torch.manual_seed(0)
-    module = checkpoints.build("hift", tiny_config())
+    module = model_folder.build("hift", tiny_config())
     with torch.no_grad():
         module.conv_pre.weight_g.mul_(1.7)
     read = {name: value.clone() for name, value in module.state_dict().items()}
-    ready = kernels.prepare(module)
+    ready = prepared.prepare(module)
     assert not any(name.endswith("weight_v") for name in ready.state_dict())
-    again = kernels.unprepared(ready)
+    again = prepared.unprepared(ready)
     assert again.keys() == read.keys() and all(torch.equal(value, read[name]) for name, value in again.items())
     other = {name: 2 * value for name, value in read.items()}
     ready.load_state_dict(dict(other))  # into a folded module
-    again = kernels.unprepared(ready)
+    again = prepared.unprepared(ready)
     assert all(torch.equal(again[name], value) for name, value in other.items())
-    ready.load_state_dict(kernels.prepare(checkpoints.build("hift", tiny_config())).state_dict())
-    assert torch.equal(kernels.unprepared(ready)["conv_pre.weight_v"], ready.conv_pre.weight)
+    ready.load_state_dict(prepared.prepare(model_folder.build("hift", tiny_config())).state_dict())
+    assert torch.equal(prepared.unprepared(ready)["conv_pre.weight_v"], ready.conv_pre.weight)
     with torch.no_grad():
         ready.conv_pre.weight.mul_(1.01)  # trained on, say
-    again = kernels.unprepared(ready)
+    again = prepared.unprepared(ready)
     assert torch.equal(again["conv_pre.weight"], ready.conv_pre.weight) and "conv_pre.weight_v" not in again
 
 

@@ -13,9 +13,9 @@ import torch
 from aqaa import cli
 from aqaa.backbone.generation import Repetition, generate
 from aqaa.pipeline import AQAA
-from aqaa.scale import vllm_engine, vllm_plugin
-from aqaa.scale.rules import Follower, Rules
-from aqaa.scale.vllm_engine import EngineError, Server, serve_command
+from aqaa.scale.vllm import client, plugin
+from aqaa.scale.vllm.client import EngineError, Server, serve_command
+from aqaa.scale.vllm.rules import Follower, Rules
 from aqaa.tokenizers import interleave
 from tests import vllm_check
 from tests.conftest import RATE, tone
@@ -67,11 +67,11 @@ def test_a_chat_transcribes_through_the_engine(tiny, sound):
 
 def test_the_mini_answers_the_same_on_the_command_line(tmp_path, capsys, monkeypatch):
     """`aqaa ask --engine URL` against `aqaa ask`: the same wav, bit by bit."""
-    from aqaa import checkpoints
+    from aqaa.weights import model_folder
 
     monkeypatch.chdir(tmp_path)
     question = str(ROOT / "data" / "questions" / "sum_q001813.wav")
-    with serve(checkpoints.load("mini")) as server:
+    with serve(model_folder.load("mini")) as server:
         assert cli.main(["ask", question, "-o", "far.wav", "--engine", server.url]) == 0
         assert cli.main(["listen", question, "--engine", server.url]) == 0
     assert cli.main(["ask", question, "-o", "near.wav"]) == 0
@@ -100,9 +100,9 @@ def test_real_chunks_are_read(tiny):
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     found, expected = [], record["completion_stream_of"]
     for line in "".join(record["completion_stream"]).encode().splitlines():
-        data = vllm_engine._event(line, "it")
+        data = client._event(line, "it")
         if data and data != b"[DONE]":
-            found += vllm_engine._tokens(json.loads(data), "it")
+            found += client._tokens(json.loads(data), "it")
     assert [token for token, _ in found] == [token for token, _ in expected]
     assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-6)
     assert record["completion_stream"][-1] == "data: [DONE]\n\n"
@@ -222,8 +222,8 @@ def test_a_server_that_serves_nothing_of_use(tiny, data):
 @pytest.mark.parametrize("fault", [*ENDLESS_REPLIES, *ENDLESS_ANSWERS])
 def test_what_never_ends_is_ended(tiny, fault, monkeypatch):
     """Neither bytes without end nor bytes now and then keep us beyond the deadline, or fill the memory."""
-    monkeypatch.setattr(vllm_engine, "REPLY_BYTES", 50_000)
-    monkeypatch.setattr(vllm_engine, "EMPTY_LINES", 100)
+    monkeypatch.setattr(client, "REPLY_BYTES", 50_000)
+    monkeypatch.setattr(client, "EMPTY_LINES", 100)
     slow, began = {"connect_time": 0.6}, time.monotonic()
     if fault in ENDLESS_ANSWERS:
         slow = {"answer_time": 0.8} if "line" in fault else {"total_time": 0.8}
@@ -251,7 +251,7 @@ def test_nobody_is_sent_elsewhere(tiny):
 ])  # fmt: skip
 def test_what_a_terminal_would_obey_is_left_out(said, shown):
     for body in (json.dumps({"error": {"message": said}}).encode(), {"detail": said}, said.encode()):
-        assert vllm_engine._message(body) == shown
+        assert client._message(body) == shown
 
 
 def test_a_prompt_too_long_for_the_server(tiny, sound):
@@ -360,8 +360,8 @@ def test_the_launch_command_has_what_vllm_needs(released):
     assert found["--attention-backend"] == "TRITON_ATTN" and found["--tensor-parallel-size"] == "4"
     assert json.loads(found["--hf-overrides"]) == {"tie_word_embeddings": False}
     assert found["--quantization"] == "fp8_per_channel" and found["--generation-config"] == "vllm"
-    assert found["--logits-processors"] == "aqaa.scale.vllm_plugin:Layouts"
-    assert hasattr(vllm_plugin, "Layouts") and "--quantization" not in flags(serve_command(released()))
+    assert found["--logits-processors"] == "aqaa.scale.vllm.plugin:Layouts"
+    assert hasattr(plugin, "Layouts") and "--quantization" not in flags(serve_command(released()))
     aqaa = flags(serve_command(released(model_type="mmgpt_step1_v2", vision_tower_config={})))
     assert json.loads(aqaa["--hf-overrides"])["architectures"] == ["Step1AQAAForCausalLM"]
 
@@ -402,7 +402,7 @@ def test_language_weights_leave_vision_out():
         "vision_model.encoder.layers.0.self_attn.q_proj.weight": None, "vit_downsampler.weight": None,
         "sam_model.blocks.0.norm1.weight": None, "vision_model.embeddings.patch_embedding.weight": None,
     }  # fmt: skip
-    found = dict(vllm_plugin.language_weights((name, name) for name in names))
+    found = dict(plugin.language_weights((name, name) for name in names))
     assert found == {ours: theirs for theirs, ours in names.items() if ours}
 
 
@@ -412,24 +412,24 @@ def test_language_weights_leave_vision_out():
 def test_vllm_that_is_missing_is_told(monkeypatch):
     if vllm_check.installed():
         pytest.skip("vLLM is installed here: there is nothing to miss")
-    for call in (vllm_engine.version, lambda: vllm_engine.InProcess("anywhere"), vllm_plugin.register):
+    for call in (client.version, lambda: client.InProcess("anywhere"), plugin.register):
         with pytest.raises(EngineError, match="not installed in this environment"):
             call()
     with pytest.raises(EngineError, match="install that version"):  # another one, whose modules lie elsewhere
-        monkeypatch.setattr(vllm_engine, "version", lambda: "0.6.0")
-        vllm_engine.InProcess("anywhere")
+        monkeypatch.setattr(client, "version", lambda: "0.6.0")
+        client.InProcess("anywhere")
 
 
 def test_the_plug_in_is_declared():
     import tomllib
 
     entries = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
-    assert entries == {"vllm.general_plugins": {"aqaa": "aqaa.scale.vllm_plugin:register"}}
+    assert entries == {"vllm.general_plugins": {"aqaa": "aqaa.scale.vllm.plugin:register"}}
 
 
 def test_the_record_is_of_the_version_that_is_named():
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert record["vllm"] == vllm_engine.TESTED and record["failed"] == []
+    assert record["vllm"] == client.TESTED and record["failed"] == []
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
     assert {check["name"] for check in record["checks"]} == {check.__name__ for check in vllm_check.CHECKS}
 

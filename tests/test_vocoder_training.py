@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from aqaa.config import preset
-from aqaa.training.f0 import f0
-from aqaa.training.vocoder import FlowTask, HiftTask
+from aqaa.pitch import f0
+from aqaa.training.flow_and_hift import FlowTask, HiftTask
 
 RATE = 16_000
 MINI = preset("mini")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from aqaa.training import voices as V
+from aqaa.corpus import voices as V
 from tests import tones
 
 

@@ -10,13 +10,13 @@ import torch
 from scipy import stats
 
 from aqaa.audio import AudioError
-from aqaa.notebook import explore, live, planner, widgets
+from aqaa.notebook import base, explore, planner, widgets
 from aqaa.pipeline import Piece
 from aqaa.scale import plan as sums
-from aqaa.scale.setups import setups
+from aqaa.scale.plan_table import setups
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import MANNERS, tagged
-from aqaa.training.language import LanguageTask
+from aqaa.training.objectives import LanguageTask
 
 from .conftest import RATE, tone
 
@@ -45,7 +45,7 @@ class Page:
 @pytest.fixture
 def page(monkeypatch):
     """Widgets made after this have a Page as their view: page(widget)."""
-    monkeypatch.setattr(live, "front_end", lambda script: Page)
+    monkeypatch.setattr(base, "front_end", lambda script: Page)
     return lambda widget: widget._view
 
 
@@ -183,7 +183,7 @@ def test_a_page_that_python_cannot_hear_yet_gets_the_answer_in_the_state(page, t
     assert front.sent == [] and player.answer.text == front.state["text"].strip()
     waiting = [(message, message["sound"]) for message in front.state["waiting"]]
     assert abs(waiting[0][0]["sent"] / 1000 - time.time()) < WAIT
-    assert in_order(waiting, player) == live.pcm16(player.answer.audio) == front.state["sound"]
+    assert in_order(waiting, player) == base.pcm16(player.answer.audio) == front.state["sound"]
     assert "pieces, the first of them after" in front.state["message"] and "sound" not in front.state["message"]
     front.says("ready")  # after the last cell; later, that of a page that was loaded again: it stays silent
     assert front.sent == [] and front.state["waiting"] == []
@@ -329,7 +329,7 @@ def test_the_voice_control_speaks_and_measures(page, tiny, monkeypatch):
     control._thread.join(WAIT)
     (take,) = front.state["takes"]
     assert take["manner"] == "happy" and take["rate"] == RATE and front.heard() == ["play"]
-    assert take["sound"] == live.pcm16(control.takes[0]["wav"])
+    assert take["sound"] == base.pcm16(control.takes[0]["wav"])
     front.says("speak", manner="happy", temperature=0.5, seed=2, sentence="  ")
     control._thread.join(WAIT)
     assert "type a sentence" in front.state["error"] and front.state["phase"] == "idle"

@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from aqaa.training import corpus, voices
+from aqaa.corpus import speak, voices
 
 ENGINES = all(map(shutil.which, ("espeak-ng", "flite", "festival")))  # tests with the real ones are collected
 RATE = 16_000
@@ -24,13 +24,13 @@ def spell(text):
     phones = []
     for word in text.split():
         said = [LETTERS[ord(letter) - ord("a")] for letter in word if letter.isalpha()]
-        vowels = [phone in corpus.VOWELS for phone in said]
+        vowels = [phone in speak.VOWELS for phone in said]
         phones += [phone for i, phone in enumerate(said) if not (i and vowels[i] and vowels[i - 1])]
     return phones
 
 
 def phones_of(lines):
-    """Stands in for corpus.phones_of."""
+    """Stands in for speak.phones_of."""
     return {line: spell(line) for line in lines}
 
 
@@ -42,7 +42,7 @@ def synthesize(jobs):
 def say(voice, text, how):
     """One utterance (N,) float32, 0.1 s of silence at both ends."""
     phones = spell(text)
-    vowels = np.array([phone in corpus.VOWELS for phone in phones])
+    vowels = np.array([phone in speak.VOWELS for phone in phones])
     if isinstance(how, voices.Manner):
         rate, pitch, spread = 1 / how.stretch, how.mean, 12 * np.log2(1 + how.spread / how.mean)
     else:
@@ -53,7 +53,7 @@ def say(voice, text, how):
     time = np.arange(int(seconds * RATE)) / RATE
     swing = np.sin(2 * np.pi * max(2, round(2 * seconds)) * time / seconds)
     phase = 2 * np.pi * np.cumsum(pitch * 2 ** (2**0.5 * spread * swing / 12)) / RATE
-    colour = [(1 if phone in corpus.VOWELS else 0.4) * _colour(phone) for phone in phones]
+    colour = [(1 if phone in speak.VOWELS else 0.4) * _colour(phone) for phone in phones]
     weights = np.stack(colour)[np.searchsorted(edges, time * RATE, side="right").clip(max=len(phones) - 1)]
     wave = (weights * np.sin(phase[:, None] * HARMONICS)).sum(1)  # (N, 8) -> (N,)
     wave *= 0.158 / np.sqrt(np.mean(wave**2))  # as loud as the answer voice
@@ -69,4 +69,4 @@ def install(patch):
     """Put this speaker in the place of the engines; patch is a pytest.MonkeyPatch."""
     patch.setattr(voices.shutil, "which", lambda name: name)
     patch.setattr(voices, "synthesize", synthesize)
-    patch.setattr(corpus, "phones_of", phones_of)
+    patch.setattr(speak, "phones_of", phones_of)

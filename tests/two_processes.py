@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from aqaa.backbone import step1  # noqa: F401  registers the model
+from aqaa.fast.graph_decoder import Engine
 from aqaa.scale import parallel
-from aqaa.scale.decode import Engine
 from aqaa.scale.quantize import quantize_
 from tests.test_parallel import GROUP, IDS, LAYOUT, PROMPT, greedy
 

@@ -76,7 +76,7 @@ def expected(layout, n=60, said=()):
 
 def params(layout, said=()):
     """A real SamplingParams that carries rules."""
-    from aqaa.scale.rules import KEY, Rules
+    from aqaa.scale.vllm.rules import KEY, Rules
     from aqaa.tokenizers import interleave
 
     layout = interleave.Resumed(layout, tuple(said)) if said else layout
@@ -103,7 +103,7 @@ def config(**changes):
 def processor_interfaces(record):
     """Both runners' base classes: every abstract method is there, with the parameters that it is called with."""
     vllm()
-    from aqaa.scale.vllm_plugin import PROCESSORS, Layouts
+    from aqaa.scale.vllm.plugin import PROCESSORS, Layouts
 
     assert not Layouts.__abstractmethods__
     for base in Layouts.__bases__:
@@ -128,8 +128,8 @@ def request(record):
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.sampling_params import SamplingParams
 
-    from aqaa.scale.rules import KEY
-    from aqaa.scale.vllm_plugin import Layouts
+    from aqaa.scale.vllm.plugin import Layouts
+    from aqaa.scale.vllm.rules import KEY
     from aqaa.tokenizers import interleave
 
     rules = params(interleave.layout()).extra_args[KEY]
@@ -162,7 +162,7 @@ def stream(record):
     from vllm.logprobs import Logprob
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    from aqaa.scale.vllm_engine import _event, _tokens
+    from aqaa.scale.vllm.client import _event, _tokens
 
     def output(part, reason=None):
         said = CompletionOutput(0, "", [i for i, _ in part], 0.0, [{i: Logprob(p)} for i, p in part], reason)
@@ -218,8 +218,8 @@ def in_process(record):
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from aqaa.scale.rules import KEY, Rules
-    from aqaa.scale.vllm_engine import EngineError, InProcess
+    from aqaa.scale.vllm.client import EngineError, InProcess
+    from aqaa.scale.vllm.rules import KEY, Rules
     from aqaa.tokenizers import interleave
 
     _, ids, prompt = small()
@@ -265,15 +265,15 @@ def launch_flags(record):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from aqaa.config import BackboneConfig
-    from aqaa.scale import vllm_engine, vllm_plugin
+    from aqaa.scale.vllm import client, plugin
 
-    vllm_plugin.register()
+    plugin.register()
     vision = {"vision_tower_config": {"hidden_size": 1024}, "understand_projector_stride": 2, "image_token_id": 13}
     for kind, extra in (("step1", {}), ("mmgpt_step1_v2", {**vision, "eos_token_id": [2, 3]})):
         with tempfile.TemporaryDirectory() as folder:
             given = {**asdict(BackboneConfig()), "model_type": kind, "architectures": ["Step1ForCausalLM"], **extra}
             Path(folder, "config.json").write_text(json.dumps(given), encoding="utf-8")
-            command = vllm_engine.serve_command(folder, 8, "fp8")
+            command = client.serve_command(folder, 8, "fp8")
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(command)[2:])
             model = ModelConfig(
                 model=folder, skip_tokenizer_init=args.skip_tokenizer_init, hf_overrides=args.hf_overrides,
@@ -298,8 +298,8 @@ def model_class(record):
     from vllm.model_executor.models.step1 import Step1ForCausalLM
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from aqaa.scale.vllm_engine import ATTENTION
-    from aqaa.scale.vllm_model import Step1AQAAForCausalLM
+    from aqaa.scale.vllm.client import ATTENTION
+    from aqaa.scale.vllm.model import Step1AQAAForCausalLM
 
     stacked = Step1ForCausalLM.hf_to_vllm_mapper.orig_to_new_stacked
     assert set(stacked) == {".q_proj", ".k_proj", ".v_proj", ".gate_proj", ".up_proj"}
@@ -315,10 +315,10 @@ def logits(record):
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.models import step1
 
-    from aqaa.scale import vllm_plugin
-    from aqaa.scale.vllm_model import Step1AQAAForCausalLM
+    from aqaa.scale.vllm import plugin
+    from aqaa.scale.vllm.model import Step1AQAAForCausalLM
 
-    vllm_plugin.register()
+    plugin.register()
     backbone, _, prompt = small()
     ours, eyes = backbone.config, ("vision_model.encoder.layers.0.self_attn.q_proj.weight", "vit_downsampler.weight")
     state = [(f"language_model.{name}", weight.data) for name, weight in backbone.named_parameters()]
@@ -386,7 +386,7 @@ def older_runner(record):
     vllm()
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    from aqaa.scale.vllm_plugin import Layouts
+    from aqaa.scale.vllm.plugin import Layouts
     from aqaa.tokenizers import interleave
 
     prompt, cot = small()[2], interleave.layout("text_cot")
@@ -425,7 +425,7 @@ def newer_runner(record):
     import torch
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
-    from aqaa.scale.vllm_plugin import Layouts
+    from aqaa.scale.vllm.plugin import Layouts
     from aqaa.tokenizers import interleave
 
     prompt, layout = small()[2], interleave.layout()

@@ -225,12 +225,12 @@ def evaluation_corpus(folder, seed=0, workers=2):
 
     Speaking that was interrupted goes on. A training corpus that is still growing is taken as it is.
     """
-    from aqaa.training import corpus
+    from aqaa.corpus import speak
 
-    found = corpus.Corpus(folder) if (Path(folder) / "plan.json").exists() else None
+    found = speak.Corpus(folder) if (Path(folder) / "plan.json").exists() else None
     if found and found.complete:
         return found
-    items = corpus.plan(seed=seed)
+    items = speak.plan(seed=seed)
     asked = [item for item in items if item.split == "eval" and item.role == "question"]
     wanted = {item.answer_id for item in asked}
     texts = {item.answer for item in asked if item.manner in RULES}  # their normal form is the manner's reference
@@ -239,14 +239,14 @@ def evaluation_corpus(folder, seed=0, workers=2):
         for item in items
         if item.role == "answer" and (item.answer_id in wanted or item.manner == "normal" and item.answer in texts)
     ]
-    if found and found.head["hash"] != corpus.plan_hash(answers + asked):
+    if found and found.head["hash"] != speak.plan_hash(answers + asked):
         return found
-    return corpus.speak(answers + asked, folder, workers)
+    return speak.speak(answers + asked, folder, workers)
 
 
 def all_answers():
     """Every text that the curriculum may want to hear."""
-    from aqaa.training import curriculum, intents  # noqa: F401  (importing the curriculum registers its intents)
+    from aqaa.corpus import intents
 
     return {fact.answer for intent in intents.INTENTS.values() for fact in intent.facts}
 
@@ -319,12 +319,12 @@ def _listen(rows, items, sounds, corpus, workers, seed, progress):
 
 def main(args):
     """`aqaa bench accuracy`; args: preset, device, seed, corpus, limit (a cell), text_only, workers, json, out."""
-    from aqaa import checkpoints
     from aqaa.records import about
+    from aqaa.weights import model_folder
 
     if args.out and not Path(args.out).resolve().parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"{args.out} cannot be written, its folder does not exist: make it first")
-    model = checkpoints.load(args.preset, device=args.device)
+    model = model_folder.load(args.preset, device=args.device)
     corpus = evaluation_corpus(args.corpus, args.seed, args.workers)
     rows, summary, facts = evaluate(
         model, corpus, limit=args.limit, text_only=args.text_only, workers=args.workers, seed=args.seed,

@@ -128,14 +128,14 @@ def main(args):
     The codes are those that lie beside the weights, of every utterance of the training run; the test is on questions
     that training never heard.
     """
-    from aqaa import checkpoints
+    from aqaa.corpus.plan import plan
     from aqaa.evaluation import accuracy
     from aqaa.records import about
     from aqaa.training.features import load_codes
-    from aqaa.training.planning import plan
+    from aqaa.weights import model_folder
 
-    model = checkpoints.load(args.preset, device=args.device)
-    beside = checkpoints.data_folder() if args.preset == "mini" else Path(args.preset).parent
+    model = model_folder.load(args.preset, device=args.device)
+    beside = model_folder.data_folder() if args.preset == "mini" else Path(args.preset).parent
     items = [item for item in plan(seed=args.seed) if item.role != "answer"]
     pairs = list(zip(items, load_codes(beside / "codes", items), strict=True))
     train = [pair for item, pair in pairs if item.split == "train"]

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.signal import butter, find_peaks, sosfilt
 
 from aqaa.config import SAMPLE_RATE
-from aqaa.training.f0 import f0
+from aqaa.pitch import f0
 
 HOP = 160  # samples between measuring frames: 10 ms
 FLOOR = 25  # dB under the loudest frame: quieter frames (final stops, breath, noise) are not counted as speech

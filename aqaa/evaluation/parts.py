@@ -1,7 +1,7 @@
 """`aqaa bench parts`: what each part costs at the sizes of a preset, beside the implementations that it comes from.
 
 Weights and sounds are random and seeded: neither changes the work. All who do the same work take turns in one run, on
-the same weights, and their results are compared. "as trained" is our module before `kernels.prepare`: for HiFT, which
+the same weights, and their results are compared. "as trained" is our module before `prepared.prepare`: for HiFT, which
 no package holds, that is the published order of work (weight norms in every call, every convolution direct).
 "AMX" stands for linear layers on the matrix units of a Xeon that has them: fp32 in three products of bf16.
 """
@@ -17,10 +17,11 @@ from statistics import median
 
 import torch
 
-from aqaa import checkpoints, kernels
 from aqaa.config import PRESETS, SAMPLE_RATE, preset
 from aqaa.evaluation import peers
+from aqaa.fast import prepared
 from aqaa.processor import has_bf16
+from aqaa.weights import model_folder
 
 ROUNDS = 5
 LAYER_VOCABULARY = 1024  # rows of the embedding around a single layer, which is all that is timed
@@ -102,16 +103,16 @@ def _turns(runs, rounds, clock):
 
 def _random(name, config, change=lambda module: None):
     """A part with random weights, as trained."""
-    plain = checkpoints.build(name, config).eval().requires_grad_(False)
+    plain = model_folder.build(name, config).eval().requires_grad_(False)
     change(plain)
     return plain
 
 
 def _prepared(plain):
     """The same part ready for inference: {"": …, ", AMX": …}, the second where the processor allows it."""
-    ways = {"": kernels.prepare(deepcopy(plain))}
+    ways = {"": prepared.prepare(deepcopy(plain))}
     with contextlib.suppress(ValueError):
-        ways[", AMX"] = kernels.prepare(deepcopy(plain), amx=True)
+        ways[", AMX"] = prepared.prepare(deepcopy(plain), amx=True)
     return ways
 
 
@@ -219,7 +220,7 @@ def _decoder(name, seconds, plain, ready, tensors, rate):
 def hift(config):
     """Mel to wave; then the pitch alone."""
     plain = _random("hift", config)
-    ready = kernels.prepare(deepcopy(plain))
+    ready = prepared.prepare(deepcopy(plain))
     mel = torch.randn(1, config.mel.num_mels, 5 * config.mel.sampling_rate // config.mel.hop_size)
 
     def compare():
@@ -243,8 +244,8 @@ def backbone(config):
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32 if whole else torch.bfloat16)
-        with checkpoints.skip_init():
-            model = checkpoints.build("backbone", replace(config, backbone=sizes)).eval().requires_grad_(False)
+        with model_folder.skip_init():
+            model = model_folder.build("backbone", replace(config, backbone=sizes)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(usual)
     for parameter in model.parameters():

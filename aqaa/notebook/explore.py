@@ -9,8 +9,8 @@ import torch
 
 from aqaa.config import GROUP_SECONDS, GROUP_SIZE, LINGUISTIC_PER_GROUP, SAMPLE_RATE, SEMANTIC_PER_GROUP, IdsConfig
 from aqaa.notebook import show
+from aqaa.notebook.base import Widget, pcm16
 from aqaa.notebook.figures import array
-from aqaa.notebook.live import Widget, pcm16
 from aqaa.tokenizers import interleave
 
 SCALE = (1.0, 5.0)  # of a mark

@@ -17,13 +17,13 @@ from aqaa import audio
 from aqaa.config import GROUP_SIZE, SAMPLE_RATE
 from aqaa.evaluation.controls import measure
 from aqaa.notebook import show
+from aqaa.notebook.base import Widget, pcm16
 from aqaa.notebook.explore import Interleave, Listening, Ode, Tokens
-from aqaa.notebook.live import Widget, pcm16
 from aqaa.notebook.planner import Planner
 from aqaa.pipeline import SAMPLING, SPOKEN
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import MANNERS, tagged
-from aqaa.training.language import TTS
+from aqaa.training.objectives import TTS
 
 __all__ = ["Interleave", "Listening", "Ode", "Planner", "Player", "Recorder", "Tokens", "VoiceControl"]
 

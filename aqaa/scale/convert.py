@@ -18,15 +18,15 @@ from torch import nn
 from tqdm import tqdm
 
 import aqaa
-from aqaa import checkpoints, shards, verify
 from aqaa.backbone.layers import Step1DecoderLayer
-from aqaa.backbone.quantized import empty_linears, format_of
+from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
-from aqaa.checkpoints import ModelError, all_finite, check_file
 from aqaa.config import BackboneConfig, check_group, largest_group
 from aqaa.files import fingerprint, replacing, write_json
 from aqaa.scale.plan import resident_bytes
 from aqaa.scale.quantize import Calibration, replace_linears
+from aqaa.weights import model_folder, shards, verify
+from aqaa.weights.model_folder import ModelError, all_finite, check_file
 
 METHODS = ("rtn", "gptq")
 PROGRESS = "progress.json"
@@ -98,8 +98,8 @@ def convert(source, out, weights="int4", group=None, method="rtn", *, rows=None,
     source: "mini", a folder like it (all its parts come along), or the folder of a released language model. rows:
     dialogues (lists of ids) for gptq. Raises ValueError or OSError before anything is written if it cannot be done.
     """
-    device = checkpoints.device_of(device)
-    folder, out = checkpoints.find(source), Path(out)
+    device = model_folder.device_of(device)
+    folder, out = model_folder.find(source), Path(out)
     if out.resolve() == folder.resolve():
         raise ModelError(f"{out} is the source itself: name another folder.")
     own = (folder / "backbone.safetensors").is_file()
@@ -115,9 +115,9 @@ def convert(source, out, weights="int4", group=None, method="rtn", *, rows=None,
 
 def _own(folder):
     """The backbone of a folder like data/mini."""
-    config, path = checkpoints.read_config(folder), folder / "backbone.safetensors"
+    config, path = model_folder.read_config(folder), folder / "backbone.safetensors"
     tensors = shards.header(path)
-    checkpoints.check_parts(folder)  # the others come along as they are
+    model_folder.check_parts(folder)  # the others come along as they are
     if any(name.endswith("qweight") for name in tensors):
         raise ModelError(f"{path} is quantised already: convert the original.")
     return Origin(folder, config.backbone, {name: name for name in tensors}, tensors)
@@ -125,9 +125,9 @@ def _own(folder):
 
 def _released(folder):
     """A published language model; pictures' tensors are left out."""
-    from aqaa import released
+    from aqaa.weights import released
 
-    check_file(folder / "config.json", checkpoints.AGAIN)
+    check_file(folder / "config.json", model_folder.AGAIN)
     if read_quantization(folder):
         raise ModelError(f"{folder} is quantised already: convert the original.")
     found = released.backbone(folder)  # looks at every header
@@ -246,9 +246,9 @@ def _write_own(work, out, started):
     path = out / "backbone.safetensors"
     with replacing(path) as part:
         save_file(state, part, {"quantization": json.dumps(work.recipe.block())})
-    parts = {name: folder / f"{name}.safetensors" for name in checkpoints.PARTS} | {"backbone": path}
+    parts = {name: folder / f"{name}.safetensors" for name in model_folder.PARTS} | {"backbone": path}
     record = {"quantization": _about(work, started)}
-    checkpoints.gather(out, checkpoints.read_config(folder), folder / "tokenizer.json", parts, record)
+    model_folder.gather(out, model_folder.read_config(folder), folder / "tokenizer.json", parts, record)
     return record
 
 
@@ -325,8 +325,8 @@ def main(args):
     rows = None
     if args.method == "gptq" and args.calibration:
         rows = read_rows(args.calibration)
-    elif args.method == "gptq" and (checkpoints.find(args.source) / "backbone.safetensors").is_file():
-        from aqaa.scale.fidelity import dialogues
+    elif args.method == "gptq" and (model_folder.find(args.source) / "backbone.safetensors").is_file():
+        from aqaa.evaluation.quantization import dialogues
 
         rows = [dialogue.ids for dialogue in dialogues(args.source, "train", DIALOGUES)]
     record = convert(
@@ -356,8 +356,8 @@ def read_rows(path):
 
 def load_quantized(folder, device="cpu"):
     """The Step1ForCausalLM of a converted folder, filled tensor by tensor. Raises ModelError."""
-    from aqaa import released
+    from aqaa.weights import released
 
     if not read_quantization(folder):
         raise ModelError(f"{folder} is not quantised: its config.json has no \"quantization\".")
-    return released.backbone(Path(folder)).load(checkpoints.device_of(device), None)
+    return released.backbone(Path(folder)).load(model_folder.device_of(device), None)

@@ -10,9 +10,9 @@ import os
 import torch
 from torch import distributed, nn
 
-from aqaa.backbone.quantized import QuantizedLinear
-from aqaa.checkpoints import ModelError
+from aqaa.backbone.quantized_linear import QuantizedLinear
 from aqaa.scale import plan
+from aqaa.weights.model_folder import ModelError
 
 BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_INPUT = ("o_proj", "down_proj")

@@ -1,6 +1,6 @@
 """Weights of 4 or 8 bits for a whole model: rounded to the nearest, or by GPTQ with dialogues that go through it.
 
-The layers themselves, and how their bytes are laid out, are in aqaa/backbone/quantized.py.
+The layers themselves, and how their bytes are laid out, are in aqaa/backbone/quantized_linear.py.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aqaa.backbone import attention
-from aqaa.backbone.quantized import (  # the formats are this module's too
+from aqaa.backbone.quantized_linear import (  # the formats are this module's too
     FORMATS,
     Fp8Linear,
     Int4Linear,

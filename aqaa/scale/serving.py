@@ -12,7 +12,7 @@ import torch
 
 from aqaa.backbone import generation
 from aqaa.pipeline import AQAA, Talk
-from aqaa.scale.vllm_engine import EngineError
+from aqaa.scale.vllm.client import EngineError
 
 END = object()
 CLOSED = "the batch that this answer was in has been closed: submit the question to another."

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from aqaa import audio
 from aqaa.config import preset
 from aqaa.files import read_object, reading, replacing, write_json
+from aqaa.pitch import f0
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
-from aqaa.training.f0 import f0
-from aqaa.training.tokenizers import F0_FLOOR, Utterances, phone_ids
+from aqaa.training.speech_tokenizers import F0_FLOOR, Utterances, phone_ids
 
 AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question

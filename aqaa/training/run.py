@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aqaa import checkpoints
 from aqaa.config import preset
+from aqaa.corpus.speak import Corpus
 from aqaa.evaluation.codes import usage
 from aqaa.files import probe, read_object, replacing, sweep, write_json
 from aqaa.records import provenance
@@ -21,9 +21,9 @@ from aqaa.tokenizers.linguistic import LinguisticTokenizer
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.training import features
-from aqaa.training.corpus import Corpus
 from aqaa.training.loop import Trainer, read_log
-from aqaa.training.tokenizers import LinguisticTask, SemanticTask, kmeans
+from aqaa.training.speech_tokenizers import LinguisticTask, SemanticTask, kmeans
+from aqaa.weights import model_folder
 
 STEPS = {  # of each stage, about four hours in all on two cores
     "linguistic": 4400, "semantic": 2700, "hift": 2400, "flow": 6300, "pretrain": 1500, "sft1": 5000,
@@ -50,9 +50,9 @@ class Run:
     # --- data -------------------------------------------------------------------------------------------------
 
     def corpus(self):
-        from aqaa.training import corpus
+        from aqaa.corpus import speak
 
-        corpus.main(self.corpus_folder, scale=self.scale, seed=self.seed, workers=self.workers, resume=self.resume)
+        speak.main(self.corpus_folder, scale=self.scale, seed=self.seed, workers=self.workers, resume=self.resume)
 
     def items(self):
         """(opened corpus, every item whose sound the tokenizers read: training, development and evaluation)."""
@@ -145,7 +145,7 @@ class Run:
         return opened, items, rows
 
     def hift(self):
-        from aqaa.training.vocoder import HiftTask
+        from aqaa.training.flow_and_hift import HiftTask
 
         opened, items, rows = self._spoken()
         task = HiftTask(self.config, [opened.wav(items[i]) for i in rows])
@@ -154,7 +154,7 @@ class Run:
 
     def flow(self):
         from aqaa.tokenizers import interleave
-        from aqaa.training.vocoder import FlowTask
+        from aqaa.training.flow_and_hift import FlowTask
 
         opened, items, rows = self._spoken()
         codes = features.load_codes(self.out, items)
@@ -168,12 +168,12 @@ class Run:
 
     def book(self):
         """Utterances of the training split as ids, with the mini's text tokenizer (trained here when missing)."""
-        from aqaa.training.language import Book
-        from aqaa.training.planning import plan, texts
+        from aqaa.corpus.plan import plan, texts
+        from aqaa.training.objectives import Book
 
         planned = plan(scale=self.scale, seed=self.seed)  # what was said is known without the sound
         items = [item for item in planned if item.split == "train"]
-        codes = features.load_codes(self.out, items, checkpoints.data_folder() / "codes")
+        codes = features.load_codes(self.out, items, model_folder.data_folder() / "codes")
         lines = texts(planned)
         path = self._text_path()
         if not path.exists():
@@ -189,7 +189,7 @@ class Run:
         self._language("sft1", "pretrain")
 
     def _language(self, stage, parent):
-        from aqaa.training.language import LanguageTask
+        from aqaa.training.objectives import LanguageTask
 
         task = LanguageTask(self.book(), stage, lr=6e-4 if self.init else 2e-3)  # weights that have learnt go on gently
         if parent or self.init:
@@ -216,18 +216,18 @@ class Run:
     def _warm(self, name, module):
         """`module`, starting from the part of `init` if there is one."""
         if self.init:
-            checkpoints.load_part(self.init, name, module).train()
+            model_folder.load_part(self.init, name, module).train()
         return module
 
     def _finish(self, name, module, result):
-        checkpoints.save_part(self.out / "parts", name, module)
+        model_folder.save_part(self.out / "parts", name, module)
         self._record(name, result)
 
     def part(self, name, module):
         """`module` with the weights that stage `name` left, in eval mode. Raises ModelError before that stage ran."""
         if self.init and not (self.out / "parts" / f"{name}.safetensors").exists():
-            return checkpoints.load_part(self.init, BACKBONE.get(name, name), module)
-        return checkpoints.load_part(self.out / "parts", name, module)
+            return model_folder.load_part(self.init, BACKBONE.get(name, name), module)
+        return model_folder.load_part(self.out / "parts", name, module)
 
     def _record(self, name, result):
         record = self._recorded()
@@ -244,12 +244,12 @@ class Run:
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the codes beside it."""
         made_by = {"backbone": "sft1"}  # the others are named like their stage
-        parts = {name: self.out / "parts" / f"{made_by.get(name, name)}.safetensors" for name in checkpoints.PARTS}
+        parts = {name: self.out / "parts" / f"{made_by.get(name, name)}.safetensors" for name in model_folder.PARTS}
         record = self._recorded()
         if self.init:  # what was not trained here comes along unchanged
             parts = {name: path if path.exists() else self.init / f"{name}.safetensors" for name, path in parts.items()}
             record = {**self._recorded(self.init), **record}
-        checkpoints.gather(self.export_folder, self.config, self._text_path(), parts, record)
+        model_folder.gather(self.export_folder, self.config, self._text_path(), parts, record)
         if (self.out / "codes.npz").exists():
             with replacing(self.export_folder.parent / "codes" / "codes.npz") as part:
                 shutil.copyfile(self.out / "codes.npz", part)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aqaa.vocoder import spectral
+from aqaa.fast import spectral
 
 MAX_MAGNITUDE = 100.0
 FINAL_SLOPE = 0.01  # the last leaky ReLU has torch's default slope, not lrelu_slope

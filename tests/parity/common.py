@@ -6,7 +6,7 @@ import lzma
 import torch
 from safetensors.torch import load as load_bytes
 
-from aqaa import amx
+from aqaa.fast import amx
 
 AMX = False  # parts on the matrix units of a Xeon: `python -m tests.parity --amx FOLDER`
 MARGIN = 1e-4  # a code may differ where the second nearest entry is this close

@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from aqaa import verify
-from aqaa.backbone.quantized import numbers
-from aqaa.checkpoints import AGAIN, ModelError, all_finite, as_recorded, check_file, fit, named
+from aqaa.backbone.quantized_linear import numbers
+from aqaa.weights import verify
+from aqaa.weights.model_folder import AGAIN, ModelError, all_finite, as_recorded, check_file, fit, named
 
 MAX_HEADER = 100_000_000  # bytes: the limit of the format
 LARGE = 2**30  # bytes from which a progress bar is shown

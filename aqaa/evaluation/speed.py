@@ -31,12 +31,12 @@ def speed(source="mini", device="cpu", repeats=REPEATS, seed=0, busy=False):
     busy: measure again while every core also runs somebody else's endless loop; "busy" then holds those numbers, and
     "busy_over_idle" how many times as long an answer takes.
     """
-    from aqaa import checkpoints
+    from aqaa.weights import model_folder
 
     questions = _questions(repeats)
     cold = _cold(questions[0], source, device) if isinstance(questions[0], str) else {}
     began = time.perf_counter()
-    model = checkpoints.load(source, device=device)
+    model = model_folder.load(source, device=device)
     model.ask(questions[0], seed=seed)
     cold["load_and_first_answer_s"] = round(time.perf_counter() - began, 3)
     results = {"hardware": _hardware(device), **cold, **answering(model, questions, seed)}
@@ -46,7 +46,7 @@ def speed(source="mini", device="cpu", repeats=REPEATS, seed=0, busy=False):
         results["busy"] = {name: loaded[name] for name in SIDE_BY_SIDE}
         results["busy_loops"] = os.cpu_count()
         results["busy_over_idle"] = round(loaded["total_s"] / results["total_s"], 2)
-    networks = {name: getattr(model, "decoder" if name == "backbone" else name) for name in checkpoints.PARTS}
+    networks = {name: getattr(model, "decoder" if name == "backbone" else name) for name in model_folder.PARTS}
     parts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     return {**results, "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "parameters": parts}  # fmt: skip
@@ -89,9 +89,9 @@ def _questions(count):
     """Shipped questions, as paths; where there are none, three seconds of a buzzing tone."""
     import torch
 
-    from aqaa import checkpoints
+    from aqaa.weights import model_folder
 
-    found = sorted((checkpoints.data_folder() / "questions").glob("*.wav"))
+    found = sorted((model_folder.data_folder() / "questions").glob("*.wav"))
     if found:
         return [str(found[i % len(found)]) for i in range(count)]
     phase = torch.arange(48_000) / 16_000 * 150

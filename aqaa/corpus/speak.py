@@ -18,10 +18,10 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from aqaa.corpus import voices as V
+from aqaa.corpus.intents import said_as
+from aqaa.corpus.plan import CELLS, Item, as_line, plan, plan_hash, texts  # noqa: F401  (the public door)
 from aqaa.files import probe, read_object, reading, replacing, scratch, sweep, sweep_scratch, write_json
-from aqaa.training import voices as V
-from aqaa.training.intents import said_as
-from aqaa.training.planning import CELLS, Item, as_line, plan, plan_hash, texts  # noqa: F401  (the public door)
 
 PER_SHARD = 400
 AGAIN = "remove it and the file of the same name beside it, and run `aqaa train corpus --resume`"

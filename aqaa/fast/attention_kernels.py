@@ -9,7 +9,7 @@ from __future__ import annotations  # lets this file be read where there is no t
 import torch
 
 from aqaa.backbone import attention
-from aqaa.scale.kernels import jit, tl, triton
+from aqaa.fast.triton_kernels import jit, tl, triton
 
 
 @jit

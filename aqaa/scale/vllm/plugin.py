@@ -9,8 +9,8 @@ import logging
 import re
 from importlib import import_module
 
-from aqaa.scale.rules import KEY, Follower, Rules
-from aqaa.scale.vllm_engine import MODEL_CLASS, TESTED, version
+from aqaa.scale.vllm.client import MODEL_CLASS, TESTED, version
+from aqaa.scale.vllm.rules import KEY, Follower, Rules
 
 PROCESSORS = (  # base classes of the V2 and of the older model runner; either may come to load our class
     "vllm.v1.worker.gpu.sample.logits_processor",
@@ -28,7 +28,7 @@ def register():
 
     from aqaa.backbone import step1  # noqa: F401  (registers the configurations with transformers)
 
-    ModelRegistry.register_model(MODEL_CLASS, f"aqaa.scale.vllm_model:{MODEL_CLASS}")
+    ModelRegistry.register_model(MODEL_CLASS, f"aqaa.scale.vllm.model:{MODEL_CLASS}")
 
 
 def language_weights(weights):

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aqaa import audio, checkpoints, shards, verify
-from aqaa.checkpoints import AGAIN, ROLES, ModelError, all_finite, brief, build, check_file, fit, skip_init
+from aqaa import audio
 from aqaa.config import (
     AQAAConfig,
     BackboneConfig,
@@ -23,10 +22,12 @@ from aqaa.config import (
     LinguisticConfig,
     MelConfig,
 )
-from aqaa.foreign import file_in, pick, pickled, read_json, read_yaml
 from aqaa.tokenizers import s3_onnx
 from aqaa.tokenizers.linguistic import read_mvn
 from aqaa.tokenizers.text import TextTokenizer
+from aqaa.weights import model_folder, shards, verify
+from aqaa.weights.model_folder import AGAIN, ROLES, ModelError, all_finite, brief, build, check_file, fit, skip_init
+from aqaa.weights.readers import file_in, pick, pickled, read_json, read_yaml
 
 NPY, ONNX, YAML = "linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx", "cosyvoice.yaml"
 STREAMING = "SANMEncoderChunkOpt"  # FunASR's class; the offline encoder has the same tensors and gives other codes
@@ -93,9 +94,9 @@ def place(folder, role):
 
 def recorded(folder, hashes=False):
     """Are files as a record.json of the folder says, in size and, if asked, in hash? Raises ModelError."""
-    for name in checkpoints.recorded(folder):
+    for name in model_folder.recorded(folder):
         if (file := Path(folder) / name).is_file():
-            checkpoints.as_recorded(file, hashes)
+            model_folder.as_recorded(file, hashes)
 
 
 def combine(config, sources, folder=None):
@@ -206,7 +207,7 @@ def backbone(folder):
     from huggingface_hub.errors import StrictDataclassError
 
     from aqaa.backbone import step1
-    from aqaa.backbone.quantized import empty_linears, format_in
+    from aqaa.backbone.quantized_linear import empty_linears, format_in
 
     path = file_in(folder, "config.json")
     config, kind = _step1_config(path)
@@ -351,8 +352,8 @@ def _module(name, sizes, state, path, told_by, facts):
         with skip_init():
             module = build(name, config)
         fit(module, state(), path, told_by)
-        checkpoints.as_recorded(path)
-        return checkpoints.cast(module.eval(), device, dtype, path)
+        model_folder.as_recorded(path)
+        return model_folder.cast(module.eval(), device, dtype, path)
 
     count = sum(tensor.numel() for tensor in given.values())
     return Source(sizes, f"{len(given):,} tensors, {count:,} parameters, {facts}", load)

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from aqaa.training import facts as F
+from aqaa.corpus import facts as F
 
 ASKS = set("what how which is am do does who high happy fast a one after before".split())  # else a core orders
 INTENTS = {}

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from aqaa import amx as matrix_units
+from aqaa.fast import amx as matrix_units
 
 MARGIN = 16  # floats between two columns: without it, columns of 2^n floats would evict each other from the cache
 

@@ -3,7 +3,7 @@
 int4 keeps a scale for each `group` inputs of each output, int8 and fp8 one for each output. All three are symmetric:
 weight = code · scale. Codes come from rounding to the nearest (with a search for the scale that errs least) or from
 GPTQ (Frantar et al. 2023), which rounds one input after another and lets those to come make up for the error.
-`forward` here is the readable reference: unpack, then an ordinary product; aqaa/scale/kernels.py does it in one pass.
+`forward` here is the readable reference: unpack, then an ordinary product; aqaa/fast/triton_kernels.py does it in one pass.
 """
 
 import torch
@@ -27,7 +27,7 @@ class QuantizedLinear(nn.Module):
     """
 
     name, bits, group_by_default = "", 8, None  # no group: one scale for each output
-    product = None  # a function (layer, x) → y that does the same faster: see aqaa/scale/decode.py
+    product = None  # a function (layer, x) → y that does the same faster: see aqaa/fast/graph_decoder.py
 
     def __init__(self, in_features, out_features, group=None, device=None):
         super().__init__()

@@ -16,7 +16,7 @@ from scipy.signal import fftconvolve, lfilter, resample_poly
 
 from aqaa.config import SAMPLE_RATE
 from aqaa.files import scratch
-from aqaa.training.f0 import f0
+from aqaa.pitch import f0
 
 INSTALL = "apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"
 ANSWER_VOICE = "flite:slt"

@@ -3,9 +3,9 @@
 curriculum.toml has the wordings and the words; here each intent gets its facts. A new category is more of the same.
 """
 
+from aqaa.corpus import facts as F
+from aqaa.corpus.intents import Fact, register, stable_hash
 from aqaa.tokenizers.text import MANNERS
-from aqaa.training import facts as F
-from aqaa.training.intents import Fact, register, stable_hash
 
 LOGIC, LANGUAGE, VOICE = "Logical Reasoning", "Language Ability", "Voice Understanding"
 FOLLOW, EMOTION = "Voice Instruction Following", "Speech Emotion Control"

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from aqaa.audio import mel as log_mel
 from aqaa.config import GROUP_SIZE
+from aqaa.pitch import f0 as track_f0
 from aqaa.training.discriminators import Discriminators, discriminator_loss, generator_loss
-from aqaa.training.f0 import f0 as track_f0
 from aqaa.training.loop import autocast
 from aqaa.vocoder.flow import Flow
 from aqaa.vocoder.hift import HiFT

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from aqaa.backbone import step1
+from aqaa.corpus.curriculum import VOICE
 from aqaa.pipeline import ASR_MARKER as ASR
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import tagged
-from aqaa.training.curriculum import VOICE
 
 TTS, TQAA, AQTA = 35, 37, 38  # ids of Step-1's control tokens <|TTS|> <|TQAA|> <|AQTA|>
 MIXTURES = {  # share of the examples drawn

@@ -19,14 +19,16 @@ from statistics import median
 
 import torch
 
-from aqaa import checkpoints
-from aqaa.backbone import layers, quantized, step1
+from aqaa.backbone import layers, quantized_linear, step1
 from aqaa.backbone.generation import Vocabulary, generate
 from aqaa.config import GROUP_SIZE, SAMPLE_RATE, TOKENS_PER_SECOND, preset
+from aqaa.evaluation import kernel_bench
+from aqaa.fast import triton_kernels
+from aqaa.fast.graph_decoder import Engine, check_room, free_bytes
 from aqaa.pipeline import AQAA
-from aqaa.scale import kernel_bench, kernels, plan
-from aqaa.scale.decode import Engine, check_room, free_bytes
+from aqaa.scale import plan
 from aqaa.tokenizers import interleave
+from aqaa.weights import model_folder
 
 CONTEXTS = (512, 2048, 8192)  # ids
 QUESTION = 520  # ids of a prompt with a question of 10 s
@@ -54,7 +56,7 @@ class Record:
 
     def write(self):
         if self.path:
-            checkpoints.write_json(self.path, self.data)
+            model_folder.write_json(self.path, self.data)
 
     @contextmanager
     def measuring(self, name):
@@ -73,7 +75,7 @@ def main(args):
 
     Returns 1 if something could not be measured. Raises ModelError beforehand if the model does not fit.
     """
-    config, device = preset(args.preset), checkpoints.device_of(args.device)
+    config, device = preset(args.preset), model_folder.device_of(args.device)
     whole = config.backbone.num_hidden_layers
     if args.layers and args.layers < whole:
         config = replace(config, backbone=replace(config.backbone, num_hidden_layers=args.layers))
@@ -106,7 +108,7 @@ class Bench:
         name = f"{(card or 'gpu').split('-')[0].lower() if self.gpu else 'cpu'}-{model}-int4"
         name += "" if layers == self.whole else f"-{layers}-layers"
         if out is None and self.gpu:
-            out = checkpoints.data_folder() / "runs" / f"{name}.json"
+            out = model_folder.data_folder() / "runs" / f"{name}.json"
         return Record(out, {
             **about("scale" if complete else "scale-rehearsal", str(self.device)),
             "versions": versions(),
@@ -154,11 +156,11 @@ class Bench:
         free -= plan.SPEECH_PARTS["full"] + plan.RESERVED * plan.GIB
         try:
             check_room(backbone, self.size, free, weights, group)
-        except checkpoints.ModelError as fault:
+        except model_folder.ModelError as fault:
             layer = (plan.linear_bytes(backbone, weights, group) + self.size * plan.cache_bytes(backbone))
             layer /= backbone.num_hidden_layers
             room = free - 2 * plan.table_bytes(backbone) - plan.buffer_bytes(backbone, weights, 0, 1)
-            raise checkpoints.ModelError(f"{fault} Or take part of it: --layers {max(0, int(room / layer))}.") from None
+            raise model_folder.ModelError(f"{fault} Or take part of it: --layers {max(0, int(room / layer))}.") from None
 
     def clock(self):
         """Seconds, once the device has done all it was given."""
@@ -188,7 +190,7 @@ class Bench:
 
     def check_kernels(self, record):
         """Each kernel by itself against fp64."""
-        if not kernels.usable(self.device):
+        if not triton_kernels.usable(self.device):
             return
         dtype = self.model.model.norm.weight.dtype
         found, failed = kernel_bench.errors(self.config.backbone, self.group, self.device, dtype)
@@ -198,7 +200,7 @@ class Bench:
 
     def check_layer(self, record):
         """A layer, read as a prompt, by a few ids, and id by id, by kernels and by unpacked weights and plain torch."""
-        small, usable, found = replace(self.config.backbone, num_hidden_layers=1), kernels.usable(self.device), []
+        small, usable, found = replace(self.config.backbone, num_hidden_layers=1), triton_kernels.usable(self.device), []
         small, x = replace(small, vocab_size=64), self.embeddings(41)
         model = random_backbone(small, "int4", self.group, self.device, x.dtype, self.seed)
         for fast in (False, usable):
@@ -236,7 +238,7 @@ class Bench:
         """Reading the prompt of a question of 10 s."""
         count = min(QUESTION, self.size - 1)
         found = []
-        for x in map(self.embeddings, (count, kernels.FEW)):
+        for x in map(self.embeddings, (count, triton_kernels.FEW)):
 
             def work(x=x):
                 self.engine.cache.length = 0
@@ -316,7 +318,7 @@ class Bench:
         """All parts at the size of the preset with random weights, but for words, of which there are none."""
         if not hasattr(self, "parts"):
             torch.manual_seed(self.seed)
-            self.parts = {name: checkpoints.build(name, self.config).eval().to(self.device) for name in PARTS}
+            self.parts = {name: model_folder.build(name, self.config).eval().to(self.device) for name in PARTS}
             self.parts["linguistic"].centroids.normal_()
             self.parts["semantic"].quantizer._codebook.embed.normal_()
         parts = {**self.parts, "backbone": self.model, "text": Words(self.config.ids)}
@@ -332,7 +334,7 @@ class Bench:
         self.size = max(self.contexts) + TOKENS + 1
         try:
             self.build("fp8", None, record)
-        except checkpoints.ModelError as fault:
+        except model_folder.ModelError as fault:
             record.add(fp8={"left_out": str(fault)})
             return
         record.add(fp8={"decode": [self.rate(context) for context in self.contexts]})
@@ -356,13 +358,13 @@ def random_backbone(backbone, weights, group, device, dtype, seed=0):
 
     Built on `meta` first, so that no more memory is ever used than the finished model takes.
     """
-    with torch.device("meta"), checkpoints.skip_init():
+    with torch.device("meta"), model_folder.skip_init():
         model = step1.build(backbone).to(dtype).eval()
-    quantized.empty_linears(model, weights, group)
+    quantized_linear.empty_linears(model, weights, group)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for part in model.modules():
-        if isinstance(part, quantized.QuantizedLinear):
+        if isinstance(part, quantized_linear.QuantizedLinear):
             kernel_bench.draw(part, generator)
         elif isinstance(part, layers.Step1RMSNorm):
             part.weight.data.fill_(1.0)
@@ -376,5 +378,5 @@ def versions():
     import transformers
 
     found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    found["triton"] = kernels.triton.__version__ if kernels.triton else None
+    found["triton"] = triton_kernels.triton.__version__ if triton_kernels.triton else None
     return {**found, "cuda": torch.version.cuda}

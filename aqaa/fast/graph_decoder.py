@@ -3,7 +3,7 @@
 An Engine stands where backbone.generation has its Decoder, so the loop, the layouts, the sampling and the answers are
 those of `generate`; only how a hidden state comes about differs. On a CPU, and with fast=False, that is the readable
 way: the modules one after the other, attention by hand. With fast=True attention and quantised layers are the kernels
-of aqaa/scale/kernels.py, int4 models take a step of ten kernels a layer, and a GPU records the step as a graph. The
+of aqaa/fast/triton_kernels.py, int4 models take a step of ten kernels a layer, and a GPU records the step as a graph. The
 output layer, whose rows depend on the layout's position, stays outside of it, and so do sampling and its seed.
 """
 
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from aqaa.backbone import attention
 from aqaa.backbone.generation import Prefill, generate
-from aqaa.backbone.quantized import QuantizedLinear
-from aqaa.checkpoints import ModelError
-from aqaa.scale import attention_kernels, kernels
+from aqaa.backbone.quantized_linear import QuantizedLinear
+from aqaa.fast import attention_kernels, triton_kernels
 from aqaa.scale.plan import BITS, GIB, buffer_bytes, cache_bytes, resident_bytes
+from aqaa.weights.model_folder import ModelError
 
 CHUNK = 1024  # most ids of a prompt that are read together: for each part all weights are unpacked once
 WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, libraries start
@@ -44,7 +44,7 @@ class Engine:
         self.model, self.size = model, size or model.config.max_seq_len
         weight, attn = model.model.embed_tokens.weight, model.model.layers[0].self_attn
         self.device, self.width = weight.device, attn.head_dim
-        self.fast = self.device.type == "cuda" and kernels.usable(self.device) if fast is None else fast
+        self.fast = self.device.type == "cuda" and triton_kernels.usable(self.device) if fast is None else fast
         if self.device.type == "cuda":
             check_room(model.config, self.size, free_bytes(self.device))
         rank, ranks = getattr(model, "ranks", (0, 1))
@@ -57,7 +57,7 @@ class Engine:
         for part in model.modules():
             if isinstance(part, QuantizedLinear):
                 part.product = linear if self.fast else None
-        fused = self.fast and ranks == 1 and all(kernels.fits(part) for part in _linears(model))
+        fused = self.fast and ranks == 1 and all(triton_kernels.fits(part) for part in _linears(model))
         self.fused = Fused(model, self.cache, self.slopes, self.first) if fused else None
         self.graph = None
 
@@ -141,7 +141,7 @@ class Fused:
         for layer in model.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
             packed = (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), (mlp.gate_proj, mlp.up_proj)
-            rows = [kernels.Rows(*linears) for linears in (*packed, (mlp.down_proj,))]
+            rows = [triton_kernels.Rows(*linears) for linears in (*packed, (mlp.down_proj,))]
             self.layers.append((*rows, layer.input_layernorm.weight, layer.post_attention_layernorm.weight))
         self.norm, self.eps = model.model.norm, model.config.rms_norm_eps
 
@@ -150,14 +150,14 @@ class Fused:
         query, heard, inner = x.new_empty(1, x.shape[1]), torch.empty_like(stream), None
         for i, (heads, out, both, down, before, middle) in enumerate(self.layers):
             cache = self.cache.keys[i], self.cache.values[i]
-            packed = kernels.pack(stream, heads.group, before, self.eps)
-            kernels.product(heads, packed, query, cache, self.first)
+            packed = triton_kernels.pack(stream, heads.group, before, self.eps)
+            triton_kernels.product(heads, packed, query, cache, self.first)
             shaped = query.view(1, 1, -1, width), *cache, self.slopes, self.first, width**-0.5
             attention_kernels.attend(*shaped, out=heard)
-            kernels.added(out, kernels.pack(heard, out.group), stream)
-            packed = kernels.pack(stream, both.group, middle, self.eps)
-            inner = kernels.gated(both, packed, stream.new_empty(1, down.size) if inner is None else inner)
-            kernels.added(down, kernels.pack(inner, down.group), stream)
+            triton_kernels.added(out, triton_kernels.pack(heard, out.group), stream)
+            packed = triton_kernels.pack(stream, both.group, middle, self.eps)
+            inner = triton_kernels.gated(both, packed, stream.new_empty(1, down.size) if inner is None else inner)
+            triton_kernels.added(down, triton_kernels.pack(inner, down.group), stream)
         return self.norm(stream.to(x.dtype))
 
 
@@ -166,18 +166,18 @@ def linear(layer, x):
 
     Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; for more they are unpacked once.
     """
-    flat, int4 = x.reshape(-1, x.shape[-1]), kernels.fits(layer)
+    flat, int4 = x.reshape(-1, x.shape[-1]), triton_kernels.fits(layer)
     if not int4 and (layer.name == "int4" or layer.scale.shape[1] > 1):
         return F.linear(x, layer.dequantized(x.dtype))  # groups that the kernels do not know
-    if len(flat) <= (kernels.FEW if int4 else kernels.FEW_BYTES):
+    if len(flat) <= (triton_kernels.FEW if int4 else triton_kernels.FEW_BYTES):
         out = x.new_empty(len(flat), layer.out_features)
         if int4:
-            kernels.product(kernels.Rows(layer), kernels.pack(flat.contiguous(), layer.group), out)
+            triton_kernels.product(triton_kernels.Rows(layer), triton_kernels.pack(flat.contiguous(), layer.group), out)
         else:
-            kernels.product_bytes(layer, flat.contiguous(), out)
+            triton_kernels.product_bytes(layer, flat.contiguous(), out)
         return out.view(*x.shape[:-1], -1)
     if int4:
-        return F.linear(x, kernels.unpack(layer, x.dtype))
+        return F.linear(x, triton_kernels.unpack(layer, x.dtype))
     codes = layer.qweight.view(torch.float8_e4m3fn) if layer.name == "fp8" else layer.qweight
     return F.linear(x, codes.to(x.dtype)) * layer.scale[:, 0].to(x.dtype)
 

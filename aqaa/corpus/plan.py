@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from random import Random
 
-from aqaa.training import curriculum
-from aqaa.training import facts as F
-from aqaa.training import intents as C
-from aqaa.training import voices as V
+from aqaa.corpus import curriculum
+from aqaa.corpus import facts as F
+from aqaa.corpus import intents as C
+from aqaa.corpus import voices as V
 
 RECIPE = 1  # raise it when the same plan would sound different
 GENERIC, ANSWER_VOICE_GENERIC, DEV = 7000, 800, 200  # utterances at scale 1

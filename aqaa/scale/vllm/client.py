@@ -20,14 +20,14 @@ from math import inf
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from aqaa import verify
 from aqaa.backbone.generation import Step, check_sampling, room_for
 from aqaa.scale.plan import Setup, check_ranks
-from aqaa.scale.rules import KEY, Rules
-from aqaa.scale.setups import parse_gpus, read_model
+from aqaa.scale.plan_table import parse_gpus, read_model
+from aqaa.scale.vllm.rules import KEY, Rules
+from aqaa.weights import verify
 
 TESTED = "0.33.0"  # the vLLM whose classes and flags this was written against
-PROCESSOR = "aqaa.scale.vllm_plugin:Layouts"
+PROCESSOR = "aqaa.scale.vllm.plugin:Layouts"
 MODEL_CLASS = "Step1AQAAForCausalLM"  # ours: takes the language model out of AQAA's checkpoint
 ATTENTION = "TRITON_ATTN"  # the one backend with square-root ALiBi; automatic choice does not look for it
 FORMATS = {"bf16": None, "fp8": "fp8_per_channel", "int8": "int8_per_channel_weight_only"}  # made while loading

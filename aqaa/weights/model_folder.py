@@ -15,15 +15,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from aqaa import amx as matrix_units
-from aqaa import kernels, verify
 from aqaa.backbone.layers import PlainStep1
-from aqaa.backbone.quantized import empty_linears, format_in, format_within, numbers
+from aqaa.backbone.quantized_linear import empty_linears, format_in, format_within, numbers
 from aqaa.config import PRESETS, AQAAConfig
+from aqaa.fast import amx as matrix_units
+from aqaa.fast import prepared
 from aqaa.files import ModelError, brief, fingerprint, replacing, write_json
 from aqaa.pipeline import AQAA
 from aqaa.tokenizers.text import TextTokenizer
-from aqaa.verify import AGAIN, all_finite, as_recorded, recorded, skip_init
+from aqaa.weights import verify
+from aqaa.weights.verify import AGAIN, all_finite, as_recorded, recorded, skip_init
 
 PARTS = {  # name of the part: its class, and how its configuration becomes the arguments
     "linguistic": ("aqaa.tokenizers.linguistic", "LinguisticTokenizer"),
@@ -47,7 +48,7 @@ def data_folder():
     """The folder that holds `mini/` and `questions/`: $AQAA_DATA, the clone's `data`, or where pip put it."""
     if named := os.environ.get("AQAA_DATA"):
         return Path(named)
-    clone = Path(__file__).resolve().parent.parent / "data"
+    clone = Path(__file__).resolve().parents[2] / "data"
     return clone if clone.is_dir() else Path(sys.prefix) / "share" / "aqaa"
 
 
@@ -95,7 +96,7 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
     (Step-Audio-Tokenizer; a Step-1 language model; Step-Audio-TTS-3B's CosyVoice-300M-25Hz), which replace those parts
     of source. speaker: a recording whose voice the released vocoder takes. dtype: of backbone and flow, as "bfloat16";
     by default the backbone keeps that of its files and the flow is fp32. amx: linear layers of tokenizers and flow on
-    the matrix units of a recent Xeon (see `aqaa.amx`).
+    the matrix units of a recent Xeon (see `aqaa.fast.amx`).
 
     Raises ModelError at once if a file is missing or cut short, or if the parts do not fit one another; and when a part
     is first used, if it holds a NaN or an infinity, or has not the hash that record.json says.
@@ -116,7 +117,7 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
         folder = find(source)
         config = read_config(folder)
     if given:
-        from aqaa import released
+        from aqaa.weights import released
 
         sources = released.open_folders(given)
         config = released.combine(config, sources, folder)
@@ -134,7 +135,7 @@ def load(source="mini", *, tokenizer=None, backbone=None, vocoder=None, speaker=
         else:
             found = load_part(folder, name, _fitting(folder, name, config))
             found = cast(found, device, wanted, folder / f"{name}.safetensors")
-        return kernels.prepare(found, amx) if device.type == "cpu" and name in PREPARED else found
+        return prepared.prepare(found, amx) if device.type == "cpu" and name in PREPARED else found
 
     notes = tuple(found.note for found in sources.values() if found.note)
     return AQAA(config, part, device=device, voice=voice, notes=notes)
@@ -289,7 +290,7 @@ def save(model, folder):
 def save_part(folder, name, module, meta=None):
     """Write the weights of `module` to folder/name.safetensors; meta (dict of strings) goes into its header."""
     path = Path(folder) / f"{name}.safetensors"
-    state = {key: _compact(value.detach().cpu()) for key, value in kernels.unprepared(module).items()}
+    state = {key: _compact(value.detach().cpu()) for key, value in prepared.unprepared(module).items()}
     how = format_within(module)  # said alone: several entries are written in any order, and bytes should repeat
     meta = {"quantization": json.dumps(how)} if how else {"part": name, **(meta or {})}
     with replacing(path) as part:

@@ -49,22 +49,22 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
 
     They are spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or OSError.
     """
-    from aqaa import checkpoints
+    from aqaa.corpus.plan import plan
     from aqaa.tokenizers import interleave
     from aqaa.tokenizers.text import tagged
     from aqaa.training.features import load_codes
-    from aqaa.training.planning import plan
+    from aqaa.weights import model_folder
 
-    folder = checkpoints.find(source)
-    config = checkpoints.read_config(folder)
-    text = checkpoints.read_text(folder, config.ids.n_text)
+    folder = model_folder.find(source)
+    config = model_folder.read_config(folder)
+    text = model_folder.read_text(folder, config.ids.n_text)
     items = plan(seed=seed)
     asked = [item for item in items if item.role == "question" and item.split == split]
     step = max(1.0, len(asked) / count) if count else 1.0
     asked = [asked[int(i * step)] for i in range(min(count or len(asked), len(asked)))]
     wanted = {item.answer_id for item in asked}
     spoken = [item for item in items if item.role == "answer" and item.answer_id in wanted]
-    codes = load_codes(checkpoints.data_folder() / "codes", [*asked, *spoken])
+    codes = load_codes(model_folder.data_folder() / "codes", [*asked, *spoken])
     sounds = [interleave.merge(*pair, config.ids) for pair in codes]
     answers = {item.answer_id: (item, sound) for item, sound in zip(spoken, sounds[len(asked) :], strict=True)}
     layout, found = interleave.layout(), []
@@ -144,9 +144,10 @@ def words(model, prompts):
 
 def shipped(model):
     """[(words of the model's answer, expected words)] of the recordings in data/questions."""
-    from aqaa import audio, checkpoints
+    from aqaa import audio
+    from aqaa.weights import model_folder
 
-    folder = checkpoints.data_folder() / "questions"
+    folder = model_folder.data_folder() / "questions"
     rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     wavs = [audio.load_question(folder / row["file"]) for row in rows]
     answers = answer_batch(model, wavs, temperature=0.0)
@@ -209,12 +210,12 @@ def _answers(before, after, expected):
 
 def main(args):
     """`aqaa bench quantize`; args: preset, device, seed, limit (how many questions), json, out."""
-    from aqaa import checkpoints
     from aqaa.records import about
+    from aqaa.weights import model_folder
 
     if args.out and not Path(args.out).resolve().parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"{args.out} cannot be written, its folder does not exist: make it first")
-    model = checkpoints.load(args.preset, device=args.device)
+    model = model_folder.load(args.preset, device=args.device)
     asked = dialogues(args.preset, "eval", args.limit or QUESTIONS, args.seed)
     step = max(1, len(asked) // FORCED)
     calibration = dialogues(args.preset, "train", CALIBRATION, args.seed)

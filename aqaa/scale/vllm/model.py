@@ -3,8 +3,8 @@
 from vllm.model_executor.models.step1 import Step1ForCausalLM
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from aqaa.scale.vllm_engine import ATTENTION
-from aqaa.scale.vllm_plugin import language_weights
+from aqaa.scale.vllm.client import ATTENTION
+from aqaa.scale.vllm.plugin import language_weights
 
 
 class Step1AQAAForCausalLM(Step1ForCausalLM):
