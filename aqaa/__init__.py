@@ -31,6 +31,6 @@ def __getattr__(name):
 
 def ask(question, source="mini", **sampling):
     """One question, one Answer: `load(source).ask(question, **sampling)`. Keep the model for a second question."""
-    from aqaa.weights.model_folder import load
+    from aqaa.loading import load
 
     return load(source).ask(question, **sampling)

@@ -20,6 +20,8 @@ from aqaa.files import replacing
 from aqaa.sound_files import BLOCK, RATES, bad_rate, called, mono, read
 from aqaa.sound_headers import AudioError, too_long
 
+TOO_SHORT = "the question is too short to hear anything in it: 0.2 s are needed."
+
 MIN_SECONDS = 0.06  # below it neither tokenizer gives a code
 MAX_SECONDS = 60  # rows of the mini's semantic positions, and what it was trained to listen to
 SILENCE = 1e-4  # peak of a question that holds nothing to hear, full scale = 1

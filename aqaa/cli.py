@@ -174,7 +174,7 @@ def _load(args):
 
     All parts are loaded here, so that the timings of an answer are its own.
     """
-    from aqaa.weights import model_folder
+    from aqaa import loading
 
     engine = None
     if args.engine and args.engine != "fast":  # first: whether a server answers is known in a moment
@@ -182,7 +182,7 @@ def _load(args):
 
         engine = Server(args.engine)
     folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
-    model = model_folder.load(args.preset, device=args.device, dtype=args.dtype, amx=args.amx, **folders)
+    model = loading.load(args.preset, device=args.device, dtype=args.dtype, amx=args.amx, **folders)
     if args.engine == "fast":
         from aqaa.fast.graph_decoder import Engine
 

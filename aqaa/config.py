@@ -6,6 +6,10 @@ mini holds for the published model. Sources are given as paper sections or as th
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 
+TTS, TQAA, AQTA = 35, 37, 38  # ids of Step-1's control tokens <|TTS|> <|TQAA|> <|AQTA|>
+
+ASR_MARKER = 36  # `<|ASR|>` after bos asks for the words of a recording (Step-1's control token)
+
 SAMPLE_RATE = 16_000  # Hz, of everything that is tokenized (AQAA paper 2.1)
 LINGUISTIC_PER_GROUP = 2  # 16.67 Hz
 SEMANTIC_PER_GROUP = 3  # 25 Hz

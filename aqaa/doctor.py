@@ -76,13 +76,15 @@ def _folders(args):
 
 def _together(sources):
     """Why the parts of several folders make no system; nothing if they do, or if some are not there."""
-    from aqaa.weights import model_folder, released
+    from aqaa.config import AQAAConfig
+    from aqaa.files import ModelError
+    from aqaa.weights import released
 
     if len(sources) < sum(map(len, released.PARTS.values())):
         return []
     try:
-        released.combine(model_folder.AQAAConfig(), sources)
-    except model_folder.ModelError as fault:
+        released.combine(AQAAConfig(), sources)
+    except ModelError as fault:
         return [str(fault)]
     return []
 
@@ -103,6 +105,7 @@ def roles(path):
 
 def folder(path):
     """What a folder holds: (rows for the report, {part: released.Source} of what is whole). Loads no weights."""
+    from aqaa.files import ModelError, fingerprint
     from aqaa.weights import model_folder, released
     from aqaa.weights.shards import in_bytes
 
@@ -120,15 +123,15 @@ def folder(path):
                 sources[part] = look(path)
                 rows[part] = sources[part].facts
                 rows |= {"note": sources[part].note} if sources[part].note else {}
-            except model_folder.ModelError as fault:
+            except ModelError as fault:
                 rows[part] = "not usable"
                 faults.append(str(fault))
     if "semantic" in sources:
-        same = model_folder.fingerprint(path / released.ONNX)["sha256"] == FIRST_S3
+        same = fingerprint(path / released.ONNX)["sha256"] == FIRST_S3
         rows["semantic"] += f", {'' if same else 'not '}the file of CosyVoice-300M-25Hz"
     try:
         released.recorded(path, hashes=True)
-    except model_folder.ModelError as fault:
+    except ModelError as fault:
         faults.append(str(fault))
     return rows | {"faults": faults}, sources
 
@@ -162,7 +165,7 @@ def devices():
     import torch
 
     from aqaa.fast import amx
-    from aqaa.records import cpuinfo
+    from aqaa.processor import cpuinfo
 
     known = cpuinfo("flags").split()
     flags = [flag for flag in CPU_FLAGS if flag in known]
@@ -195,6 +198,7 @@ def engines():
 
 def weights(source):
     """Size and hash of every weight file, or {"fault": one sentence}."""
+    from aqaa.files import ModelError
     from aqaa.weights import model_folder
 
     try:
@@ -205,5 +209,5 @@ def weights(source):
             known = "as recorded" if facts["as_recorded"] else "NOT as recorded"
             found[name] = f"{facts['bytes'] / 1e6:6.1f} MB  sha256 {facts['sha256'][:16]}  {known}"
         return found
-    except model_folder.ModelError as fault:
+    except ModelError as fault:
         return {"fault": str(fault)}

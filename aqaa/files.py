@@ -10,11 +10,17 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+AGAIN = "get the whole folder again"
+
+LFS_POINTER = b"version https://git-lfs"
+TRAIN = f"{AGAIN}, or train it with `aqaa train`"
 
 MB = 1_000_000
 MEMORY = "/dev/shm"  # files here never reach a disk
@@ -208,3 +214,25 @@ def fingerprint(path):
     """{"bytes", "sha256"} of a file."""
     with open(path, "rb") as file:
         return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def data_folder():
+    """The folder that holds `mini/` and `questions/`: $AQAA_DATA, the clone's `data`, or where pip put it."""
+    if named := os.environ.get("AQAA_DATA"):
+        return Path(named)
+    clone = Path(__file__).resolve().parents[2] / "data"
+    return clone if clone.is_dir() else Path(sys.prefix) / "share" / "aqaa"
+
+
+def named(names):
+    """"a", or "a and 3 more"."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+def check_file(path, remedy=TRAIN):
+    """Is there a file, and not a Git LFS pointer, at path? Raises ModelError."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: {remedy}.")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")

@@ -11,8 +11,8 @@ there is more to hear. The codes are always those that offline listening would g
 import torch
 
 from aqaa import audio
+from aqaa.audio import TOO_SHORT
 from aqaa.config import SAMPLE_RATE
-from aqaa.pipeline import TOO_SHORT
 from aqaa.threads import suited_to
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.semantic import FRAME, PIECE

@@ -5,118 +5,24 @@
 """
 
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp
-from typing import NamedTuple
 
 import torch
 
 from aqaa import audio
-from aqaa.config import GROUP_SIZE, TOKENS_PER_SECOND
+from aqaa.answer import Answer, Ledger, Piece
+from aqaa.audio import TOO_SHORT
+from aqaa.config import ASR_MARKER, GROUP_SIZE, TOKENS_PER_SECOND
 from aqaa.threads import suited, suited_to
-from aqaa.tokenizers import interleave
-from aqaa.tokenizers.interleave import TextOnly
+from aqaa.tokenizers import dialogue, interleave
+from aqaa.tokenizers.dialogue import TextOnly
 from aqaa.vocoder.streaming import Vocoder
 
-ASR_MARKER = 36  # `<|ASR|>` after bos asks for the words of a recording (Step-1's control token)
 MIN_AUDIO = 3 * GROUP_SIZE  # ids: an answer is never silent
 MAX_ANSWER = 1500  # ids, text and audio: about half a minute
 SAMPLING = {"temperature": 0.3, "top_p": 0.9, "seed": 0, "max_tokens": MAX_ANSWER}
 SPOKEN = ("linguistic", "semantic")  # kinds of ids that are sound
-TOO_SHORT = "the question is too short to hear anything in it: 0.2 s are needed."
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of an answer as it becomes ready: words, and (N,) float32 samples on the CPU; either may be empty."""
-
-    text: str
-    audio: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer.
-
-    audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text") and codes
-    ("linguistic", "semantic"); timings in seconds, see Ledger; confidence: geometric mean of the probabilities of
-    the text tokens, 0 when there is no text; pieces: (when ready, length) of each part of the sound, in seconds.
-    """
-
-    text: str
-    audio: torch.Tensor
-    sample_rate: int
-    tokens: dict
-    timings: dict
-    confidence: float
-    pieces: tuple = ()
-
-    @property
-    def playout(self):
-        """When this answer could have begun to sound, see `playout`."""
-        return playout(self.pieces)
-
-    @property
-    def seconds(self):
-        """Length of the sound."""
-        return len(self.audio) / self.sample_rate
-
-    @property
-    def real_time_factor(self):
-        """Seconds of work for a second of sound."""
-        return self.timings["total"] / max(self.seconds, 1e-9)
-
-    def save(self, path):
-        """Write the sound as a wav file. Raises AudioError."""
-        audio.write(path, self.audio, self.sample_rate)
-
-
-class Playout(NamedTuple):
-    """delay: seconds after which speech can begin and never stalls; gaps: silence before each piece without waiting."""
-
-    delay: float
-    gaps: tuple
-
-
-def playout(pieces):
-    """(ready, seconds) of each piece in turn, `ready` counted from the beginning -> Playout.
-
-    Whoever plays each piece as soon as it can be played is silent for the gaps; their sum is the delay that, spent
-    before the first piece, leaves none between the others.
-    """
-    end, gaps = 0.0, []
-    for ready, seconds in pieces:
-        gaps.append(max(0.0, ready - end))
-        end = max(ready, end) + seconds
-    return Playout(sum(gaps), tuple(gaps))
-
-
-@dataclass
-class Ledger:
-    """Where the time went, in seconds: read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
-
-    first_* count from the start; first_audio_share is the share of the answer's ids known when the first sound came
-    (not a time). pieces: (when ready, length) of each part of the sound.
-    """
-
-    began: float = field(default_factory=time.perf_counter)
-    times: dict = field(default_factory=dict)
-    pieces: list = field(default_factory=list)
-
-    @contextmanager
-    def step(self, name):
-        """Add the time spent inside to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
-
-    def mark(self, name):
-        """Note the time since the beginning, once."""
-        self.times.setdefault(name, time.perf_counter() - self.began)
 
 
 class AQAA:
@@ -132,7 +38,7 @@ class AQAA:
 
     def __init__(self, config, part, *, device="cpu", layout="ratio_10_15", voice=None, notes=()):
         self.config, self.ids, self.device = config, config.ids, torch.device(device)
-        self.layout = interleave.layout(layout) if isinstance(layout, str) else layout
+        self.layout = dialogue.layout(layout) if isinstance(layout, str) else layout
         self._part, self._voice, self.notes = part, voice or (lambda model: {}), notes
 
     text = cached_property(lambda self: self._part("text"))
@@ -199,7 +105,7 @@ class AQAA:
 
         marker: one of Step-1's control tokens after bos, as ASR_MARKER, which asks for another kind of answer.
         """
-        ids = interleave.prompt([*history, ("user", question)], self.text, self.ids)
+        ids = dialogue.prompt([*history, ("user", question)], self.text, self.ids)
         return ids if marker is None else [ids[0], marker, *ids[1:]]
 
     def generate(self, prompt, *, layout=None, **sampling):
@@ -277,7 +183,7 @@ class Talk:
         What was said stays as it is and is not said again. Drawn ids are not those of an unbroken answer.
         """
         said = tuple(step.id for step in self.steps)
-        layout = interleave.Resumed(self.sampling.get("layout") or self.model.layout, said)
+        layout = dialogue.Resumed(self.sampling.get("layout") or self.model.layout, said)
         left = self.sampling.get("max_tokens", SAMPLING["max_tokens"]) - len(said)
         options = {**self.sampling, "layout": layout, "max_tokens": left}
         ended = said[-1:] == (self.model.ids.eot,)

@@ -1,14 +1,17 @@
 """Where a recorded number comes from: date, commit, hardware and command. The ground floor: no audio, no training."""
 
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from aqaa.files import write_json
 from aqaa.processor import cpuinfo
 
 
@@ -41,3 +44,39 @@ def provenance(device="cpu"):
 def about(what, device="cpu"):
     """The head of a recorded result: its name, its provenance and the command that made it."""
     return {"what": what, **provenance(device), "command": " ".join(["aqaa", *sys.argv[1:]])}
+
+
+def report(args, result, lines, details=None):
+    """Print a result, as JSON or as lines, and write it with its details to args.out if there is one."""
+    print(json.dumps(result) if args.json else "\n".join(lines))
+    if args.out:
+        write_json(args.out, {**result, **(details or {})})
+
+
+class Record:
+    """A JSON file that grows; written anew, and whole, with each number."""
+
+    def __init__(self, path, head):
+        self.path, self.data = path and Path(path), {**head, "faults": {}}
+        self.write()
+
+    def add(self, **found):
+        self.data |= found
+        self.write()
+        for name, value in found.items():
+            print(f"{name:24} {json.dumps(value)}", flush=True)
+
+    def write(self):
+        if self.path:
+            write_json(self.path, self.data)
+
+    @contextmanager
+    def measuring(self, name):
+        """A fault inside is noted, and the measurements that follow are still made."""
+        try:
+            yield
+        except Exception as fault:  # whatever it is: time on such a GPU is rare
+            text = (str(fault).splitlines() or [""])[0]
+            self.data["faults"][name] = f"{type(fault).__name__}: {text}"
+            self.write()
+            print(f"aqaa: {name} was not measured ({self.data['faults'][name]})", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from aqaa.scale.vllm.rules import KEY, Rules
-from aqaa.tokenizers import interleave
+from aqaa.tokenizers import dialogue
 
 NAME = "stub"
 ENDLESS_REPLIES = {"models without end": 200, "models in drips": 200, "refusal without end": 500,
@@ -39,7 +39,7 @@ class Stub(ThreadingHTTPServer):
         """What the model says to a request, under the rules that came with it."""
         rules = Rules.from_json(request["vllm_xargs"][KEY])
         n_said, prompt = rules.said, request["prompt"]
-        layout = interleave.Resumed(rules.layout, tuple(prompt[-n_said:])) if n_said else rules.layout
+        layout = dialogue.Resumed(rules.layout, tuple(prompt[-n_said:])) if n_said else rules.layout
         names = ("temperature", "top_p", "seed", "max_tokens")
         return self.model.generate(prompt, layout=layout, min_audio=rules.min_audio, repetition=rules.repetition,
                                    **{name: request[name] for name in names})

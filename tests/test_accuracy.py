@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
+from aqaa.batching import ask_all
 from aqaa.config import preset
 from aqaa.corpus.plan import Item
 from aqaa.evaluation import accuracy
-from aqaa.evaluation.accuracy import CELLS, METRICS, Row, ask_all, evaluate, make_judge, questions, share, summarise
+from aqaa.evaluation.accuracy import CELLS, METRICS, Row, evaluate, make_judge, questions, share, summarise
 from aqaa.pipeline import AQAA
 
 SAID = ["seven plus five is equal to twelve", "the capital of france is paris", "the opposite of hot is cold"]

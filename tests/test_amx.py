@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from aqaa import cli
+from aqaa import cli, files, loading
 from aqaa.fast import amx, prepared
-from aqaa.weights import model_folder
 from tests.parity import common
 from tests.parity.__main__ import main as parity
 
@@ -133,8 +132,8 @@ def test_the_golden_tensors(capsys, monkeypatch):
 
 @on_the_units
 def test_a_model_hears_and_speaks_the_same(tmp_path, capsys):
-    question = model_folder.data_folder() / "questions" / "product_q001959.wav"
-    plain, fast = (model_folder.load("mini", amx=on).ask(question, seed=3) for on in (False, True))
+    question = files.data_folder() / "questions" / "product_q001959.wav"
+    plain, fast = (loading.load("mini", amx=on).ask(question, seed=3) for on in (False, True))
     assert plain.tokens == fast.tokens
     assert (plain.audio - fast.audio).abs().max() < 0.02
     assert cli.main(["ask", str(question), "--amx", "-o", str(tmp_path / "a.wav")]) == 0
@@ -156,12 +155,12 @@ def fresh(monkeypatch, tmp_path):
 
 def test_another_processor_is_told_so(monkeypatch, capsys, fresh):
     monkeypatch.setattr(amx, "cpuinfo", lambda name: "avx2")
-    question = model_folder.data_folder() / "questions" / "product_q001959.wav"
+    question = files.data_folder() / "questions" / "product_q001959.wav"
     assert cli.main(["ask", str(question), "--amx"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("aqaa: this processor has no AMX") and said.count("\n") == 1
-    with pytest.raises(model_folder.ModelError, match="a part of processors"):
-        model_folder.load("mini", device="meta", amx=True)
+    with pytest.raises(files.ModelError, match="a part of processors"):
+        loading.load("mini", device="meta", amx=True)
 
 
 @pytest.mark.parametrize("body, why", [

@@ -12,10 +12,10 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa import audio
-from aqaa.audio import AudioError, load_question
+from aqaa import audio, files
+from aqaa.audio import load_question
 from aqaa.config import MelConfig
-from aqaa.weights import model_folder
+from aqaa.sound_headers import AudioError
 
 SECOND = 0.3 * torch.sin(torch.arange(16_000) * 0.05)
 
@@ -261,7 +261,7 @@ def test_endpoints_keep_what_is_spoken():
 
 
 def test_ordinary_questions_stay_whole():
-    paths = sorted((model_folder.data_folder() / "questions").glob("*.wav"))
+    paths = sorted((files.data_folder() / "questions").glob("*.wav"))
     assert len(paths) == 30
     for path in paths:
         wav = load_question(path)

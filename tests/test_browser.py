@@ -29,13 +29,15 @@ CELLS = {
 import time
 import numpy as np, torch
 import aqaa
+from aqaa.notebook import talk
+from aqaa.notebook import explore
 from aqaa.notebook import show, widgets
 torch.set_num_threads(1)
 model = aqaa.load("mini")
 question = show.question("product")""",
-    "recorder": "recorder = widgets.Recorder(question, interactive=True)\nrecorder",
+    "recorder": "recorder = talk.Recorder(question, interactive=True)\nrecorder",
     "recorded": "np.save('recorded.npy', recorder.audio())\nprint(recorder.state, recorder.message)",
-    "player": "player = widgets.Player(interactive=True)\nplayer",
+    "player": "player = talk.Player(interactive=True)\nplayer",
     "ask": "player.play_stream(model, recorder, seed=1);",
     "answer": "np.save('answer.npy', player.join(60).answer.audio)\nprint(player.answer.text, '|', player.report)",
     "slowly": """
@@ -65,7 +67,7 @@ ode""",
     "interleave": "blocks = widgets.Interleave(24, 120, interactive=True)\nblocks",
     "planner": "planner = widgets.Planner(interactive=True)\nplanner",
     "planned": "print(planner)",
-    "voice": "voice = widgets.VoiceControl(model, interactive=True)\nvoice",
+    "voice": "voice = explore.VoiceControl(model, interactive=True)\nvoice",
     "said": "np.save('said.npy', voice.takes[0]['wav'])\nprint(*map(voice.takes[0].get, ('manner', 'temperature')))",
 }
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import aqaa
-from aqaa.weights import model_folder
-from aqaa.weights.model_folder import ModelError
+from aqaa.files import ModelError
+from aqaa.weights import model_folder, verify
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_device_that_is_not_here(tiny_folder, device):
 
 def test_skip_init_leaves_buffers_and_shapes_alone():
     torch.manual_seed(0)
-    with model_folder.skip_init():
+    with verify.skip_init():
         layer = torch.nn.Linear(3, 2)
         table = torch.nn.Parameter(torch.arange(6.0))
     assert layer.weight.shape == (2, 3) and torch.equal(table, torch.arange(6.0))

@@ -227,7 +227,7 @@ def test_a_bad_question_is_told_without_weights(run, tmp_path):
 @pytest.mark.parametrize("place", ["no/such/folder/a.wav", "file/a.wav", "/proc/a.wav", "a.mp3"])
 def test_an_unwritable_place_is_told_before_the_work(run, question, place, monkeypatch):
     (run.place / "file").write_text("", encoding="utf-8")
-    monkeypatch.setattr("aqaa.weights.model_folder.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("aqaa.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
     code, out, err = run("ask", question, "-o", place)
     assert code == 1 and one_sentence(err, place)
     assert os.listdir(run.place) == ["file"]

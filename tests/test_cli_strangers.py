@@ -192,12 +192,12 @@ def test_help_has_an_example_that_can_be_parsed_and_the_defaults(verb, capsys):
 
 
 def test_the_defaults_that_help_tells_are_those_of_the_pipeline():
-    from aqaa import pipeline
-    from aqaa.weights import model_folder
+    from aqaa import loading, pipeline
+    from aqaa.weights.model_folder import ROLES
 
     assert options.SAMPLING.items() <= pipeline.SAMPLING.items()
-    assert tuple(options.RELEASED) == model_folder.ROLES
-    assert all(str(model_folder.dtype_of(name)) == f"torch.{name}" for name in options.DTYPES)
+    assert tuple(options.RELEASED) == ROLES
+    assert all(str(loading.dtype_of(name)) == f"torch.{name}" for name in options.DTYPES)
 
 
 def test_a_question_may_stand_behind_an_option():
@@ -220,14 +220,15 @@ def quick(monkeypatch, tmp_path):
     """quick(step, fault): ask odd.wav between two good ones, where `step` raises for odd.wav and all else is short."""
     import torch
 
-    from aqaa import audio, pipeline
+    from aqaa import audio
+    from aqaa.answer import Answer
 
     monkeypatch.chdir(tmp_path)
     for name, pitch in (("one", 100), ("odd", 200), ("two", 150)):
         soundfile.write(f"{name}.wav", tone(pitch=pitch), RATE)
     times = {"first_audio": 0.1, "total": 0.2}
     tokens = dict.fromkeys(("text", "linguistic", "semantic"), ())
-    answer = pipeline.Answer("yes", torch.zeros(1600), RATE, tokens, times, 0.9)
+    answer = Answer("yes", torch.zeros(1600), RATE, tokens, times, 0.9)
 
     def call(step="", fault=None, *args, names=("one.wav", "odd.wav", "two.wav"), **attributes):
         odd = audio.load_question("odd.wav")
@@ -274,7 +275,7 @@ def test_a_fault_that_nobody_foresaw_says_where_it_was(quick, capsys, fault, wor
 
 
 def test_faults_of_the_weights_end_the_run(quick, capsys):
-    from aqaa.weights.model_folder import ModelError
+    from aqaa.files import ModelError
 
     assert quick("answer", ModelError("flow.safetensors is damaged.")) == 1
     out, err = capsys.readouterr()

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqaa.evaluation.codes import arrange, streams, usage
+from aqaa.corpus.codes import usage
+from aqaa.evaluation.codes import arrange, streams
 
 
 @given(st.integers(1, 40), st.integers(1, 5))

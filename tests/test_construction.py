@@ -8,9 +8,9 @@ import torch
 
 from aqaa.backbone import step1
 from aqaa.config import AQAAConfig, BackboneConfig
+from aqaa.files import ModelError
 from aqaa.tokenizers import s3_onnx
 from aqaa.weights import model_folder, released, shards
-from aqaa.weights.model_folder import ModelError
 from tests.test_semantic import consumer
 
 SMALL = BackboneConfig(  # Step-Audio-TTS-3B and EditX

@@ -8,21 +8,22 @@ import pytest
 import torch
 
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
+from aqaa import files, loading
 from aqaa.backbone.generation import generate
+from aqaa.backbone.memory import check_room
 from aqaa.backbone.quantized_linear import Int4Linear, linears, put
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import BackboneConfig
 from aqaa.fast import graph_decoder, triton_kernels
-from aqaa.fast.graph_decoder import Engine, check_room
-from aqaa.tokenizers.interleave import LAYOUTS
-from aqaa.weights import model_folder
+from aqaa.fast.graph_decoder import Engine
+from aqaa.tokenizers.dialogue import LAYOUTS
 
 LAYOUT = LAYOUTS["ratio_10_15"]
 
 
 @pytest.fixture(scope="module")
 def mini():
-    return model_folder.load("mini")
+    return loading.load("mini")
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +150,9 @@ def test_an_engine_and_its_weights_go_with_the_last_name(narrow, fast):
 def test_too_little_memory_is_said_with_what_would_fit():
     full, gib = BackboneConfig(), 2**30
     check_room(full, 8192, 80 * gib, "int4", 128)
-    with pytest.raises(model_folder.ModelError, match="fp8 weights and a cache of 2048 ids need 12.*int4 would fit"):
+    with pytest.raises(files.ModelError, match="fp8 weights and a cache of 2048 ids need 12.*int4 would fit"):
         check_room(full, 2048, 80 * gib, "fp8")
-    with pytest.raises(model_folder.ModelError, match=r"30.0 GiB are free: see `aqaa plan`"):
+    with pytest.raises(files.ModelError, match=r"30.0 GiB are free: see `aqaa plan`"):
         check_room(full, 2048, 30 * gib, "int4", 128)
-    with pytest.raises(model_folder.ModelError, match=r"a cache of 32768 ids needs 11.* a context of \d+ ids would fit"):
+    with pytest.raises(files.ModelError, match=r"a cache of 32768 ids needs 11.* a context of \d+ ids would fit"):
         check_room(full, 32_768, 9 * gib)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa import audio
+from aqaa.corpus.codes import load_codes, store_codes
 from aqaa.files import ModelError
 from aqaa.tokenizers.linguistic import LinguisticTokenizer, row_count
 from aqaa.tokenizers.semantic import SemanticTokenizer
@@ -143,9 +144,9 @@ codes = st.lists(st.integers(0, 1023), max_size=12).map(np.array)
 def test_codes_come_back_in_any_order(tmp_path_factory, pairs, random):
     folder = tmp_path_factory.mktemp("codes")
     items = [SimpleNamespace(id=f"q{i}") for i in range(len(pairs))]
-    K.store_codes(folder, items, *zip(*pairs, strict=True))
+    store_codes(folder, items, *zip(*pairs, strict=True))
     order = random.sample(range(len(items)), len(items))
-    for index, found in zip(order, K.load_codes(folder, [items[i] for i in order]), strict=True):
+    for index, found in zip(order, load_codes(folder, [items[i] for i in order]), strict=True):
         for stored, loaded in zip(pairs[index], found, strict=True):
             assert loaded.dtype == np.int64 and np.array_equal(stored, loaded)
 
@@ -166,12 +167,12 @@ def test_torn_features_are_one_sentence(tmp_path, name, data):
 def test_torn_codes_are_one_sentence(tmp_path, data):
     (tmp_path / "codes.npz").write_bytes(data)
     with pytest.raises(ModelError, match="codes.npz is cut short or damaged .*: run `aqaa train codes` again.$"):
-        K.load_codes(tmp_path, [])
+        load_codes(tmp_path, [])
 
 
 def test_codes_before_their_stage_are_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no codes.npz: run `aqaa train codes` first"):
-        K.load_codes(tmp_path, [])
+        load_codes(tmp_path, [])
 
 
 @pytest.mark.parametrize("write, old, new", [(K.save_array, np.ones(3), np.zeros(9)), (K.write_json, [1], [2, 3])])

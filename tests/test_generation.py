@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from aqaa.backbone.generation import Decoder, Prefill, Repetition, generate, generate_batch
 from aqaa.config import IdsConfig
-from aqaa.tokenizers.interleave import LAYOUTS, Allowed, Layout, merge, split
+from aqaa.tokenizers.dialogue import LAYOUTS, Allowed, Layout
+from aqaa.tokenizers.interleave import merge, split
 from tests.conftest import sharp_step1
 
 IDS = IdsConfig(n_text=100, n_linguistic=20, n_semantic=30)

@@ -9,7 +9,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa.evaluation.judges import Judge, bigram_arpa, missing_words, normalise, word_graph
+from aqaa.evaluation.judges import Judge, bigram_arpa, missing_words, word_graph
+from aqaa.tokenizers.text import normalise
 
 SAID = ["seven plus five is equal to twelve", "the capital of france is paris", "the opposite of hot is cold"]
 SOUNDS = [Path(__file__).parent / "data" / f"{text.replace(' ', '_')}.flac" for text in SAID]  # flite's voice slt

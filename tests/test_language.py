@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from aqaa.config import ASR_MARKER
 from aqaa.corpus.plan import Item
-from aqaa.pipeline import ASR_MARKER
-from aqaa.tokenizers import interleave
+from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import FIRST_TEXT, tagged
 from aqaa.training import objectives as K
-from aqaa.training.objectives import Book, LanguageTask
+from aqaa.training.examples import Book
+from aqaa.training.objectives import LanguageTask
 from tests.conftest import SENTENCES, tiny_config
 
 CONFIG = tiny_config()
@@ -154,7 +155,7 @@ def test_examples_are_what_their_names_say(book):
 @pytest.mark.parametrize("name", ["ratio_10_15", "ratio_3_5", "text_cot"])
 def test_the_machine_of_the_layout_allows_every_answer(book, kind, name):
     """What generation may say next, id by id, is what the loss lets compete there."""
-    task = make(book, layout=interleave.layout(name))
+    task = make(book, layout=dialogue.layout(name))
     rows = {index: set(ids.tolist()) for index, ids in task.head_rows().items()}
     for seed in range(4):
         ids = example(task, kind, seed)[0]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa import audio
+from aqaa import audio, files, loading
 from aqaa.backbone.generation import Prefill
 from aqaa.evaluation import streaming
 from aqaa.tokenizers.linguistic import STRIDE, row_count
@@ -19,12 +19,12 @@ from tests.test_linguistic import MODEL as PUBLISHED_STYLE
 
 LENGTHS = st.sampled_from([0, 500, 879, 880, STRIDE, 3 * STRIDE, 20_000, 27_111])
 SIZES = st.one_of(st.just(0), st.just(1), st.integers(2, 900), st.integers(3000, 9000), st.sampled_from([STRIDE, 7680]))
-QUESTION = model_folder.data_folder() / "questions" / "sum_q001813.wav"
+QUESTION = files.data_folder() / "questions" / "sum_q001813.wav"
 
 
 @pytest.fixture(scope="module")
 def mini():
-    return model_folder.load("mini")
+    return loading.load("mini")
 
 
 @pytest.fixture(scope="module")

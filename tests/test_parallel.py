@@ -14,10 +14,10 @@ from aqaa.backbone.generation import generate
 from aqaa.backbone.quantized_linear import Fp8Linear, Int4Linear
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import BackboneConfig, IdsConfig
+from aqaa.files import ModelError
 from aqaa.scale import parallel
 from aqaa.scale.quantize import quantize_
-from aqaa.tokenizers.interleave import LAYOUTS
-from aqaa.weights.model_folder import ModelError
+from aqaa.tokenizers.dialogue import LAYOUTS
 from tests.conftest import sharp_step1
 
 IDS = IdsConfig(n_text=100, n_linguistic=20, n_semantic=30)

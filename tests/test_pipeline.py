@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from aqaa.audio import AudioError
+from aqaa.answer import Answer, Ledger, Piece, playout
 from aqaa.config import IdsConfig
-from aqaa.pipeline import MIN_AUDIO, Answer, Chat, Ledger, Piece, playout
-from aqaa.tokenizers import interleave
+from aqaa.pipeline import MIN_AUDIO, Chat
+from aqaa.sound_headers import AudioError
+from aqaa.tokenizers import dialogue, interleave
 from tests.conftest import RATE, tone
 
 SHORT = {"max_tokens": 120}
@@ -203,7 +204,7 @@ def test_an_answer_is_saved_as_wav(answer, tmp_path):
 
 def simulated(tokens_per_s, seconds):
     """(ready, length) of the blocks of 15 audio ids of an answer with 5 text ids a second; markers cost nothing."""
-    ids, layout = IdsConfig(), interleave.layout("ratio_10_15")
+    ids, layout = IdsConfig(), dialogue.layout("ratio_10_15")
     groups = round(seconds / 0.12)
     audio = interleave.merge([0] * 2 * groups, [0] * 3 * groups, ids)
     answer = layout.arrange([ids.first_text] * int(5 * seconds), audio, ids)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa import cli
+from aqaa.backbone import memory
 from aqaa.config import BackboneConfig, preset
 from aqaa.scale import plan as sums
 from aqaa.scale import plan_table as words
@@ -50,16 +51,16 @@ def one(gpus, weights, **options):
 
 
 def test_bytes_are_those_of_the_published_model():
-    assert sums.resident_bytes(B130, "bf16") == 263_893_180_416  # the total_size of its index
-    assert sums.cache_bytes(B130) == 352 * 1024
+    assert memory.resident_bytes(B130, "bf16") == 263_893_180_416  # the total_size of its index
+    assert memory.cache_bytes(B130) == 352 * 1024
     sizes = {  # GB: linear layers, everything, what a step reads
         ("bf16", None): (260.2, 263.9, 262.1), ("fp8", None): (130.1, 133.8, 131.9),
         ("int8", None): (130.1, 133.8, 131.9), ("int4", 128): (67.1, 70.8, 68.9),
     }  # fmt: skip
     for how, expected in sizes.items():
-        found = (f(B130, *how) / 1e9 for f in (sums.linear_bytes, sums.resident_bytes, sums.streamed_bytes))
+        found = (f(B130, *how) / 1e9 for f in (memory.linear_bytes, memory.resident_bytes, sums.streamed_bytes))
         assert list(found) == pytest.approx(expected, abs=0.08), how  # 8 bits: 0.02 of it scales
-    assert sums.linear_bytes(B130, "int4", 32) > sums.linear_bytes(B130, "int4", 64)
+    assert memory.linear_bytes(B130, "int4", 32) > memory.linear_bytes(B130, "int4", 64)
 
 
 def test_3b_and_mini_are_counted_as_they_are_built():
@@ -67,11 +68,11 @@ def test_3b_and_mini_are_counted_as_they_are_built():
 
     from aqaa.backbone import step1
 
-    assert sums.resident_bytes(words.read_model("3b")[1], "bf16") == 7_059_412_992
+    assert memory.resident_bytes(words.read_model("3b")[1], "bf16") == 7_059_412_992
     mini = preset("mini").backbone
     with torch.device("meta"):
         model = step1.build(mini)
-    assert sums.resident_bytes(mini, "bf16") == 2 * sum(p.numel() for p in model.parameters())
+    assert memory.resident_bytes(mini, "bf16") == 2 * sum(p.numel() for p in model.parameters())
 
 
 # ---- times ----
@@ -86,7 +87,7 @@ def test_the_feasibility_table(row):
         coarse = replace(found.setup, group=128)  # what the table counts: half as many scales
         floor, token = sums.token_seconds(coarse)
         assert sums.streamed_bytes(B130, "int4", 64) - sums.streamed_bytes(B130, "int4", 128) == pytest.approx(
-            sums.n_linear(B130)[0] / 64
+            memory.n_linear(B130)[0] / 64
         )
     else:
         floor, token = found.floor, 1 / found.rate
@@ -121,7 +122,7 @@ def test_the_table_of_delays():
 @given(rate=st.floats(20, 200), seconds=st.floats(0.4, 30))
 def test_the_delay_is_what_playing_block_by_block_needs(rate, seconds):
     """The pipeline's own count of gaps, given blocks that come at `rate`, says the same."""
-    from aqaa.pipeline import playout
+    from aqaa.answer import playout
 
     text, pieces, made = 5.0 * seconds, [], 0.0
     for _ in range(sums.ceil(seconds / 0.36 - 1e-9)):
@@ -146,7 +147,7 @@ def test_prefill_and_first_sound():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    gpu=st.sampled_from(list(sums.GPUS)), count=st.sampled_from([1, 2, 4, 8]), weights=st.sampled_from(list(sums.BITS)),
+    gpu=st.sampled_from(list(sums.GPUS)), count=st.sampled_from([1, 2, 4, 8]), weights=st.sampled_from(list(memory.BITS)),
     context=st.integers(1, 16_000),
 )  # fmt: skip
 def test_what_holds_for_every_plan(gpu, count, weights, context):

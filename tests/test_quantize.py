@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from aqaa import cli
-from aqaa.backbone import step1
+from aqaa import cli, files, loading
+from aqaa.backbone import memory, step1
+from aqaa.backbone.quantized_linear import FORMATS, Int4Linear, Int8Linear
 from aqaa.config import BackboneConfig, check_group, largest_group
+from aqaa.corpus import dialogues
 from aqaa.evaluation import quantization
 from aqaa.scale import convert, quantize
 from aqaa.scale import plan as sums
-from aqaa.scale.quantize import FORMATS, Int4Linear, Int8Linear, quantize_
+from aqaa.scale.quantize import quantize_
 from aqaa.weights import model_folder, shards
 
 SIZES = BackboneConfig(
@@ -196,7 +198,7 @@ def test_a_quantised_model_answers_and_gives_its_weights_back():
 @pytest.mark.parametrize("name, group", [("int4", 32), ("int8", None), ("fp8", None)])
 def test_bytes_are_as_planned(name, group):
     found = quantize.n_bytes(quantize_(model(), name, group))
-    assert found["linear"] + found["scale"] == sums.linear_bytes(SIZES, name, group)
+    assert found["linear"] + found["scale"] == memory.linear_bytes(SIZES, name, group)
 
 
 # ---- folders ----
@@ -238,7 +240,7 @@ def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, c
     assert record["dropped"] == 2 and record["dropped_values"] == 32
     assert (out / "tokenizer.model").read_bytes() == b"pieces" and not (out / convert.PROGRESS).exists()
     assert len(record["files"]) == 2 + SIZES.num_hidden_layers
-    assert all(model_folder.fingerprint(out / file) == facts for file, facts in record["files"].items())
+    assert all(files.fingerprint(out / file) == facts for file, facts in record["files"].items())
     assert convert.read_quantization(out)["weights"] == name
     found, wanted = convert.load_quantized(out), quantize_(model().bfloat16(), name, group)
     ids = torch.tensor(ROWS)
@@ -281,7 +283,7 @@ def test_the_mini_is_converted_by_default_and_answers(tmp_path, capsys):
     """`aqaa convert mini OUT`, then `aqaa ask … --preset OUT`."""
     assert cli.main(["convert", "mini", str(tmp_path / "small")]) == 0
     assert "int4 in groups of 64 by rtn" in capsys.readouterr().out
-    question = str(model_folder.data_folder() / "questions" / "sum_q001813.wav")
+    question = str(files.data_folder() / "questions" / "sum_q001813.wav")
     words = []
     for preset in ("mini", str(tmp_path / "small")):
         assert cli.main(["ask", question, "--preset", preset, "--temperature", "0", "--json",
@@ -303,14 +305,14 @@ def test_a_release_with_a_value_that_is_no_number(tmp_path, part, place, value):
             state[name][place] = value
             save_file(state, path)
             said = re.escape(f"{path.name} holds {value} at {name}{list(place)}")
-    with pytest.raises(model_folder.ModelError, match=said):
+    with pytest.raises(files.ModelError, match=said):
         convert.convert(folder, tmp_path / "out", quiet=True)
     tensors = shards.scan(folder)
     names, _ = shards.language_model(tensors, folder)
     for dtype in (None, torch.float32):
         with torch.device("meta"):
             empty = step1.build(SIZES)
-        with pytest.raises(model_folder.ModelError, match=said):
+        with pytest.raises(files.ModelError, match=said):
             shards.fill(empty, tensors, names, dtype=dtype)
 
 
@@ -323,14 +325,14 @@ def test_a_scale_that_is_no_number_and_a_weight_too_large(release, tmp_path):
     state[name][5, 1] = float("inf")
     save_file(state, path, {"format": "pt"})
     (out / "record.json").unlink()
-    with pytest.raises(model_folder.ModelError, match=re.escape(f"inf at {name}[5, 1]")):
+    with pytest.raises(files.ModelError, match=re.escape(f"inf at {name}[5, 1]")):
         convert.load_quantized(out)
     from aqaa.weights import released
 
     large = {key: torch.full_like(value, 1e30) if "layernorm" in key else value for key, value in good.items()}
     save_file(large, path, {"format": "pt"})
     assert released.backbone(out).load("cpu", torch.float32) is not None
-    with pytest.raises(model_folder.ModelError, match="too large for torch.float16: choose bfloat16"):
+    with pytest.raises(files.ModelError, match="too large for torch.float16: choose bfloat16"):
         released.backbone(out).load("cpu", torch.float16)
 
 
@@ -342,7 +344,7 @@ def test_a_flipped_bit_in_a_converted_shard_is_found(release, tmp_path, number):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(model_folder.ModelError, match=f"{path.name} does not have the hash"):
+    with pytest.raises(files.ModelError, match=f"{path.name} does not have the hash"):
         convert.load_quantized(out)
 
 
@@ -431,7 +433,7 @@ def test_a_converted_folder_that_is_broken_says_so(release, tmp_path):
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     for entry, said in (({"weights": "int4", "group": 16}, "does not fit"), ({"weights": "int3"}, "int3")):
         (out / "config.json").write_text(json.dumps({**config, "quantization": entry}), encoding="utf-8")
-        with pytest.raises(model_folder.ModelError, match=said):
+        with pytest.raises(files.ModelError, match=said):
             convert.load_quantized(out)
 
 
@@ -446,13 +448,13 @@ def test_a_folder_of_aqaa_stays_one(tiny, tiny_folder, tmp_path):
     found = aqaa.load(out)
     assert type(found.backbone.model.layers[0].mlp.up_proj) is Int8Linear
     assert all(facts["as_recorded"] for facts in model_folder.inspect(out).values())
-    wanted = quantize_(model_folder.load(tiny_folder).backbone, "int8")
+    wanted = quantize_(loading.load(tiny_folder).backbone, "int8")
     for name, value in wanted.state_dict().items():
         assert torch.equal(found.backbone.state_dict()[name], value), name
     prompt = found.prompt("what is seven plus five")
     answers = [[s.id for s in m.generate(prompt, max_tokens=40, seed=1)] for m in (found, aqaa.load(out))]
     assert answers[0] == answers[1] and len(answers[0]) > 10
-    with pytest.raises(model_folder.ModelError, match="quantised already"):
+    with pytest.raises(files.ModelError, match="quantised already"):
         convert.convert(out, tmp_path / "again", "int8")
 
 
@@ -461,12 +463,12 @@ def test_a_folder_of_aqaa_stays_one(tiny, tiny_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def mini():
-    return model_folder.load("mini")
+    return loading.load("mini")
 
 
 @pytest.fixture(scope="module")
 def asked():
-    return quantization.dialogues("mini", "eval", 24)
+    return dialogues.dialogues("mini", "eval", 24)
 
 
 def test_the_dialogues_are_what_training_and_the_pipeline_use(mini, asked):
@@ -495,7 +497,7 @@ def test_the_words_of_an_answer_do_not_depend_on_its_sound(mini, asked):
 
 def test_the_quantised_mini_answers_as_the_mini_does(mini, asked):
     """A sample; the whole is `aqaa bench quantize`, whose record is held to its promise below."""
-    plain, calibration = mini.backbone, quantization.dialogues("mini", "train", 24)
+    plain, calibration = mini.backbone, dialogues.dialogues("mini", "train", 24)
     variants = {name: quantization.VARIANTS[name] for name in ("int4 g64 rtn", "int4 g64 gptq")}
     found = quantization.measure(mini, asked[:3], asked, calibration, variants, recordings=False)
     assert mini.backbone is plain and found["none"]["scores"]["kl"] == 0
@@ -508,7 +510,7 @@ def test_the_quantised_mini_answers_as_the_mini_does(mini, asked):
 
 
 def test_the_recorded_comparison_keeps_the_promise():
-    path = model_folder.data_folder() / "runs" / "quantize.json"
+    path = files.data_folder() / "runs" / "quantize.json"
     formats = json.loads(path.read_text(encoding="utf-8"))["formats"]
     assert formats["none"]["questions"]["n"] >= 500
     for name in ("int8", "fp8", "int4 g64 gptq"):

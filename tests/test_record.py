@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import tests.interpreter  # noqa: F401  first: it sets the interpreter up
-from aqaa import cli
+from aqaa import cli, records
+from aqaa.backbone import memory
 from aqaa.config import BackboneConfig
 from aqaa.evaluation import gpu_speed, kernel_bench
 from aqaa.fast import triton_kernels
-from aqaa.scale import plan
+from aqaa.scale import random_model
 from tests.conftest import tiny_config
 
 
@@ -45,8 +46,8 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     assert data == found.data and data["faults"] == {} and data["what"] == "scale-rehearsal"
     assert {"command", "commit", "versions", "hardware", "setup", "build_s", "host_peak_gib"} <= set(data)
     assert data["setup"]["sizes"]["hidden_size"] == 128 and data["setup"]["weights"] == "int4"
-    linear = plan.linear_bytes(config.backbone, "int4", 64)  # the rest is fp32 here and bf16 in the plan
-    assert data["resident_bytes"] == 2 * plan.resident_bytes(config.backbone, "int4", 64) - linear
+    linear = memory.linear_bytes(config.backbone, "int4", 64)  # the rest is fp32 here and bf16 in the plan
+    assert data["resident_bytes"] == 2 * memory.resident_bytes(config.backbone, "int4", 64) - linear
     assert data["copy_gb_per_s"] > 0 and data["kernels"] and data["layer_error"] < 1e-3
     assert list(data["kernel_errors"]) == list(kernel_bench.CHECKS) and max(data["kernel_errors"].values()) < 1e-4
     assert [point["ids"] for point in data["prefill"]] == [60, triton_kernels.FEW] and data["prefill"][0]["seconds"] > 0
@@ -69,7 +70,7 @@ def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkey
     monkeypatch.setattr(triton_kernels, "TILES", {})
     monkeypatch.setattr(kernel_bench, "ThreadPoolExecutor", Pool)
     bench = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,), fast=True)
-    bench.build("int4", 64, gpu_speed.Record(None, {}))
+    bench.build("int4", 64, records.Record(None, {}))
 
     def seconds(launch, layers):
         launch(layers[0])
@@ -89,9 +90,9 @@ def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkey
 
 def test_bytes_of_a_step_are_those_of_the_planner(config):
     bench, backbone = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,)), config.backbone
-    bench.build("int4", 64, gpu_speed.Record(None, {}))
-    linear = plan.linear_bytes(backbone, "int4", 64)
-    wide = plan.norm_bytes(backbone) + 300 * plan.cache_bytes(backbone)  # fp32 here, bf16 in the plan
+    bench.build("int4", 64, records.Record(None, {}))
+    linear = memory.linear_bytes(backbone, "int4", 64)
+    wide = memory.norm_bytes(backbone) + 300 * memory.cache_bytes(backbone)  # fp32 here, bf16 in the plan
     assert bench.step_bytes(300) == linear + 2 * wide
 
 
@@ -109,9 +110,9 @@ def test_a_fault_is_named_and_the_rest_still_measured(config, tmp_path, monkeypa
 
 def test_random_weights_are_as_wide_as_they_should_be(config):
     for weights, group in (("int4", 64), ("int8", None), ("fp8", None)):
-        model = gpu_speed.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
+        model = random_model.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
         matrix = model.model.layers[1].mlp.down_proj.dequantized()
-        assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(kernel_bench.STD, rel=0.1)
+        assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(random_model.STD, rel=0.1)
 
 
 def test_the_command(monkeypatch, capsys):

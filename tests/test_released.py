@@ -18,11 +18,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import aqaa
-from aqaa import cli
+from aqaa import cli, files
 from aqaa.fast import prepared
+from aqaa.files import ModelError
 from aqaa.pipeline import AQAA
 from aqaa.weights import model_folder, readers, shards
-from aqaa.weights.model_folder import ModelError
 from tests import release
 from tests.conftest import tiny_config, tone
 from tests.test_text import field
@@ -465,7 +465,7 @@ def test_a_value_that_is_no_number_is_named(copy, damage, part, words):
 @pytest.mark.parametrize("name", ["flow.pt", "hift.pt"])
 def test_a_flipped_bit_is_found_where_a_record_knows(copy, name):
     path = copy / "vocoder" / name
-    record = json.dumps({"files": {name: model_folder.fingerprint(path)}})
+    record = json.dumps({"files": {name: files.fingerprint(path)}})
     (copy / "vocoder/record.json").write_text(record, encoding="utf-8")
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
@@ -597,7 +597,7 @@ def test_doctor_knows_the_mini_and_what_is_nothing(tiny_folder, tmp_path, capsys
 
 
 def test_doctor_checks_hashes_and_looks_into_folders(copy, capsys):
-    facts = model_folder.fingerprint(copy / "vocoder/flow.pt")
+    facts = files.fingerprint(copy / "vocoder/flow.pt")
     record(facts)(copy)
     assert cli.main(["doctor", str(copy)]) == 0  # all three in it
     out = capsys.readouterr()[0]

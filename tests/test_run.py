@@ -13,14 +13,16 @@ import torch
 
 import aqaa
 from aqaa import cli, pipeline
-from aqaa.tokenizers import interleave
+from aqaa.corpus import plan
+from aqaa.corpus.codes import load_codes
+from aqaa.files import ModelError
+from aqaa.tokenizers import dialogue
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.training import features
 from aqaa.training import run as K
 from aqaa.training.loop import read_log
 from aqaa.weights import model_folder
-from aqaa.weights.model_folder import ModelError
 from tests import tones
 from tests.conftest import tiny_config
 
@@ -67,7 +69,7 @@ def test_the_finished_model_answers_a_question(place, run, short_answers):
     question = next(item for item in items if item.role == "question" and item.split == "eval")
     answer = model.ask((corpus.wav(question) / np.float32(32768), 16_000))
     assert answer.seconds >= 0.3 and answer.audio.isfinite().all() and answer.audio.abs().max() > 0
-    text, audio = interleave.layout().parse(answer.tokens["answer"], CONFIG.ids)
+    text, audio = dialogue.layout().parse(answer.tokens["answer"], CONFIG.ids)
     assert len(audio) % 5 == 0 and answer.text == model.text.decode(text).strip()
     assert model_folder.inspect(place / "model")["flow"]["as_recorded"]
 
@@ -92,7 +94,7 @@ def test_every_stage_leaves_its_traces(place):
 def test_codes_are_those_of_the_finished_tokenizers(place, run):
     """What the backbone learns from is what it will hear: encode() of the parts, up to fp16 on disk."""
     corpus, items = run.items()
-    codes = features.load_codes(run.out, items)
+    codes = load_codes(run.out, items)
     parts = {"linguistic": LinguisticTokenizer(CONFIG.linguistic), "semantic": SemanticTokenizer(CONFIG.semantic)}
     for which, (name, module) in enumerate(parts.items()):
         module, same, total = run.part(name, module), 0, 0
@@ -110,7 +112,7 @@ def test_held_out_answers_are_seen_by_no_tokenizer_and_no_vocoder(run):
     _, items = run.items()
     data, tests = run._heard("lfr")
     train = np.flatnonzero(data.weights)
-    kept = [i for i, item in enumerate(items) if K.held_out(item)]
+    kept = [i for i, item in enumerate(items) if plan.held_out(item)]
     assert kept and {items[i].role for i in kept} == {"answer"}
     assert not set(kept) & set(train) and not set(kept) & set(run._spoken()[2])
     assert set(tests["answer_voice"].tolist()) == set(kept)
@@ -240,9 +242,9 @@ def test_held_out_is_a_stable_twentieth_of_the_answers():
         def __init__(self, role, name):
             self.role, self.id = role, name
 
-    kept = [name for name in (f"a{i:04d}" for i in range(4000)) if K.held_out(Item("answer", name))]
+    kept = [name for name in (f"a{i:04d}" for i in range(4000)) if plan.held_out(Item("answer", name))]
     assert 150 < len(kept) < 250 and kept[:3] == [name for name in kept if name <= kept[2]]
-    assert not any(K.held_out(Item(role, name)) for role in ("question", "generic") for name in kept)
+    assert not any(plan.held_out(Item(role, name)) for role in ("question", "generic") for name in kept)
 
 
 def test_batches_by_length_hold_every_row_once():

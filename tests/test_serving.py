@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from aqaa import loading
 from aqaa.pipeline import AQAA
 from aqaa.scale.serving import Batch, Server
 from aqaa.scale.vllm.client import EngineError
 from aqaa.scale.vllm.client import Server as Far
-from aqaa.tokenizers import interleave
-from aqaa.weights import model_folder
+from aqaa.tokenizers import dialogue
 from tests.conftest import RATE, tone
 from tests.stub_server import serve
 
@@ -23,7 +23,7 @@ DEADLINE = 30  # s: nobody waits for ever
 
 @pytest.fixture(scope="module")
 def mini():
-    return model_folder.load("mini")
+    return loading.load("mini")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_answers_join_and_leave_at_any_token(tiny, sounds, batch_size):
     prompts = [tiny.prompt(ids) for ids in heard * 2]
     options = [
         {"max_tokens": 60, "seed": 1}, {"max_tokens": 7, "temperature": 0}, {"max_tokens": 90, "temperature": 2.0},
-        {"max_tokens": 50, "layout": interleave.layout("audio_only")}, {"max_tokens": 1}, {"max_tokens": 0},
+        {"max_tokens": 50, "layout": dialogue.layout("audio_only")}, {"max_tokens": 1}, {"max_tokens": 0},
     ]  # fmt: skip
     for one, other in zip(alone(tiny, prompts, options), together(tiny, prompts, options, batch_size=batch_size)):
         assert [(step.id, step.kind) for step in one] == [(step.id, step.kind) for step in other]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from aqaa.config import AQAAConfig, BackboneConfig
+from aqaa.files import ModelError
 from aqaa.weights import model_folder, shards
-from aqaa.weights.model_folder import ModelError
 
 BIG = BackboneConfig(
     vocab_size=32_768, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=2, num_attention_heads=32,

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from aqaa.notebook import show
-from aqaa.tokenizers import interleave
+from aqaa.tokenizers import dialogue, interleave
 from tests.conftest import RATE, tiny_config, tone
 
 IDS = tiny_config().ids
 TEXT = SimpleNamespace(tokenizer=SimpleNamespace(id_to_token=lambda token: f"▁p{token}"))
 LINGUISTIC, SEMANTIC = [3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8, 9, 7, 9]
 AUDIO = interleave.merge(LINGUISTIC, SEMANTIC, IDS)
-ANSWER = interleave.layout("ratio_10_15").arrange(range(70, 82), AUDIO * 2, IDS)
+ANSWER = dialogue.layout("ratio_10_15").arrange(range(70, 82), AUDIO * 2, IDS)
 MAP = np.random.default_rng(0).standard_normal((80, 60))
 TIMINGS = {"read": 0.1, "linguistic": 0.2, "semantic": 0.1, "generate": 0.5, "vocode": 0.4, "first_token": 0.42,
            "first_audio": 1.3, "total": 1.3, "first_audio_share": 1.0}  # fmt: skip
@@ -231,14 +231,14 @@ def test_shape_names_axes(capsys):
 
 
 def test_source_is_the_packages_code_with_a_relative_path():
-    from aqaa import audio, pipeline
+    from aqaa import answer, audio, pipeline
 
     shown = show.source(audio.log_mel)
     assert repr(shown).startswith("<source of log_mel in aqaa/audio.py, ")
     words = shown._repr_markdown_()
     assert words.startswith("`aqaa/audio.py`") and "```python\n@full_precision\ndef log_mel" in words
     assert show.source(pipeline.AQAA.ask).code.startswith("def ask(")  # methods lose their indentation
-    assert "def seconds" in show.source(pipeline.Answer.seconds).code
+    assert "def seconds" in show.source(answer.Answer.seconds).code
     assert "Vocoder(" in show.source(pipeline.AQAA.vocoder).code
     with pytest.raises(ValueError, match="no code in this package"):
         show.source(json.dumps)

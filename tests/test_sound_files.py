@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa import audio, sound_files
-from aqaa.audio import AudioError, load_question
+from aqaa.audio import load_question
+from aqaa.sound_headers import AudioError
 from tests.conftest import RATE, tone
 
 WAVE = tone(1.5)

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aqaa import files, loading
 from aqaa.config import GROUP_SIZE, HiftConfig, MelConfig, preset
 from aqaa.vocoder.flow import Flow
 from aqaa.vocoder.hift import HiFT
 from aqaa.vocoder.streaming import StreamingVocoder, Vocoder, WaveStream
-from aqaa.weights import model_folder
 from tests.test_flow import MEL, TINY
 
 MINI = replace(preset("mini").hift, in_channels=8, base_channels=16, f0_channels=8)
@@ -203,13 +203,13 @@ def test_the_measure_hears_a_break():
 
 @pytest.fixture(scope="module")
 def mini():
-    return model_folder.load("mini")
+    return loading.load("mini")
 
 
 @pytest.fixture(scope="module")
 def spoken(mini):
     """Codes of two spoken answers, four seconds in all."""
-    folder = model_folder.data_folder() / "questions"
+    folder = files.data_folder() / "questions"
     asked = [mini.ask(folder / name) for name in ("count_q002490.wav", "say_fast_q001837.wav")]
     ids = [token for answer in asked for token in answer.tokens["answer"]]
     return mini.codes([token for token in ids if mini.ids.n_text <= token < mini.ids.end])

@@ -12,9 +12,9 @@ import aqaa
 from aqaa import cli
 from aqaa.config import AQAAConfig, preset
 from aqaa.fast import prepared
+from aqaa.files import ModelError
 from aqaa.scale import convert
 from aqaa.weights import model_folder, verify
-from aqaa.weights.model_folder import ModelError
 from tests.conftest import tiny_config
 
 NAN, INF = float("nan"), float("inf")
@@ -88,8 +88,7 @@ def test_a_folder_with_a_value_that_is_no_number(copy, tmp_path, part, name, pla
     ("fp8", "qweight", 0xFF),
 ])  # fmt: skip
 def test_scales_and_codes_of_quantised_layers(tmp_path, weights, name, value):
-    from aqaa.backbone.quantized_linear import FORMATS, numbers
-    from aqaa.scale.quantize import empty_linears
+    from aqaa.backbone.quantized_linear import FORMATS, empty_linears, numbers
 
     module = torch.nn.ModuleDict({"proj": torch.nn.Linear(128, 8, bias=False)})
     empty_linears(module, weights, 64 if weights == "int4" else None, device="cpu")

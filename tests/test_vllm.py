@@ -16,7 +16,7 @@ from aqaa.pipeline import AQAA
 from aqaa.scale.vllm import client, plugin
 from aqaa.scale.vllm.client import EngineError, Server, serve_command
 from aqaa.scale.vllm.rules import Follower, Rules
-from aqaa.tokenizers import interleave
+from aqaa.tokenizers import dialogue, interleave
 from tests import vllm_check
 from tests.conftest import RATE, tone
 from tests.stub_server import ENDLESS_ANSWERS, ENDLESS_REPLIES, serve
@@ -48,10 +48,10 @@ def test_a_server_gives_the_answer_of_the_local_run(tiny, sound):
     assert far.confidence == near.confidence  # every logprob came through unchanged
 
 
-@pytest.mark.parametrize("layout", [*interleave.LAYOUTS, "marked"])
+@pytest.mark.parametrize("layout", [*dialogue.LAYOUTS, "marked"])
 def test_every_layout_travels(tiny, sound, layout):
-    marked = interleave.Layout("marked", 10, 15, marked=True)
-    options = {"layout": interleave.LAYOUTS.get(layout, marked), **SHORT, "repetition": Repetition(kinds=("text",))}
+    marked = dialogue.Layout("marked", 10, 15, marked=True)
+    options = {"layout": dialogue.LAYOUTS.get(layout, marked), **SHORT, "repetition": Repetition(kinds=("text",))}
     prompt = tiny.prompt(tiny.listen(sound))
     with serve(tiny) as server:
         assert list(connected(tiny, server).generate(prompt, **options)) == list(tiny.generate(prompt, **options))
@@ -67,11 +67,11 @@ def test_a_chat_transcribes_through_the_engine(tiny, sound):
 
 def test_the_mini_answers_the_same_on_the_command_line(tmp_path, capsys, monkeypatch):
     """`aqaa ask --engine URL` against `aqaa ask`: the same wav, bit by bit."""
-    from aqaa.weights import model_folder
+    from aqaa import loading
 
     monkeypatch.chdir(tmp_path)
     question = str(ROOT / "data" / "questions" / "sum_q001813.wav")
-    with serve(model_folder.load("mini")) as server:
+    with serve(loading.load("mini")) as server:
         assert cli.main(["ask", question, "-o", "far.wav", "--engine", server.url]) == 0
         assert cli.main(["listen", question, "--engine", server.url]) == 0
     assert cli.main(["ask", question, "-o", "near.wav"]) == 0
@@ -277,7 +277,7 @@ def test_the_command_line_says_one_sentence(tmp_path, capsys, tiny, tiny_folder,
 
 
 @pytest.mark.parametrize(
-    "layout", [*interleave.LAYOUTS.values(), interleave.TextOnly()], ids=[*interleave.LAYOUTS, "text"]
+    "layout", [*dialogue.LAYOUTS.values(), dialogue.TextOnly()], ids=[*dialogue.LAYOUTS, "text"]
 )
 def test_rules_survive_the_journey(tiny, layout):
     rules = Rules.of(layout, tiny.ids, 15, Repetition(kinds=("text",)))
@@ -296,7 +296,7 @@ def test_a_follower_masks_as_the_local_generator_does(tiny, said):
     prompt, repetition = tiny.prompt("what is seven plus five"), Repetition(kinds=("text",))
     steps = list(tiny.generate(prompt, temperature=0, max_tokens=100, repetition=repetition))
     ids = [step.id for step in steps]
-    layout = interleave.Resumed(tiny.layout, tuple(ids[:said])) if said else tiny.layout
+    layout = dialogue.Resumed(tiny.layout, tuple(ids[:said])) if said else tiny.layout
     follower = Follower(Rules.of(layout, tiny.ids, 15, repetition), len(prompt) + said)
     follower.read(prompt + ids[:said])
     with torch.inference_mode():
@@ -327,7 +327,7 @@ def test_a_resumed_layout_goes_on(tiny):
     """The local generator too can be told what was said."""
     prompt = tiny.prompt("what is seven plus five")
     whole = [step.id for step in generate(tiny.backbone, prompt, tiny.ids, tiny.layout, temperature=0, max_tokens=90)]
-    rest = tiny.generate(prompt + whole[:37], layout=interleave.Resumed(tiny.layout, tuple(whole[:37])), temperature=0,
+    rest = tiny.generate(prompt + whole[:37], layout=dialogue.Resumed(tiny.layout, tuple(whole[:37])), temperature=0,
                          min_audio=0, max_tokens=90 - 37)  # fmt: skip
     assert [step.id for step in rest] == whole[37:]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from scipy import stats
 
-from aqaa.audio import AudioError
-from aqaa.notebook import base, explore, planner, widgets
-from aqaa.pipeline import Piece
+from aqaa.answer import Piece
+from aqaa.notebook import base, explore, planner, talk, widgets
 from aqaa.scale import plan as sums
 from aqaa.scale.plan_table import setups
-from aqaa.tokenizers import interleave
+from aqaa.sound_headers import AudioError
+from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import MANNERS, tagged
 from aqaa.training.objectives import LanguageTask
 
@@ -69,21 +69,21 @@ def speak(page, seconds=0.6, rate=44_100, pitch=150.0):
 
 
 def test_a_static_recorder_holds_its_fallback(question):
-    recorder = widgets.Recorder(question, transcript="a tone")
+    recorder = talk.Recorder(question, transcript="a tone")
     assert recorder.state == "fallback" and repr(recorder) == "<recorder: fallback, 0.60 s>"
     assert np.allclose(recorder.audio(), tone(), atol=1e-4) and recorder.audio(8000).shape == (4800,)
     assert "<audio" in html(recorder) and "a tone" in html(recorder)
 
 
 def test_the_fallback_may_be_samples_or_a_question_of_the_collection(question):
-    assert torch.equal(widgets.Recorder((tone(), RATE)).audio(), torch.from_numpy(tone()))
-    assert widgets.Recorder({"path": question, "transcript": "hello"}).transcript == "hello"
+    assert torch.equal(talk.Recorder((tone(), RATE)).audio(), torch.from_numpy(tone()))
+    assert talk.Recorder({"path": question, "transcript": "hello"}).transcript == "hello"
     with pytest.raises(AudioError, match="missing|no such|not there|does not exist"):
-        widgets.Recorder("nowhere.wav")
+        talk.Recorder("nowhere.wav")
 
 
 def test_record_twice_then_go_back(page, question):
-    recorder = widgets.Recorder(question, interactive=True)
+    recorder = talk.Recorder(question, interactive=True)
     front = page(recorder)
     assert recorder.state == front.state["phase"] == "idle"
     for pitch in (150.0, 300.0):
@@ -113,7 +113,7 @@ def test_record_twice_then_go_back(page, question):
     ],
 )
 def test_a_refusal_says_why_and_the_fallback_stands_in(page, question, messages, reason):
-    recorder = widgets.Recorder(question, interactive=True)
+    recorder = talk.Recorder(question, interactive=True)
     for kind, content in messages:
         if isinstance(content, dict):
             page(recorder).says(kind, **content)
@@ -124,7 +124,7 @@ def test_a_refusal_says_why_and_the_fallback_stands_in(page, question, messages,
 
 
 def test_a_recording_has_a_limit_and_stray_messages_do_no_harm(page, question):
-    recorder = widgets.Recorder(question, interactive=True)
+    recorder = talk.Recorder(question, interactive=True)
     front = page(recorder)
     front.says("chunk", tone().tobytes())
     front.says("stop")
@@ -146,7 +146,7 @@ def test_a_recording_has_a_limit_and_stray_messages_do_no_harm(page, question):
 
 
 def test_a_static_player_collects_the_answer(tiny, question):
-    player = widgets.Player()
+    player = talk.Player()
     assert repr(player) == "<player: idle, 0.00 s>" and "Nothing said yet" in html(player)
     assert player.play_stream(tiny, question, seed=3, max_tokens=120) is player
     whole = tiny.ask(question, seed=3, max_tokens=120)
@@ -157,7 +157,7 @@ def test_a_static_player_collects_the_answer(tiny, question):
 
 
 def test_a_recorder_can_be_asked_directly(tiny, question):
-    player = widgets.Player().play_stream(tiny, widgets.Recorder(question), max_tokens=60)
+    player = talk.Player().play_stream(tiny, talk.Recorder(question), max_tokens=60)
     assert player.answer.tokens == tiny.ask(question, max_tokens=60).tokens
 
 
@@ -177,7 +177,7 @@ def in_order(messages, player):
 
 def test_a_page_that_python_cannot_hear_yet_gets_the_answer_in_the_state(page, tiny, question):
     """With Run All nothing that a page says is read before the last cell."""
-    player = widgets.Player(interactive=True).play_stream(tiny, question, seed=3, max_tokens=120)
+    player = talk.Player(interactive=True).play_stream(tiny, question, seed=3, max_tokens=120)
     front = page(player)
     finish(player)
     assert front.sent == [] and player.answer.text == front.state["text"].strip()
@@ -197,7 +197,7 @@ def test_a_page_that_python_cannot_hear_yet_gets_the_answer_in_the_state(page, t
 
 
 def test_a_page_that_comes_late_misses_nothing_and_hears_nothing_twice(page):
-    model, player = Slow(), widgets.Player(interactive=True)
+    model, player = Slow(), talk.Player(interactive=True)
     front, kept = page(player), []
     player.play_stream(model, "q")
     end = time.monotonic() + WAIT
@@ -230,7 +230,7 @@ class Slow:
 
 @pytest.mark.parametrize("by", ["page", "cell"])
 def test_stop_in_the_middle(page, by):
-    model, player = Slow(), widgets.Player(interactive=True)
+    model, player = Slow(), talk.Player(interactive=True)
     front = page(player)
     front.says("ready")
     player.play_stream(model, "q")
@@ -245,7 +245,7 @@ def test_stop_in_the_middle(page, by):
 
 
 def test_a_second_question_ends_the_first(page):
-    first, player = Slow(), widgets.Player(interactive=True)
+    first, player = Slow(), talk.Player(interactive=True)
     page(player).says("ready")
     player.play_stream(first, "q")
     thread = player._thread
@@ -262,8 +262,8 @@ def test_a_second_question_ends_the_first(page):
 def test_a_fault_is_shown_and_raised_where_it_is_waited_for(page, tiny):
     silent = (np.zeros(RATE, np.float32), RATE)
     with pytest.raises(AudioError, match="silent"):
-        widgets.Player().play_stream(tiny, silent)
-    player = widgets.Player(interactive=True).play_stream(tiny, silent)
+        talk.Player().play_stream(tiny, silent)
+    player = talk.Player(interactive=True).play_stream(tiny, silent)
     with pytest.raises(AudioError, match="silent"):
         player.join(WAIT)
     assert "silent" in page(player).state["error"] and page(player).state["phase"] == "failed"
@@ -271,9 +271,9 @@ def test_a_fault_is_shown_and_raised_where_it_is_waited_for(page, tiny):
 
 
 def test_gaps_are_waits_between_pieces():
-    assert widgets.waits([]) == {"chunks": 0, "gaps": 0, "first_ms": None}
+    assert talk.waits([]) == {"chunks": 0, "gaps": 0, "first_ms": None}
     pieces = [(0.5, 1.0), (1.0, 1.0), (2.6, 1.0), (3.0, 0.5)]
-    assert widgets.waits(pieces) == {"chunks": 4, "gaps": 1, "first_ms": 500.0}
+    assert talk.waits(pieces) == {"chunks": 4, "gaps": 1, "first_ms": 500.0}
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
     generate = type(tiny).generate
     monkeypatch.setattr(type(tiny), "generate", lambda self, prompt, **options: (
         asked.append(prompt) or generate(self, prompt, **options | {"max_tokens": 30})))
-    control = widgets.VoiceControl(tiny, "the river runs")
+    control = explore.VoiceControl(tiny, "the river runs")
     control.speak("slow", temperature=0)
     words = tiny.text.encode(tagged("the river runs", "slow"))
     task = SimpleNamespace(ids=tiny.ids, layout=tiny.layout, human=tiny.text.encode("human\n"),
@@ -320,8 +320,8 @@ def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
 
 
 def test_the_voice_control_speaks_and_measures(page, tiny, monkeypatch):
-    monkeypatch.setattr(widgets.VoiceControl, "LONGEST", 30)
-    control = widgets.VoiceControl(tiny, "good morning", interactive=True)
+    monkeypatch.setattr(explore.VoiceControl, "LONGEST", 30)
+    control = explore.VoiceControl(tiny, "good morning", interactive=True)
     front = page(control)
     assert sorted(m for group in front.data["groups"].values() for m in group) == sorted([*MANNERS, "normal"])
     front.says("speak", manner="happy", temperature=0.5, seed=2, sentence="The river runs")
@@ -338,8 +338,8 @@ def test_the_voice_control_speaks_and_measures(page, tiny, monkeypatch):
 
 
 def test_the_static_voice_control_says_its_manners(tiny, monkeypatch):
-    monkeypatch.setattr(widgets.VoiceControl, "LONGEST", 30)
-    control = widgets.VoiceControl(tiny, "good morning", manners=("normal", "slow"))
+    monkeypatch.setattr(explore.VoiceControl, "LONGEST", 30)
+    control = explore.VoiceControl(tiny, "good morning", manners=("normal", "slow"))
     shown = html(control)
     assert shown.count("<audio") == 2 and "pitch, Hz" in shown
     assert html(control) == shown and len(control.takes) == 2
@@ -373,7 +373,7 @@ def test_ids_and_seconds_put_the_layouts_in_one_order(n_text, n_audio):
     """What a chapter counts in ids until the vocoder can speak, the widget says in seconds."""
     ids, made = explore.IdsConfig(), {}
     sound = interleave.merge([0] * (n_audio // 5 * 2), [0] * (n_audio // 5 * 3), ids)
-    for name, layout in interleave.LAYOUTS.items():
+    for name, layout in dialogue.LAYOUTS.items():
         answer = layout.arrange([ids.first_text] * n_text, sound, ids)
         audible = [place for place, token in enumerate(answer, 1) if token >= ids.n_text]
         made[name] = audible[explore.FIRST - 1]
@@ -401,7 +401,7 @@ def test_dragging_plans_anew(page):
     assert "multiple of 5" in front.state["error"] and front.state["audio_block"] == 5
     assert repr(widget) == "<interleave: 20 text and 60 audio tokens, 3:5>"
     shown = html(widgets.Interleave(20, 60))
-    assert "<img" in shown and all(name in shown for name in interleave.LAYOUTS)
+    assert "<img" in shown and all(name in shown for name in dialogue.LAYOUTS)
     with pytest.raises(ValueError, match="at least one group"):
         widgets.Interleave(3, 4)
 
@@ -538,10 +538,10 @@ def test_every_widget_has_a_page(tiny, question):
     pytest.importorskip("anywidget")
     states = [torch.zeros(8, 30), torch.rand(8, 30)]
     made = [
-        widgets.Recorder(question, interactive=True),
-        widgets.Player(interactive=True),
+        talk.Recorder(question, interactive=True),
+        talk.Player(interactive=True),
         widgets.Tokens(tiny, tiny.listen(question), tone(), interactive=True),
-        widgets.VoiceControl(tiny, interactive=True),
+        explore.VoiceControl(tiny, interactive=True),
         widgets.Interleave(20, 60, interactive=True),
         widgets.Ode(states, [0, 1], lambda state: state.flatten(), interactive=True),
         widgets.Listening([("a", tone())], interactive=True),

@@ -66,10 +66,10 @@ def small():
 def expected(layout, n=60, said=()):
     """The local generator's greedy answer."""
     from aqaa.backbone.generation import generate
-    from aqaa.tokenizers import interleave
+    from aqaa.tokenizers import dialogue
 
     backbone, ids, prompt = small()
-    layout = interleave.Resumed(layout, tuple(said)) if said else layout
+    layout = dialogue.Resumed(layout, tuple(said)) if said else layout
     steps = generate(backbone, [*prompt, *said], ids, layout, temperature=0, max_tokens=n, min_audio=15)
     return [step.id for step in steps]
 
@@ -77,9 +77,9 @@ def expected(layout, n=60, said=()):
 def params(layout, said=()):
     """A real SamplingParams that carries rules."""
     from aqaa.scale.vllm.rules import KEY, Rules
-    from aqaa.tokenizers import interleave
+    from aqaa.tokenizers import dialogue
 
-    layout = interleave.Resumed(layout, tuple(said)) if said else layout
+    layout = dialogue.Resumed(layout, tuple(said)) if said else layout
     return vllm().SamplingParams(temperature=0, extra_args={KEY: Rules.of(layout, small()[1], 15).to_json()})
 
 
@@ -130,9 +130,9 @@ def request(record):
 
     from aqaa.scale.vllm.plugin import Layouts
     from aqaa.scale.vllm.rules import KEY
-    from aqaa.tokenizers import interleave
+    from aqaa.tokenizers import dialogue
 
-    rules = params(interleave.layout()).extra_args[KEY]
+    rules = params(dialogue.layout()).extra_args[KEY]
     body = {
         "temperature": 0.3, "top_p": 0.9, "top_k": 0, "seed": 7, "logprobs": 0, "max_tokens": 99,
         "stop_token_ids": [3], "model": "m", "prompt": [1, 4, 60], "stream": True, "add_special_tokens": False,
@@ -220,10 +220,10 @@ def in_process(record):
 
     from aqaa.scale.vllm.client import EngineError, InProcess
     from aqaa.scale.vllm.rules import KEY, Rules
-    from aqaa.tokenizers import interleave
+    from aqaa.tokenizers import dialogue
 
     _, ids, prompt = small()
-    layout, seen = interleave.layout(), []
+    layout, seen = dialogue.layout(), []
 
     class Pretender:
         model_config = SimpleNamespace(max_model_len=512)
@@ -387,15 +387,15 @@ def older_runner(record):
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
     from aqaa.scale.vllm.plugin import Layouts
-    from aqaa.tokenizers import interleave
+    from aqaa.tokenizers import dialogue
 
-    prompt, cot = small()[2], interleave.layout("text_cot")
-    wanted = [expected(interleave.layout()), None, expected(cot)]
+    prompt, cot = small()[2], dialogue.layout("text_cot")
+    wanted = [expected(dialogue.layout()), None, expected(cot)]
     said = wanted[2][:9]
     drawn = [[], [], []]
     prompts = [prompt, prompt, prompt + said]
     processor, free = Layouts(config(), "cpu", False), vllm().SamplingParams()
-    given = [params(interleave.layout()), free, params(cot, said)]
+    given = [params(dialogue.layout()), free, params(cot, said)]
     batch = [0, 1]  # which request is in which row
     update = BatchUpdate(2, [], [(row, given[i], prompts[i], drawn[i]) for row, i in enumerate(batch)], [])
     for step in range(40):
@@ -426,9 +426,9 @@ def newer_runner(record):
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
     from aqaa.scale.vllm.plugin import Layouts
-    from aqaa.tokenizers import interleave
+    from aqaa.tokenizers import dialogue
 
-    prompt, layout = small()[2], interleave.layout()
+    prompt, layout = small()[2], dialogue.layout()
     tokens, lengths = torch.zeros(4, 256, dtype=torch.int32), np.zeros(4, dtype=np.int32)
     held = SimpleNamespace(gpu=tokens)
     state = LogitsProcRequestState("cpu", 4, small()[1].end, held, SimpleNamespace(np=lengths), None, None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from random import Random
@@ -10,6 +11,8 @@ from aqaa.corpus import curriculum
 from aqaa.corpus import facts as F
 from aqaa.corpus import intents as C
 from aqaa.corpus import voices as V
+
+HOLD_OUT = 20  # one answer in so many is kept from the tokenizers, the flow and HiFT: copy-synthesis is scored on it
 
 RECIPE = 1  # raise it when the same plan would sound different
 GENERIC, ANSWER_VOICE_GENERIC, DEV = 7000, 800, 200  # utterances at scale 1
@@ -262,3 +265,8 @@ def _answer_voice_generic(count, rng):
 
 def as_line(item):
     return json.dumps(asdict(item), separators=(",", ":"))
+
+
+def held_out(item):
+    """Whether an answer is kept from the tokenizers, the flow and HiFT (a stable one in HOLD_OUT)."""
+    return item.role == "answer" and zlib.crc32(item.id.encode()) % HOLD_OUT == 0

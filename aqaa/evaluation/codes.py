@@ -6,7 +6,6 @@ next token is easier to predict when linguistic and semantic tokens are interlea
 utterances in the same order.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from aqaa.config import LINGUISTIC_PER_GROUP, SEMANTIC_PER_GROUP, BackboneConfig
+from aqaa.corpus.codes import usage
 
 START = 0  # the id before the first code; linguistic codes follow it, then semantic ones
 IGNORED = -1
@@ -22,23 +22,6 @@ STEPS = 3000  # of 24 utterances each: about two passes
 TINY = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_attention_groups=1)
 KINDS = ("linguistic", "semantic")
 ARRANGEMENTS = ("linguistic", "semantic", "interleaved")
-
-
-def usage(codes, size):
-    """{"size", "used", "perplexity", "entropy_bits"} of codes (N,), or a list of such arrays, in [0, size).
-
-    Perplexity equals `size` when all codes are equally frequent. Raises ValueError for no codes, or codes outside.
-    """
-    rows = codes if len(codes) and np.ndim(codes[0]) else [codes]
-    codes = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
-    if not len(codes):
-        raise ValueError("there are no codes to count")
-    if not 0 <= codes.min() <= codes.max() < size:
-        raise ValueError(f"codes must lie in 0..{size - 1}; found {codes.min()}..{codes.max()}")
-    share = np.bincount(codes, minlength=size) / len(codes)
-    share = share[share > 0]
-    entropy = float(-(share * np.log(share)).sum())
-    return {"size": size, "used": len(share), "perplexity": math.exp(entropy), "entropy_bits": entropy / math.log(2)}
 
 
 def arrange(linguistic, semantic, how, n_linguistic):
@@ -128,14 +111,13 @@ def main(args):
     The codes are those that lie beside the weights, of every utterance of the training run; the test is on questions
     that training never heard.
     """
+    from aqaa import files, loading, records
+    from aqaa.corpus.codes import load_codes
     from aqaa.corpus.plan import plan
-    from aqaa.evaluation import accuracy
     from aqaa.records import about
-    from aqaa.training.features import load_codes
-    from aqaa.weights import model_folder
 
-    model = model_folder.load(args.preset, device=args.device)
-    beside = model_folder.data_folder() if args.preset == "mini" else Path(args.preset).parent
+    model = loading.load(args.preset, device=args.device)
+    beside = files.data_folder() if args.preset == "mini" else Path(args.preset).parent
     items = [item for item in plan(seed=args.seed) if item.role != "answer"]
     pairs = list(zip(items, load_codes(beside / "codes", items), strict=True))
     train = [pair for item, pair in pairs if item.split == "train"]
@@ -145,4 +127,4 @@ def main(args):
     result |= {"utterances": len(train), "test_utterances": len(test), "steps": STEPS}
     result["next_code_perplexity"] = streams(train, test, *sizes, steps=STEPS, seed=args.seed, device=args.device)
     result = {**about("codes", args.device), **result}
-    accuracy.report(args, result, [f"{name:24} {value}" for name, value in result.items()])
+    records.report(args, result, [f"{name:24} {value}" for name, value in result.items()])

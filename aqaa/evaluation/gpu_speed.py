@@ -10,24 +10,26 @@ import itertools
 import json
 import platform
 import resource
-import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import median
 
 import torch
 
-from aqaa.backbone import layers, quantized_linear, step1
+from aqaa import files, loading
+from aqaa.backbone import memory
 from aqaa.backbone.generation import Vocabulary, generate
+from aqaa.backbone.memory import check_room, free_bytes
 from aqaa.config import GROUP_SIZE, SAMPLE_RATE, TOKENS_PER_SECOND, preset
 from aqaa.evaluation import kernel_bench
 from aqaa.fast import triton_kernels
-from aqaa.fast.graph_decoder import Engine, check_room, free_bytes
+from aqaa.fast.graph_decoder import Engine
+from aqaa.files import ModelError
 from aqaa.pipeline import AQAA
+from aqaa.records import Record
 from aqaa.scale import plan
-from aqaa.tokenizers import interleave
+from aqaa.scale.random_model import Words, random_backbone
+from aqaa.tokenizers import dialogue
 from aqaa.weights import model_folder
 
 CONTEXTS = (512, 2048, 8192)  # ids
@@ -41,41 +43,12 @@ COPIED = 4 << 30  # bytes
 PARTS = ("linguistic", "semantic", "flow", "hift")
 
 
-class Record:
-    """A JSON file that grows; written anew, and whole, with each number."""
-
-    def __init__(self, path, head):
-        self.path, self.data = path and Path(path), {**head, "faults": {}}
-        self.write()
-
-    def add(self, **found):
-        self.data |= found
-        self.write()
-        for name, value in found.items():
-            print(f"{name:24} {json.dumps(value)}", flush=True)
-
-    def write(self):
-        if self.path:
-            model_folder.write_json(self.path, self.data)
-
-    @contextmanager
-    def measuring(self, name):
-        """A fault inside is noted, and the measurements that follow are still made."""
-        try:
-            yield
-        except Exception as fault:  # whatever it is: time on such a GPU is rare
-            text = (str(fault).splitlines() or [""])[0]
-            self.data["faults"][name] = f"{type(fault).__name__}: {text}"
-            self.write()
-            print(f"aqaa: {name} was not measured ({self.data['faults'][name]})", file=sys.stderr, flush=True)
-
-
 def main(args):
     """Measure and record. args: preset (mini or full), device, seed, layers (fewer than there are), out.
 
     Returns 1 if something could not be measured. Raises ModelError beforehand if the model does not fit.
     """
-    config, device = preset(args.preset), model_folder.device_of(args.device)
+    config, device = preset(args.preset), loading.device_of(args.device)
     whole = config.backbone.num_hidden_layers
     if args.layers and args.layers < whole:
         config = replace(config, backbone=replace(config.backbone, num_hidden_layers=args.layers))
@@ -108,7 +81,7 @@ class Bench:
         name = f"{(card or 'gpu').split('-')[0].lower() if self.gpu else 'cpu'}-{model}-int4"
         name += "" if layers == self.whole else f"-{layers}-layers"
         if out is None and self.gpu:
-            out = model_folder.data_folder() / "runs" / f"{name}.json"
+            out = files.data_folder() / "runs" / f"{name}.json"
         return Record(out, {
             **about("scale" if complete else "scale-rehearsal", str(self.device)),
             "versions": versions(),
@@ -120,7 +93,7 @@ class Bench:
         """The name that `plan` knows this GPU by, or None."""
         properties = torch.cuda.get_device_properties(self.device)
         near = [gpu.name for gpu in plan.GPUS.values() if gpu.name.split("-")[0] in properties.name.split()
-                and abs(gpu.memory * plan.GIB - properties.total_memory) < 4 * plan.GIB]  # fmt: skip
+                and abs(gpu.memory * memory.GIB - properties.total_memory) < 4 * memory.GIB]  # fmt: skip
         return near[0] if near else None
 
     def run(self, record):
@@ -131,7 +104,7 @@ class Bench:
             with record.measuring(name), torch.inference_mode():
                 getattr(self, name)(record)
             if self.gpu:
-                record.add(peak_memory_gib=round(torch.cuda.max_memory_allocated(self.device) / plan.GIB, 2))
+                record.add(peak_memory_gib=round(torch.cuda.max_memory_allocated(self.device) / memory.GIB, 2))
 
     # ---- the model --------------------------------------------------------------------------------------------------
 
@@ -153,14 +126,14 @@ class Bench:
     def check_fits(self, weights, group):
         """Raise ModelError, with the number of layers that would fit, before anything is allocated."""
         free, backbone = free_bytes(self.device), self.config.backbone
-        free -= plan.SPEECH_PARTS["full"] + plan.RESERVED * plan.GIB
+        free -= plan.SPEECH_PARTS["full"] + plan.RESERVED * memory.GIB
         try:
             check_room(backbone, self.size, free, weights, group)
-        except model_folder.ModelError as fault:
-            layer = (plan.linear_bytes(backbone, weights, group) + self.size * plan.cache_bytes(backbone))
+        except ModelError as fault:
+            layer = (memory.linear_bytes(backbone, weights, group) + self.size * memory.cache_bytes(backbone))
             layer /= backbone.num_hidden_layers
-            room = free - 2 * plan.table_bytes(backbone) - plan.buffer_bytes(backbone, weights, 0, 1)
-            raise model_folder.ModelError(f"{fault} Or take part of it: --layers {max(0, int(room / layer))}.") from None
+            room = free - 2 * memory.table_bytes(backbone) - memory.buffer_bytes(backbone, weights, 0, 1)
+            raise ModelError(f"{fault} Or take part of it: --layers {max(0, int(room / layer))}.") from None
 
     def clock(self):
         """Seconds, once the device has done all it was given."""
@@ -258,7 +231,7 @@ class Bench:
         """Generate after a context whose keys and values are there already: only their number matters."""
         engine, ids = self.engine, self.config.ids
         prompt = list(itertools.islice(itertools.cycle(range(ids.first_text, ids.n_text)), context))
-        reader, times, rows, layout = engine.reader(), [], [], interleave.layout()
+        reader, times, rows, layout = engine.reader(), [], [], dialogue.layout()
         reader.ids, machine, vocabulary = list(prompt), layout.machine(ids), Vocabulary(self.model)
         options = {"prefill": reader, "max_tokens": TOKENS, "min_audio": TOKENS, "seed": self.seed}
         for step in generate(self.model, prompt, ids, layout, **options):
@@ -334,43 +307,10 @@ class Bench:
         self.size = max(self.contexts) + TOKENS + 1
         try:
             self.build("fp8", None, record)
-        except model_folder.ModelError as fault:
+        except ModelError as fault:
             record.add(fp8={"left_out": str(fault)})
             return
         record.add(fp8={"decode": [self.rate(context) for context in self.contexts]})
-
-
-class Words:
-    """Stands in for a text tokenizer: an id for every few letters, and no letters for any id."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def encode(self, text, **_):
-        return [self.ids.first_text + len(text) % 7] * (len(text) // 4 + 1)
-
-    def decode(self, ids):
-        return ""
-
-
-def random_backbone(backbone, weights, group, device, dtype, seed=0):
-    """A Step1ForCausalLM of true size whose random weights, quantised layers included, are drawn on `device`.
-
-    Built on `meta` first, so that no more memory is ever used than the finished model takes.
-    """
-    with torch.device("meta"), model_folder.skip_init():
-        model = step1.build(backbone).to(dtype).eval()
-    quantized_linear.empty_linears(model, weights, group)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for part in model.modules():
-        if isinstance(part, quantized_linear.QuantizedLinear):
-            kernel_bench.draw(part, generator)
-        elif isinstance(part, layers.Step1RMSNorm):
-            part.weight.data.fill_(1.0)
-        elif isinstance(part, torch.nn.Embedding | torch.nn.Linear):
-            part.weight.data.normal_(0, kernel_bench.STD, generator=generator)
-    return model
 
 
 def versions():

@@ -11,7 +11,6 @@ faster than a list of alternatives, and it is the same search.
 import contextlib
 import math
 import multiprocessing
-import re
 import signal
 import tempfile
 from collections import Counter
@@ -21,20 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from aqaa.tokenizers.text import normalise
+
 PAD = 0.2  # seconds of silence on both sides: the model expects some
 DITHER = 1e-4  # digital silence has no logarithm
 PEAK = 0.7  # loudness must not matter
 SILENCE = 1e-4  # peak under which there is nothing to hear
 RATE = 16_000
 CHUNK = 4  # wavs a worker takes at a time
-
-
-def normalise(text):
-    """The words of a sentence as the judge compares them: lower case, no punctuation but apostrophes, single spaces.
-
-    What stands in round brackets, "(slow)", is not spoken and left out.
-    """
-    return " ".join(re.sub(r"\([^)]*\)|[^\w' ]", " ", text.lower()).split())
 
 
 class Judge:

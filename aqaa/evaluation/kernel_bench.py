@@ -9,20 +9,10 @@ import torch
 from aqaa.backbone import attention
 from aqaa.backbone.quantized_linear import Fp8Linear, Int4Linear, Int8Linear
 from aqaa.fast import attention_kernels, triton_kernels
+from aqaa.scale.random_model import draw
 
-STD = 0.02  # of random weights
 ROWS = 112  # outputs of a matrix that is checked: rows do not depend on one another
 SLOTS = 64  # of a cache that is checked
-
-
-def draw(layer, generator):
-    """Fill a QuantizedLinear with random weights, in place."""
-    low = -127 if layer.qweight.dtype == torch.int8 else 0
-    layer.qweight.random_(low, 128 if low else 256, generator=generator)
-    if layer.name == "fp8":
-        layer.qweight.bitwise_and_(0b1011_1111)  # below 2, and never NaN
-    layer.scale.fill_(STD / layer.unpack(layer.qweight[:8]).std().item())
-    return layer
 
 
 class Checks:

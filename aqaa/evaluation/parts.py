@@ -22,6 +22,7 @@ from aqaa.evaluation import peers
 from aqaa.fast import prepared
 from aqaa.processor import has_bf16
 from aqaa.weights import model_folder
+from aqaa.weights.verify import skip_init
 
 ROUNDS = 5
 LAYER_VOCABULARY = 1024  # rows of the embedding around a single layer, which is all that is timed
@@ -40,8 +41,7 @@ class Case:
 
 def main(args):
     """Measure and print. args: preset, seed, only, limit (rounds), json, out."""
-    from aqaa.evaluation.accuracy import report
-    from aqaa.records import about
+    from aqaa.records import about, report
 
     if args.preset not in PRESETS:
         raise ValueError(f"bench parts draws its own weights: --preset is {' or '.join(PRESETS)}, not {args.preset}.")
@@ -244,7 +244,7 @@ def backbone(config):
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32 if whole else torch.bfloat16)
-        with model_folder.skip_init():
+        with skip_init():
             model = model_folder.build("backbone", replace(config, backbone=sizes)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(usual)

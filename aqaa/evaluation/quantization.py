@@ -7,16 +7,18 @@ shipped recordings; are their words the same, and are they right?
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from aqaa.evaluation.accuracy import MAX_ANSWER, answer_batch, report
-from aqaa.evaluation.judges import normalise
-from aqaa.scale.plan import linear_bytes
+from aqaa import files, loading
+from aqaa.backbone.memory import linear_bytes
+from aqaa.batching import MAX_ANSWER, answer_batch
+from aqaa.corpus.dialogues import dialogues
+from aqaa.records import report
 from aqaa.scale.quantize import dequantized, n_bytes, quantize_
+from aqaa.tokenizers.text import normalise
 
 VARIANTS = {  # what is compared: format, group, method
     "int8": ("int8", None, "rtn"),
@@ -29,52 +31,6 @@ CALIBRATION = 256  # dialogues of the training split
 FORCED = 64  # evaluation dialogues whose scores are compared
 QUESTIONS = 930  # evaluation questions answered: all of them
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """A question and its answer as ids; the answer begins at `start`. answer: its words as they are judged."""
-
-    ids: list
-    start: int
-    answer: str
-
-    @property
-    def prompt(self):
-        return self.ids[: self.start]
-
-
-def dialogues(source="mini", split="eval", count=None, seed=0):
-    """Spoken dialogues of the mini's corpus, from the codes that lie beside its weights: a list of Dialogue.
-
-    They are spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or OSError.
-    """
-    from aqaa.corpus.plan import plan
-    from aqaa.tokenizers import interleave
-    from aqaa.tokenizers.text import tagged
-    from aqaa.training.features import load_codes
-    from aqaa.weights import model_folder
-
-    folder = model_folder.find(source)
-    config = model_folder.read_config(folder)
-    text = model_folder.read_text(folder, config.ids.n_text)
-    items = plan(seed=seed)
-    asked = [item for item in items if item.role == "question" and item.split == split]
-    step = max(1.0, len(asked) / count) if count else 1.0
-    asked = [asked[int(i * step)] for i in range(min(count or len(asked), len(asked)))]
-    wanted = {item.answer_id for item in asked}
-    spoken = [item for item in items if item.role == "answer" and item.answer_id in wanted]
-    codes = load_codes(model_folder.data_folder() / "codes", [*asked, *spoken])
-    sounds = [interleave.merge(*pair, config.ids) for pair in codes]
-    answers = {item.answer_id: (item, sound) for item, sound in zip(spoken, sounds[len(asked) :], strict=True)}
-    layout, found = interleave.layout(), []
-    for item, sound in zip(asked, sounds[: len(asked)], strict=True):
-        answer, answer_sound = answers[item.answer_id]
-        prompt = interleave.prompt([("user", sound)], text, config.ids)
-        words = text.encode(tagged(answer.text, answer.manner))
-        reply = layout.arrange(words, answer_sound, config.ids)
-        found.append(Dialogue(prompt + reply, len(prompt), normalise(item.answer)))
-    return found
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -145,9 +101,8 @@ def words(model, prompts):
 def shipped(model):
     """[(words of the model's answer, expected words)] of the recordings in data/questions."""
     from aqaa import audio
-    from aqaa.weights import model_folder
 
-    folder = model_folder.data_folder() / "questions"
+    folder = files.data_folder() / "questions"
     rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     wavs = [audio.load_question(folder / row["file"]) for row in rows]
     answers = answer_batch(model, wavs, temperature=0.0)
@@ -211,11 +166,10 @@ def _answers(before, after, expected):
 def main(args):
     """`aqaa bench quantize`; args: preset, device, seed, limit (how many questions), json, out."""
     from aqaa.records import about
-    from aqaa.weights import model_folder
 
     if args.out and not Path(args.out).resolve().parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"{args.out} cannot be written, its folder does not exist: make it first")
-    model = model_folder.load(args.preset, device=args.device)
+    model = loading.load(args.preset, device=args.device)
     asked = dialogues(args.preset, "eval", args.limit or QUESTIONS, args.seed)
     step = max(1, len(asked) // FORCED)
     calibration = dialogues(args.preset, "train", CALIBRATION, args.seed)

@@ -17,8 +17,7 @@ SIDE_BY_SIDE = ("total_s", "real_time_factor", "stream_first_audio_s", "stream_r
 
 def main(args):
     """Measure and report. args: preset, device, seed, busy, json, out, limit (how many questions are asked)."""
-    from aqaa.evaluation.accuracy import report
-    from aqaa.records import about
+    from aqaa.records import about, report
 
     found = speed(args.preset, args.device, args.limit or REPEATS, args.seed, args.busy)
     results = {**about("speed", args.device), **found}
@@ -31,12 +30,13 @@ def speed(source="mini", device="cpu", repeats=REPEATS, seed=0, busy=False):
     busy: measure again while every core also runs somebody else's endless loop; "busy" then holds those numbers, and
     "busy_over_idle" how many times as long an answer takes.
     """
+    from aqaa import loading
     from aqaa.weights import model_folder
 
     questions = _questions(repeats)
     cold = _cold(questions[0], source, device) if isinstance(questions[0], str) else {}
     began = time.perf_counter()
-    model = model_folder.load(source, device=device)
+    model = loading.load(source, device=device)
     model.ask(questions[0], seed=seed)
     cold["load_and_first_answer_s"] = round(time.perf_counter() - began, 3)
     results = {"hardware": _hardware(device), **cold, **answering(model, questions, seed)}
@@ -89,9 +89,9 @@ def _questions(count):
     """Shipped questions, as paths; where there are none, three seconds of a buzzing tone."""
     import torch
 
-    from aqaa.weights import model_folder
+    from aqaa import files
 
-    found = sorted((model_folder.data_folder() / "questions").glob("*.wav"))
+    found = sorted((files.data_folder() / "questions").glob("*.wav"))
     if found:
         return [str(found[i % len(found)]) for i in range(count)]
     phase = torch.arange(48_000) / 16_000 * 150

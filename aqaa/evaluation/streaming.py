@@ -23,16 +23,15 @@ CODE_SECONDS = {"linguistic": 0.06, "semantic": 0.04}
 
 def main(args):
     """Measure and print. args: preset, device, seed, json, out, limit (how many questions). ValueError without any."""
-    from aqaa.evaluation.accuracy import report
-    from aqaa.records import about
-    from aqaa.weights import model_folder
+    from aqaa import files, loading
+    from aqaa.records import about, report
 
-    folder = model_folder.data_folder() / "questions"
+    folder = files.data_folder() / "questions"
     wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[: args.limit]]
     if not wavs:
         raise ValueError(f"{folder} holds no wav files: set AQAA_DATA to the `data` folder of a clone of aqaa.")
     torch.set_num_threads(1)
-    model = model_folder.load(args.preset, device=args.device)
+    model = loading.load(args.preset, device=args.device)
     model.ask((wavs[0], SAMPLE_RATE), seed=args.seed)  # the first call is slower
     rows = {f"every {every} s": listening(model, wavs, every) for every in STEPS}
     rows["answers"] = answering(model, wavs, args.seed)

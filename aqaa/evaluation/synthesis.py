@@ -12,8 +12,8 @@ from scipy.fft import dct
 
 from aqaa.audio import mel
 from aqaa.config import SAMPLE_RATE, MelConfig
-from aqaa.evaluation.judges import normalise
 from aqaa.pitch import f0
+from aqaa.tokenizers.text import normalise
 
 CEPSTRA = 24  # coefficients compared; the zeroth, loudness, is left out
 FLOOR = 30  # dB: frames of the reference quieter than this under its loudest are not compared
@@ -99,13 +99,13 @@ def copy_synthesis(synthesize, codes, wavs, texts, judge, workers=1, seeds=()):
 
 def main(args):
     """`aqaa bench synthesis`: copy-synthesis of the answers that no part of the vocoder has seen."""
+    from aqaa import loading, records
+    from aqaa.corpus.plan import held_out
     from aqaa.evaluation import accuracy
     from aqaa.records import about
     from aqaa.tokenizers import interleave
-    from aqaa.training.run import held_out
-    from aqaa.weights import model_folder
 
-    model = model_folder.load(args.preset, device=args.device)
+    model = loading.load(args.preset, device=args.device)
     corpus = accuracy.evaluation_corpus(args.corpus, args.seed, args.workers)
     items = [item for item in corpus.items(role="answer") if item.answer_id and held_out(item)][: args.limit]
     if not items:
@@ -118,4 +118,4 @@ def main(args):
     seeds = range(args.seed, args.seed + TAKES)
     result = copy_synthesis(model.synthesize, codes, [w.numpy() for w in wavs], texts, judge, args.workers, seeds)
     result = {**about("synthesis", args.device), **result, "takes": TAKES}
-    accuracy.report(args, result, [f"{name:24} {value}" for name, value in result.items()])
+    records.report(args, result, [f"{name:24} {value}" for name, value in result.items()])

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from aqaa.backbone import attention
 from aqaa.backbone.generation import Prefill, generate
+from aqaa.backbone.memory import check_room, free_bytes
 from aqaa.backbone.quantized_linear import QuantizedLinear
 from aqaa.fast import attention_kernels, triton_kernels
-from aqaa.scale.plan import BITS, GIB, buffer_bytes, cache_bytes, resident_bytes
-from aqaa.weights.model_folder import ModelError
 
 CHUNK = 1024  # most ids of a prompt that are read together: for each part all weights are unpacked once
 WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, libraries start
@@ -184,30 +183,3 @@ def linear(layer, x):
 
 def _linears(model):
     return (child for layer in model.model.layers for part in (layer.self_attn, layer.mlp) for child in part.children())
-
-
-def free_bytes(device):
-    """Bytes of a GPU that tensors can still take: what is free, and what torch keeps for them."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
-
-
-def check_room(config, size, free, weights=None, group=None):
-    """Raise ModelError if a cache of `size` ids does not fit `free` bytes; with `weights`, a format, neither do they.
-
-    config: sizes as of BackboneConfig. The message says what would fit.
-    """
-    def need(weights, size):
-        loaded = resident_bytes(config, weights, group or 128) if weights else 0
-        return loaded + size * cache_bytes(config) + buffer_bytes(config, weights or "int4", 0, 1)
-
-    if need(weights, size) <= free:
-        return
-    fitting = [name for name in BITS if weights and need(name, size) <= free]
-    ids = int((free - need(weights, 0)) // cache_bytes(config))
-    if ids > 1:
-        remedy = f"a context of {ids} ids would fit"
-    else:
-        remedy = f"{fitting[0]} would fit" if fitting else "see `aqaa plan` for what would"
-    what = f"{weights} weights and a cache of {size} ids need" if weights else f"a cache of {size} ids needs"
-    raise ModelError(f"{what} {need(weights, size) / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: {remedy}.")

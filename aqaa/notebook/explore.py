@@ -1,5 +1,6 @@
 """Widgets to look into a sound and the way it is made: tokens, interleaving, the flow's steps, and a listening test."""
 
+import threading
 from itertools import groupby
 from statistics import fmean, stdev
 
@@ -7,11 +8,15 @@ import matplotlib
 import numpy as np
 import torch
 
-from aqaa.config import GROUP_SECONDS, GROUP_SIZE, LINGUISTIC_PER_GROUP, SAMPLE_RATE, SEMANTIC_PER_GROUP, IdsConfig
+from aqaa import audio
+from aqaa.config import GROUP_SECONDS, GROUP_SIZE, LINGUISTIC_PER_GROUP, SAMPLE_RATE, SEMANTIC_PER_GROUP, TTS, IdsConfig
+from aqaa.evaluation.controls import measure
 from aqaa.notebook import show
 from aqaa.notebook.base import Widget, pcm16
 from aqaa.notebook.figures import array
-from aqaa.tokenizers import interleave
+from aqaa.pipeline import SAMPLING, SPOKEN
+from aqaa.tokenizers import dialogue, interleave
+from aqaa.tokenizers.text import MANNERS, tagged
 
 SCALE = (1.0, 5.0)  # of a mark
 FIRST = 3 * GROUP_SIZE  # audio tokens before the first sound: the vocoder speaks two groups and looks one ahead
@@ -88,7 +93,7 @@ class Interleave(Widget):
         super().__init__(interactive, blocks=[])
         self.plan()
         if interactive:
-            layouts = {name: [self._text_block(made), made.audio_block] for name, made in interleave.LAYOUTS.items()}
+            layouts = {name: [self._text_block(made), made.audio_block] for name, made in dialogue.LAYOUTS.items()}
             self._open(layouts=layouts, n_text=self.n_text, n_audio=self.n_audio)
 
     def _text_block(self, layout):
@@ -121,7 +126,7 @@ class Interleave(Widget):
 
     def _static(self):
         speed, rows = self._state["tokens_per_second"], []
-        for name, layout in interleave.LAYOUTS.items():
+        for name, layout in dialogue.LAYOUTS.items():
             sizes = self._text_block(layout), layout.audio_block
             blocks = schedule(self.n_text, self.n_audio, *sizes, speed, self.first)
             sounds = [block for block in blocks if block["kind"] == "audio"]
@@ -143,14 +148,14 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=
     (s, when its sound starts), seconds of sound, and wait (s of silence before or in it, once the voice has begun).
 
     The voice begins with `first` audio tokens, in whatever block they end; then each group of five plays when it is
-    ready and the one before is over. The order of the tokens is that of interleave.Layout; once there is no more text
+    ready and the one before is over. The order of the tokens is that of dialogue.Layout; once there is no more text
     the audio still counts in blocks.
     """
     if tokens_per_second <= 0:
         raise ValueError(f"{tokens_per_second} tokens a second never make an answer: pass a number above 0.")
     ids, groups = IdsConfig(), n_audio // GROUP_SIZE
     audio_ids = interleave.merge([0] * LINGUISTIC_PER_GROUP * groups, [0] * SEMANTIC_PER_GROUP * groups, ids)
-    layout = interleave.Layout("yours", text_block, audio_block)
+    layout = dialogue.Layout("yours", text_block, audio_block)
     answer = layout.arrange([ids.first_text] * n_text if text_block else [], audio_ids, ids)[:-1]  # without eot
     places = [place for place, token in enumerate(answer, 1) if token >= ids.n_text]  # how many are known with each
     end = places[min(first, len(places)) - 1] / tokens_per_second
@@ -228,91 +233,6 @@ class Ode(Widget):
         ]
 
 
-class Listening(Widget):
-    """A listening test: every sound gets a mark from 1 (bad) to 5 (excellent), in a random order and without its name.
-
-    pairs: (name, wav) or (name, wav, transcript), wav (N,) at `rate` Hz; sounds of one system share its name. Each
-    submission of the form is one listener; `rate_all` does the same without a page.
-    """
-
-    script = "listening"
-
-    def __init__(self, pairs, interactive=False, rate=SAMPLE_RATE, seed=0):
-        self.pairs = [(str(pair[0]), array(pair[1], 1, "a sound"), pair[2] if len(pair) > 2 else "") for pair in pairs]
-        if not self.pairs:
-            raise ValueError("a listening test needs sounds: pass pairs (name, wav).")
-        self.rate, self.marks, self._shuffle = rate, [], np.random.default_rng(seed)
-        super().__init__(interactive, done=False, results=[], order=self._order())
-        if interactive:
-            sounds = [pcm16(pair[1]) for pair in self.pairs]
-            self._open(sounds=sounds, rate=rate, transcripts=[pair[2] for pair in self.pairs])
-
-    def _order(self):
-        return self._shuffle.permutation(len(self.pairs)).tolist()
-
-    @property
-    def names(self):
-        """The names behind the sounds, in the order of the form: for after the marks are given."""
-        return [self.pairs[which][0] for which in self._state["order"]]
-
-    def rate_all(self, marks):
-        """One listener's marks, one for each pair in the order of `pairs`. Raises ValueError unless all are 1 to 5."""
-        if len(marks) != len(self.pairs) or not all(mark in (1, 2, 3, 4, 5) for mark in marks):
-            raise ValueError(f"a listener gives {len(self.pairs)} marks from 1 to 5, not {list(marks)}.")
-        self.marks.append([int(mark) for mark in marks])
-        return self.result()
-
-    def result(self):
-        """{name: {"n", "mean", "low", "high"}}: mean opinion score and its 95 % interval, and "all" over several names.
-
-        low and high are None for a single mark, and never leave the scale. Empty before the first listener.
-        """
-        found = {}
-        for row in self.marks:
-            for (name, *_), mark in zip(self.pairs, row):
-                found.setdefault(name, []).append(mark)
-        if len(found) > 1:
-            found["all"] = [mark for row in self.marks for mark in row]
-        keys = ("n", "mean", "low", "high")
-        return {name: dict(zip(keys, (len(marks), *interval(marks)))) for name, marks in found.items()}
-
-    def _on_submit(self, message, _):
-        scores = dict(zip(self._state["order"], message["scores"]))
-        result = self.rate_all([scores[k] for k in range(len(self.pairs))])
-        listeners = f"{len(self.marks)} listener{'s' * (len(self.marks) > 1)}"
-        self._set(
-            done=True,
-            results=[{"title": name, **row} for name, row in result.items()],
-            message=f"Thank you. {listeners} so far; result() has these numbers in the next cell.",
-        )
-
-    def _on_again(self, *_):
-        self._set(done=False, order=self._order(), message="")
-
-    def __repr__(self):
-        return f"<listening test: {len(self.pairs)} sounds, {len(self.marks)} listeners>"
-
-    def _static(self):
-        shuffled = [self.pairs[which] for which in self._state["order"]]
-        sounds = show.compare(*((f"Sound {k + 1}", *pair[1:]) for k, pair in enumerate(shuffled)), rate=self.rate)
-        if not self.marks:
-            return [
-                sounds,
-                show.table(
-                    [["1 bad", "2 poor", "3 fair", "4 good", "5 excellent"]],
-                    caption="How natural does each sound seem?",
-                ),
-            ]
-        rows = [[name, *(value if isinstance(value, int) else "–" if value is None else f"{value:.2f}"
-                         for value in row.values())] for name, row in self.result().items()]  # fmt: skip
-        return [
-            sounds,
-            show.table(
-                rows, ["sound", "marks", "mean", "from", "to"], "Mean opinion score with its 95 % confidence interval"
-            ),
-        ]
-
-
 def interval(marks, level=0.95):
     """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two. No mean of marks can
     lie outside their scale, 1 to 5, so the interval ends there."""
@@ -323,3 +243,86 @@ def interval(marks, level=0.95):
         return mean, None, None
     reach = float(t.ppf((1 + level) / 2, len(marks) - 1)) * stdev(marks) / len(marks) ** 0.5
     return mean, max(mean - reach, SCALE[0]), min(mean + reach, SCALE[1])
+
+
+class VoiceControl(Widget):
+    """Say a sentence in a manner: choose it and the temperature, press Speak, hear it, compare what was measured.
+
+    The backbone is asked as in its training for synthesis: the TTS marker after bos, the sentence with its manner as a
+    tag ("(slow) the river runs") as the user's turn, and an answer of audio tokens alone. It knows the sentences of the
+    curriculum best; one manner at a time. takes: what was said, newest first (dicts with manner, temperature, seed,
+    seconds, f0 in Hz, energy in dB, wav). manners: those of the static view, said when it is first shown.
+    """
+
+    script = "voice"
+    GROUPS = {"Plain": ("normal",), "Rate": ("slow", "fast"), "Pitch": ("high", "low"), "Loudness": ("loud", "soft"),
+              "Mood": ("happy", "sad", "angry", "calm")}  # fmt: skip
+    KEPT = 8  # takes
+    LONGEST = 500  # audio ids: 12 s
+
+    def __init__(
+        self, model, sentence="the river runs down to the ocean", interactive=False, manners=("normal", "slow", "high")
+    ):
+        super().__init__(interactive, phase="idle", sentence=sentence, takes=[], said=0)
+        self.model, self.sentence, self.manners, self.takes, self._thread = model, sentence, manners, [], None
+        if interactive:
+            self._open(groups={name: list(group) for name, group in self.GROUPS.items()})
+
+    def speak(self, manner="normal", temperature=SAMPLING["temperature"], seed=0, sentence=None):
+        """(N,) samples at model.vocoder.sample_rate. ValueError for a manner that is not known or an empty sentence."""
+        sentence = self.sentence if sentence is None else sentence.strip().lower()
+        if manner != "normal" and manner not in MANNERS:
+            raise ValueError(f"unknown manner {manner!r}: choose one of normal, {', '.join(MANNERS)}.")
+        if not sentence:
+            raise ValueError("there is nothing to say: type a sentence.")
+        model = self.model
+        prompt = model.prompt(model.text.encode(tagged(sentence, manner)), marker=TTS)
+        steps = model.generate(
+            prompt, layout=dialogue.layout("audio_only"), temperature=temperature, seed=seed, max_tokens=self.LONGEST
+        )
+        ids = [step.id for step in steps if step.kind in SPOKEN]
+        wav = model.synthesize(ids[: len(ids) // GROUP_SIZE * GROUP_SIZE], seed)
+        found = measure(audio.resample(wav, model.vocoder.sample_rate), sentence)
+        take = {"manner": manner, "temperature": temperature, "seed": seed, "seconds": found.seconds, "f0": found.f0,
+                "energy": found.energy, "wav": wav}  # fmt: skip
+        self.takes = [take, *self.takes][: self.KEPT]
+        return wav
+
+    def _on_speak(self, message, _):
+        if self._thread is None or not self._thread.is_alive():
+            self._set(phase="speaking", message="speaking …")
+            self._thread = threading.Thread(target=self._speak, args=(message,), daemon=True)
+            self._thread.start()
+
+    def _speak(self, message):
+        """In a thread, so that cells can run meanwhile."""
+        try:
+            self.speak(message["manner"], float(message["temperature"]), int(message["seed"]), message["sentence"])
+            rate = self.model.vocoder.sample_rate
+            takes = [{**{k: v for k, v in take.items() if k != "wav"}, "sound": pcm16(take["wav"]), "rate": rate}
+                     for take in self.takes]  # fmt: skip
+            self._set(
+                phase="idle",
+                takes=takes,
+                said=self._state["said"] + 1,
+                message=f"Said it: {len(self.takes[0]['wav']) / rate:.2f} s.",
+            )
+            self._tell({"type": "play"})
+        except Exception as fault:  # the thread has nobody above it
+            self._set(phase="idle", message="", error=str(fault) or type(fault).__name__)
+
+    def __repr__(self):
+        return f'<voice control: "{self.sentence}", {len(self.takes)} takes>'
+
+    def _static(self):
+        for manner in self.manners:
+            if not any(take["manner"] == manner for take in self.takes):
+                self.speak(manner)
+        takes = self.takes[::-1]
+        rows = [[t["manner"], t["temperature"], t["seconds"], round(t["f0"]), t["energy"]] for t in takes]
+        sounds = [show.sound(t["wav"], self.model.vocoder.sample_rate, t["manner"], self.sentence, level=False)
+                  for t in takes]  # fmt: skip
+        return [
+            show.compare(*sounds),
+            show.table(rows, ["manner", "temperature", "speech, s", "pitch, Hz", "level, dB"], "Measured"),
+        ]

@@ -3,13 +3,14 @@
 Every number is a sum of aqaa/scale/plan.py, which says what in it is arithmetic and what an assumption.
 """
 
+from aqaa.backbone.memory import BITS
 from aqaa.config import TOKENS_PER_SECOND
+from aqaa.files import data_folder
 from aqaa.notebook import show
 from aqaa.notebook.base import Widget
 from aqaa.notebook.figures import LINES, canvas, picture, styled
-from aqaa.scale.plan import ALL_REDUCE, BITS, GPUS, INTERLEAVE_RATE, plan
+from aqaa.scale.plan import ALL_REDUCE, GPUS, INTERLEAVE_RATE, plan
 from aqaa.scale.plan_table import check, read_model, setups, what_would_fit
-from aqaa.weights.model_folder import data_folder
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # ids
 PARTS = {  # of Plan.memory: words, colour (black print is readable on each), and hatching where only shown

@@ -25,10 +25,11 @@ import torch
 import aqaa
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
+from aqaa.files import data_folder
 from aqaa.notebook.charts import Table, bars, curves, ledger, radar
 from aqaa.notebook.figures import STYLE, Picture, array, attention, maps, mel, spectrogram, trajectory, waveform
 from aqaa.notebook.strips import KINDS, alignment, blocks, sequence, streams, token_cells
-from aqaa.weights.model_folder import ROLES, data_folder
+from aqaa.weights.model_folder import ROLES
 
 __all__ = [
     "KINDS", "Picture", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars", "blocks", "check",

@@ -18,15 +18,16 @@ from torch import nn
 from tqdm import tqdm
 
 import aqaa
+from aqaa import loading
 from aqaa.backbone.layers import Step1DecoderLayer
+from aqaa.backbone.memory import resident_bytes
 from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
 from aqaa.config import BackboneConfig, check_group, largest_group
-from aqaa.files import fingerprint, replacing, write_json
-from aqaa.scale.plan import resident_bytes
+from aqaa.files import AGAIN, ModelError, check_file, fingerprint, replacing, write_json
 from aqaa.scale.quantize import Calibration, replace_linears
 from aqaa.weights import model_folder, shards, verify
-from aqaa.weights.model_folder import ModelError, all_finite, check_file
+from aqaa.weights.verify import all_finite
 
 METHODS = ("rtn", "gptq")
 PROGRESS = "progress.json"
@@ -98,7 +99,7 @@ def convert(source, out, weights="int4", group=None, method="rtn", *, rows=None,
     source: "mini", a folder like it (all its parts come along), or the folder of a released language model. rows:
     dialogues (lists of ids) for gptq. Raises ValueError or OSError before anything is written if it cannot be done.
     """
-    device = model_folder.device_of(device)
+    device = loading.device_of(device)
     folder, out = model_folder.find(source), Path(out)
     if out.resolve() == folder.resolve():
         raise ModelError(f"{out} is the source itself: name another folder.")
@@ -127,7 +128,7 @@ def _released(folder):
     """A published language model; pictures' tensors are left out."""
     from aqaa.weights import released
 
-    check_file(folder / "config.json", model_folder.AGAIN)
+    check_file(folder / "config.json", AGAIN)
     if read_quantization(folder):
         raise ModelError(f"{folder} is quantised already: convert the original.")
     found = released.backbone(folder)  # looks at every header
@@ -326,7 +327,7 @@ def main(args):
     if args.method == "gptq" and args.calibration:
         rows = read_rows(args.calibration)
     elif args.method == "gptq" and (model_folder.find(args.source) / "backbone.safetensors").is_file():
-        from aqaa.evaluation.quantization import dialogues
+        from aqaa.corpus.dialogues import dialogues
 
         rows = [dialogue.ids for dialogue in dialogues(args.source, "train", DIALOGUES)]
     record = convert(
@@ -360,4 +361,4 @@ def load_quantized(folder, device="cpu"):
 
     if not read_quantization(folder):
         raise ModelError(f"{folder} is not quantised: its config.json has no \"quantization\".")
-    return released.backbone(Path(folder)).load(model_folder.device_of(device), None)
+    return released.backbone(Path(folder)).load(loading.device_of(device), None)

@@ -11,8 +11,8 @@ import torch
 from torch import distributed, nn
 
 from aqaa.backbone.quantized_linear import QuantizedLinear
+from aqaa.files import ModelError
 from aqaa.scale import plan
-from aqaa.weights.model_folder import ModelError
 
 BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_INPUT = ("o_proj", "down_proj")
@@ -117,10 +117,10 @@ def place(config, memory, weights="bf16", group=None, context=2048):
 
     memory: GiB that may be used on each GPU; these may differ. Raises ModelError if they do not suffice.
     """
-    table = plan.table_bytes(config) / plan.GIB
-    layer = (plan.linear_bytes(config, weights, group or 128) + plan.norm_bytes(config)) / config.num_hidden_layers
-    layer = (layer + context * plan.cache_bytes(config) / config.num_hidden_layers) / plan.GIB
-    work = plan.buffer_bytes(config, weights, context, 1) / plan.GIB
+    table = memory.table_bytes(config) / memory.GIB
+    layer = (memory.linear_bytes(config, weights, group or 128) + memory.norm_bytes(config)) / config.num_hidden_layers
+    layer = (layer + context * memory.cache_bytes(config) / config.num_hidden_layers) / memory.GIB
+    work = memory.buffer_bytes(config, weights, context, 1) / memory.GIB
     left = [size - work for size in memory]
     left[0], left[-1] = left[0] - table, left[-1] - table
     counts = [max(0, int(size / layer)) for size in left]

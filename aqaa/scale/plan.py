@@ -8,14 +8,12 @@ named assumptions below (setups.py holds the estimates against recorded runs). N
 from dataclasses import asdict, dataclass, field
 from math import ceil
 
+from aqaa.backbone.memory import GIB, buffer_bytes, cache_bytes, linear_bytes, n_linear, norm_bytes, table_bytes
 from aqaa.config import GROUP_SECONDS, GROUP_SIZE, INT4_GROUPS, TOKENS_PER_SECOND, BackboneConfig, check_group
 
-GIB = 2**30
 TEXT_BLOCK, AUDIO_BLOCK = 10, 15  # ids: the layout of an answer (AQAA Table 1, best row)
 INTERLEAVE_RATE = TOKENS_PER_SECOND * (TEXT_BLOCK + AUDIO_BLOCK) / AUDIO_BLOCK  # 69.4 ids a second while text lasts
 TEXT_RATE = 5.0  # text ids in a second of speech
-SCALE_BITS = 16  # a bfloat16 scale for each group, or for each output
-BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}  # of a weight in a linear layer
 
 # Assumptions. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs with tensor parallelism. Those of int4
 # and fp8 on one GPU were measured on an H200 (data/runs/h200-130b-int4.json; the int4 kernels have changed since). The
@@ -32,7 +30,6 @@ ALL_REDUCE = {1: 0.0, 2: 9e-6, 4: 10.5e-6, 8: 12e-6}  # s over NVLink, two a lay
 PCIE = 4.0  # times as long without NVLink: a guess
 KERNEL, KERNELS_PER_LAYER = 2e-6, 8  # s that no kernel of a CUDA graph goes below, a guess: bounds small models
 PREFILL_SHARE = 0.5  # of the tensor cores' peak
-PREFILL_CHUNK = 512  # ids: a longer question is read in parts, which bounds its buffers
 PROMPT = 100  # ids of a prompt beside the question
 VOCODER_SHARE = 0.05  # s of work for a second of sound: the goal for the full-size flow and HiFT
 RESERVED = 1.5  # GiB a GPU, a guess: the driver's context, graphs, workspaces
@@ -134,56 +131,10 @@ def _rounded(value):
 # ---- the sums -------------------------------------------------------------------------------------------------------
 
 
-def n_linear(backbone):
-    """(weights, outputs) of all linear layers of the decoder, lm_head not among them."""
-    width, inner = backbone.hidden_size, backbone.intermediate_size
-    shared = width // backbone.num_attention_heads * backbone.num_attention_groups
-    weights = 2 * width * width + 2 * width * shared + 3 * width * inner
-    outputs = 3 * width + 2 * shared + 2 * inner
-    return weights * backbone.num_hidden_layers, outputs * backbone.num_hidden_layers
-
-
-def linear_bytes(backbone, weights, group=None):
-    """Bytes of the decoder's linear layers in a format, scales included."""
-    count, outputs = n_linear(backbone)
-    scales = 0 if weights == "bf16" else count / group if weights == "int4" else outputs
-    return count * BITS[weights] / 8 + scales * SCALE_BITS / 8
-
-
-def table_bytes(backbone):
-    """Bytes of the embedding, and as many of lm_head: both stay bf16."""
-    return backbone.vocab_size * backbone.hidden_size * 2
-
-
-def norm_bytes(backbone):
-    return (2 * backbone.num_hidden_layers + 1) * backbone.hidden_size * 2
-
-
-def resident_bytes(backbone, weights, group=None):
-    """Bytes of all weights."""
-    return linear_bytes(backbone, weights, group) + 2 * table_bytes(backbone) + norm_bytes(backbone)
-
-
 def streamed_bytes(backbone, weights, group=None, context=0):
     """Bytes that one decoding step reads: linear layers, lm_head, norms, and the cache of `context` ids."""
     read = linear_bytes(backbone, weights, group) + table_bytes(backbone) + norm_bytes(backbone)
     return read + context * cache_bytes(backbone)
-
-
-def cache_bytes(backbone):
-    """Bytes of keys and values of one id, bf16."""
-    width = backbone.hidden_size // backbone.num_attention_heads
-    return 2 * backbone.num_hidden_layers * backbone.num_attention_groups * width * 2
-
-
-def buffer_bytes(backbone, weights, context, ranks):
-    """Bytes that reading a prompt needs at a time on each GPU: bias and scores of a chunk in fp32, the inner values of
-    the feed-forward layer, and one matrix unpacked to bf16 if the weights are packed."""
-    chunk = min(PREFILL_CHUNK, context)
-    scores = 2 * backbone.num_attention_heads * chunk * context * 4
-    inner = 3 * chunk * backbone.intermediate_size * 2
-    unpacked = 0 if weights == "bf16" else backbone.intermediate_size * backbone.hidden_size * 2
-    return (scores + inner + unpacked) / ranks
 
 
 def prefill_seconds(setup, n_ids):

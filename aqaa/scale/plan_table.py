@@ -6,10 +6,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from aqaa.backbone.memory import BITS, resident_bytes  # fmt: skip
 from aqaa.config import BackboneConfig, preset
 from aqaa.scale.plan import (
     ALL_REDUCE,
-    BITS,
     GPUS,
     PREFILL_SHARE,
     SMALL,
@@ -19,8 +19,7 @@ from aqaa.scale.plan import (
     largest_group,
     plan,
     prefill_seconds,
-    resident_bytes,
-)  # fmt: skip
+)
 
 COLUMNS = ("GPUs", "weights", "GiB each", "spare", "GB/token", "ms least", "ceiling", "tokens/s", "audio", "with text",
            "first sound", "delay 10 s")  # fmt: skip

@@ -286,3 +286,11 @@ def _varint(data, at):
         value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
         if byte < 128:
             return value, at
+
+
+def normalise(text):
+    """The words of a sentence as the judge compares them: lower case, no punctuation but apostrophes, single spaces.
+
+    What stands in round brackets, "(slow)", is not spoken and left out.
+    """
+    return " ".join(re.sub(r"\([^)]*\)|[^\w' ]", " ", text.lower()).split())

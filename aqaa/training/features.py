@@ -87,40 +87,6 @@ def utterances(folder, items, kind):
     return Utterances(np.array(flat), lengths, phones, extra, np.array(weights))
 
 
-def store_codes(folder, items, linguistic, semantic):
-    """Write codes.npz: the code sequences of each item, small enough to travel (10 bits a code before compression)."""
-    pairs = list(zip(linguistic, semantic, strict=True))
-    with replacing(Path(folder) / "codes.npz") as part, open(part, "wb") as file:
-        np.savez_compressed(
-            file,
-            ids=np.array([item.id for item in items]),
-            lengths=np.array([[len(codes) for codes in pair] for pair in pairs], dtype=np.int16),
-            codes=np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16),
-        )
-
-
-def load_codes(folder, items, shipped=None):
-    """List of (linguistic, semantic) int arrays, in the order of `items`, from folder/codes.npz.
-
-    shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if there are none at
-    all, ValueError if they are damaged, or of other utterances.
-    """
-    path = Path(folder) / "codes.npz"
-    if not path.exists() and shipped:
-        path = Path(shipped) / "codes.npz"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
-    with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
-        names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
-    ends = lengths.reshape(-1).cumsum()
-    parts = np.split(flat, ends[:-1])
-    found = {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(names.tolist())}
-    missing = [item.id for item in items if item.id not in found]
-    if missing:
-        raise ValueError(f"{path} has no codes of {missing[0]}: it belongs to another corpus, run `aqaa train codes`")
-    return [found[item.id] for item in items]
-
-
 def normalise(data, model: LinguisticTokenizer):
     """Set the CMVN of `model` from the rows of `data`, and apply it to them in place."""
     rows = data.rows[:: max(1, len(data.rows) // 200_000)].astype(np.float32)

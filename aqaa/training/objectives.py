@@ -14,42 +14,18 @@ import torch
 import torch.nn.functional as F
 
 from aqaa.backbone import step1
+from aqaa.config import AQTA, TQAA, TTS
+from aqaa.config import ASR_MARKER as ASR
 from aqaa.corpus.curriculum import VOICE
-from aqaa.pipeline import ASR_MARKER as ASR
-from aqaa.tokenizers import interleave
+from aqaa.tokenizers import dialogue
 from aqaa.tokenizers.text import tagged
 
-TTS, TQAA, AQTA = 35, 37, 38  # ids of Step-1's control tokens <|TTS|> <|TQAA|> <|AQTA|>
 MIXTURES = {  # share of the examples drawn
     "pretrain": {"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
     "sft1": {"aqtaa": 0.50, "aqta": 0.28, "asr": 0.06, "text": 0.03, "tqaa": 0.07, "tts": 0.06},
 }
 TEXT, LINGUISTIC, SEMANTIC = 0, 1, 2  # which rows of the head compete at a position
 TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
-
-
-class Book:
-    """Everything that is said, as ids: one entry an utterance, with its words and its merged audio ids."""
-
-    def __init__(self, config, tokenizer, items, codes, lines):
-        """items: corpus items; codes: list of (linguistic, semantic) arrays; lines: dicts of `corpus.texts`."""
-        self.config, self.tokenizer = config, tokenizer
-        self.items = items
-        self.audio = [np.array(interleave.merge(*pair, config.ids), dtype=np.int64) for pair in codes]
-        self.words = {}
-        self.lines = lines
-        self.questions = [i for i, item in enumerate(items) if item.role == "question"]
-        self.answers = {item.answer_id: i for i, item in enumerate(items) if item.role == "answer" and item.answer_id}
-        self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
-        missing = {items[i].answer_id for i in self.questions} - set(self.answers)
-        if missing:
-            raise ValueError(f"{len(missing)} answers were never spoken, {sorted(missing)[0]} among them")
-
-    def encode(self, text):
-        """Ids of a text, remembered."""
-        if text not in self.words:
-            self.words[text] = self.tokenizer.encode(text)
-        return self.words[text]
 
 
 class LanguageTask:
@@ -63,7 +39,7 @@ class LanguageTask:
         self.book, self.stage, self.rows, self.length, self.lr, self.noise = book, stage, rows, length, lr, noise
         self.ids = config.ids
         self.markers = sorted((config.ids.eot, config.ids.text_start, config.ids.audio_end))
-        self.layout = layout or interleave.layout()
+        self.layout = layout or dialogue.layout()
         self.model = step1.build(config.backbone)
         self.mixture = MIXTURES[stage]
         encode = book.encode

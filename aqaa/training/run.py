@@ -6,15 +6,16 @@ record.json. `export` gathers the finished parts into a model folder that `aqaa.
 
 import shutil
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from aqaa import files
 from aqaa.config import preset
+from aqaa.corpus.codes import load_codes, store_codes, usage
+from aqaa.corpus.plan import held_out
 from aqaa.corpus.speak import Corpus
-from aqaa.evaluation.codes import usage
 from aqaa.files import probe, read_object, replacing, sweep, write_json
 from aqaa.records import provenance
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
@@ -30,7 +31,6 @@ STEPS = {  # of each stage, about four hours in all on two cores
 }
 ORDER = ("corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export")
 BACKBONE = {"pretrain": "backbone", "sft1": "backbone"}  # the part of a model folder that a stage makes
-HOLD_OUT = 20  # one answer in so many is kept from the tokenizers, the flow and HiFT: copy-synthesis is scored on it
 
 
 class Run:
@@ -130,7 +130,7 @@ class Run:
                 log_mel = x.reshape(len(rows), -1, self.config.semantic.n_mels).transpose(1, 2)
                 hidden, _ = semantic.hidden(log_mel, lengths * 4)
                 keep(found["semantic"], rows, semantic.quantize(hidden), lengths)
-        features.store_codes(self.out, items, found["linguistic"], found["semantic"])
+        store_codes(self.out, items, found["linguistic"], found["semantic"])
         use = {key: usage(values, size) for (key, values), size in zip(
             found.items(), (self.config.ids.n_linguistic, self.config.ids.n_semantic), strict=True)}
         print("codebooks:", use)
@@ -157,7 +157,7 @@ class Run:
         from aqaa.training.flow_and_hift import FlowTask
 
         opened, items, rows = self._spoken()
-        codes = features.load_codes(self.out, items)
+        codes = load_codes(self.out, items)
         ids = self.config.ids
         merged = [np.array(interleave.merge(*codes[i], ids), dtype=np.int32) - ids.n_text for i in rows]
         task = FlowTask(self.config, [(opened.wav(items[i]), audio) for i, audio in zip(rows, merged, strict=True)])
@@ -169,11 +169,11 @@ class Run:
     def book(self):
         """Utterances of the training split as ids, with the mini's text tokenizer (trained here when missing)."""
         from aqaa.corpus.plan import plan, texts
-        from aqaa.training.objectives import Book
+        from aqaa.training.examples import Book
 
         planned = plan(scale=self.scale, seed=self.seed)  # what was said is known without the sound
         items = [item for item in planned if item.split == "train"]
-        codes = features.load_codes(self.out, items, model_folder.data_folder() / "codes")
+        codes = load_codes(self.out, items, files.data_folder() / "codes")
         lines = texts(planned)
         path = self._text_path()
         if not path.exists():
@@ -259,11 +259,6 @@ class Run:
         """The text tokenizer: this run's, or that of `init`, because ids must mean what they meant."""
         own = self.out / "tokenizer.json"
         return self.init / "tokenizer.json" if self.init and not own.exists() else own
-
-
-def held_out(item):
-    """Whether an answer is kept from the tokenizers, the flow and HiFT (a stable one in HOLD_OUT)."""
-    return item.role == "answer" and zlib.crc32(item.id.encode()) % HOLD_OUT == 0
 
 
 def batches_by_length(lengths, size):

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from aqaa.files import AGAIN, ModelError, brief, check_file
 from aqaa.weights import verify
-from aqaa.weights.model_folder import AGAIN, ModelError, brief, check_file
 
 BROKEN = (pickle.UnpicklingError, EOFError, OSError, AttributeError, *verify.BROKEN)
 YAML_BYTES = 1_000_000  # of the longest yaml that is read; published ones have a few thousand

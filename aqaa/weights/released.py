@@ -22,12 +22,14 @@ from aqaa.config import (
     LinguisticConfig,
     MelConfig,
 )
+from aqaa.files import AGAIN, ModelError, brief, check_file
 from aqaa.tokenizers import s3_onnx
 from aqaa.tokenizers.linguistic import read_mvn
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.weights import model_folder, shards, verify
-from aqaa.weights.model_folder import AGAIN, ROLES, ModelError, all_finite, brief, build, check_file, fit, skip_init
+from aqaa.weights.model_folder import ROLES, build, fit
 from aqaa.weights.readers import file_in, pick, pickled, read_json, read_yaml
+from aqaa.weights.verify import all_finite, as_recorded, skip_init
 
 NPY, ONNX, YAML = "linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx", "cosyvoice.yaml"
 STREAMING = "SANMEncoderChunkOpt"  # FunASR's class; the offline encoder has the same tensors and gives other codes
@@ -94,9 +96,9 @@ def place(folder, role):
 
 def recorded(folder, hashes=False):
     """Are files as a record.json of the folder says, in size and, if asked, in hash? Raises ModelError."""
-    for name in model_folder.recorded(folder):
+    for name in verify.recorded(folder):
         if (file := Path(folder) / name).is_file():
-            model_folder.as_recorded(file, hashes)
+            as_recorded(file, hashes)
 
 
 def combine(config, sources, folder=None):
@@ -352,7 +354,7 @@ def _module(name, sizes, state, path, told_by, facts):
         with skip_init():
             module = build(name, config)
         fit(module, state(), path, told_by)
-        model_folder.as_recorded(path)
+        as_recorded(path)
         return model_folder.cast(module.eval(), device, dtype, path)
 
     count = sum(tensor.numel() for tensor in given.values())

@@ -17,8 +17,10 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from aqaa.backbone.quantized_linear import numbers
+from aqaa.files import AGAIN, ModelError, check_file, named
 from aqaa.weights import verify
-from aqaa.weights.model_folder import AGAIN, ModelError, all_finite, as_recorded, check_file, fit, named
+from aqaa.weights.model_folder import fit
+from aqaa.weights.verify import all_finite, as_recorded
 
 MAX_HEADER = 100_000_000  # bytes: the limit of the format
 LARGE = 2**30  # bytes from which a progress bar is shown

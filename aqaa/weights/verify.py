@@ -10,9 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from aqaa.config import TOKENS_PER_SECOND, AQAAConfig
-from aqaa.files import ModelError, fingerprint
+from aqaa.files import AGAIN, ModelError, fingerprint
 
-AGAIN = "get the whole folder again"
 AT_MOST = 100  # times the published value (or 1, where that is less): the largest that a setting may be
 LONGEST = 16  # values of a tuple
 MAY_BE_ZERO = {  # all other settings are sizes, or divide something

@@ -6,7 +6,7 @@ import json
 import torch
 
 from aqaa import audio
-from aqaa.notebook import widgets
+from aqaa.notebook import explore, talk, widgets
 
 # What the script asks of a model. Bytes come as base64 and are what the scripts expect: a DataView.
 PAGE = """<!doctype html><meta name="viewport" content="width=device-width"><style>%s</style>
@@ -73,15 +73,15 @@ def every_widget(model, question):
     pairs = [("low", wav[:3200]), ("high", wav[3200:6400], question["transcript"]), ("high", wav[:3200])]
     marked = widgets.Listening(pairs, interactive=True)
     marked._receive(None, {"type": "submit", "scores": [4, 2, 5]}, [])
-    voice = widgets.VoiceControl(model, interactive=True)
+    voice = explore.VoiceControl(model, interactive=True)
     take = {"manner": "normal", "temperature": 0.3, "seed": 0, "seconds": 2.04, "f0": 168.0, "energy": -21.4}
     voice._set(takes=[{**take, "sound": widgets.pcm16(wav), "rate": 16_000}] * 2, said=1, message="Said it: 2.04 s.")
-    player = widgets.Player(interactive=True)
+    player = talk.Player(interactive=True)
     player._set(phase="done", text=question["transcript"], sound=widgets.pcm16(wav), rate=16_000,
                 message="2.2 s made in 4 pieces, first sound after 240 ms, 0 gaps.")  # fmt: skip
     refused = widgets.Planner(interactive=True)
     refused._receive(None, {"type": "set", "count": 1, "gpu": "H100-80", "weights": "bf16"}, [])
-    return {"recorder": widgets.Recorder(question, interactive=True), "player": player, "voice": voice,
+    return {"recorder": talk.Recorder(question, interactive=True), "player": player, "voice": voice,
             "tokens": widgets.Tokens(model, ids, wav, interactive=True),
             "ode": widgets.Ode(states, torch.linspace(0, 1, 5), lambda state: wav[:800], interactive=True),
             "interleave": widgets.Interleave(24, 120, interactive=True),

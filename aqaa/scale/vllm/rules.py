@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from aqaa.config import IdsConfig
-from aqaa.tokenizers import interleave
+from aqaa.tokenizers import dialogue
 
 KEY = "aqaa"  # of the rules among the extra arguments of a request
 
@@ -18,7 +18,7 @@ KEY = "aqaa"  # of the rules among the extra arguments of a request
 class Rules:
     """What `generate` is told beside temperature and the like. said: how many of the prompt's last ids are answer."""
 
-    layout: object  # an interleave.Layout or TextOnly
+    layout: object  # an dialogue.Layout or TextOnly
     ids: IdsConfig
     min_audio: int = 0
     said: int = 0
@@ -26,16 +26,16 @@ class Rules:
 
     @classmethod
     def of(cls, layout, ids, min_audio=0, repetition=None):
-        """Rules of a layout, which may be an interleave.Resumed one. Raises ValueError for a layout of one's own."""
-        said = len(layout.said) if isinstance(layout, interleave.Resumed) else 0
+        """Rules of a layout, which may be an dialogue.Resumed one. Raises ValueError for a layout of one's own."""
+        said = len(layout.said) if isinstance(layout, dialogue.Resumed) else 0
         layout = layout.layout if said else layout
-        if not isinstance(layout, (interleave.Layout, interleave.TextOnly)):
+        if not isinstance(layout, (dialogue.Layout, dialogue.TextOnly)):
             raise ValueError(f"a {type(layout).__name__} cannot be sent to an engine: use a Layout or TextOnly.")
         return cls(layout, ids, min_audio, said, repetition)
 
     def to_json(self):
         """One string, which is all that an engine's request has room for."""
-        layout = None if isinstance(self.layout, interleave.TextOnly) else asdict(self.layout)
+        layout = None if isinstance(self.layout, dialogue.TextOnly) else asdict(self.layout)
         repetition = self.repetition and asdict(self.repetition)
         return json.dumps({"layout": layout, "ids": asdict(self.ids), "min_audio": self.min_audio, "said": self.said,
                            "repetition": repetition})
@@ -46,7 +46,7 @@ class Rules:
         try:
             given = json.loads(text)
             layout = given["layout"]
-            layout = interleave.TextOnly() if layout is None else interleave.Layout(**layout)
+            layout = dialogue.TextOnly() if layout is None else dialogue.Layout(**layout)
             return cls(layout, IdsConfig(**given["ids"]), int(given["min_audio"]), int(given["said"]),
                        _repetition(given["repetition"]))
         except (ValueError, TypeError, KeyError) as fault:

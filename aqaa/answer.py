@@ -1,0 +1,100 @@
+"""What an answer holds, and the times it took."""
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from aqaa import audio
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an answer as it becomes ready: words, and (N,) float32 samples on the CPU; either may be empty."""
+
+    text: str
+    audio: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text") and codes
+    ("linguistic", "semantic"); timings in seconds, see Ledger; confidence: geometric mean of the probabilities of
+    the text tokens, 0 when there is no text; pieces: (when ready, length) of each part of the sound, in seconds.
+    """
+
+    text: str
+    audio: torch.Tensor
+    sample_rate: int
+    tokens: dict
+    timings: dict
+    confidence: float
+    pieces: tuple = ()
+
+    @property
+    def playout(self):
+        """When this answer could have begun to sound, see `playout`."""
+        return playout(self.pieces)
+
+    @property
+    def seconds(self):
+        """Length of the sound."""
+        return len(self.audio) / self.sample_rate
+
+    @property
+    def real_time_factor(self):
+        """Seconds of work for a second of sound."""
+        return self.timings["total"] / max(self.seconds, 1e-9)
+
+    def save(self, path):
+        """Write the sound as a wav file. Raises AudioError."""
+        audio.write(path, self.audio, self.sample_rate)
+
+
+class Playout(NamedTuple):
+    """delay: seconds after which speech can begin and never stalls; gaps: silence before each piece without waiting."""
+
+    delay: float
+    gaps: tuple
+
+
+def playout(pieces):
+    """(ready, seconds) of each piece in turn, `ready` counted from the beginning -> Playout.
+
+    Whoever plays each piece as soon as it can be played is silent for the gaps; their sum is the delay that, spent
+    before the first piece, leaves none between the others.
+    """
+    end, gaps = 0.0, []
+    for ready, seconds in pieces:
+        gaps.append(max(0.0, ready - end))
+        end = max(ready, end) + seconds
+    return Playout(sum(gaps), tuple(gaps))
+
+
+@dataclass
+class Ledger:
+    """Where the time went, in seconds: read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
+
+    first_* count from the start; first_audio_share is the share of the answer's ids known when the first sound came
+    (not a time). pieces: (when ready, length) of each part of the sound.
+    """
+
+    began: float = field(default_factory=time.perf_counter)
+    times: dict = field(default_factory=dict)
+    pieces: list = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name):
+        """Add the time spent inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+    def mark(self, name):
+        """Note the time since the beginning, once."""
+        self.times.setdefault(name, time.perf_counter() - self.began)

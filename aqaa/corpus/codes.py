@@ -1,0 +1,58 @@
+"""Codes of the corpus: stored, read, counted."""
+import math
+from pathlib import Path
+
+import numpy as np
+
+from aqaa.files import reading, replacing
+
+
+def usage(codes, size):
+    """{"size", "used", "perplexity", "entropy_bits"} of codes (N,), or a list of such arrays, in [0, size).
+
+    Perplexity equals `size` when all codes are equally frequent. Raises ValueError for no codes, or codes outside.
+    """
+    rows = codes if len(codes) and np.ndim(codes[0]) else [codes]
+    codes = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    if not len(codes):
+        raise ValueError("there are no codes to count")
+    if not 0 <= codes.min() <= codes.max() < size:
+        raise ValueError(f"codes must lie in 0..{size - 1}; found {codes.min()}..{codes.max()}")
+    share = np.bincount(codes, minlength=size) / len(codes)
+    share = share[share > 0]
+    entropy = float(-(share * np.log(share)).sum())
+    return {"size": size, "used": len(share), "perplexity": math.exp(entropy), "entropy_bits": entropy / math.log(2)}
+
+
+def store_codes(folder, items, linguistic, semantic):
+    """Write codes.npz: the code sequences of each item, small enough to travel (10 bits a code before compression)."""
+    pairs = list(zip(linguistic, semantic, strict=True))
+    with replacing(Path(folder) / "codes.npz") as part, open(part, "wb") as file:
+        np.savez_compressed(
+            file,
+            ids=np.array([item.id for item in items]),
+            lengths=np.array([[len(codes) for codes in pair] for pair in pairs], dtype=np.int16),
+            codes=np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16),
+        )
+
+
+def load_codes(folder, items, shipped=None):
+    """List of (linguistic, semantic) int arrays, in the order of `items`, from folder/codes.npz.
+
+    shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if there are none at
+    all, ValueError if they are damaged, or of other utterances.
+    """
+    path = Path(folder) / "codes.npz"
+    if not path.exists() and shipped:
+        path = Path(shipped) / "codes.npz"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
+    with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
+        names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
+    ends = lengths.reshape(-1).cumsum()
+    parts = np.split(flat, ends[:-1])
+    found = {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(names.tolist())}
+    missing = [item.id for item in items if item.id not in found]
+    if missing:
+        raise ValueError(f"{path} has no codes of {missing[0]}: it belongs to another corpus, run `aqaa train codes`")
+    return [found[item.id] for item in items]
