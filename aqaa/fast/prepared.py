@@ -3,6 +3,7 @@
 from torch import nn
 
 from aqaa.fast import amx as matrix_units
+from aqaa.fast import cpu_step, fsmn, mish, norms, spectral
 
 MARGIN = 16  # floats between two columns: without it, columns of 2^n floats would evict each other from the cache
 
@@ -23,7 +24,16 @@ def prepare(module, amx=False):
             layer.weight.data = by_columns(layer.weight.data)
     if hasattr(module, "fold_weight_norm"):
         module.fold_weight_norm()
+    for twin in (spectral, mish, fsmn, cpu_step):
+        twin.use(module)
     return module.eval()
+
+
+def prepare_training(module):
+    """Put the twins that know gradients in place, for training on a CPU; returns the module."""
+    for twin in (norms, mish, fsmn):
+        twin.use(module)
+    return module
 
 
 def unprepared(module):

@@ -68,3 +68,7 @@ def convolve(x, spectrum, bias, padding, dilation, activation):
         product[0] += SIZE * bias  # frequency 0 is the sum over a piece
         out.copy_((inverse @ product.flatten(1)).view(step, -1, out.shape[2]).transpose(0, 1))
     return y.view(-1, spectrum.shape[2])[:length]
+
+
+def use(module):
+    """Put the twin in place in `module` and its children."""

@@ -2,7 +2,6 @@
 import torch
 
 from aqaa.backbone import layers, quantized_linear, step1
-
 from aqaa.weights.verify import skip_init
 
 STD = 0.02  # of random weights
