@@ -13,11 +13,11 @@ __all__ = ["AQAA", "Answer", "AudioError", "ModelError", "Piece", "ask", "load"]
 
 _HOMES = {
     "AQAA": "pipeline",
-    "Answer": "pipeline",
-    "Piece": "pipeline",
-    "AudioError": "audio",
-    "ModelError": "checkpoints",
-    "load": "checkpoints",
+    "Answer": "answer",
+    "Piece": "answer",
+    "AudioError": "sound_headers",
+    "ModelError": "files",
+    "load": "loading",
 }
 
 

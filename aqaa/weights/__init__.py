@@ -1,1 +1,1 @@
-"""Weights on disk, ours and released ones, checked before use. `aqaa.loading` is the way in; imports every model part."""
+"""Weights on disk, ours and released ones, checked before use; imports every model part. See `aqaa.loading`."""
