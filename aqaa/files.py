@@ -220,7 +220,7 @@ def data_folder():
     """The folder that holds `mini/` and `questions/`: $AQAA_DATA, the clone's `data`, or where pip put it."""
     if named := os.environ.get("AQAA_DATA"):
         return Path(named)
-    clone = Path(__file__).resolve().parents[2] / "data"
+    clone = Path(__file__).resolve().parents[1] / "data"
     return clone if clone.is_dir() else Path(sys.prefix) / "share" / "aqaa"
 
 
