@@ -7,14 +7,16 @@ from aqaa.config import GROUP_SIZE, LINGUISTIC_PER_GROUP
 from aqaa.tokenizers.interleave import groups
 
 END_OF_SEQUENCE = 2  # `</s>`: never trained as an answer's end, but a stop wherever it occurs
-def prompt(turns, tokenizer, ids, answer=True):
+
+
+def prompt(turns, tokenizer, ids, answer=True, marker=None):
     """A dialogue as ids: `<s>`, then `<|BOT|>role\\n content <|EOT|>` a turn, then an open assistant turn.
 
     turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids, or a list of both.
     tokenizer: a TextTokenizer; markers spelt out in the content are read as plain text. With answer=False no assistant
-    turn is opened.
+    turn is opened. marker: one of Step-1's control tokens, after `<s>`: it asks for another kind of answer.
     """
-    result = [ids.bos]
+    result = [ids.bos] if marker is None else [ids.bos, marker]
     for role, content in turns:
         result += [ids.bot, *_turn(role, content, tokenizer), ids.eot]
     return result + [ids.bot, *_turn("assistant", "", tokenizer)] if answer else result
