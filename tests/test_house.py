@@ -295,13 +295,6 @@ def test_ci_takes_its_options_and_no_others(tmp_path):
         assert result.returncode == code and words in result.stderr, result.stderr
 
 
-def test_the_command_line_knows_the_stages_of_training():
-    from aqaa import cli
-    from aqaa.training import run
-
-    assert cli.STAGES == (*run.ORDER, "all")
-
-
 def test_readme_shows_the_recorded_results():
     result = subprocess.run([sys.executable, ".ci/readme.py", "--check"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,8 @@ from torch import nn
 
 from aqaa.files import ModelError, WriteError
 from aqaa.training import loop
-from aqaa.training.loop import LengthBuckets, Trainer, append_row, atomic_save, build_optimizers, cosine, read_log
+from aqaa.training.features import LengthBuckets
+from aqaa.training.loop import Trainer, atomic_save, build_optimizers, cosine, read_log, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 45  # rows of the log at 20, 40 and 45
@@ -228,11 +229,11 @@ def test_a_step_that_breaks_off_is_not_saved(whole, tmp_path, monkeypatch, place
     owner, name, late = {
         "batch": (task, "batch", True), "loss": (task, "loss", True),
         "backward": (torch.nn.utils, "clip_grad_norm_", True), "between the optimizers": (last, "step", False),
-        "after them": (last, "step", True), "the log": (loop, "append_row", False),
+        "after them": (last, "step", True), "the log": (loop, "write_rows", False),
     }[place]  # fmt: skip
     with monkeypatch.context() as patch:
         if place == "the log":
-            patch.setattr(loop, "append_row", lambda *_: (_ for _ in ()).throw(fault))
+            patch.setattr(loop, "write_rows", lambda *_: (_ for _ in ()).throw(fault))
         else:
             patch.setattr(owner, name, broken(getattr(owner, name), late))
         with pytest.raises(fault):
@@ -447,9 +448,7 @@ def test_each_parameter_has_one_optimizer():
 
 def test_the_header_grows_with_the_rows(tmp_path):
     path = tmp_path / "log.csv"
-    append_row(path, {"step": 1, "loss": 3.0})
-    append_row(path, {"step": 2, "loss": 2.0, "perplexity": 7.0})
-    append_row(path, {"step": 3, "loss": 1.0})
+    write_rows(path, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "perplexity": 7.0}, {"step": 3, "loss": 1.0}])
     assert [row["perplexity"] for row in read_log(path)] == ["", "7.0", ""]
     assert [row["loss"] for row in read_log(path)] == ["3.0", "2.0", "1.0"]
 
@@ -463,8 +462,8 @@ def test_rows_are_means_since_the_last_row(whole):
 
 def test_a_plot_is_left_of_a_log_with_gaps(tmp_path):
     trainer = Trainer(Task(), tmp_path, "toy", STEPS, quiet=True)
-    append_row(trainer.csv_path, {"step": 20, "seconds": 1, "loss": 3.0})
-    append_row(trainer.csv_path, {"step": 40, "seconds": 2, "loss": 2.0, "late": 1.0})
+    rows = [{"step": 20, "seconds": 1, "loss": 3.0}, {"step": 40, "seconds": 2, "loss": 2.0, "late": 1.0}]
+    write_rows(trainer.csv_path, rows)
     trainer._plot()
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 

@@ -5,7 +5,10 @@ The sizes are those of the `tiny` fixtures, so the answers are noise; that every
 
 import json
 import re
+import shutil
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +20,7 @@ from aqaa.corpus import plan
 from aqaa.corpus.codes import load_codes
 from aqaa.files import ModelError
 from aqaa.tokenizers import dialogue
-from aqaa.tokenizers.linguistic import LinguisticTokenizer
-from aqaa.tokenizers.semantic import SemanticTokenizer
-from aqaa.training import features
+from aqaa.training import examples, features, stages
 from aqaa.training import run as K
 from aqaa.training.loop import read_log
 from aqaa.weights import model_folder
@@ -27,7 +28,8 @@ from tests import tones
 from tests.conftest import tiny_config
 
 CONFIG = tiny_config()
-TRAINED = ("linguistic", "semantic", "hift", "flow", "pretrain", "sft1")
+ORDER = list(stages.STAGES)
+TRAINED = [stage.name for stage in stages.TABLE if stage.task]
 STEPS = 3  # the quantiser of the semantic tokenizer comes with the third
 
 
@@ -38,32 +40,43 @@ def options(folder, **more):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_plots():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(K.Trainer, "_plot", lambda self: None)
+        yield
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, no_plots):
     """The folder of a finished miniature: run, corpus and model."""
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
         tones.install(patch)
-        patch.setattr(K.Trainer, "_plot", lambda self: None)
         K.main("all", **options(folder))
     return folder
 
 
 @pytest.fixture
-def run(place, monkeypatch):
-    monkeypatch.setattr(K.Trainer, "_plot", lambda self: None)
+def run(place):
     return K.Run(**options(place))
 
 
 @pytest.fixture
-def short_answers(monkeypatch):
-    monkeypatch.setitem(pipeline.SAMPLING, "max_tokens", 80)
+def beside(place, tmp_path):
+    """Makes a run in a folder of its own, of the corpus of `place`."""
+    return lambda **more: K.Run(**{**options(tmp_path), "corpus": place / "corpus", **more})
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---- what a run leaves ----------------------------------------------------------------------------------------------
 
 
-def test_the_finished_model_answers_a_question(place, run, short_answers):
+def test_the_finished_model_answers_a_question(place, run, monkeypatch):
+    monkeypatch.setitem(pipeline.SAMPLING, "max_tokens", 80)
     model = aqaa.load(place / "model")
     corpus, items = run.items()
     question = next(item for item in items if item.role == "question" and item.split == "eval")
@@ -75,7 +88,7 @@ def test_the_finished_model_answers_a_question(place, run, short_answers):
 
 
 def test_every_stage_leaves_its_traces(place):
-    record = json.loads((place / "run" / "record.json").read_text(encoding="utf-8"))
+    record = read(place / "run" / "record.json")
     for stage in TRAINED:
         assert record[stage]["steps"] == STEPS and record[stage]["seed"] == 0 and record[stage]["seconds"] >= 0
         assert np.isfinite(list(record[stage]["last"].values())).all()
@@ -87,7 +100,7 @@ def test_every_stage_leaves_its_traces(place):
             assert all(value.isfinite().all() for value in tensors.values())
     assert set(record["linguistic"]["phone_error"]) == {"answer_voice", "seen_voices", "new_voices", "both_new"}
     assert set(record["semantic"]["f0_semitones"]) == set(record["semantic"]["phone_error"])
-    exported = json.loads((place / "model" / "record.json").read_text(encoding="utf-8"))
+    exported = read(place / "model" / "record.json")
     assert {name: value for name, value in exported.items() if name != "files"} == record
 
 
@@ -95,31 +108,31 @@ def test_codes_are_those_of_the_finished_tokenizers(place, run):
     """What the backbone learns from is what it will hear: encode() of the parts, up to fp16 on disk."""
     corpus, items = run.items()
     codes = load_codes(run.out, items)
-    parts = {"linguistic": LinguisticTokenizer(CONFIG.linguistic), "semantic": SemanticTokenizer(CONFIG.semantic)}
-    for which, (name, module) in enumerate(parts.items()):
-        module, same, total = run.part(name, module), 0, 0
+    for which, name in enumerate(("linguistic", "semantic")):
+        module, same, total = run.part(name, model_folder.build(name, CONFIG)), 0, 0
         for i in range(0, len(items), 40):
             heard = module.encode(features.as_heard(items[i], corpus.wav(items[i])), energy_norm=False).numpy()
             stored = codes[i][which]
             assert len(stored) <= len(heard) <= len(stored) + 1  # the semantic tokenizer rounds its last row up
             same, total = same + (stored == heard[: len(stored)]).sum(), total + len(stored)
         assert same / total > 0.9
-        record = json.loads((run.out / "record.json").read_text(encoding="utf-8"))["codes"][name]
+        record = read(run.out / "record.json")["codes"][name]
         assert 1 < record["perplexity"] <= record["used"] <= record["size"]
 
 
 def test_held_out_answers_are_seen_by_no_tokenizer_and_no_vocoder(run):
     _, items = run.items()
-    data, tests = run._heard("lfr")
-    train = np.flatnonzero(data.weights)
+    data, tests = run.utterances("lfr")
+    train = [items[i] for i in np.flatnonzero(data.weights)]
     kept = [i for i, item in enumerate(items) if plan.held_out(item)]
-    assert kept and {items[i].role for i in kept} == {"answer"}
-    assert not set(kept) & set(train) and not set(kept) & set(run._spoken()[2])
+    spoken, waves = run.spoken()
+    assert kept and {items[i].role for i in kept} == {"answer"} == {item.role for item in spoken}
+    assert not {items[i].id for i in kept} & {item.id for item in train + spoken}
+    assert [len(wave) for wave in waves] == [item.length for item in spoken]
     assert set(tests["answer_voice"].tolist()) == set(kept)
-    assert {items[i].split for i in train} == {"train"}
+    assert {item.split for item in train} == {"train"}
     for name, cell in (("seen_voices", "seen_seen"), ("new_voices", "seen_new"), ("both_new", "new_new")):
         assert {items[i].cell for i in tests[name]} == {cell}
-    assert {items[i].role for i in run._spoken()[2]} == {"answer"}
 
 
 def test_the_book_knows_every_answer(run):
@@ -138,14 +151,13 @@ def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     path = place / "run" / "parts" / f"{stage}.safetensors"
     before = path.read_bytes()
     monkeypatch.setattr(K.Trainer, "_one_step", lambda self: pytest.fail("a finished stage was trained"))
-    getattr(run, stage)()
+    run.stage(stage)
     assert path.read_bytes() == before
-    assert json.loads((place / "run" / "record.json").read_text(encoding="utf-8"))[stage]["steps"] == STEPS
+    assert read(place / "run" / "record.json")[stage]["steps"] == STEPS
 
 
 def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
     """pretrain, stopped after a step and resumed, against pretrain as part of `all`."""
-    monkeypatch.setattr(K.Trainer, "_plot", lambda self: None)
     part, log = place / "run" / "parts" / "pretrain.safetensors", place / "run" / "pretrain.csv"
     wanted, step = part.read_bytes(), K.Trainer._one_step
 
@@ -164,43 +176,47 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
     assert [row["step"] for row in read_log(log)] == [str(STEPS)]
 
 
-def test_the_semantic_tokenizer_has_a_codebook_after_a_single_step(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(K.Trainer, "_plot", lambda self: None)
-    short = K.Run(**{**options(tmp_path), "corpus": place / "corpus", "steps": 1})
-    (tmp_path / "run" / "features").symlink_to(place / "run" / "features")
-    short.semantic()
-    embed = short.part("semantic", SemanticTokenizer(CONFIG.semantic)).quantizer._codebook.embed
+def test_the_semantic_tokenizer_has_a_codebook_after_a_single_step(place, beside):
+    short = beside(steps=1)
+    (short.out / "features").symlink_to(place / "run" / "features")
+    short.stage("semantic")
+    embed = short.part("semantic", model_folder.build("semantic", CONFIG)).quantizer._codebook.embed
     assert len(embed.unique(dim=0)) == CONFIG.semantic.n_codebook_size and embed.norm(dim=-1).min() > 0.3
 
 
-def test_a_run_may_start_from_a_model_folder(place, tmp_path):
+def test_a_run_may_start_from_a_model_folder(place, beside):
     """Its parts stand in for stages that have not run."""
-    later = K.Run(**{**options(tmp_path), "corpus": place / "corpus"}, init=place / "model")
+    later = beside(init=place / "model")
     for name in ("linguistic", "semantic"):
-        blank = model_folder.build(name, CONFIG)
-        first = later._warm(name, model_folder.build(name, CONFIG))
+        blank, first = model_folder.build(name, CONFIG), model_folder.build(name, CONFIG)
+        assert later.start(stages.STAGES[name], first)
         assert first.training and not same_weights(first, blank)
         assert same_weights(first, later.part(name, blank))
     backbone = later.part("pretrain", model_folder.build("backbone", CONFIG))
     assert same_weights(backbone, aqaa.load(place / "model").backbone)
     later._record("sft1", {"steps": 3})
-    record = json.loads((later.out / "record.json").read_text(encoding="utf-8"))["sft1"]
-    earlier = json.loads((place / "model" / "record.json").read_text(encoding="utf-8"))["sft1"]
+    record, earlier = (read(folder / "record.json")["sft1"] for folder in (later.out, place / "model"))
     assert record["steps"] == 3 and record["continues"] == earlier
+
+
+def test_without_a_parent_and_a_model_folder_a_stage_starts_afresh(run):
+    module = model_folder.build("hift", CONFIG)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert not run.start(stages.STAGES["hift"], module) and module.training
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def same_weights(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_a_stage_before_its_time_says_what_is_missing(tmp_path, place):
-    early = K.Run(**{**options(tmp_path), "corpus": place / "corpus"})
+def test_a_stage_before_its_time_says_what_is_missing(tmp_path, beside):
     with pytest.raises(ModelError, match="linguistic.safetensors is missing"):
-        early.codes()
+        beside().stage("codes")
     with pytest.raises(FileNotFoundError, match="run `aqaa train codes` first"):
-        early.flow()
+        beside().stage("flow")
     with pytest.raises(FileNotFoundError, match="holds no corpus"):
-        K.Run(**options(tmp_path)).features()
+        beside(corpus=tmp_path / "none").stage("features")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"flow": {"steps', b"[]", bytes(40)])
@@ -220,18 +236,60 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown stage 'sft2'.*corpus, features.*all"):
-        K.main("sft2", **options(tmp_path))
+    with pytest.raises(ValueError, match="unknown stage 'sft3'.*corpus, features.*all"):
+        K.main("sft3", **options(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_named_stage_runs_and_steps_follow_the_scale(tmp_path, monkeypatch):
+def test_only_the_named_stage_runs(tmp_path, monkeypatch):
     done = []
-    for stage in K.ORDER:
-        monkeypatch.setattr(K.Run, stage, lambda self, stage=stage: done.append(stage))
+    monkeypatch.setattr(K.Run, "stage", lambda self, name: done.append(name))
     K.main("codes", **options(tmp_path))
     K.main("all", **options(tmp_path))
-    assert done == ["codes", *K.ORDER]
+    assert done == ["codes", *stages.STAGES]
+
+
+@pytest.mark.parametrize("scale, steps, wanted", [(1, None, 5000), (0.1, None, 2000), (1e-6, None, 2), (0.1, 7, 7)])
+def test_steps_are_those_of_the_table_by_scale_or_as_told(tmp_path, monkeypatch, scale, steps, wanted):
+    def trainer(task, folder, name, steps, **more):
+        raise InterruptedError(name, steps)
+
+    monkeypatch.setattr(K, "Trainer", trainer)
+    monkeypatch.setattr(K, "resolve_name", lambda name: SimpleNamespace(from_run=lambda run, stage: None))
+    with pytest.raises(InterruptedError) as told:
+        K.Run(**{**options(tmp_path), "scale": scale, "steps": steps}).stage("sft1")
+    assert told.value.args == ("sft1", wanted)
+
+
+def test_a_stage_that_is_planted_in_the_table_needs_nothing_else(place, tmp_path, monkeypatch, capsys):
+    """Help, order, parent, mixture, training, record and export follow from its entry."""
+    planted = replace(stages.STAGES["sft1"], name="sft2", help="a second course", parent="sft1", mixture={"aqta": 1.0})
+    order = [*stages.STAGES.values()]
+    order.insert(-1, planted)
+    monkeypatch.setattr(stages, "STAGES", {stage.name: stage for stage in order})
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"sft1 .*\n  sft2 +a second course\n  export ", shown)
+    run, drawn, started = tmp_path / "run", set(), []
+    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features"))
+    with monkeypatch.context() as patch:
+        stage, part, aqta = K.Run.stage, K.Run.part, examples.Examples.aqta
+        ran = []
+        patch.setattr(K.Run, "stage", lambda self, name: ran.append(name))
+        K.main("all", **options(tmp_path))
+        assert ran == [*ORDER[:-1], "sft2", "export"]
+        patch.setattr(K.Run, "stage", stage)
+        patch.setattr(K.Run, "part", lambda self, name, module: started.append(name) or part(self, name, module))
+        patch.setattr(examples.Examples, "aqta", lambda self, rng: drawn.add("aqta") or aqta(self, rng))
+        for kind in ("aqtaa", "asr", "text", "tqaa", "tts", "next"):
+            patch.setattr(examples.Examples, kind, lambda self, rng, kind=kind: pytest.fail(f"{kind} was drawn"))
+        K.main("sft2", **options(tmp_path))
+        K.main("export", **options(tmp_path))
+    assert started == ["sft1"] and drawn == {"aqta"}
+    parts, record = run / "parts", read(run / "record.json")
+    assert list(record) == [*TRAINED[:2], "codes", *TRAINED[2:], "sft2"] and record["sft2"]["steps"] == STEPS
+    exported = (tmp_path / "model" / "backbone.safetensors").read_bytes()
+    assert exported == (parts / "sft2.safetensors").read_bytes() != (parts / "sft1.safetensors").read_bytes()
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------

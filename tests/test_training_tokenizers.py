@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from aqaa.training import features
 from aqaa.training import speech_tokenizers as K
 from aqaa.training.loop import Trainer
-from aqaa.training.speech_tokenizers import LinguisticTask, SemanticTask, Utterances
+from aqaa.training.speech_tokenizers import LinguisticTask, SemanticTask
 from tests.conftest import tiny_config
 
 CONFIG = tiny_config()
@@ -21,8 +22,8 @@ rows_of_phones = st.lists(st.integers(1, 5), max_size=8)
 
 
 def test_phones_are_counted_from_one_and_unknown_ones_left_out():
-    assert K.phone_ids(K.PHONES) == list(range(1, len(K.PHONES) + 1))
-    assert K.phone_ids(["pau", "s", "ssil", "s"]) == [K.PHONES.index("s") + 1] * 2
+    assert features.phone_ids(K.PHONES) == list(range(1, len(K.PHONES) + 1))
+    assert features.phone_ids(["pau", "s", "ssil", "s"]) == [K.PHONES.index("s") + 1] * 2
 
 
 @given(rows_of_phones, rows_of_phones, rows_of_phones)
@@ -110,7 +111,7 @@ def speech(width, seed=0, count=24):
         lengths.append(len(path))
         phones.append(said)
     extra = {"f0": np.concatenate(pitch).astype(np.float16)}
-    return Utterances(np.concatenate(rows).astype(np.float16), lengths, phones, extra)
+    return features.Utterances(np.concatenate(rows).astype(np.float16), lengths, phones, extra)
 
 
 def test_gathered_rows_are_padded_with_zeros():
@@ -173,7 +174,7 @@ def test_empty_clusters_go_where_the_fit_is_worst():
 def test_nearest_agrees_with_distances_whatever_the_parts():
     generator = torch.Generator().manual_seed(0)
     x, centroids = torch.randn(50, 4, generator=generator), torch.randn(9, 4, generator=generator)
-    nearest, distance = K._nearest(x, centroids, rows=7)
+    nearest, distance = K.nearest(x, centroids, rows=7)
     best = torch.cdist(x, centroids).square().min(1)
     assert torch.equal(nearest, best.indices) and torch.allclose(distance, best.values, atol=1e-5)
 
@@ -225,18 +226,18 @@ def test_phone_error_is_measured_row_by_row():
     task = linguistic_task()
     task.model.eval()
     rows = np.arange(len(task.data.lengths))
-    whole = task.evaluate(task.data, rows)
-    assert 0 < whole and whole == pytest.approx(task.evaluate(task.data, rows, budget=1))
+    whole = task.evaluate(rows)
+    assert 0 < whole and whole == pytest.approx(task.evaluate(rows, budget=1))
     task = quantising_task()
     task.model.eval()
     task.decoder.eval()
-    error, melody = task.evaluate(task.data, rows)
-    assert (error, melody) == pytest.approx(task.evaluate(task.data, rows, budget=5), rel=1e-3) and melody > 0
+    error, melody = task.evaluate(rows)
+    assert (error, melody) == pytest.approx(task.evaluate(rows, budget=5), rel=1e-3) and melody > 0
 
 
 def test_the_quantiser_comes_when_its_time_has_come():
     task = semantic_task(quantise_from=0.5)
-    embed = task.model.quantizer._codebook.embed
+    embed = task.codebook
     task.event(0.49)
     assert not task.quantising and not embed.any()
     assert "perplexity" not in task.loss(task.batch(np.random.default_rng(0)), 0)[1]
@@ -265,7 +266,7 @@ def test_gradients_pass_straight_through_the_quantiser():
     batch = task.batch(np.random.default_rng(0))
     loss, wanted = gradients(task, batch)
     with torch.no_grad():
-        hidden, mask = task._hidden(batch["x"], batch["lengths"])
+        hidden, mask = task.hidden(batch["x"], batch["lengths"])
     codebook = F.normalize(hidden[mask], dim=-1)
     task.model.quantizer._codebook.embed = codebook
     task.config = CONFIG.semantic.__class__(**{**vars(CONFIG.semantic), "n_codebook_size": len(codebook)})
@@ -284,13 +285,13 @@ def test_rough_codes_still_teach_the_encoder():
 
 def test_dead_codes_are_seeded_again_and_live_ones_follow_their_rows():
     task = quantising_task()
-    embed, size = task.model.quantizer._codebook.embed, task.register.size
+    embed, size = task.codebook, task.register.size
     embed[3], task.register.total[3], size[3] = 9.0, 9.0, 0.01  # nobody is near
     generator = torch.Generator().manual_seed(0)
     unit = F.normalize(torch.randn(2, 40, CONFIG.semantic.n_audio_state, generator=generator), dim=-1)
     mask = torch.arange(40)[None] < torch.tensor([[40], [25]])
     before = embed.clone()
-    quantised, codes = task._quantise(unit, mask)
+    quantised, codes = task.quantise(unit, mask)
     flat = unit[mask]
     assert torch.cdist(embed[3:4], flat).min() < 1e-4 and size[3] == 1
     assert torch.equal(quantised[mask], embed[codes]) and not quantised[~mask].any() and (codes != 3).all()
@@ -299,7 +300,7 @@ def test_dead_codes_are_seeded_again_and_live_ones_follow_their_rows():
     assert (embed[code] - mean).norm() < (before[code] - mean).norm()
     task.model.eval()
     kept = embed.clone()
-    task._quantise(unit, mask)
+    task.quantise(unit, mask)
     assert torch.equal(embed, kept)
 
 
@@ -307,7 +308,7 @@ def test_the_codebook_is_used():
     task = quantising_task()
     logs = [task.loss(task.batch(np.random.default_rng(seed)), seed)[1] for seed in range(10)]
     assert np.mean([log["perplexity"].item() for log in logs]) > 0.4 * CONFIG.semantic.n_codebook_size
-    codes = [task.model.quantize(task._hidden(*task.data.gather([i]))[0]) for i in range(24)]
+    codes = [task.model.quantize(task.hidden(*task.data.gather([i]))[0]) for i in range(24)]
     assert len(torch.cat([c.flatten() for c in codes]).unique()) > 0.6 * CONFIG.semantic.n_codebook_size
 
 
@@ -344,7 +345,7 @@ def test_codes_of_a_padded_batch_are_those_of_each_alone():
     task.model.eval()
     x, lengths = task.data.gather([0, 5, 9])
     with torch.no_grad():
-        together = task.model.quantize(task._hidden(x, lengths)[0])
+        together = task.model.quantize(task.hidden(x, lengths)[0])
         for row, index in enumerate([0, 5, 9]):
-            alone = task.model.quantize(task._hidden(*task.data.gather([index]))[0])[0]
+            alone = task.model.quantize(task.hidden(*task.data.gather([index]))[0])[0]
             assert torch.equal(together[row, : lengths[row]], alone)
