@@ -149,7 +149,7 @@ def test_a_question_is_said_again_until_it_sounds_as_wanted(monkeypatch, tmp_pat
 
 def test_a_class_that_cannot_be_reached_is_one_sentence(monkeypatch, tmp_path):
     tones.install(monkeypatch)
-    monkeypatch.setitem(V.CLASSES, "fast", (("rate", 50, 99),))
+    monkeypatch.setitem(V.CLASSES, "fast", {"rate": [50, 99]})
     asked = [item for item in K.plan(0.001) if item.want == "fast"][:1]
     with pytest.raises(RuntimeError, match="became fast in 60 tries"):
         K.speak(asked, tmp_path, workers=1, progress=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pocketsphinx
 import pytest
 
-from aqaa.corpus import curriculum
 from aqaa.corpus import facts as F
 from aqaa.corpus import intents as C
 from aqaa.corpus import voices as V
@@ -139,11 +138,6 @@ def test_words_of_new_wordings_and_read_only_facts_are_heard_elsewhere():
 
 def test_same_seed_same_plan_and_other_seed_another():
     assert plan_hash(plan(0.01)) == plan_hash(plan(0.01)) != plan_hash(plan(0.01, seed=1))
-
-
-def test_registering_twice_is_refused():
-    with pytest.raises(ValueError, match="registered twice"):
-        C.register("sum", curriculum.LOGIC, 1, "what", ())
 
 
 def test_letters_are_said_by_their_names():

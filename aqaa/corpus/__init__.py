@@ -1,1 +1,1 @@
-"""What is said, by whom, and how: plan, voices, recordings and codes. For evaluation and training; imports no model."""
+"""What is said, by whom, and how: plan, voices, recordings and codes."""

@@ -1,4 +1,5 @@
 """Codes of the corpus: stored, read, counted."""
+
 import math
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from aqaa.files import reading, replacing
 
 
 def usage(codes, size):
-    """{"size", "used", "perplexity", "entropy_bits"} of codes (N,), or a list of such arrays, in [0, size).
+    """{"size", "used", "perplexity", "entropy_bits"} of codes (N,) in [0, size), or a list of such.
 
-    Perplexity equals `size` when all codes are equally frequent. Raises ValueError for no codes, or codes outside.
+    Perplexity equals `size` when all codes are equally frequent. Raises ValueError for no codes, or
+    codes outside.
     """
     rows = codes if len(codes) and np.ndim(codes[0]) else [codes]
     codes = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
@@ -18,14 +20,15 @@ def usage(codes, size):
         raise ValueError("there are no codes to count")
     if not 0 <= codes.min() <= codes.max() < size:
         raise ValueError(f"codes must lie in 0..{size - 1}; found {codes.min()}..{codes.max()}")
-    share = np.bincount(codes, minlength=size) / len(codes)
-    share = share[share > 0]
-    entropy = float(-(share * np.log(share)).sum())
-    return {"size": size, "used": len(share), "perplexity": math.exp(entropy), "entropy_bits": entropy / math.log(2)}
+    probs = np.bincount(codes, minlength=size) / len(codes)
+    probs = probs[probs > 0]
+    entropy = float(-(probs * np.log(probs)).sum())  # nats
+    perplexity, bits = math.exp(entropy), entropy / math.log(2)
+    return {"size": size, "used": len(probs), "perplexity": perplexity, "entropy_bits": bits}
 
 
 def store_codes(folder, items, linguistic, semantic):
-    """Write codes.npz: the code sequences of each item, small enough to travel (10 bits a code before compression)."""
+    """Write codes.npz: the code sequences of each item, small enough to travel."""
     pairs = list(zip(linguistic, semantic, strict=True))
     with replacing(Path(folder) / "codes.npz") as part, open(part, "wb") as file:
         np.savez_compressed(
@@ -39,8 +42,8 @@ def store_codes(folder, items, linguistic, semantic):
 def load_codes(folder, items, shipped=None):
     """List of (linguistic, semantic) int arrays, in the order of `items`, from folder/codes.npz.
 
-    shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if there are none at
-    all, ValueError if they are damaged, or of other utterances.
+    shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if
+    there are none at all, ValueError if they are damaged, or of other utterances.
     """
     path = Path(folder) / "codes.npz"
     if not path.exists() and shipped:
@@ -48,11 +51,11 @@ def load_codes(folder, items, shipped=None):
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
     with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
-        names, lengths, flat = file["ids"], file["lengths"].astype(np.int64), file["codes"].astype(np.int64)
-    ends = lengths.reshape(-1).cumsum()
-    parts = np.split(flat, ends[:-1])
-    found = {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(names.tolist())}
-    missing = [item.id for item in items if item.id not in found]
-    if missing:
-        raise ValueError(f"{path} has no codes of {missing[0]}: it belongs to another corpus, run `aqaa train codes`")
-    return [found[item.id] for item in items]
+        names = file["ids"].tolist()
+        lengths, codes = (file[key].astype(np.int64) for key in ("lengths", "codes"))
+    parts = np.split(codes, lengths.reshape(-1).cumsum()[:-1])
+    pairs = dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
+    if missing := [item.id for item in items if item.id not in pairs]:
+        fix = "it belongs to another corpus, run `aqaa train codes`"
+        raise ValueError(f"{path} has no codes of {missing[0]}: {fix}")
+    return [pairs[item.id] for item in items]

@@ -1,12 +1,18 @@
 """Dialogues of the corpus as ids."""
+
 from dataclasses import dataclass
 
-from aqaa.tokenizers.text import normalise
+from aqaa.corpus.codes import load_codes
+from aqaa.corpus.plan import asked_in, plan
+from aqaa.files import data_folder
+from aqaa.tokenizers import dialogue, interleave
+from aqaa.tokenizers.text import normalise, tagged
+from aqaa.weights import model_folder
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A question and its answer as ids; the answer begins at `start`. answer: its words as they are judged."""
+    """A question and its answer as ids; the answer begins at `start`. answer: its words, judged."""
 
     ids: list
     start: int
@@ -18,34 +24,32 @@ class Dialogue:
 
 
 def dialogues(source="mini", split="eval", count=None, seed=0):
-    """Spoken dialogues of the mini's corpus, from the codes that lie beside its weights: a list of Dialogue.
+    """Spoken dialogues of the mini's corpus, from the codes beside its weights: [Dialogue, …].
 
-    They are spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or OSError.
+    They are spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or
+    OSError.
     """
-    from aqaa import files
-    from aqaa.corpus.codes import load_codes
-    from aqaa.corpus.plan import plan
-    from aqaa.tokenizers import dialogue, interleave
-    from aqaa.tokenizers.text import tagged
-    from aqaa.weights import model_folder
-
     folder = model_folder.find(source)
-    config = model_folder.read_config(folder)
-    text = model_folder.read_text(folder, config.ids.n_text)
+    ids = model_folder.read_config(folder).ids
+    text = model_folder.read_text(folder, ids.n_text)
     items = plan(seed=seed)
-    asked = [item for item in items if item.role == "question" and item.split == split]
+    asked = asked_in(items, split)
     step = max(1.0, len(asked) / count) if count else 1.0
     asked = [asked[int(i * step)] for i in range(min(count or len(asked), len(asked)))]
     wanted = {item.answer_id for item in asked}
     spoken = [item for item in items if item.role == "answer" and item.answer_id in wanted]
-    codes = load_codes(files.data_folder() / "codes", [*asked, *spoken])
-    sounds = [interleave.merge(*pair, config.ids) for pair in codes]
-    answers = {item.answer_id: (item, sound) for item, sound in zip(spoken, sounds[len(asked) :], strict=True)}
-    layout, found = dialogue.layout(), []
-    for item, sound in zip(asked, sounds[: len(asked)], strict=True):
-        answer, answer_sound = answers[item.answer_id]
-        prompt = dialogue.prompt([("user", sound)], text, config.ids)
+    codes = load_codes(data_folder() / "codes", [*asked, *spoken])
+    audio = {
+        item.id: interleave.merge(*pair, ids)
+        for item, pair in zip([*asked, *spoken], codes, strict=True)
+    }
+    answers = {item.answer_id: item for item in spoken}
+    layout = dialogue.layout()
+    result = []
+    for item in asked:
+        answer = answers[item.answer_id]
+        prompt = dialogue.prompt([("user", audio[item.id])], text, ids)
         words = text.encode(tagged(answer.text, answer.manner))
-        reply = layout.arrange(words, answer_sound, config.ids)
-        found.append(Dialogue(prompt + reply, len(prompt), normalise(item.answer)))
-    return found
+        reply = layout.arrange(words, audio[answer.id], ids)
+        result.append(Dialogue(prompt + reply, len(prompt), normalise(item.answer)))
+    return result

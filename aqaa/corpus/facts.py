@@ -1,44 +1,61 @@
-"""Words and wordings of the curriculum, from curriculum.toml: facts a child knows, in words a recogniser knows."""
+"""Facts a child knows, in words a recogniser knows; the words stand in curriculum.toml."""
 
+import hashlib
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = tomllib.loads((Path(__file__).parent / "curriculum.toml").read_text(encoding="utf-8"))
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
 ).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that can be asked: the wording's slots, the answer's words and their manner.
+
+    `want` names an acoustic class that the question's sound must have ("fast", "low", …), or is
+    empty. `read_only` facts are never asked by voice in training; they appear in text alone.
+    """
+
+    slots: tuple  # ((name, words), …)
+    answer: str
+    manner: str = "normal"
+    want: str = ""
+    read_only: bool = False
+
+    @property
+    def key(self):
+        return " ".join(value for _, value in self.slots) or self.want
+
+
+def stable_hash(*parts):
+    """A number that is the same on every machine."""
+    return int.from_bytes(hashlib.md5("|".join(parts).encode()).digest()[:6], "big")
 
 
 def number(n):
-    """English words of an integer 0..100, for example 35 -> "thirty five"."""
+    """English words of an integer 0..100, for example 35 -> "thirty five". Raises ValueError."""
     if not 0 <= n <= 100:
         raise ValueError(f"number() spells 0 to 100, not {n}")
     if n == 100:
         return "one hundred"
     if n < 20:
-        return _UNITS[n]
+        return UNITS[n]
     tens, unit = divmod(n, 10)
-    return _TENS[tens - 2] + (f" {_UNITS[unit]}" if unit else "")
+    return f"{TENS[tens - 2]} {UNITS[unit]}" if unit else TENS[tens - 2]
 
 
-def _words(name):
+def words(name):
     return SCRIPT["words"][name].split()
 
 
-def _phrases(name):
+def phrases(name):
     return tuple(" ".join(phrase.split()) for phrase in SCRIPT["words"][name].split(","))
 
 
-def _pairs(name):
-    return tuple(tuple(phrase.split()) for phrase in _phrases(name))
-
-
-DAYS, MONTHS, SPELLED, ECHOED = map(_words, ("DAYS", "MONTHS", "SPELLED", "ECHOED"))
-OPPOSITES, PLURALS, CAPITALS, COLORS, SOUNDS = map(_pairs, ("OPPOSITES", "PLURALS", "CAPITALS", "COLORS", "SOUNDS"))
-GROUPS = {name: words.split() for name, words in SCRIPT["words"]["GROUPS"].items()}
-SENTENCES = _phrases("SENTENCES")
-ASKING, ORDERING, CLOSERS = map(_phrases, ("ASKING", "ORDERING", "CLOSERS"))
-SUBJECTS, VERBS, OBJECTS, PLACES = map(_phrases, ("SUBJECTS", "VERBS", "OBJECTS", "PLACES"))
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+def pairs(name):
+    return [phrase.split() for phrase in phrases(name)]

@@ -1,37 +1,18 @@
-"""The small form in which the mini's curriculum is written, and what can be asked of it.
+"""What can be asked, and in which wordings: the intents of curriculum.toml with their facts.
 
-A wording is an opener, a core and a closer. Whole cores are held out (never heard in any form), a hash holds out some
-facts of every other core, and some facts are only ever read. `curriculum` registers the intents.
+A wording is an opener, a core and a closer. Whole cores are held out (never heard in any form), a
+hash holds out some facts of every other core, and some facts are only ever read.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache
 
-from aqaa.corpus import facts as F
+from aqaa.corpus.curriculum import FACTS
+from aqaa.corpus.facts import SCRIPT, phrases, stable_hash
 
-ASKS = set("what how which is am do does who high happy fast a one after before".split())  # else a core orders
-INTENTS = {}
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One thing that can be asked: slots of the wording, the answer's words and the manner they are said in.
-
-    `want` names an acoustic class that the question's sound itself must have ("fast", "low", …), or is empty.
-    `read_only` facts are never asked by voice in training; they appear in text alone.
-    """
-
-    slots: tuple  # ((name, words), …)
-    answer: str
-    manner: str = "normal"
-    want: str = ""
-    read_only: bool = False
-
-    @property
-    def key(self):
-        return " ".join(value for _, value in self.slots) or self.want
+ASKS = set("what how which is am do does who high happy fast a one after before".split())
+ASKING, ORDERING, CLOSERS = map(phrases, ("ASKING", "ORDERING", "CLOSERS"))
 
 
 @dataclass(frozen=True)
@@ -49,36 +30,46 @@ class Intent:
     def allowed(self, core):
         """Facts that training may ask in this core (a held-out core gets all)."""
         closed = set() if core in self.held_out else {fact.key for fact in self.closed(core)}
-        return [fact for fact in self.facts if not fact.read_only and fact.key not in closed]
+        return [fact for fact in self.known() if fact.key not in closed]
 
     def closed(self, core):
         """Facts never asked in this training core, though asked in others."""
         if not self.hold_one_in:
             return []
-        known = [fact for fact in self.facts if not fact.read_only]
-        return [fact for fact in known if core in _closed(self.name, self.cores, fact.key, self.hold_one_in)]
+        options = (self.name, self.cores, self.hold_one_in)
+        return [fact for fact in self.known() if core in _closed(fact.key, *options)]
 
-
-def stable_hash(*parts):
-    return int.from_bytes(hashlib.md5("|".join(parts).encode()).digest()[:6], "big")
+    def known(self):
+        """Facts that are asked by voice in training."""
+        return [fact for fact in self.facts if not fact.read_only]
 
 
 @cache  # every core asks again
-def _closed(name, cores, key, one_in):
-    """The training cores of an intent in which the fact `key` is never asked: some, but never all of them."""
+def _closed(key, name, cores, one_in):
+    """The training cores of an intent in which the fact `key` is never asked: some, not all."""
     closed = frozenset(core for core in cores if stable_hash(name, core, key) % one_in == 0)
     return frozenset() if len(closed) == len(cores) else closed
 
 
-def register(name, category, renders, wordings, facts, hold_one_in=8, later="", later_renders=0):
-    """Add an intent. `wordings` (and `later`) is one string, a core a line; a line starting with * is held out."""
-    lines, joined = ([line.strip() for line in text.strip().splitlines()] for text in (wordings, later))
-    cores = tuple(line for line in lines if not line.startswith("*"))
-    held_out = tuple(line[1:].strip() for line in lines if line.startswith("*"))
-    if name in INTENTS:
-        raise ValueError(f"intent {name!r} is registered twice; choose another name")
-    facts, joined = tuple(facts), tuple(joined)
-    INTENTS[name] = Intent(name, category, cores, held_out, facts, renders, hold_one_in, joined, later_renders)
+def _intent(name, entry):
+    """The intent of an entry of curriculum.toml: a core a line, * marks those that are held out."""
+    entry = {**SCRIPT["like"].get(entry.get("like"), {}), **entry}
+    lines = {}
+    for key in ("wordings", "later"):
+        text = entry.get(key, "")
+        for mark, words in entry.get("marks", {}).items():
+            text = text.replace(f"<{mark}>", words)
+        lines[key] = tuple(line.strip() for line in text.strip().splitlines())
+    options = ("category", "renders", "hold_one_in", "later_renders")
+    return Intent(
+        name, facts=FACTS[name], later=lines["later"],
+        cores=tuple(line for line in lines["wordings"] if not line.startswith("*")),
+        held_out=tuple(line[1:].strip() for line in lines["wordings"] if line.startswith("*")),
+        **{key: entry[key] for key in options if key in entry},
+    )  # fmt: skip
+
+
+INTENTS = {name: _intent(name, entry) for name, entry in SCRIPT["intents"].items()}
 
 
 def fill(core, fact):
@@ -86,30 +77,22 @@ def fill(core, fact):
     return core.format(**dict(fact.slots))
 
 
-def openers(core):
-    return F.ASKING if core.startswith("{") or core.split()[0] in ASKS else F.ORDERING
-
-
-def closers(core):
-    return ("",) if core.endswith("{x}") else F.CLOSERS  # after words to be repeated a closer would be ambiguous
-
-
 def wording(core, fact, rng):
-    """One question text: about half of the cores stand bare, the others get an opener, a closer or both."""
-    opener = rng.choice(openers(core)) if rng.random() < 0.6 else ""
-    closer = rng.choice(closers(core)) if rng.random() < 0.3 else ""
+    """One question text: about half of the cores stand bare, others get an opener or a closer."""
+    asks = core.startswith("{") or core.split()[0] in ASKS
+    closers = ("",) if core.endswith("{x}") else CLOSERS  # behind words to be repeated: ambiguous
+    opener = rng.choice(ASKING if asks else ORDERING) if rng.random() < 0.6 else ""
+    closer = rng.choice(closers) if rng.random() < 0.3 else ""
     text = " ".join(part for part in (opener, fill(core, fact), closer) if part)
     return re.sub(r"\b(please|now) (.*) \1$", r"\1 \2", text)
 
 
-def core_pattern(core):
-    """A regular expression that finds this core in a text, whatever its slots hold."""
-    escaped = re.escape(core).replace(r"\ ", " ")
-    return re.compile(r"\b" + re.sub(r"\\{\w+\\}", r"[a-z' ]+?", escaped) + r"(?= |$)")
-
-
 def held_out_patterns():
-    return [core_pattern(core) for intent in INTENTS.values() for core in intent.held_out]
+    """Regular expressions that find the held-out cores in a text, whatever their slots hold."""
+    cores = [core for intent in INTENTS.values() for core in intent.held_out]
+    texts = [re.escape(core).replace(r"\ ", " ") for core in cores]
+    texts = [re.sub(r"\\{\w+\\}", "[a-z' ]+?", text) for text in texts]
+    return [re.compile(rf"\b{text}(?= |$)") for text in texts]
 
 
 def bare_questions():
@@ -123,6 +106,6 @@ def bare_questions():
 
 
 def said_as(text):
-    """What an engine is given for a text: a lone letter a inside a spelling is said as its name."""
+    """What an engine is given for a text: a lone letter a in a spelling is said as its name."""
     head, mark, letters = text.partition(" is spelled ")
     return f"{head}{mark}{re.sub(r'a(?= |$)', 'ay', letters)}" if mark and " " in letters else text

@@ -1,7 +1,7 @@
 """The spoken corpus of the mini: a plan is spoken into shards, and read back.
 
-A shard is a .npy of concatenated int16 samples at 16 kHz and a .jsonl with one Item a line; both appear whole or not at
-all, the .jsonl last, so whatever is interrupted goes on where it stopped.
+A shard is a .npy of concatenated int16 samples at 16 kHz and a .jsonl with one Item a line; both
+appear whole or not at all, the .jsonl last, so whatever is interrupted goes on where it stopped.
 """
 
 import json
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -18,13 +18,15 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from aqaa import files
 from aqaa.corpus import voices as V
 from aqaa.corpus.intents import said_as
-from aqaa.corpus.plan import CELLS, Item, as_line, plan, plan_hash, texts  # noqa: F401  (the public door)
-from aqaa.files import probe, read_object, reading, replacing, scratch, sweep, sweep_scratch, write_json
+from aqaa.corpus.plan import CELLS, Item, plan, plan_hash
+from aqaa.files import reading, replacing
 
 PER_SHARD = 400
-AGAIN = "remove it and the file of the same name beside it, and run `aqaa train corpus --resume`"
+RESUME = "run `aqaa train corpus --resume`"
+AGAIN = f"remove it and the file of the same name beside it, and {RESUME}"
 TRIES = 60  # renders until the sound is clearly of the wanted class
 VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
 
@@ -32,37 +34,38 @@ VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
 def speak(items, folder, workers=2, progress=True):
     """Speak Items into `folder`; shards already there are kept. Returns the Corpus.
 
-    Raises FileNotFoundError when a synthesizer is missing, ValueError when the folder holds another plan, WriteError
-    when it cannot be written.
+    Raises FileNotFoundError when a synthesizer is missing, ValueError when the folder holds another
+    plan, WriteError when it cannot be written.
     """
     V.check_engines({item.voice for item in items})
     folder = Path(folder)
-    probe(folder)
-    sweep(folder)
-    sweep_scratch()
+    files.probe(folder)
+    files.sweep(folder)
+    files.sweep_scratch()
     shards = [items[i : i + PER_SHARD] for i in range(0, len(items), PER_SHARD)]
     head = {"hash": plan_hash(items), "items": len(items), "shards": len(shards)}
-    if (folder / "plan.json").exists():
-        if _head(folder).get("hash") != head["hash"]:
-            raise ValueError(f"{folder} holds a corpus of another plan; give another folder or remove this one.")
-    else:
-        write_json(folder / "plan.json", head)
+    if not (folder / "plan.json").exists():
+        files.write_json(folder / "plan.json", head)
+    elif _head(folder).get("hash") != head["hash"]:
+        fix = "give another folder or remove this one"
+        raise ValueError(f"{folder} holds a corpus of another plan; {fix}.")
     todo = [i for i in range(len(shards)) if not _names(folder, i)[1].exists()]
     done = len(items) - sum(len(shards[i]) for i in todo)
-    with tqdm(total=len(items), initial=done, unit="utt", disable=not progress, desc="speaking") as bar:
+    bar = tqdm(total=len(items), initial=done, unit="utt", disable=not progress, desc="speaking")
+    with bar:
         if workers < 2:
             for i in todo:
                 bar.update(_speak_shard(i, shards[i], folder))
-        else:
-            context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half-alive
-            with ProcessPoolExecutor(workers, context, initializer=_leave_quietly) as pool:
-                futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
-                try:
-                    for future in as_completed(futures):
-                        bar.update(future.result())
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            return Corpus(folder)
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
+        with ProcessPoolExecutor(workers, context, _leave_quietly) as pool:
+            futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
+            try:
+                for future in as_completed(futures):
+                    bar.update(future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return Corpus(folder)
 
 
@@ -77,18 +80,22 @@ class Corpus:
         self._items, self._shards = [], {}
         for path in sorted(self.folder.glob("shard_*.jsonl")):
             with reading(path, AGAIN):
-                lines = path.read_text(encoding="utf-8").splitlines()
-                self._items += [Item(**json.loads(line)) for line in lines]
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    self._items.append(Item(**json.loads(line)))
 
     @property
     def complete(self):
         return len(self._items) == self.head["items"]
 
     def items(self, role=None, split=None, cell=None):
-        """Items with the given role (question | generic | answer), split (train | dev | eval) and cell."""
+        """Items with the given role, split and cell (see plan.Item)."""
         asked = {"role": role, "split": split, "cell": cell}
         asked = {name: value for name, value in asked.items() if value is not None}
-        return [item for item in self._items if all(getattr(item, name) == value for name, value in asked.items())]
+        return [
+            item
+            for item in self._items
+            if all(getattr(item, name) == value for name, value in asked.items())
+        ]
 
     def wav(self, item):
         """int16 samples (N,) at 16 kHz."""
@@ -109,7 +116,7 @@ def _names(folder, index):
 
 def _head(folder):
     """plan.json: {"hash", "items", "shards"}. Raises ModelError."""
-    return read_object(folder / "plan.json", "remove it, and run `aqaa train corpus --resume`")
+    return files.read_object(folder / "plan.json", f"remove it, and {RESUME}")
 
 
 def _leave_quietly():
@@ -126,11 +133,12 @@ def _speak_shard(index, items, folder):
         item = replace(item, phones=phones[said_as(item.text)], shard=index, offset=offset)
         wav = _insist(item) if item.want else _finish(item, *next(sounds), 0)
         if not len(wav) or not wav.any():
-            raise RuntimeError(f"{item.voice} said nothing for {item.text!r}; is the synthesizer installed whole?")
+            fault = f"{item.voice} said nothing for {item.text!r}"
+            raise RuntimeError(f"{fault}; is the synthesizer installed whole?")
         item.length = len(wav)
         offset += len(wav)
         wavs.append(wav)
-        lines.append(as_line(item))
+        lines.append(json.dumps(asdict(item), separators=(",", ":")))
     npy, jsonl = _names(folder, index)
     with replacing(npy) as part, open(part, "wb") as file:
         np.save(file, np.concatenate(wavs))
@@ -161,7 +169,7 @@ def _finish(item, samples, rate, attempt):
         speech = V.trim(V.to_16k(samples, rate, how.playback))
         measured = V.measure(speech, syllables)
         wav = V.vary(speech, how, np.random.default_rng([item.seed & 0xFFFFFFFF, attempt, 1]))
-    item.f0, item.spread, item.rate = measured["f0"], measured["spread"], measured["rate"]
+    vars(item).update(measured)
     return wav
 
 
@@ -173,29 +181,33 @@ def _insist(item):
             item.voice = V.pick(_generator(item, attempt + TRIES), pool, item.want)
         (sound,) = V.synthesize([(item.voice, item.text, _how(item, attempt))])
         wav = _finish(item, *sound, attempt)
-        if V.belongs(dict(f0=item.f0, spread=item.spread, rate=item.rate), item.want):
+        if V.belongs(vars(item), item.want):
             return wav
-    raise RuntimeError(f"no render of {item.text!r} became {item.want} in {TRIES} tries; widen voices.CLASSES.")
+    fault = f"no render of {item.text!r} became {item.want} in {TRIES} tries"
+    raise RuntimeError(f"{fault}; widen the classes of voices.toml.")
 
 
 def phones_of(lines):
     """CMU phones, without pauses, of each text, by flite's front end -> {text: [phone, …]}.
 
-    The voice matters: kal merges "ah" with "aa". slt does not, and is quick when its speech has next to no duration.
+    The voice matters: kal merges "ah" with "aa". slt does not, and is quick when its speech has
+    next to no duration.
     """
-    command = ["flite", "-voice", "slt", "--setf", "duration_stretch=0.02", "-ps", "-o", "none", "-f"]
-    with scratch() as folder:
+    command = "flite -voice slt --setf duration_stretch=0.02 -ps -o none -f".split()
+    with files.scratch() as folder:
         path = folder / "lines.txt"
         path.write_text("\n\n".join(f"{line}." for line in lines), encoding="utf-8")
         done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
-    if len(said) != len(lines):
-        raise RuntimeError(f"flite made {len(said)} utterances of {len(lines)} texts; its front end has changed.")
-    return {text: [p for p in line.split() if p != "pau"] for text, line in zip(lines, said, strict=True)}
+    spoken = [[p for p in line.split() if p != "pau"] for line in done.stdout.splitlines()]
+    if len(spoken) != len(lines):
+        fault = f"flite made {len(spoken)} utterances of {len(lines)} texts"
+        raise RuntimeError(f"{fault}; its front end has changed.")
+    return dict(zip(lines, spoken, strict=True))
 
 
 def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
-    """Plan and speak; without `resume` a folder that already holds shards is an error. Returns the Corpus."""
+    """Plan and speak. Returns the Corpus. Raises ValueError when `folder` already holds shards and
+    `resume` is not wanted."""
     if not resume and list(Path(folder).glob("shard_*")):
         raise ValueError(f"{folder} already holds shards; resume them or give another folder.")
     corpus = speak(plan(scale, seed), folder, workers)
@@ -205,13 +217,13 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
 
 
 def export_questions(corpus, folder, per_category=5, seed=0):
-    """Write a few evaluation renders of each category as wavs with questions.json; returns its entries.
-
-    Cells come in turn, so seen and new wordings and voices all appear. Read-only facts are left out.
+    """Write a few evaluation renders of each category as wavs, with questions.json; returns what
+    that holds. Cells come in turn, but read-only facts are left out.
     """
     folder, rng = Path(folder), Random(f"questions {seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    stock = [item for item in corpus.items(role="question", split="eval") if item.cell != "read_only"]
+    stock = corpus.items(role="question", split="eval")
+    stock = [item for item in stock if item.cell != "read_only"]
     entries = []
     for category in sorted({item.category for item in stock}):
         taken = set()
@@ -224,14 +236,11 @@ def export_questions(corpus, folder, per_category=5, seed=0):
             taken.add(item.intent)
             name = f"{item.intent}_{item.id}.wav"
             with replacing(folder / name) as part:
-                soundfile.write(part, corpus.wav(item), V.SAMPLE_RATE, subtype="PCM_16", format="WAV")
-            entries.append(_entry(item, name))
-    write_json(folder / "questions.json", entries)
+                soundfile.write(part, corpus.wav(item), V.SAMPLE_RATE, "PCM_16", format="WAV")
+            entries.append(
+                dict(file=name, transcript=item.text, answer=item.answer, manner=item.manner)
+                | dict(category=item.category, intent=item.intent, voice=item.voice)
+                | dict(voice_seen=item.voice in V.TRAINING, cell=item.cell)
+            )
+    files.write_json(folder / "questions.json", entries)
     return entries
-
-
-def _entry(item, name):
-    return dict(
-        file=name, transcript=item.text, answer=item.answer, manner=item.manner, category=item.category,
-        intent=item.intent, voice=item.voice, voice_seen=item.voice in V.TRAINING, cell=item.cell,
-    )
