@@ -76,10 +76,20 @@ def no_plots(request, monkeypatch):
         monkeypatch.setattr(Trainer, "_plot", lambda self: None)
 
 
+def trainer(task, folder, steps=STEPS, **options):
+    return Trainer(task, folder, "toy", steps, quiet=True, **options)
+
+
 def train(task, folder, **options):
-    trainer = Trainer(task, folder, "toy", options.pop("steps", STEPS), quiet=True, **options)
-    trainer.run()
-    return trainer
+    runner = trainer(task, folder, **options)
+    runner.run()
+    return runner
+
+
+def interrupted(task, folder, **options):
+    with pytest.raises(KeyboardInterrupt):
+        train(task, folder, **options)
+    return task
 
 
 def weights(task):
@@ -110,10 +120,7 @@ def whole(tmp_path_factory):
 def test_an_interrupted_run_ends_with_the_same_bits(whole, tmp_path, kind, stops):
     seen = []
     for stop in stops:
-        task = kind(stop=stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(task, tmp_path, resume=True)
-        seen += task.seen
+        seen += interrupted(kind(stop=stop), tmp_path, resume=True).seen
     task = kind()
     train(task, tmp_path, resume=True)
     reference, folder = whole[kind]
@@ -125,11 +132,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole, tmp_path, kind, stops
 
 def test_rows_after_the_checkpoint_are_not_doubled(tmp_path):
     """A crash loses what came after the last checkpoint, but its rows are in the log already."""
-    with pytest.raises(KeyboardInterrupt):
-        train(Task(stop=20), tmp_path)
+    interrupted(Task(stop=20), tmp_path)
     early = (tmp_path / "toy.ckpt").read_bytes()
-    with pytest.raises(KeyboardInterrupt):
-        train(Task(stop=42), tmp_path, resume=True)
+    interrupted(Task(stop=42), tmp_path, resume=True)
     before = read_log(tmp_path / "toy.csv")
     (tmp_path / "toy.ckpt").write_bytes(early)
     train(Task(), tmp_path, resume=True)
@@ -139,20 +144,19 @@ def test_rows_after_the_checkpoint_are_not_doubled(tmp_path):
 
 
 def test_a_finished_run_is_not_continued(tmp_path):
-    task = Task()
-    train(task, tmp_path)
-    log, again = (tmp_path / "toy.csv").read_bytes(), Task()
-    trainer = train(again, tmp_path, resume=True)
-    assert again.seen == [] and trainer.step == STEPS
-    assert equal(weights(again), weights(task)) and (tmp_path / "toy.csv").read_bytes() == log
+    first = train(Task(), tmp_path)
+    log = (tmp_path / "toy.csv").read_bytes()
+    again = train(Task(), tmp_path, resume=True)
+    assert again.task.seen == [] and again.step == STEPS
+    assert equal(weights(again.task), weights(first.task)) and (tmp_path / "toy.csv").read_bytes() == log
 
 
 def test_without_resume_a_run_begins_anew(tmp_path):
-    train(Task(), tmp_path, seed=3)
-    first, task = (tmp_path / "toy.csv").read_text(encoding="utf-8"), Task()
-    train(task, tmp_path, seed=4)
-    assert len(task.seen) == STEPS and len(read_log(tmp_path / "toy.csv")) == 3
-    assert (tmp_path / "toy.csv").read_text(encoding="utf-8") != first
+    logs = []
+    for seed in (3, 4):
+        assert len(train(Task(), tmp_path, seed=seed).task.seen) == STEPS
+        logs.append(read_log(tmp_path / "toy.csv"))
+    assert len(logs[1]) == 3 and logs[0] != logs[1]
 
 
 def test_resuming_what_never_began_is_a_new_run(tmp_path):
@@ -164,9 +168,7 @@ def test_resuming_what_never_began_is_a_new_run(tmp_path):
 def test_batches_follow_seed_and_step(whole, tmp_path):
     reference = whole[Task][0]
     for seed, same in ((0, True), (1, False)):
-        task = Task()
-        train(task, tmp_path, seed=seed)
-        assert torch.equal(task.seen[9], reference.seen[9]) == same
+        assert torch.equal(train(Task(), tmp_path, seed=seed).task.seen[9], reference.seen[9]) == same
     assert not torch.equal(reference.seen[0], reference.seen[1])
 
 
@@ -205,8 +207,7 @@ def test_a_second_interrupt_ends_at_once_and_saves_nothing(tmp_path):
             return super().loss(batch, step)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(Impatient(), tmp_path)
+    interrupted(Impatient(), tmp_path)
     assert loop.load_checkpoint(tmp_path / "toy.ckpt", "cpu", "")["step"] == 0
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -216,31 +217,27 @@ def test_a_second_interrupt_ends_at_once_and_saves_nothing(tmp_path):
 def test_a_step_that_breaks_off_is_not_saved(whole, tmp_path, monkeypatch, place, fault):
     def broken(function, late=False):
         def call(*args, **options):
-            found = function(*args, **options) if late else None
-            if trainer.step == 19:
+            result = function(*args, **options) if late else None
+            if runner.step == 19:
                 raise fault
-            return found if late else function(*args, **options)
+            return result if late else function(*args, **options)
 
         return call
 
     task = Task()
-    trainer = Trainer(task, tmp_path, "toy", STEPS, quiet=True)
-    last = trainer.optimizers["muon"]
+    runner = trainer(task, tmp_path)
+    last = runner.optimizers["muon"]
     owner, name, late = {
         "batch": (task, "batch", True), "loss": (task, "loss", True),
         "backward": (torch.nn.utils, "clip_grad_norm_", True), "between the optimizers": (last, "step", False),
         "after them": (last, "step", True), "the log": (loop, "write_rows", False),
     }[place]  # fmt: skip
     with monkeypatch.context() as patch:
-        if place == "the log":
-            patch.setattr(loop, "write_rows", lambda *_: (_ for _ in ()).throw(fault))
-        else:
-            patch.setattr(owner, name, broken(getattr(owner, name), late))
+        call = (lambda *_: (_ for _ in ()).throw(fault)) if owner is loop else broken(getattr(owner, name), late)
+        patch.setattr(owner, name, call)
         with pytest.raises(fault):
-            trainer.run()
-    again = Task()
-    train(again, tmp_path, resume=True)
-    assert equal(weights(again), weights(whole[Task][0]))
+            runner.run()
+    assert equal(weights(train(Task(), tmp_path, resume=True).task), weights(whole[Task][0]))
 
 
 # ---- bad disks ------------------------------------------------------------------------------------------------------
@@ -266,15 +263,14 @@ def flipped(path):
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_torn_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys, monkeypatch, damage):
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
-    with pytest.raises(KeyboardInterrupt):
-        train(Task(stop=30), tmp_path)
+    interrupted(Task(stop=30), tmp_path)
     damage(tmp_path / "toy.ckpt")
     monkeypatch.setattr(loop, "SAVE_SECONDS", 1e9)
-    trainer = Trainer(Task(), tmp_path, "toy", STEPS, quiet=True, resume=True)
+    runner = trainer(Task(), tmp_path, resume=True)
     said = capsys.readouterr().err
-    assert trainer.step == 31 and ("the one before it is taken" in said) == (damage is not DAMAGES["gone"])
-    trainer.run()
-    assert equal(weights(trainer.task), weights(whole[Task][0]))
+    assert runner.step == 31 and ("the one before it is taken" in said) == (damage is not DAMAGES["gone"])
+    runner.run()
+    assert equal(weights(runner.task), weights(whole[Task][0]))
     assert logged(tmp_path) == logged(whole[Task][1])
 
 
@@ -284,7 +280,7 @@ def test_no_checkpoint_left_is_one_sentence(tmp_path, damage):
     for path in tmp_path.glob("toy.ckpt*"):
         damage(path)
     with pytest.raises(ModelError, match="toy.ckpt.previous is cut short or damaged .* anew without --resume.$"):
-        Trainer(Task(), tmp_path, "toy", STEPS, quiet=True, resume=True)
+        trainer(Task(), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("other", [nn.Linear(4, 9), nn.Sequential(nn.Linear(4, 8)), nn.Conv1d(4, 8, 1)])
@@ -293,7 +289,7 @@ def test_a_checkpoint_of_another_task_is_one_sentence(tmp_path, other):
     task = Task()
     task.net = other
     with pytest.raises(ModelError, match="toy.ckpt is no checkpoint of this task .*: name another folder.$"):
-        Trainer(task, tmp_path, "toy", STEPS, quiet=True, resume=True)
+        trainer(task, tmp_path, resume=True)
 
 
 def logged(folder):
@@ -305,8 +301,7 @@ def logged(folder):
     lambda data: data + bytes(40), lambda data: b"\xff" * 99, lambda data: None,
 ])  # fmt: skip
 def test_a_torn_log_is_whole_again(whole, tmp_path, damage):
-    with pytest.raises(KeyboardInterrupt):
-        train(Task(stop=41), tmp_path)
+    interrupted(Task(stop=41), tmp_path)
     path = tmp_path / "toy.csv"
     data = damage(path.read_bytes())
     path.unlink() if data is None else path.write_bytes(data)
@@ -317,16 +312,15 @@ def test_a_torn_log_is_whole_again(whole, tmp_path, damage):
 @pytest.mark.parametrize("file", ["toy.csv", "toy.ckpt", "toy.ckpt.previous"])
 def test_a_disk_that_fails_is_one_sentence(tmp_path, monkeypatch, file):
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
-    task = Task()
-    trainer = Trainer(task, tmp_path, "toy", STEPS, quiet=True)
-    task.event = lambda progress: trainer.step == 19 and fail()
+    runner = trainer(Task(), tmp_path)
+    runner.task.event = lambda progress: runner.step == 19 and fail()
 
     def fail():
         (tmp_path / file).unlink(missing_ok=True)
         (tmp_path / file / "in the way").mkdir(parents=True)
 
     with pytest.raises(WriteError, match=f"{file}.* cannot be written .*: free some room there, or choose another"):
-        trainer.run()
+        runner.run()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -335,10 +329,10 @@ def test_room_is_asked_for_before_the_first_step(tmp_path, monkeypatch, free, fi
     usage = loop.probe.__globals__["shutil"].disk_usage(tmp_path)
     monkeypatch.setattr("aqaa.files.shutil.disk_usage", lambda folder: usage._replace(free=free))
     if fits:
-        Trainer(Task(), tmp_path, "toy", STEPS, quiet=True)
+        trainer(Task(), tmp_path)
     else:
         with pytest.raises(WriteError, match="0 MB are free, 1 MB are needed"):
-            Trainer(Task(), tmp_path, "toy", STEPS, quiet=True)
+            trainer(Task(), tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -347,12 +341,8 @@ def test_room_is_asked_for_before_the_first_step(tmp_path, monkeypatch, free, fi
 
 @pytest.mark.parametrize("step", [0, 30])
 def test_a_batch_that_overflows_is_dropped(tmp_path, step):
-    task = Task(halt=step + 1, poison=step)
-    with pytest.raises(KeyboardInterrupt):
-        train(task, tmp_path)
-    calm = Task(halt=step)
-    with pytest.raises(KeyboardInterrupt):
-        train(calm, tmp_path / "calm")
+    task = interrupted(Task(halt=step + 1, poison=step), tmp_path)
+    calm = interrupted(Task(halt=step), tmp_path / "calm")
     assert equal(weights(task), weights(calm))  # the bad step changed nothing
     task.halt = None
     train(task, tmp_path, resume=True)
@@ -372,7 +362,7 @@ def test_every_step_has_its_rate_and_its_event(tmp_path):
             return super().loss(batch, step)
 
     task = Watch()
-    task.trainer = Trainer(task, tmp_path, "toy", STEPS, quiet=True)
+    task.trainer = trainer(task, tmp_path)
     task.trainer.run()
     assert np.allclose(rates[::2], [1e-2 * cosine(i / STEPS, 0.2, 0.5) for i in range(STEPS)])
     assert rates[::2] == rates[1::2]  # both optimizers
@@ -381,12 +371,11 @@ def test_every_step_has_its_rate_and_its_event(tmp_path):
 def test_a_run_of_minutes_ends_in_time_and_goes_on_counting(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0])
-    task = Task()
-    trainer = Trainer(task, tmp_path, "toy", 10**6, minutes=0.5, quiet=True)
-    result = trainer.run()
-    assert trainer.progress == 1 and 5 < result["steps"] < 40 and 30 <= result["seconds"] < 35
+    runner = trainer(Task(), tmp_path, 10**6, minutes=0.5)
+    result = runner.run()
+    assert runner.progress == 1 and 5 < result["steps"] < 40 and 30 <= result["seconds"] < 35
     assert int(read_log(tmp_path / "toy.csv")[-1]["step"]) == result["steps"]
-    again = Trainer(Task(), tmp_path, "toy", 10**6, minutes=1.0, resume=True, quiet=True)
+    again = trainer(Task(), tmp_path, 10**6, minutes=1.0, resume=True)
     assert 0.5 <= again.progress < 0.6
     assert again.run()["seconds"] == pytest.approx(60, abs=4)
 
@@ -461,10 +450,10 @@ def test_rows_are_means_since_the_last_row(whole):
 
 
 def test_a_plot_is_left_of_a_log_with_gaps(tmp_path):
-    trainer = Trainer(Task(), tmp_path, "toy", STEPS, quiet=True)
+    runner = trainer(Task(), tmp_path)
     rows = [{"step": 20, "seconds": 1, "loss": 3.0}, {"step": 40, "seconds": 2, "loss": 2.0, "late": 1.0}]
-    write_rows(trainer.csv_path, rows)
-    trainer._plot()
+    write_rows(runner.csv_path, rows)
+    runner._plot()
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 

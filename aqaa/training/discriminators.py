@@ -11,7 +11,7 @@ from aqaa.training.loop import autocast
 
 
 class Discriminator(nn.Module):
-    """Convolutions over a picture of the wave; a subclass has picture(wav (B, N)) -> (B, 1, H, W)."""
+    """Convolutions over a picture of the wave: a subclass has picture(wav (B, N)), (B, 1, H, W)."""
 
     def __init__(self, channels, kernel, stride, padding):
         super().__init__()

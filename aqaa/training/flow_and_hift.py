@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from aqaa.audio import mel as log_mel
 from aqaa.config import GROUP_SIZE
+from aqaa.corpus.codes import load_codes
 from aqaa.pitch import f0 as track_f0
 from aqaa.tokenizers import interleave
 from aqaa.training.discriminators import Discriminators, discriminator_loss, generator_loss
@@ -45,7 +46,7 @@ class FlowTask:
     def from_run(cls, run, stage):
         items, waves = run.spoken()
         ids = run.config.ids
-        merged = [interleave.merge(*codes, ids) for codes in run.codes_of(items)]
+        merged = [interleave.merge(*codes, ids) for codes in load_codes(run.out, items)]
         merged = [np.array(audio) - ids.n_text for audio in merged]
         task = cls(run.config, list(zip(waves, merged, strict=True)))
         run.start(stage, task.model)
@@ -70,12 +71,10 @@ class FlowTask:
             tokens.append(ids[first : first + n * GROUP_SIZE])
             start = self.model.frames(first)
             mels.append(mel[:, start : start + self.model.frames(n * GROUP_SIZE)])
-        token, mel = torch.stack(tokens), torch.stack(mels)
-        lengths = {
-            "token_len": torch.full((len(token),), token.shape[1]),
-            "mel_len": torch.full((len(token),), mel.shape[2]),
-        }
-        return {"token": token, "mel": mel, **lengths}
+        batch = {"token": torch.stack(tokens), "mel": torch.stack(mels)}
+        for name, rows in list(batch.items()):
+            batch[f"{name}_len"] = torch.full((len(rows),), rows.shape[-1])
+        return batch
 
     def loss(self, batch, step=0):
         return self.model.compute_loss(**batch, mu_weight=1.0, token_noise=0.03)

@@ -21,7 +21,7 @@ from aqaa.records import provenance
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.training import features, stages
 from aqaa.training.examples import Book
-from aqaa.training.loop import Trainer, read_log
+from aqaa.training.loop import Trainer
 from aqaa.weights import model_folder
 
 TESTS = {"seen_voices": "seen_seen", "new_voices": "seen_new", "both_new": "new_new"}  # name: cell
@@ -61,12 +61,8 @@ class Run:
         trainer = Trainer(task, self.out, stage.name, steps, minutes=self.minutes, seed=self.seed,
                           device=self.device, resume=self.resume, quiet=self.quiet)  # fmt: skip
         result = trainer.run()
-        last = read_log(trainer.csv_path)[-1]
-        result["last"] = {
-            key: float(value)
-            for key, value in last.items()
-            if value and key not in ("step", "seconds")
-        }
+        last = trainer.rows[-1].items()
+        result["last"] = {key: value for key, value in last if key not in ("step", "seconds")}
         for module in task.modules().values():
             module.cpu()
         if hasattr(task, "finish"):
@@ -142,10 +138,8 @@ class Run:
         train = np.array([item.split == "train" and not held_out(item) for item in items])
         data.weights = np.where(train, data.weights, 0.0)
         tests = {"answer_voice": [i for i, item in enumerate(items) if held_out(item)]}
-        for name, cell in TESTS.items():
-            tests[name] = [
-                i for i, item in enumerate(items) if item.split == "eval" and item.cell == cell
-            ]
+        for name, cell in TESTS.items():  # only evaluation has cells
+            tests[name] = [i for i, item in enumerate(items) if item.cell == cell]
         rng = np.random.default_rng(0)
         return data, {name: rng.permutation(rows)[:200] for name, rows in tests.items() if rows}
 
@@ -155,16 +149,10 @@ class Run:
         answers = [item for item in items if item.role == "answer" and not held_out(item)]
         return answers, [opened.wav(item) for item in answers]
 
-    def codes_of(self, items):
-        """[(linguistic, semantic), …] of items, from this run."""
-        return load_codes(self.out, items)
-
     def codebooks(self):
         """The centroids (K, D) of both audio tokenizers."""
-        linguistic, semantic = (
-            self.part(name, model_folder.build(name, self.config))
-            for name in ("linguistic", "semantic")
-        )
+        linguistic = self.part("linguistic", model_folder.build("linguistic", self.config))
+        semantic = self.part("semantic", model_folder.build("semantic", self.config))
         return linguistic.centroids, semantic.quantizer._codebook.embed
 
     def book(self):

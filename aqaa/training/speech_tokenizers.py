@@ -122,9 +122,8 @@ class PhoneTask:
         clean = x + torch.from_numpy(level)
         x = spec_augment(clean.clone(), rng, n_mels=self.config.n_mels, **self.masks)
         targets, counts = self.data.targets(indices)
-        return indices, {
-            "x": x, "clean": clean, "lengths": lengths, "targets": targets, "counts": counts
-        }  # fmt: skip
+        batch = {"x": x, "clean": clean, "lengths": lengths, "targets": targets, "counts": counts}
+        return indices, batch
 
     def recognise(self, indices, read, budget=16):
         """Phone error in percent on utterances. read(x, lengths, part) gives the CTC logits."""
