@@ -33,13 +33,17 @@ def some_items():
     return [item for role, count in counts.items() for item in [i for i in planned if i.role == role][:count]]
 
 
+def speak(items, folder):
+    return K.speak(items, folder, workers=1, progress=False)
+
+
 @pytest.fixture(scope="module", params=SPEAKERS)
 def spoken(request, tmp_path_factory):
     """(items, folder, Corpus, name of the speaker)"""
     items, folder = some_items(), tmp_path_factory.mktemp("corpus")
     with pytest.MonkeyPatch.context() as patch:
         take_over(patch, request.param)
-        return items, folder, K.speak(items, folder, workers=1, progress=False), request.param
+        return items, folder, speak(items, folder), request.param
 
 
 def test_everything_planned_is_spoken_and_sounds(spoken):
@@ -63,7 +67,7 @@ def test_the_same_item_always_sounds_the_same(spoken, monkeypatch, tmp_path):
     items, _, corpus, speaker = spoken
     take_over(monkeypatch, speaker)
     few = items[:2] + items[20:24]
-    again = K.speak(few, tmp_path, workers=1, progress=False)
+    again = speak(few, tmp_path)
     for item, twin in zip(again.items(), [corpus.items()[items.index(item)] for item in few]):
         assert np.array_equal(again.wav(item), corpus.wav(twin))
         assert (item.voice, item.f0, item.rate, item.spread) == (twin.voice, twin.f0, twin.rate, twin.spread)
@@ -79,7 +83,7 @@ def test_an_interrupted_shard_is_spoken_again_exactly(spoken, monkeypatch):
     npy.unlink()  # a reader may still look into the old file
     npy.write_bytes(b"half")
     assert not K.Corpus(folder).complete
-    again = K.speak(items, folder, workers=1, progress=False)
+    again = speak(items, folder)
     assert again.complete and npy.read_bytes() == before and jsonl.read_bytes() == lines
     assert K._names(folder, 0)[0].stat().st_mtime_ns == untouched
     assert not list(folder.glob(".*.part"))
@@ -99,7 +103,7 @@ def test_scratch_folders_of_killed_runs_are_swept(spoken, monkeypatch, tmp_path)
         (place / "0.wav").write_bytes(bytes(99))
     half = folder / f".shard_0001.npy.{machine}-{dead.pid}.0a1b2c3d.part"
     half.write_bytes(b"half")
-    assert K.speak(items, folder, workers=1, progress=False).complete
+    assert speak(items, folder).complete
     assert sorted(tmp_path.iterdir()) == sorted(stay) and not half.exists()
 
 
@@ -119,7 +123,7 @@ def test_a_changed_plan_is_refused(spoken, monkeypatch):
     items, folder, _, speaker = spoken
     take_over(monkeypatch, speaker)
     with pytest.raises(ValueError, match="another plan"):
-        K.speak(items[:-1], folder, workers=1, progress=False)
+        speak(items[:-1], folder)
 
 
 def test_resume_must_be_wanted(spoken):
@@ -141,8 +145,8 @@ def test_a_question_is_said_again_until_it_sounds_as_wanted(monkeypatch, tmp_pat
     tones.install(monkeypatch)
     asked = [item for item in K.plan(0.001) if item.want == want and item.split in ("train", "eval")][:3]
     assert asked
-    for item in K.speak(asked, tmp_path, workers=1, progress=False).items():
-        assert V.belongs(dict(f0=item.f0, spread=item.spread, rate=item.rate), want)
+    for item in speak(asked, tmp_path).items():
+        assert V.belongs(vars(item), want)
         planned = next(one for one in asked if one.id == item.id)
         assert (item.voice in V.TRAINING) == (planned.voice in V.TRAINING)
 
@@ -152,7 +156,7 @@ def test_a_class_that_cannot_be_reached_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setitem(V.CLASSES, "fast", {"rate": [50, 99]})
     asked = [item for item in K.plan(0.001) if item.want == "fast"][:1]
     with pytest.raises(RuntimeError, match="became fast in 60 tries"):
-        K.speak(asked, tmp_path, workers=1, progress=False)
+        speak(asked, tmp_path)
 
 
 def test_an_engine_that_says_nothing_is_named(monkeypatch, tmp_path):
@@ -160,7 +164,7 @@ def test_an_engine_that_says_nothing_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(V, "synthesize", lambda jobs: [(np.zeros(16_000, np.float32), 16_000) for _ in jobs])
     answer = next(item for item in K.plan(0.001) if item.role == "answer")
     with pytest.raises(RuntimeError, match="flite:slt said nothing"):
-        K.speak([answer], tmp_path, workers=1, progress=False)
+        speak([answer], tmp_path)
 
 
 def test_missing_engine_says_how_to_install(monkeypatch, tmp_path):
