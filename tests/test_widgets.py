@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from aqaa.answer import Piece
+from aqaa.config import TTS
 from aqaa.notebook import base, explore, planner, talk, widgets
 from aqaa.scale import plan as sums
 from aqaa.scale.plan_table import setups
@@ -311,7 +312,7 @@ def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
     control = explore.VoiceControl(tiny, "the river runs")
     control.speak("slow", temperature=0)
     words = tiny.text.encode(tagged("the river runs", "slow"))
-    assert asked[0] == dialogue.prompt([("user", words)], tiny.text, tiny.ids, marker=widgets.TTS)
+    assert asked[0] == dialogue.prompt([("user", words)], tiny.text, tiny.ids, marker=TTS)
     assert tiny.text.encode("(slow)")[-1] in asked[0]
 
 
