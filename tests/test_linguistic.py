@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aqaa import audio
 from aqaa.config import LinguisticConfig, preset
+from aqaa.fast import fsmn
 from aqaa.tokenizers.linguistic import EPS, STRIDE, LinguisticTokenizer, read_mvn, row_count
 
 SMALL = LinguisticConfig(codebook_size=32, output_size=32, attention_heads=4, linear_units=48, num_blocks=3)
@@ -139,6 +140,22 @@ def test_all_chunks_at_once_equal_one_after_another(n_rows):
     with torch.no_grad():
         got, _ = model.encoder(rows[None], torch.tensor([n_rows]), past)
         assert (got[0] - chunk_by_chunk(model, rows)).abs().max() < 1e-5  # positions are float32
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_the_fast_memory_is_the_plain_one_with_its_gradients(dtype, error):
+    plain, twin = build().to(dtype), fsmn.use(build().to(dtype))
+    assert {type(layer.self_attn) for layer in twin.encoder.encoders} == {fsmn.ToeplitzSANM}
+    assert plain.state_dict().keys() == twin.state_dict().keys()
+    rows, lengths = torch.randn(2, 13, 560), torch.tensor([13, 6])
+    results = []
+    for model in (plain, twin):
+        hidden = model.encoder(rows.to(dtype), lengths, model.encoder.start(2, "cpu"))[0]
+        hidden[0].square().sum().backward()
+        results.append([hidden.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).abs().max() <= error * one.abs().max().clamp_min(1)
+    assert fsmn.use(twin) is twin
 
 
 @given(lengths=st.lists(st.integers(1, 23), min_size=2, max_size=4), seed=st.integers(0, 9))
