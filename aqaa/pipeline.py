@@ -14,7 +14,7 @@ from aqaa import audio
 from aqaa.answer import Answer, Ledger, Piece
 from aqaa.audio import TOO_SHORT
 from aqaa.config import ASR_MARKER, GROUP_SIZE, TOKENS_PER_SECOND
-from aqaa.threads import suited, suited_to
+from aqaa.processor import suited, suited_to
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.dialogue import TextOnly
 from aqaa.vocoder.streaming import Vocoder
