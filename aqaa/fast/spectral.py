@@ -1,9 +1,7 @@
-"""Convolution with long kernels by fewer products: short pieces of the signal are transformed,
-multiplied, and transformed back.
+"""HiFT's long kernels by fewer products: pieces are transformed, multiplied, transformed back.
 
 With 11 taps a direct convolution costs 11 products of a (C, C) matrix for every sample; on pieces
-of 32 samples, whose spectra are multiplied, 47 products give 22 samples. All three steps are
-matrix products. Exact up to rounding.
+of 32 samples, whose spectra are multiplied, 47 products give 22 samples. Exact up to rounding.
 """
 
 from functools import lru_cache
@@ -46,8 +44,8 @@ class SpectralResBlock(ResBlock):
             y = row.T.contiguous()  # (T, C)
             for layers, (first, second) in zip(self.pairs(), self.spectra):
                 snake1, conv1, snake2, conv2 = layers
-                inner = _convolve(y, first, conv1, snake1)
-                y = _convolve(inner, second, conv2, snake2).add_(y)
+                inner = convolve(y, first, conv1, snake1)
+                y = convolve(inner, second, conv2, snake2).add_(y)
             place.copy_(y.T)
         return out
 
@@ -56,31 +54,19 @@ class SpectralResBlock(ResBlock):
         super()._load_from_state_dict(*args)
 
 
-def _convolve(x, spectrum, conv, snake):
-    """conv(snake(x)) for x (T, C)."""
-    def activation(out, x):
-        sine = torch.mul(x, snake.alpha, out=out).sin_()
-        torch.addcmul(x, sine, sine * (1 / (snake.alpha + 1e-9)), out=out)
-
-    padding, dilation = conv.options["padding"], conv.options["dilation"]
-    return convolve(x, spectrum, conv.bias, padding, dilation, activation)
-
-
 @lru_cache
 def transforms(taps):
-    """Matrices such that correlation of a piece x with w is inverse @ ((of_kernel @ w) *
-    (forward @ x)).
+    """forward (47, SIZE), of_kernel (47, taps), inverse (SIZE - taps + 1, 47), such that
+    inverse @ ((of_kernel @ w) * (forward @ x)) correlates a piece x with w.
 
-    forward (47, SIZE), of_kernel (47, taps), inverse (SIZE - taps + 1, 47). A product of complex
-    numbers is written as three real ones (Gauss): with a = wr (xr + xi), b = xr (wi - wr),
-    c = xi (wr + wi) it is a - c + i (a + b).
+    A product of complex numbers is three real ones (Gauss): with a = wr (xr + xi),
+    b = xr (wi - wr), c = xi (wr + wi) it is a - c + i (a + b).
     """
     time = torch.arange(SIZE, dtype=torch.float64)
     angle = 2 * pi / SIZE * torch.arange(1, SIZE // 2, dtype=torch.float64)[:, None] * time
     real = angle.cos()
     imaginary = -angle.sin()
-    # frequencies 0 and SIZE / 2 are real
-    ends = torch.stack([torch.ones_like(time), 1 - 2 * (time % 2)])
+    ends = torch.stack([torch.ones_like(time), 1 - 2 * (time % 2)])  # frequencies 0, SIZE / 2
     forward = torch.cat([ends, real + imaginary, real, imaginary])
     wr = real[:, :taps]
     wi = -imaginary[:, :taps]  # conjugate: a correlation, as convolution layers compute it
@@ -92,22 +78,22 @@ def transforms(taps):
 
 
 def of_kernel(weight):
-    """weight (C_out, C_in, taps) -> its spectrum (47, C_in, C_out) in the order of `transforms`,
-    and taps."""
+    """weight (C_out, C_in, taps) -> (its spectrum (47, C_in, C_out), taps)."""
     taps = weight.shape[2]
     spectrum = torch.einsum("ft,oit->fio", transforms(taps)[1], weight.double())
     return spectrum.to(weight.dtype).contiguous(), taps
 
 
-def convolve(x, spectrum, bias, padding, dilation, activation):
-    """x (T, C_in) -> (T + 2 padding - (taps - 1) dilation, C_out).
+def convolve(x, spectrum, conv, snake):
+    """conv(snake(x)): x (T, C_in) -> (T', C_out); spectrum: `of_kernel` of the conv's weight.
 
-    spectrum: of `of_kernel`. activation(out, x) writes what becomes of a piece of x on its way
-    in. A dilated convolution is an ordinary one over `dilation` neighbouring samples taken as one,
+    A dilated convolution is an ordinary one over `dilation` neighbouring samples taken as one,
     with that many times the channels side by side.
     """
     spectrum, taps = spectrum
     forward, _, inverse = transforms(taps)
+    padding = conv.options["padding"]
+    dilation = conv.options["dilation"]
     length = len(x) + 2 * padding - (taps - 1) * dilation
     step = len(inverse)  # samples that a piece gives
     pieces = -(-length // (step * dilation))
@@ -116,7 +102,8 @@ def convolve(x, spectrum, bias, padding, dilation, activation):
     padded[padding + len(x) :] = 0
     inside = padded[padding : padding + len(x)]
     for part, out in zip(x.split(SAMPLES), inside.split(SAMPLES)):
-        activation(out, part)
+        sine = torch.mul(part, snake.alpha, out=out).sin_()
+        torch.addcmul(part, sine, sine * (1 / (snake.alpha + 1e-9)), out=out)
     width = dilation * x.shape[1]
     # overlapping pieces, side by side, as a view: (SIZE, pieces, width)
     windows = padded.as_strided((SIZE, pieces, width), (width, step * width, 1))
@@ -125,6 +112,6 @@ def convolve(x, spectrum, bias, padding, dilation, activation):
     for part, out in zip(windows.split(at_once, 1), y.split(at_once)):
         spectra = (forward @ part.reshape(SIZE, -1)).view(len(forward), -1, x.shape[1])
         product = torch.bmm(spectra, spectrum)  # (47, pieces * dilation, C_out)
-        product[0] += SIZE * bias  # frequency 0 is the sum over a piece
+        product[0] += SIZE * conv.bias  # frequency 0 is the sum over a piece
         out.copy_((inverse @ product.flatten(1)).view(step, -1, out.shape[2]).transpose(0, 1))
     return y.view(-1, spectrum.shape[2])[:length]

@@ -22,9 +22,8 @@ class InterpolateRegulator(nn.Module):
         super().__init__()
         stack = []
         for _ in range(layers):
-            stack.append(nn.Conv1d(channels, channels, 3, padding=1))
-            stack.append(MaskedGroupNorm(1, channels))
-            stack.append(nn.Mish())
+            conv = nn.Conv1d(channels, channels, 3, padding=1)
+            stack += [conv, MaskedGroupNorm(1, channels), nn.Mish()]
         self.model = nn.Sequential(*stack, nn.Conv1d(channels, channels, 1))
 
     def forward(self, parts, lengths):
@@ -97,9 +96,9 @@ class ConditionalCFM(nn.Module):
         path = (1 - shrink * t) * noise + t * x1  # a straight line from noise to mel
         # some rows lose their conditions, so that guidance has an unconditional field
         keep = torch.rand(b, 1, 1, device=x1.device) >= self.config.training_cfg_rate
-        keep = keep.to(x1.dtype)
-        conditions = mu * keep, t.flatten(), speaker * keep[..., 0], cond * keep
-        v = self.estimator(path, mask, *conditions)
+        keep = keep.to(x1.dtype)  # (B, 1, 1)
+        told = mu * keep, t.flatten(), speaker * keep[..., 0], cond * keep
+        v = self.estimator(path, mask, *told)
         return _mean((v.float() - (x1 - shrink * noise)).square(), mask)
 
 

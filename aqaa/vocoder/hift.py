@@ -17,21 +17,20 @@ FINAL_SLOPE = 0.01  # the last leaky ReLU has torch's default slope, not lrelu_s
 
 
 class WeightNormConv(nn.Module):
-    """Conv1d, or ConvTranspose1d, with weight = weight_g * weight_v / |weight_v| (norm over all
-    axes but the first).
+    """Conv1d with weight = weight_g * weight_v / |weight_v| (norm over all axes but the first).
 
-    Loads `weight_g`/`weight_v`, torch's newer `parametrizations.weight.original0/1`, or a plain
-    folded `weight`. torch's own weight norm rounds the product differently in every layer, and
-    would forget the factors on folding: recorded answers and files would change.
+    Loads `weight_g`/`weight_v`, torch's newer `parametrizations.weight.original0/1`, or a folded
+    `weight`. (torch's own weight norm rounds the product differently in all layers and loses the
+    factors on folding: recorded answers and files would change.) rate: a ConvTranspose1d that
+    gives so many samples for one; otherwise the length stays.
     """
 
-    def __init__(
-        self, n_in, n_out, kernel, stride=1, padding=0, dilation=1, transposed=False
-    ):
+    def __init__(self, n_in, n_out, kernel, dilation=1, rate=None):
         super().__init__()
-        self.options = {"stride": stride, "padding": padding, "dilation": dilation}
-        conv = (nn.ConvTranspose1d if transposed else nn.Conv1d)(n_in, n_out, kernel)
-        self.convolve = F.conv_transpose1d if transposed else F.conv1d
+        self.options = {"dilation": dilation, "padding": (kernel - 1) * dilation // 2}
+        if rate is not None:
+            self.options = {"stride": rate, "padding": (kernel - rate) // 2}
+        conv = (nn.ConvTranspose1d if rate else nn.Conv1d)(n_in, n_out, kernel)
         self.weight_v = nn.Parameter(conv.weight.detach())
         self.weight_g = nn.Parameter(_norm(conv.weight.detach()))
         self.bias = nn.Parameter(conv.bias.detach())
@@ -47,8 +46,9 @@ class WeightNormConv(nn.Module):
         return self.weight if self.folded else _product(self.weight_g, self.weight_v)
 
     def forward(self, x):
-        """x (B, C_in, T) -> (B, C_out, T')."""
-        return self.convolve(x, self.kernel(), self.bias, **self.options)
+        """x (B, C_in, T) -> (B, C_out, T), or T * rate."""
+        convolve = F.conv_transpose1d if "stride" in self.options else F.conv1d
+        return convolve(x, self.kernel(), self.bias, **self.options)
 
     def fold(self):
         """Put the product in place of the factors, for inference; `factors` still knows them."""
@@ -61,9 +61,8 @@ class WeightNormConv(nn.Module):
             self.weight = nn.Parameter(weight)
 
     def factors(self):
-        """{"weight_g", "weight_v"} of a folded layer, so that it is saved as it was read: rounded
-        once more, the product would sound differently. {} if nothing is folded, or the product
-        has been changed since."""
+        """{"weight_g", "weight_v"} of a folded layer, so that it is saved as it was read (rounded
+        once more, it would sound differently); {} if not folded, or changed since."""
         if not self.folded:
             return {}
         same = torch.allclose(_product(self.weight_g, self.weight_v), self.weight, 1e-6, 0)
@@ -109,19 +108,13 @@ class Snake(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Pairs of convolutions, the first of each pair dilated, each behind a Snake; every pair is a
-    residual."""
+    """Residual pairs of convolutions, the first of each dilated, each behind a Snake."""
 
     def __init__(self, channels, kernel, dilations):
         super().__init__()
-        def conv(dilation):
-            padding = (kernel - 1) * dilation // 2
-            return WeightNormConv(
-                channels, channels, kernel, padding=padding, dilation=dilation
-            )
-
-        self.convs1 = nn.ModuleList(conv(d) for d in dilations)
-        self.convs2 = nn.ModuleList(conv(1) for _ in dilations)
+        sizes = (channels, channels, kernel)
+        self.convs1 = nn.ModuleList(WeightNormConv(*sizes, dilation) for dilation in dilations)
+        self.convs2 = nn.ModuleList(WeightNormConv(*sizes) for _ in dilations)
         self.activations1 = nn.ModuleList(Snake(channels) for _ in dilations)
         self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
 
@@ -143,7 +136,7 @@ class F0Predictor(nn.Module):
         super().__init__()
         layers = []
         for n_in in (in_channels, *[channels] * 4):
-            layers += [WeightNormConv(n_in, channels, 3, padding=1), nn.ELU()]
+            layers += [WeightNormConv(n_in, channels, 3), nn.ELU()]
         self.condnet = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, 1)
 
@@ -170,8 +163,7 @@ class SourceState:
 
 
 class HarmonicSource(nn.Module):
-    """Sines at the multiples of f0, noise where there is no pitch, merged to one signal (NSF,
-    Wang et al. 2019)."""
+    """Sines at the multiples of f0, or noise, merged to one signal (NSF, Wang et al. 2019)."""
 
     def __init__(self, config):
         super().__init__()
@@ -191,8 +183,7 @@ class HarmonicSource(nn.Module):
     def forward(self, f0, state=None, noise=None):
         """f0 (B, N) Hz per sample -> source (B, 1, N). noise (B, H+1, N) replaces the random one.
 
-        state is moved to the end of these samples; it needs B = 1. Without one every row starts
-        at random phases.
+        state (B = 1) is moved to the end of these samples; None: phases start at random.
         """
         config = self.config
         sines = self._sines(f0, state)  # (B, H+1, N)
@@ -226,43 +217,36 @@ class HarmonicSource(nn.Module):
 class HiFT(nn.Module):
     """The vocoder: `inference` from mel to wave, `decode` from mel and a given source.
 
-    One mel frame gives `hop` samples: the product of the upsampling rates and of the inverse
-    STFT's hop. Parameter names are those of the published hift.pt; a `generator.` prefix is taken
-    off when loading.
+    One mel frame gives `hop` samples: the upsampling rates times the hop of the inverse STFT.
+    Parameter names are those of hift.pt; a `generator.` prefix is taken off when loading.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.hop = prod(config.upsample_rates) * config.istft_hop
+        rates = config.upsample_rates
+        self.hop = prod(rates) * config.istft_hop
         base = config.base_channels
         spectrum = config.istft_n_fft + 2  # real and imaginary part of each frequency
         self.f0_predictor = F0Predictor(config.in_channels, config.f0_channels)
         self.m_source = HarmonicSource(config)
-        self.conv_pre = WeightNormConv(config.in_channels, base, 7, padding=3)
+        self.conv_pre = WeightNormConv(config.in_channels, base, 7)
         self.ups = nn.ModuleList()
         self.source_downs = nn.ModuleList()
         self.source_resblocks = nn.ModuleList()
         self.resblocks = nn.ModuleList()
-        for i, (rate, kernel) in enumerate(
-            zip(config.upsample_rates, config.upsample_kernel_sizes)
-        ):
+        for i, (rate, kernel) in enumerate(zip(rates, config.upsample_kernel_sizes)):
             channels = base // 2 ** (i + 1)
-            padding = (kernel - rate) // 2
-            up = WeightNormConv(2 * channels, channels, kernel, rate, padding, transposed=True)
-            self.ups.append(up)
-            # from the rate of the source's STFT to that of this stage
-            down = prod(config.upsample_rates[i + 1 :])
+            self.ups.append(WeightNormConv(2 * channels, channels, kernel, rate=rate))
+            down = prod(rates[i + 1 :])  # from the rate of the source's STFT to this stage's
             shape = (2 * down, down, down // 2) if down > 1 else (1, 1, 0)
             self.source_downs.append(nn.Conv1d(spectrum, channels, *shape))
             size = config.source_resblock_kernel_sizes[i]
             dilations = config.source_resblock_dilation_sizes[i]
             self.source_resblocks.append(ResBlock(channels, size, dilations))
-            for size, dilations in zip(
-                config.resblock_kernel_sizes, config.resblock_dilation_sizes
-            ):
-                self.resblocks.append(ResBlock(channels, size, dilations))
-        self.conv_post = WeightNormConv(channels, spectrum, 7, padding=3)
+            kinds = zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes)
+            self.resblocks.extend(ResBlock(channels, *kind) for kind in kinds)
+        self.conv_post = WeightNormConv(channels, spectrum, 7)
         self.register_buffer("window", torch.hann_window(config.istft_n_fft), persistent=False)
         self._register_load_state_dict_pre_hook(_drop_generator_prefix)
 
@@ -289,12 +273,11 @@ class HiFT(nn.Module):
             # the source at the rate of this stage: the mel says how to colour it
             x = x + self.source_resblocks[i](self.source_downs[i](stft))
             # kernels of several lengths see the same, each its span of time
-            blocks = self.resblocks[i * kernels : (i + 1) * kernels]
-            x = sum(block(x) for block in blocks) / kernels
+            first, *others = self.resblocks[i * kernels : (i + 1) * kernels]
+            x = sum((block(x) for block in others), first(x)) / kernels
         x = self.conv_post(F.leaky_relu(x, FINAL_SLOPE)).float()
         log_magnitude, phase = x.chunk(2, 1)
-        # far above the clip at 100, far below overflow: an infinite magnitude would make its
-        # gradient NaN
+        # far above the clip at 100, far below overflow, where the gradient would be NaN
         return log_magnitude.clamp(max=20).exp(), phase.sin()
 
     def wave(self, magnitude, phase):
@@ -310,8 +293,7 @@ class HiFT(nn.Module):
 
     @torch.inference_mode()
     def inference(self, mel, state=None, noise=None):
-        """mel (B, n_mels, T) -> wave (B, T * hop). A state (see HarmonicSource.start) carries the
-        phase onwards."""
+        """mel (B, n_mels, T) -> wave (B, T * hop). A state (of m_source.start) is moved on."""
         return self.decode(mel, self.source(self.f0_predictor(mel), state, noise))
 
     def fold_weight_norm(self):
