@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from aqaa.tokenizers.protobuf import fields
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types of the SentencePiece format
 UNIGRAM = 1  # its model_type
 SPACE = "▁"
@@ -240,52 +242,20 @@ def read_sentencepiece(data, name="model"):
     """Pieces [(text, score, type)] and model_type of a SentencePiece ModelProto (bytes). Raises ValueError."""
     try:
         pieces, model_type = [], UNIGRAM
-        for number, value in _fields(data):
+        for number, value in fields(data):
             if number == 1:  # repeated SentencePiece: 1 piece, 2 score, 3 type
-                entry = dict(_fields(value))
-                if len(entry[1]) > LONGEST_PIECE or not math.isfinite(entry.get(2, 0.0)):
-                    raise IndexError("a piece is too long, or its score no number")
-                pieces.append((entry[1].decode(), entry.get(2, 0.0), entry.get(3, NORMAL)))
+                entry = dict(fields(value))
+                (score,) = struct.unpack("<f", entry.get(2, bytes(4)))
+                if len(entry[1]) > LONGEST_PIECE or not math.isfinite(score):
+                    raise ValueError("a piece is too long, or its score no number")
+                pieces.append((entry[1].decode(), score, entry.get(3, NORMAL)))
             elif number == 2:  # TrainerSpec: 3 model_type
-                model_type = dict(_fields(value)).get(3, UNIGRAM)
-    except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError, struct.error) as error:
+                model_type = dict(fields(value)).get(3, UNIGRAM)
+    except (LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"{name} is not a SentencePiece model: it is cut short or something else") from error
     if not pieces:
         raise ValueError(f"{name} is not a SentencePiece model: it holds no pieces")
     return pieces, model_type
-
-
-def _fields(data):
-    """(field number, value) pairs of a protobuf message: ints, floats for 32-bit fields, bytes for nested ones."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-        elif wire == 1:
-            (value,), at = struct.unpack_from("<d", data, at), at + 8
-        elif wire == 2:
-            size, at = _varint(data, at)
-            if at + size > len(data):
-                raise IndexError("field longer than the file")
-            value, at = data[at : at + size], at + size
-        elif wire == 5:
-            (value,), at = struct.unpack_from("<f", data, at), at + 4
-        else:
-            raise KeyError(wire)
-        yield tag >> 3, value
-
-
-def _varint(data, at):
-    value = shift = 0
-    while True:
-        if shift >= 70:  # ten bytes hold 64 bits; longer ones would be summed in quadratic time
-            raise IndexError("a number is too long")
-        byte = data[at]
-        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            return value, at
 
 
 def normalise(text):
