@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aqaa import audio
 from aqaa.config import SemanticConfig
-from aqaa.tokenizers.s3_onnx import fields
+from aqaa.tokenizers.protobuf import fields
 from aqaa.tokenizers.semantic import SemanticTokenizer, sinusoids
 
 SMALL = SemanticConfig(

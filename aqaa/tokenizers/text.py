@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from aqaa.tokenizers.protobuf import fields
+
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # piece types of the SentencePiece format; 1 is normal
 UNIGRAM = 1  # its model_type
 SPACE = "▁"
@@ -268,8 +270,6 @@ def _removal_costs(counts):
 
 def read_sentencepiece(data, name="model"):
     """Pieces [(text, score, type)] and model_type of a ModelProto (bytes). Raises ValueError."""
-    from aqaa.tokenizers.s3_onnx import fields
-
     pieces, model_type = [], UNIGRAM
     try:
         for number, value in fields(memoryview(data)):
