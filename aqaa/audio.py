@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from aqaa.config import SAMPLE_RATE
 from aqaa.files import replacing
 from aqaa.sound_files import BLOCK, RATES, bad_rate, called, mono, read
-from aqaa.sound_headers import AudioError, too_long
+from aqaa.sound_headers import AudioError, refusal, too_long
 
 TOO_SHORT = "the question is too short to hear anything in it: 0.2 s are needed."
 
@@ -43,23 +43,20 @@ def write(path, samples, rate):
 
     path = Path(path)
     if path.suffix.lower() not in ("", ".wav", ".part"):
-        raise AudioError(f"{path} would be written as wav: give it a name that ends in .wav.")
+        raise refusal(path, "would be written as wav", "give it a name that ends in .wav")
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().float().cpu().numpy()
     samples = np.atleast_1d(np.asarray(samples, dtype=np.float32).squeeze())
     if samples.ndim != 1 or not np.isfinite(samples).all():
-        raise AudioError(
-            f"{path} was not written: the sound must be one channel of finite values."
-        )
+        raise refusal(path, "was not written", "the sound must be one channel of finite values")
     wav = io.BytesIO()
     soundfile.write(wav, np.clip(samples, -1, 1), int(rate), format="WAV", subtype="PCM_16")
     try:
         with replacing(Path(os.path.realpath(path)), parents=False) as part:
             part.write_bytes(wav.getbuffer())
     except OSError as fault:
-        raise AudioError(
-            f"{path} cannot be written ({fault.strerror}): choose another place or free some."
-        ) from None
+        fact = f"cannot be written ({fault.strerror})"
+        raise refusal(path, fact, "choose another place or free some") from None
 
 
 def load_question(question, max_seconds=MAX_SECONDS):
@@ -76,9 +73,8 @@ def load_question(question, max_seconds=MAX_SECONDS):
         try:
             samples, rate = question
         except (TypeError, ValueError):
-            raise AudioError(
-                "a question is a path or a pair (samples, rate): pass one of them."
-            ) from None
+            fact = "is a path or a pair (samples, rate)"
+            raise refusal("a question", fact, "pass one of them") from None
         samples = mono(_channels_last(samples).split(BLOCK), name)
     if not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
         raise bad_rate(name, rate)
@@ -86,10 +82,10 @@ def load_question(question, max_seconds=MAX_SECONDS):
     if seconds > max_seconds:
         raise too_long(name, seconds, max_seconds)
     if seconds < MIN_SECONDS:
-        least = f"at least {1000 * MIN_SECONDS:.0f} ms are needed"
-        raise AudioError(f"{name} lasts {1000 * seconds:.0f} ms, {least}.")
+        fact = f"lasts {1000 * seconds:.0f} ms, at least {1000 * MIN_SECONDS:.0f} ms are needed"
+        raise refusal(name, fact, "ask a longer question")
     if samples.abs().max() < SILENCE:
-        raise AudioError(f"{name} is silent: check the microphone or the file.")
+        raise refusal(name, "is silent", "check the microphone or the file")
     return resample(samples, rate)
 
 
@@ -102,9 +98,8 @@ def packet(samples):
     if not samples.numel():
         return torch.zeros(0)
     if samples.shape[1] > 1 or not torch.isfinite(samples).all():
-        raise AudioError(
-            "the packet must be one channel of finite values: leave it out, or send it again."
-        )
+        fact = "must be one channel of finite values"
+        raise refusal("the packet", fact, "leave it out, or send it again")
     return samples[:, 0]
 
 

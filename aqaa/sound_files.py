@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from aqaa.sound_headers import AudioError, check_boxes, completed, cut_off, too_long
+from aqaa.sound_headers import AudioError, check_boxes, completed, cut_off, refusal, too_long
 
 RATES = (1_000, 192_000)  # Hz; beyond lie damaged headers, and more than a question is worth
 BOUND = 128 << 20  # bytes of a file or a pipe: a minute of stereo floats at 192 kHz has 92 MB
@@ -65,12 +65,12 @@ def _bytes(path, name):
         if str(path) == "-":
             data = _standard_input(name)
         elif os.path.isdir(path):
-            raise AudioError(f"{name} is a folder: name a sound file in it.")
+            raise refusal(name, "is a folder", "name a sound file in it")
         elif os.path.isfile(path) or not os.path.exists(path) or os.name == "nt":
             with open(path, "rb") as file:
                 data = file.read(BOUND + 1)
             if not data:
-                raise AudioError(f"{name} is empty: record or copy it again.")
+                raise refusal(name, "is empty", "record or copy it again")
         else:  # without O_NONBLOCK, a pipe that nobody writes to never opens
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
@@ -80,14 +80,14 @@ def _bytes(path, name):
     except AudioError:
         raise
     except FileNotFoundError:
-        raise AudioError(f"{name} does not exist: check the name.") from None
+        raise refusal(name, "does not exist", "check the name") from None
     except (OSError, ValueError) as fault:
         reason = getattr(fault, "strerror", None) or fault
-        remedy = "check its name and permissions"
-        raise AudioError(f"{name} cannot be read ({reason}): {remedy}.") from None
+        fact, remedy = f"cannot be read ({reason})", "check its name and permissions"
+        raise refusal(name, fact, remedy) from None
     if not data:
-        remedy = "start what writes a sound into it, then ask again"
-        raise AudioError(f"nothing came through {name}: {remedy}.")
+        fact = f"nothing came through {name}"
+        raise AudioError(f"{fact}: start what writes a sound into it, then ask again.")
     if len(data) > BOUND:
         raise _too_large(name, "")
     return data
@@ -97,14 +97,12 @@ def _standard_input(name):
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     if stream is None or stream.isatty():
         remedy = "send a sound into it, as in `cat question.wav | aqaa ask -`"
-        raise AudioError(f"{name} is no pipe: {remedy}.")
+        raise refusal(name, "is no pipe", remedy)
     try:
         descriptor = stream.fileno()
     except OSError:  # something in memory stands in for it
-        descriptor = None
-    if descriptor is None or os.name == "nt":
         return stream.read(BOUND + 1)
-    return _drained(descriptor, name)
+    return stream.read(BOUND + 1) if os.name == "nt" else _drained(descriptor, name)
 
 
 def _drained(descriptor, name, blocks=True):
@@ -114,8 +112,8 @@ def _drained(descriptor, name, blocks=True):
         if not select.select([descriptor], [], [], PAUSE)[0]:
             waited += PAUSE
             if waited >= PATIENCE:
-                remedy = "check what writes into it"
-                raise AudioError(f"nothing came through {name} for {PATIENCE} s: {remedy}.")
+                fact = f"nothing came through {name} for {PATIENCE} s"
+                raise AudioError(f"{fact}: check what writes into it.")
             if blocks:
                 continue
         try:
@@ -131,8 +129,8 @@ def _drained(descriptor, name, blocks=True):
 
 
 def _too_large(name, of):
-    size = f"{BOUND >> 20} MiB{of}"
-    return AudioError(f"{name} holds more than {size}: cut it into shorter questions.")
+    fact = f"holds more than {BOUND >> 20} MiB{of}"
+    return refusal(name, fact, "cut it into shorter questions")
 
 
 # ---- formats that libsndfile does not know -------------------------------------------------------
@@ -165,8 +163,8 @@ def _converted(data, demuxer, name, max_seconds):
         try:
             done = subprocess.run(command, capture_output=True, **limits)
         except (OSError, subprocess.TimeoutExpired) as fault:
-            fault = f"could not be converted by {ffmpeg} ({type(fault).__name__})"
-            raise AudioError(f"{name} {fault}: convert it to wav.") from None
+            fact = f"could not be converted by {ffmpeg} ({type(fault).__name__})"
+            raise refusal(name, fact, "convert it to wav") from None
     errors = done.stderr.decode(errors="replace").strip()
     if "prematurely" in errors or "partial file" in errors:
         raise cut_off(name, ", says ffmpeg")
@@ -200,8 +198,7 @@ def _by_torchcodec(data, name, max_seconds):
 
 
 def _unreadable(name, reason):
-    fault = f"{name} is not a sound file that can be read ({reason})"
-    return AudioError(f"{fault}: convert it to wav.")
+    return refusal(name, f"is not a sound file that can be read ({reason})", "convert it to wav")
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -238,8 +235,8 @@ def _decoded(data, name, max_seconds):
             if max_seconds and total > max_seconds * rate:
                 raise too_long(name, total / rate, max_seconds, at_least=True)
             if max(total, expected if known else 0) * channels > VALUES:
-                fault = f"has {channels} channels at {rate} Hz, too much to read"
-                raise AudioError(f"{name} {fault}: convert it to mono.")
+                fact = f"has {channels} channels at {rate} Hz, too much to read"
+                raise refusal(name, fact, "convert it to mono")
             try:
                 block = file.read(max(1, BLOCK // channels), dtype="float32", always_2d=True)
             except Exception as fault:
@@ -267,15 +264,14 @@ def mono(blocks, name):
     leave), the loudest one is taken. AudioError without samples or if a value is not finite.
     """
     if not sum(block.numel() for block in blocks):
-        raise AudioError(f"{name} holds no samples: record it again.")
+        raise refusal(name, "holds no samples", "record it again")
     channels = blocks[0].shape[1]
     if channels == 1:
         mixed = torch.cat([block[:, 0] for block in blocks])
     else:
         mixed = torch.cat([block.double().mean(-1).float() for block in blocks])
     if not torch.isfinite(mixed).all():
-        fault = "holds values that are not finite (NaN or infinity)"
-        raise AudioError(f"{name} {fault}: write it again.")
+        raise refusal(name, "holds values that are not finite (NaN or infinity)", "write it again")
     if channels > 1:
         energy = sum(block.double().square().sum(0) for block in blocks)  # (channels,)
         if mixed.double().square().sum() < 0.1 * energy.sum() / channels**2:
@@ -284,4 +280,4 @@ def mono(blocks, name):
 
 
 def bad_rate(name, rate):
-    return AudioError(f"{name} claims {rate!r} samples a second: save it again at 8 to 96 kHz.")
+    return refusal(name, f"claims {rate!r} samples a second", "save it again at 8 to 96 kHz")

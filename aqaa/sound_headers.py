@@ -17,14 +17,17 @@ class AudioError(ValueError):
     """A sound that cannot be used; its one sentence names the sound, the fault and the remedy."""
 
 
+def refusal(name, fact, remedy):
+    return AudioError(f"{name} {fact}: {remedy}.")
+
+
 def too_long(name, seconds, limit, at_least=False):
     lasts = f"lasts {'more than ' if at_least else ''}{seconds:.0f} s"
-    remedy = "cut it into shorter questions"
-    return AudioError(f"{name} {lasts}, the limit is {limit:g} s: {remedy}.")
+    return refusal(name, f"{lasts}, the limit is {limit:g} s", "cut it into shorter questions")
 
 
 def cut_off(name, details):
-    return AudioError(f"{name} is cut off{details}: get the whole file.")
+    return refusal(name, f"is cut off{details}", "get the whole file")
 
 
 # ---- sizes that a header states ------------------------------------------------------------------

@@ -97,19 +97,14 @@ def sinusoids(length, channels, longest=10000.0):
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class Codebook(nn.Module):
-    """`embed`: the entries that the unit vectors are compared with."""
+class Quantizer(nn.Module):
+    """`_codebook.embed` (K, D), as published: the entries that unit vectors are compared with."""
 
     def __init__(self, config):
         super().__init__()
         entries = torch.zeros(config.n_codebook_size, config.n_audio_state)
-        self.register_buffer("embed", entries)
-
-
-class Quantizer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self._codebook = Codebook(config)
+        self._codebook = nn.Module()
+        self._codebook.register_buffer("embed", entries)
 
     def forward(self, hidden):
         """(..., D) -> (...) codes."""
