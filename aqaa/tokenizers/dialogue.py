@@ -1,4 +1,4 @@
-"""A dialogue as one sequence of ids: chat template, answer layouts, and the machine that follows them.
+"""A dialogue as one sequence of ids: chat template, answer layouts, and the machine behind them.
 
 A layout decides how the text and the audio of an answer share one sequence. Its machine says which
 ids may come next while the backbone generates, so that every answer can be taken apart again.
@@ -14,24 +14,25 @@ from aqaa.tokenizers.interleave import groups
 END_OF_SEQUENCE = 2  # `</s>`: never trained as an answer's end, but a stop wherever it occurs
 
 
-def prompt(turns, tokenizer, ids, answer=True):
-    """A dialogue as ids: `<s>`, then `<|BOT|>role\\n content <|EOT|>` a turn, then an open assistant turn.
+def prompt(turns, tokenizer, ids, answer=True, marker=None):
+    """A dialogue as ids: `<s>`, `<|BOT|>role\\n content <|EOT|>` a turn, an open assistant turn.
 
-    turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids, or a list of both.
-    tokenizer: a TextTokenizer; markers spelt out in the content are read as plain text. With answer=False no assistant
-    turn is opened.
+    turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids,
+    or a list of both. Markers spelt out in a text are read as plain text. With answer=False no
+    assistant turn is opened. marker: one of Step-1's control tokens, after `<s>`: it asks for
+    another kind of answer.
     """
-    result = [ids.bos]
+    result = [ids.bos] if marker is None else [ids.bos, marker]
     for role, content in turns:
         result += [ids.bot, *_turn(role, content, tokenizer), ids.eot]
     return result + [ids.bot, *_turn("assistant", "", tokenizer)] if answer else result
 
 
 def _turn(role, content, tokenizer):
-    """Header and content of a turn; text at its start is encoded in one go with the header, as officially."""
-    parts = content if isinstance(content, (list, tuple)) and any(_nested(p) for p in content) else [content]
+    """Header and content of a turn; text at its start is encoded with the header, as officially."""
+    mixed = isinstance(content, (list, tuple)) and any(_nested(part) for part in content)
     text, encoded = ("human" if role == "user" else role) + "\n", []
-    for part in [*parts, []]:
+    for part in [*content, []] if mixed else [content, []]:
         if isinstance(part, str):
             text += part
             continue
@@ -120,7 +121,7 @@ class Layout:
         return join(self.parse_pieces(tokens, ids))
 
     def parse_pieces(self, tokens, ids):
-        """The same, one (text, audio) pair a marked piece; a single pair if there are no markers."""
+        """The same, one (text, audio) pair a marked piece; a single pair without markers."""
         pieces = [([], [])]
         for token in map(int, tokens):
             if token in (ids.eot, END_OF_SEQUENCE):
