@@ -121,7 +121,7 @@ def _channels_last(samples):
         raise AudioError(
             "the samples must be numbers in one or two dimensions (float, int16 or int32)."
         )
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused later
         samples = samples.astype(np.float64) / scale if scale > 1 else samples
         samples = torch.from_numpy(samples.astype(np.float32))  # in this machine's byte order
     if samples.ndim == 1:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-# what oneDNN calls the processors without bf16
+# oneDNN's names of processors without bf16
 NO_BF16 = "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split()
 LARGE = 15_000_000  # weights from which on more threads pay; the mini's largest part has 6 million
 _counted = WeakKeyDictionary()

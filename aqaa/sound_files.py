@@ -1,4 +1,4 @@
-"""Sound files as people have them: read whole, refused when cut off, by whatever written.
+"""Sound files as people have them: every usual format is read whole, or refused when cut off.
 
 libsndfile decodes, once aqaa.sound_headers has put the stated lengths right. A converter (ffmpeg on
 the PATH, or torchcodec) reads what browsers and phones record. Everything is bounded: bytes, rate,
@@ -220,7 +220,7 @@ def _decoded(data, name, max_seconds):
 
     try:
         file = soundfile.SoundFile(_Bytes(data))
-    except Exception as fault:  # libsndfile's own errors, and those of reading what it reports
+    except Exception as fault:  # libsndfile's own errors, and those of reading its answers
         raise _unreadable(name, _line(fault)) from None
     with file:
         file.seekable = lambda: False  # soundfile would seek after each block: some codecs cannot

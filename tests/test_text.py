@@ -25,11 +25,12 @@ def varint(number):
 
 
 def field(number, value):
-    """One protobuf field: int, float or bytes."""
+    """One protobuf field: int, float, str or bytes."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     if isinstance(value, float):
         return varint(number << 3 | 5) + struct.pack("<f", value)
+    value = value.encode() if isinstance(value, str) else value
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 

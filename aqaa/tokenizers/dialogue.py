@@ -188,7 +188,7 @@ class Machine:
     def __init__(self, layout, ids, min_audio=0):
         self.layout, self.ids, self.min_audio = layout, ids, min_audio
         self.audio_total = 0  # in all pieces
-        self._stop = ids.audio_end if layout.marked else ids.eot  # what ends a piece
+        self._stop = ids.audio_end if layout.marked else ids.eot  # ends a piece
         self._begin_piece()
         if layout.marked:
             self.state = "open"

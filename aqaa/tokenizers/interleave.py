@@ -18,7 +18,7 @@ AUDIO_STRING = re.compile(r"<audio_(\d+)>")
 
 
 def kinds(tokens, ids):
-    """Kind of each id, as an index into KINDS: what a loss mask needs.
+    """Kind of each id, as an index into KINDS, for loss masks.
 
     tokens (T,) ids of the backbone; ids an IdsConfig. Returns (T,) int8. Ids beyond the audio ids
     count as markers.

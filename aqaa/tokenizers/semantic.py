@@ -67,7 +67,7 @@ class AudioEncoder(nn.Module):
         for conv in (self.conv1, self.conv2):
             if lengths is not None:
                 # The kernel of three reaches beyond an item's end: padding would leak into its
-                # last row, so it becomes what the convolution's own padding is.
+                # last row, so it becomes zero, like the convolution's own padding.
                 x = x.masked_fill(~_present(lengths, x.shape[-1])[:, None], 0)
                 lengths = (lengths + 1) // 2
             x = F.gelu(conv(x))  # 100 -> 50 -> 25 rows a second
