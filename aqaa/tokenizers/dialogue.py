@@ -76,9 +76,7 @@ class Layout:
 
     def __post_init__(self):
         if self.audio_block <= 0 or self.audio_block % GROUP_SIZE:
-            raise ValueError(
-                f"layout {self.name}: audio_block must be a multiple of {GROUP_SIZE}"
-            )
+            raise ValueError(f"layout {self.name}: audio_block must be a multiple of {GROUP_SIZE}")
 
     def arrange(self, text, audio, ids):
         """The answer's ids, eot included; text (T,) ids of words, audio (5 G,) merged ids.

@@ -40,6 +40,7 @@ def merge(linguistic, semantic, ids):
     count = min(len(linguistic) // LINGUISTIC_PER_GROUP, len(semantic) // SEMANTIC_PER_GROUP)
     first = linguistic[: count * LINGUISTIC_PER_GROUP].reshape(count, LINGUISTIC_PER_GROUP)
     second = semantic[: count * SEMANTIC_PER_GROUP].reshape(count, SEMANTIC_PER_GROUP)
+    # Offsets keep the two codebooks apart in the one vocabulary.
     whole = np.concatenate([ids.n_text + first, ids.semantic_start + second], axis=1)  # (G, 5)
     return whole.reshape(-1).tolist()
 
@@ -63,7 +64,7 @@ def groups(tokens, ids):
     A missing or spurious id costs only its group: the search starts again at the next L L S S S.
     """
     tokens = np.asarray(tokens, dtype=np.int64)
-    kind = kinds(tokens, ids)
+    kind = kinds(tokens, ids)  # (T,)
     audio = tokens[(kind == LINGUISTIC) | (kind == SEMANTIC)]
     # One letter an id, so that a regular expression does the search.
     letters = np.where(audio < ids.semantic_start, b"L", b"S").tobytes().decode()

@@ -86,6 +86,7 @@ class TextTokenizer:
                 f"{path} holds a SentencePiece model of type {model_type}; "
                 "only Unigram (1) is supported"
             )
+        # The first three, <unk> <s> </s>, are markers whatever types and scores the file gives.
         vocab = [(piece, 0.0 if i < 3 else score) for i, (piece, score, _) in enumerate(pieces)]
         tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
