@@ -1,5 +1,6 @@
 """Sound files as people have them: lengths that writers never filled in, files cut off, pipes, converters, bombs."""
 
+import contextlib
 import io
 import os
 import struct
@@ -115,15 +116,10 @@ def test_a_file_that_is_cut_anywhere_is_refused_or_has_only_lost_what_is_no_soun
         assert "cut off" in message or share == 0.3
 
 
-def test_a_size_of_none_may_be_meant(load):
-    empty = made("WAV", "PCM_16", WAVE[:0])
-    refused(load, empty + b"LIST" + struct.pack("<I", 400) + bytes(400), "no samples")
-
-
-def test_many_empty_chunks_take_no_time(load):
-    head = made("WAV", "PCM_16")[:12]
+def test_a_size_of_none_may_be_meant_and_many_empty_chunks_take_no_time(load):
+    refused(load, made("WAV", wave=WAVE[:0]) + b"LIST" + struct.pack("<I", 400) + bytes(400), "no samples")
     began = time.process_time()
-    refused(load, head + (b"junk" + bytes(4)) * 1_000_000, "not a sound file")
+    refused(load, made("WAV")[:12] + (b"junk" + bytes(4)) * 1_000_000, "not a sound file")
     assert time.process_time() - began < 3
 
 
@@ -138,21 +134,21 @@ def test_flac_from_a_pipe_has_no_length(load):
     refused(load, data[: len(data) // 2], "cut off")
 
 
+def codecs():
+    """(format, subtype, bytes) of all that this libsndfile writes."""
+    for format in set(soundfile.available_formats()) - {"RAW", "SD2"}:
+        for subtype in set(soundfile.available_subtypes(format)) - {"MPEG_LAYER_I", "MPEG_LAYER_II", "DWVW_12"}:
+            with contextlib.suppress(soundfile.LibsndfileError):  # it reads some without writing them
+                yield format, subtype, made(format, subtype)
+
+
 def test_every_codec_is_read_to_its_end(tmp_path):
     """Also those in which libsndfile cannot seek."""
-    tried = 0
-    for format in soundfile.available_formats():
-        for subtype in soundfile.available_subtypes(format):
-            if format in ("RAW", "SD2") or subtype in ("MPEG_LAYER_I", "MPEG_LAYER_II", "DWVW_12"):
-                continue
-            try:
-                data = made(format, subtype)
-            except soundfile.LibsndfileError:  # this libsndfile reads it only
-                continue
-            (tmp_path / "sound").write_bytes(data)
-            assert N <= len(audio.read(tmp_path / "sound")[0]) < N + 1000, (format, subtype)
-            tried += 1
-    assert tried > 60
+    lengths = {}
+    for format, subtype, data in codecs():
+        (tmp_path / "sound").write_bytes(data)
+        lengths[format, subtype] = len(audio.read(tmp_path / "sound")[0])
+    assert len(lengths) > 60 and {name: n for name, n in lengths.items() if not N <= n < N + 1000} == {}
 
 
 # ---- mp3 ----
@@ -395,11 +391,7 @@ def test_a_converter_that_fails_is_told_in_one_sentence(load, path, monkeypatch,
     monkeypatch.setattr(sound_files, "CONVERTER_SECONDS", 0.5)
     path(script)
     refused(load, BROWSER["webm"], words)
-
-
-def test_an_m4a_is_cut_off_when_a_box_reaches_beyond_the_end(load, path):
-    path("exit 1")
-    refused(load, BROWSER["m4a"][:-30], "cut off, 30 bytes are missing")
+    refused(load, BROWSER["m4a"][:-30], "cut off, 30 bytes are missing")  # a box reaches beyond the end
 
 
 def test_torchcodec_stands_in_for_ffmpeg_and_without_both_one_is_named(load, path, monkeypatch):
