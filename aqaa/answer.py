@@ -57,7 +57,7 @@ class Answer:
 
 
 class Playout(NamedTuple):
-    """delay: seconds to wait so that speech never stalls; gaps: silence before each piece if not."""
+    """delay: s to wait so that speech never stalls; gaps: s of silence before each piece if not."""
 
     delay: float
     gaps: tuple
@@ -79,7 +79,7 @@ def playout(pieces):
 
 @dataclass
 class Ledger:
-    """Seconds by name: read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
+    """Seconds of read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
 
     first_* count from the start; first_audio_share is the share of the answer's ids known when the
     first sound came (not a time). pieces: (when ready, length) of each part of the sound.

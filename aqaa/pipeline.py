@@ -74,8 +74,8 @@ class AQAA:
     def listen(self, question, ledger=None):
         """Sound (a path, or (samples, rate)) -> merged audio ids, 5 per 120 ms. Raises AudioError.
 
-        Silence and faint noise beyond 0.75 s at either end are left out, see audio.endpoints. A list
-        of audio ids comes back as it is.
+        Silence and faint noise beyond 0.75 s at either end are left out, see audio.endpoints.
+        A list of audio ids comes back as it is.
         """
         if isinstance(question, list) and question and isinstance(question[0], int):
             return question
@@ -154,7 +154,7 @@ class AQAA:
         return Talk(self, question, history, sampling, live=False).answer
 
     def stream(self, question, *, history=(), **sampling):
-        """As `ask`, but an iterator of Pieces, each as soon as its sound is ready; then `.answer`."""
+        """As `ask`, but an iterator of Pieces, each as soon as it is ready; `.answer` is the whole."""
         return Talk(self, question, history, sampling, live=True)
 
     def chat(self, **sampling):
@@ -301,7 +301,7 @@ class Chat:
         return answer
 
     def stream(self, question):
-        """As `ask`, but Pieces as they become ready; after the last one the history has the turn."""
+        """As `ask`, but Pieces as they become ready; the turn enters the history at the end."""
         ids = self.model.listen(question)
         talk = self.model.stream(ids, history=self._recent(ids), **self.sampling)
         yield from talk
