@@ -154,7 +154,7 @@ class AQAA:
         return Talk(self, question, history, sampling, live=False).answer
 
     def stream(self, question, *, history=(), **sampling):
-        """As `ask`, but an iterator of Pieces, each as soon as it is ready; `.answer` is the whole."""
+        """As `ask`, but an iterator of Pieces as they become ready; `.answer` is the whole."""
         return Talk(self, question, history, sampling, live=True)
 
     def chat(self, **sampling):
