@@ -13,6 +13,7 @@ import sys
 from itertools import chain
 
 from aqaa.files import ModelError, fingerprint
+from aqaa.weights.sources import find, roles
 
 PACKAGES = (
     "torch", "torchaudio", "transformers", "soundfile", "safetensors", "numpy", "scipy", "tqdm",
@@ -24,11 +25,6 @@ ENGINES = {  # program: what it is for, and the Debian packages that bring it an
     "festival": ("questions", "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"),
 }
 LICENCES = {"Apache License": "Apache-2.0", "MIT License": "MIT"}  # words of a file: its licence
-SIGNS = {  # role of a folder: files that tell it
-    "tokenizer": ("linguistic_tokenizer.npy", "dengcunqin"),
-    "backbone": ("*.safetensors", "*.safetensors.index.json", "tokenizer.model"),
-    "vocoder": ("flow.pt", "hift.pt", "cosyvoice.yaml"),
-}
 # sha256 of the tokenizer in CosyVoice-300M-25Hz
 FIRST_S3 = "56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -100,16 +96,9 @@ def _together(sources):
 
 def _places(name):
     """A folder, and those in it that hold weights (Step-Audio-TTS-3B brings two vocoders)."""
-    from aqaa.weights import model_folder
-
-    path = model_folder.find(name)
+    path = find(name)
     inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and roles(folder))
     return [path, *inside] if not inside or roles(path) else inside
-
-
-def roles(path):
-    """What a folder can stand in for, by the names of its files."""
-    return [role for role, signs in SIGNS.items() if any(any(path.glob(sign)) for sign in signs)]
 
 
 def folder(path):
@@ -215,7 +204,7 @@ def weights(source):
     from aqaa.weights import model_folder
 
     try:
-        folder = model_folder.find(source)
+        folder = find(source)
         model_folder.read_config(folder)
         rows = {"folder": str(folder)}
         for name, facts in model_folder.inspect(folder).items():

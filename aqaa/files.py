@@ -266,21 +266,6 @@ def named(names):
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
-def released_folders(source, given):
-    """The folders named in {role: folder or None}; for preset "full" $AQAA_ROLE names the others.
-
-    Raises ModelError if "full" lacks one.
-    """
-    if source == "full":
-        variables = {role: f"AQAA_{role.upper()}" for role in given}
-        given = {role: folder or os.environ.get(variables[role]) for role, folder in given.items()}
-        if lost := [role for role, folder in given.items() if not folder]:
-            fault = f"{' and '.join(f'--{role}' for role in lost)} names none"
-            remedy = f"add it, or set {' and '.join(f'${variables[role]}' for role in lost)}"
-            raise ModelError(f"preset 'full' is made of released folders, and {fault}: {remedy}.")
-    return {role: folder for role, folder in given.items() if folder is not None}
-
-
 def server_address(url, other=""):
     """urlsplit of a server's address, by default http. Raises ValueError, ending in `other`."""
     try:

@@ -5,22 +5,21 @@ import torch
 from aqaa.config import AQAAConfig
 from aqaa.fast import amx as matrix_units
 from aqaa.fast import prepared
-from aqaa.files import ModelError, released_folders
+from aqaa.files import ModelError
 from aqaa.pipeline import AQAA
 from aqaa.weights import model_folder
-from aqaa.weights.model_folder import PARTS, ROLES
+from aqaa.weights.model_folder import PARTS
+from aqaa.weights.sources import ROLES, check_choices, released_folders
 
 PREPARED = ("linguistic", "semantic", "flow", "hift")  # laid out for a CPU; the backbone's decoder has its own way
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_of(name):
     """torch.dtype called `name` ("bfloat16"); None stays None. Raises ModelError."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if name and dtype not in DTYPES:
-        raise ModelError(f"weights cannot be {str(name)!r}: choose float32, bfloat16 or float16.")
-    return dtype or None
+    name = str(name).removeprefix("torch.") if name else None
+    check_choices({}, "", dtype=name)
+    return name and getattr(torch, name)
 
 
 def device_of(name):
@@ -52,18 +51,13 @@ def load(
     that record.json says.
     """
     device, dtype = device_of(device), dtype_of(dtype)
-    if amx and device.type != "cpu":
-        fault = f"amx is a part of processors, and the device is {device}"
-        raise ModelError(f"{fault}: leave one of them out.")
+    given = released_folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))
+    check_choices(given, str(device), amx=amx, speaker=speaker)
     if amx:
         try:
             matrix_units.compiled()
         except ValueError as fault:
             raise ModelError(str(fault)) from None
-    given = released_folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))
-    if speaker is not None and "vocoder" not in given:
-        remedy = "name its folder with --vocoder"
-        raise ModelError(f"a speaker's voice needs a released vocoder: {remedy}.")
     folder, config, sources, voice = None, AQAAConfig(), {}, None
     if len(given) < len(ROLES):  # some parts come from a folder like the mini
         folder = model_folder.find(source)

@@ -15,7 +15,15 @@ import tomllib
 from pathlib import Path
 
 from aqaa import __version__
-from aqaa.files import released_folders, server_address
+from aqaa.files import server_address
+from aqaa.weights.sources import (
+    DTYPES,
+    RELEASED,
+    check_choices,
+    find,
+    released_folders,
+    roles,
+)
 
 STAGES = (
     "corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export", "all",
@@ -30,12 +38,6 @@ BENCHES = {
     "streaming": "aqaa.evaluation.streaming",
     "scale": "aqaa.evaluation.gpu_speed",
 }
-RELEASED = {  # option: what its folder holds
-    "tokenizer": "Step-Audio-Tokenizer",
-    "backbone": "Step-Audio-AQAA or another Step-1 model",
-    "vocoder": "CosyVoice-300M-25Hz of Step-Audio-TTS-3B",
-}
-DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING = {"temperature": 0.3, "top_p": 0.9}  # what help says; a test compares the pipeline's own
 WORDS = {  # what options.toml leaves open
     **RELEASED, **SAMPLING, "dtypes": ", ".join(DTYPES), "stages": " ".join(STAGES),
@@ -211,21 +213,14 @@ def _reason(fault):
 
 def check_model(args):
     """The options that choose weights, engine and device, before loading. Raises ValueError."""
-    if args.dtype is not None and args.dtype not in DTYPES:
-        raise ValueError(f"weights cannot be {args.dtype!r}: choose float32, bfloat16 or float16.")
     check_device(args.device)
-    if args.amx and not args.device.startswith("cpu"):
-        fault = f"amx is a part of processors, and the device is {args.device}"
-        raise ValueError(f"{fault}: leave one of them out.")
     named = released_folders(args.preset, {role: getattr(args, role) or None for role in RELEASED})
+    check_choices(named, args.device, args.dtype, args.amx, args.speaker)
     if len(named) < len(RELEASED):
         check_preset(args.preset)
     for role, folder in named.items():
         _check_released(role, folder)
     if args.speaker is not None:
-        if "vocoder" not in named:
-            remedy = "name its folder with --vocoder"
-            raise ValueError(f"a speaker's voice needs a released vocoder: {remedy}.")
         _check_readable(args.speaker)
     if args.engine not in (None, "fast"):
         server_address(args.engine, ", or write fast")
@@ -253,21 +248,13 @@ def check_device(name):
 
 
 def check_preset(name):
-    """Raise ValueError unless it is mini or a folder."""
-    config = os.path.join(name, "config.json")
-    if name == "full":
-        fault = "no weights are shipped for preset 'full'"
-        raise ValueError(f"{fault}: use mini, or name the released folders.")
-    if name != "mini" and not os.path.isdir(name):
-        remedy = "use mini, or name a folder with config.json and weights"
-        raise ValueError(f"unknown preset {name!r}: {remedy}.")
-    if name != "mini" and not os.path.isfile(config):
+    """Raise ValueError unless it is mini or a folder with a configuration."""
+    config = find(name) / "config.json"
+    if name != "mini" and not config.is_file():
         raise ValueError(f"{config} is missing: name a folder like data/mini.")
 
 
 def _check_released(role, folder):
-    from aqaa.doctor import roles
-
     if not os.path.isdir(folder):
         remedy = f"--{role} names the folder that holds the released files"
         raise ValueError(f"no folder at {folder}: {remedy}.")

@@ -14,14 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from aqaa.backbone.layers import PlainStep1
 from aqaa.backbone.quantized_linear import empty_linears, format_in, format_within, numbers
-from aqaa.config import PRESETS
 from aqaa.fast import prepared
 from aqaa.files import (
     AGAIN,
     ModelError,
     brief,
     check_file,
-    data_folder,
     fingerprint,
     named,
     parse_json,
@@ -34,10 +32,10 @@ from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.vocoder.flow import Flow
 from aqaa.vocoder.hift import HiFT
-from aqaa.weights import verify
+from aqaa.weights import sources, verify
 from aqaa.weights.verify import all_finite, as_recorded, recorded, skip_init
 
-ROLES = ("tokenizer", "backbone", "vocoder")  # what a released folder can stand in for
+ROLES, find = sources.ROLES, sources.find
 
 PARTS = {  # name of the part, and of its file: its class
     "linguistic": LinguisticTokenizer,
@@ -50,21 +48,6 @@ SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 
 
 # ---- reading ------------------------------------------------------------------------------------
-
-
-def find(source):
-    """The folder of `source`, which is "mini" or a path. Raises ModelError when there is none."""
-    folder = data_folder() / "mini" if source == "mini" else Path(source)
-    if folder.is_dir():
-        return folder
-    if source == "mini":
-        remedy = "set AQAA_DATA to the `data` folder of a clone of aqaa"
-        raise ModelError(f"no weights at {folder}: {remedy}.")
-    if source in PRESETS:
-        fault, remedy = f"no weights are shipped for preset {source!r}", "the released folders"
-    else:
-        fault, remedy = f"unknown preset {str(source)!r}", "a folder with config.json and weights"
-    raise ModelError(f"{fault}: use mini, or name {remedy}.")
 
 
 def read_config(folder):
