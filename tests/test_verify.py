@@ -126,13 +126,15 @@ def test_a_damaged_record(copy, record, capsys):
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
-def with_setting(data, place, value):
-    data, inner = json.loads(json.dumps(data)), None
+def with_setting(folder, place, value, write=False):
+    """What config.json of a folder holds, with another value at a place such as "flow.channels"."""
+    data = inner = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     *above, name = place.split(".")
-    inner = data
     for step in above:
         inner = inner[step]
     inner[name] = value
+    if write:
+        (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
     return data
 
 
@@ -151,7 +153,7 @@ def test_settings_that_are_right_are_taken(name):
 
 @pytest.mark.parametrize("place", [*WHOLE, *REAL, *LISTS, "ids", "flow", "name"])
 def test_a_wrong_setting_is_named(tiny_folder, place):
-    data, kind = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8")), place.partition(".")[0]
+    kind = place.partition(".")[0]
     for value in WRONG:
         if (place, value) in (("name", "x"), ("hift.nb_harmonics", 0)):
             continue
@@ -160,7 +162,7 @@ def test_a_wrong_setting_is_named(tiny_folder, place):
         if place == kind and value == {} or place in LISTS[:2] and value == [1]:
             continue  # all its settings as published; a list
         with pytest.raises(ValueError) as fault:
-            verify.settings(with_setting(data, place, value))
+            verify.settings(with_setting(tiny_folder, place, value))
         text = str(fault.value)
         assert text.startswith(place) and " expected" in text and len(text) < 250, (value, text)
 
@@ -171,8 +173,7 @@ def test_a_wrong_setting_is_named(tiny_folder, place):
     ("ids.eot", 1), ("ids.first_text", 20), ("backbone.vocab_size", 100), ("flow.input_frame_rate", 50.0),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(copy, place, value):
-    data = with_setting(json.loads((copy / "config.json").read_text(encoding="utf-8")), place, value)
-    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
+    with_setting(copy, place, value, write=True)
     with fails("config.json", "expected"):
         aqaa.load(copy)
 
@@ -192,8 +193,7 @@ def test_json_of_endless_depth_or_without_numbers(copy, text):
     ("hift.base_channels", 50_000, "hift"), ("linguistic.output_size", 50_000, "linguistic"),
 ])  # fmt: skip
 def test_settings_beyond_the_file_are_refused_before_it_costs(copy, place, value, part):
-    data = with_setting(json.loads((copy / "config.json").read_text(encoding="utf-8")), place, value)
-    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
+    with_setting(copy, place, value, write=True)
     model = aqaa.load(copy)
     began = time.process_time()
     with fails(f"{part}.safetensors does not fit", "use matching files"):
