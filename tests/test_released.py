@@ -334,7 +334,7 @@ DAMAGES = {  # name: (what is done to a copy, words of the sentence that no othe
     "tokenizer.model mute": (text("backbone/tokenizer.model", "<audio_0>", "<radio_0>"), "knows no <audio_0>"),
     "tokenizer.model markers": (text("backbone/tokenizer.model", "<|EOT|>", "<|TOE|>"), "has <|EOT|> at None"),
     "config missing": (gone("backbone/config.json"), "config.json is missing"),
-    "config broken": (cut("backbone/config.json"), "config.json is no JSON that can be read"),
+    "config broken": (cut("backbone/config.json"), "config.json is cut short or damaged"),
     "config of another": (config_with(model_type="qwen2"), "is of model_type 'qwen2'"),
     "config without size": (config_with(num_attention_groups=None), "config.json gives no num_attention_groups"),
     "config heads": (config_with(num_attention_heads=5), "describes no Step-1 model"),
@@ -522,7 +522,7 @@ HURTFUL = {  # what replaces a file (or words of it), and the sentence
     "yaml aliases of a name": (PARAFORMER, ("encoder: SANMEncoderChunkOpt", "encoder: *a11"), "is of an encoder"),
     "index deep": (INDEX, b"[" * 200_000, "it has no weight_map"),
     "header deep": (LAST, (200_000).to_bytes(8, "little") + b"[" * 200_000, "no safetensors header"),
-    "config deep": ("backbone/config.json", b'{"a":' * 200_000, "is no JSON that can be read"),
+    "config deep": ("backbone/config.json", b'{"a":' * 200_000, "is cut short or damaged"),
 }  # fmt: skip
 
 

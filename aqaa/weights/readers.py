@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from aqaa.files import AGAIN, ModelError, brief, check_file
+from aqaa.files import AGAIN, ModelError, brief, check_file, read_object
 from aqaa.weights import verify
 
 BROKEN = (pickle.UnpicklingError, EOFError, OSError, AttributeError, *verify.BROKEN)
@@ -29,13 +29,7 @@ def file_in(folder, name):
 def read_json(path):
     """A mapping. Raises ModelError."""
     check_file(path, AGAIN)
-    try:
-        data = verify.read_json(path)
-    except ValueError as fault:
-        raise ModelError(f"{path} is no JSON that can be read ({brief(fault)}): {AGAIN}.") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} holds a {type(data).__name__}, not names and values: {AGAIN}.")
-    return data
+    return read_object(path, AGAIN, nan=False)
 
 
 def pickled(path):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from aqaa.backbone.quantized_linear import numbers
-from aqaa.files import AGAIN, ModelError, check_file, named
+from aqaa.files import AGAIN, ModelError, check_file, named, parse_json, read_json
 from aqaa.weights import verify
 from aqaa.weights.model_folder import fit
 from aqaa.weights.verify import all_finite, as_recorded
@@ -59,7 +59,7 @@ def header(path):
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            listed = verify.parse(file.read(length)) if length < MAX_HEADER else None
+            listed = parse_json(file.read(length)) if length < MAX_HEADER else None
         listed.pop("__metadata__", None)
         ends = [row["data_offsets"] for row in listed.values()]
         rows = {name: (row["dtype"], tuple(row["shape"]), b - a) for (name, row), (a, b) in zip(listed.items(), ends)}
@@ -108,7 +108,7 @@ def _index(path):
     """{tensor name: file name}."""
     check_file(path, AGAIN)
     try:
-        return {str(name): Path(file).name for name, file in verify.read_json(path)["weight_map"].items()}
+        return {str(name): Path(file).name for name, file in read_json(path)["weight_map"].items()}
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ModelError(f"{path} is no index of shards (it has no weight_map): {AGAIN}.") from None
 
