@@ -14,20 +14,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aqaa import __version__
+from aqaa.evaluation.bench import BENCHES
 
 STAGES = (
     "corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export", "all",
 )  # fmt: skip
-BENCHES = {
-    "speed": "aqaa.evaluation.speed",
-    "accuracy": "aqaa.evaluation.accuracy",
-    "synthesis": "aqaa.evaluation.synthesis",
-    "codes": "aqaa.evaluation.codes",
-    "parts": "aqaa.evaluation.parts",
-    "quantize": "aqaa.evaluation.quantization",
-    "streaming": "aqaa.evaluation.streaming",
-    "scale": "aqaa.evaluation.gpu_speed",
-}
 RELEASED = {  # option: what its folder holds
     "tokenizer": "Step-Audio-Tokenizer",
     "backbone": "Step-Audio-AQAA or another Step-1 model",

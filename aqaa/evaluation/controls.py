@@ -1,7 +1,8 @@
 """How an answer is said, measured: length, rate, pitch level, pitch range, loudness.
 
-A manner is judged against the same sentence said normally. The four moods are rules over these measures, the same
-rules by which the curriculum's moods were made; they are not a measurement of emotion.
+A manner is judged against the same sentence said normally. The four moods are rules over these
+measures, the same rules by which the curriculum's moods were made; they are not a measurement of
+emotion.
 """
 
 import re
@@ -39,8 +40,9 @@ MOODS = ("happy", "sad", "angry", "calm")
 class Measures:
     """Of one recording; all zero when it holds no speech.
 
-    seconds: from the first to the last frame of speech. rate: syllables per second of that. f0: median in Hz, 0 when
-    nothing is voiced. f0_range: 10th to 90th percentile in semitones. energy: rms of the speech frames in dBFS.
+    seconds: from the first to the last frame of speech. rate: syllables per second of that. f0:
+    median in Hz, 0 when nothing is voiced. f0_range: 10th to 90th percentile in semitones. energy:
+    rms of the speech frames in dBFS.
     """
 
     seconds: float = 0.0
@@ -54,8 +56,9 @@ class Measures:
 
 
 def measure(wav, text=None):
-    """Measures of wav (N,) float at 16 kHz. The rate counts the syllables of `text`, or without a text the energy's
-    peaks (good to about a syllable in six). Raises ValueError if wav is not one-dimensional."""
+    """Measures of wav (N,) float at 16 kHz. The rate counts the syllables of `text`, or without a
+    text the energy's peaks (good to about a syllable in six). Raises ValueError if wav is not
+    one-dimensional."""
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1:
         raise ValueError(f"measure takes one mono wav (N,), got shape {wav.shape}")
@@ -81,7 +84,8 @@ def measure(wav, text=None):
 
 
 def syllables(text):
-    """How many syllables an English text has, by its groups of vowel letters; each word has one at least."""
+    """How many syllables an English text has, by its groups of vowel letters; each word has one at
+    least."""
     count = 0
     for word in re.findall(r"[a-z]+", text.lower()):
         groups = len(re.findall(r"[aeiouy]+", word))
@@ -91,7 +95,8 @@ def syllables(text):
 
 
 def envelope_peaks(wav):
-    """Syllables of wav (N,) as a listener without words would count them: peaks of the energy from 300 to 3000 Hz."""
+    """Syllables of wav (N,) as a listener without words would count them: peaks of the energy from
+    300 to 3000 Hz."""
     band = sosfilt(butter(2, (300, 3000), "bandpass", fs=SAMPLE_RATE, output="sos"), wav)
     frames = band[: len(band) // HOP * HOP].reshape(-1, HOP)
     level = 10 * np.log10(gaussian_filter1d(np.square(frames).mean(1), 3) + 1e-10)  # dB, 70 ms wide
@@ -105,7 +110,8 @@ def compare(answer_wav, normal_wav):
 
 
 def changes(answer, normal):
-    """The differences of two Measures as `compare` gives them; a measure that one of the two lacks does not change."""
+    """The differences of two Measures as `compare` gives them; a measure that one of the two lacks
+    does not change."""
     return {
         "seconds": answer.seconds / normal.seconds - 1 if answer.seconds and normal.seconds else 0.0,
         "f0": 12 * float(np.log2(answer.f0 / normal.f0)) if answer.f0 and normal.f0 else 0.0,
@@ -115,7 +121,8 @@ def changes(answer, normal):
 
 
 def direction(manner, answer_wav, normal_wav):
-    """Whether answer_wav differs from the same sentence said normally in the way that `manner` asks for (RULES).
+    """Whether answer_wav differs from the same sentence said normally in the way that `manner` asks
+    for (RULES).
 
     Raises ValueError for a manner without a rule ("normal" has none: there is nothing to compare).
     """

@@ -1,8 +1,9 @@
-"""`aqaa bench scale`: what the full-scale model does on this GPU, with random weights of its true size.
+"""`aqaa bench scale`: what the full-scale model does on this GPU, with random weights of its true
+size.
 
-Speed depends on sizes and not on values, so nothing has to be downloaded: weights are drawn on the GPU itself. Every
-number is written to the record as soon as it is measured; what could not be measured is named there with the reason.
-On a CPU with the mini's sizes the same is rehearsed.
+Speed depends on sizes and not on values, so nothing has to be downloaded: weights are drawn on the
+GPU itself. Every number is written to the record as soon as it is measured; what could not be
+measured is named there with the reason. On a CPU with the mini's sizes the same is rehearsed.
 """
 
 import gc
@@ -44,9 +45,11 @@ PARTS = ("linguistic", "semantic", "flow", "hift")
 
 
 def main(args):
-    """Measure and record. args: preset (mini or full), device, seed, layers (fewer than there are), out.
+    """Measure and record. args: preset (mini or full), device, seed, layers (fewer than there are),
+    out.
 
-    Returns 1 if something could not be measured. Raises ModelError beforehand if the model does not fit.
+    Returns 1 if something could not be measured. Raises ModelError beforehand if the model does not
+    fit.
     """
     config, device = preset(args.preset), loading.device_of(args.device)
     whole = config.backbone.num_hidden_layers
@@ -124,7 +127,8 @@ class Bench:
             )  # fmt: skip
 
     def check_fits(self, weights, group):
-        """Raise ModelError, with the number of layers that would fit, before anything is allocated."""
+        """Raise ModelError, with the number of layers that would fit, before anything is
+        allocated."""
         free, backbone = free_bytes(self.device), self.config.backbone
         free -= plan.SPEECH_PARTS["full"] + plan.RESERVED * memory.GIB
         try:
@@ -172,7 +176,8 @@ class Bench:
             raise ValueError(f"these kernels differ from fp64 by more than rounding does: {', '.join(failed)}")
 
     def check_layer(self, record):
-        """A layer, read as a prompt, by a few ids, and id by id, by kernels and by unpacked weights and plain torch."""
+        """A layer, read as a prompt, by a few ids, and id by id, by kernels and by unpacked weights
+        and plain torch."""
         small, usable, found = replace(self.config.backbone, num_hidden_layers=1), triton_kernels.usable(self.device), []
         small, x = replace(small, vocab_size=64), self.embeddings(41)
         model = random_backbone(small, "int4", self.group, self.device, x.dtype, self.seed)
@@ -186,7 +191,8 @@ class Bench:
             raise ValueError(f"the kernels differ from plain torch by {error:.3g} of the largest value")
 
     def tune(self, record):
-        """The best tile of each int4 kernel, and the bandwidth that it reaches alone, over several layers' weights."""
+        """The best tile of each int4 kernel, and the bandwidth that it reaches alone, over several
+        layers' weights."""
         if self.gpu and self.engine.fused:
             record.add(kernel_rates=kernel_bench.tune(self.engine, TUNED, self.time_graph))
             record.add(kernel_us=kernel_bench.others(self.engine, self.time_graph))
@@ -228,7 +234,8 @@ class Bench:
             record.add(decode=found)
 
     def rate(self, context):
-        """Generate after a context whose keys and values are there already: only their number matters."""
+        """Generate after a context whose keys and values are there already: only their number
+        matters."""
         engine, ids = self.engine, self.config.ids
         prompt = list(itertools.islice(itertools.cycle(range(ids.first_text, ids.n_text)), context))
         reader, times, rows, layout = engine.reader(), [], [], dialogue.layout()
@@ -257,7 +264,8 @@ class Bench:
         return found
 
     def step_bytes(self, context):
-        """Bytes that one step reads: the layers with their norms, the last norm, keys and values."""
+        """Bytes that one step reads: the layers with their norms, the last norm, keys and
+        values."""
         model, cache = self.model.model, self.engine.cache
         parts = (*model.layers.parameters(), *model.layers.buffers(), model.norm.weight)
         slots = (cache.keys[..., 0, :].numel() + cache.values[..., 0, :].numel()) * cache.keys.element_size()
@@ -273,7 +281,8 @@ class Bench:
         record.add(vocoder={"seconds": round(seconds, 2), "work_s": round(work, 4), "rtf": round(work / seconds, 4)})
 
     def ask(self, record):
-        """A spoken question of 3 s, answered by all parts, sound as soon as there is any; the second answer counts."""
+        """A spoken question of 3 s, answered by all parts, sound as soon as there is any; the
+        second answer counts."""
         system = self.system()
         question = torch.randn(int(ASKED * SAMPLE_RATE), generator=torch.Generator().manual_seed(self.seed)) / 10
         for _ in range(2):
@@ -288,7 +297,8 @@ class Bench:
         })  # fmt: skip
 
     def system(self):
-        """All parts at the size of the preset with random weights, but for words, of which there are none."""
+        """All parts at the size of the preset with random weights, but for words, of which there
+        are none."""
         if not hasattr(self, "parts"):
             torch.manual_seed(self.seed)
             self.parts = {name: model_folder.build(name, self.config).eval().to(self.device) for name in PARTS}

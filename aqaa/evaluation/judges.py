@@ -1,11 +1,12 @@
 """An independent ear: pocketsphinx with its bundled English model hears what a spoken answer says.
 
-Lenient: a forced choice among all possible answers (give it 500 or more, so that it cannot guess). Strict: a bigram
-language model over the words of the answers, which may hear any mixture of them. A score means little without the
-judge's ceiling, its score on the teacher's own recordings; `aqaa.evaluation.accuracy` reports both.
+Lenient: a forced choice among all possible answers (give it 500 or more, so that it cannot guess).
+Strict: a bigram language model over the words of the answers, which may hear any mixture of them. A
+score means little without the judge's ceiling, its score on the teacher's own recordings;
+`aqaa.evaluation.accuracy` reports both.
 
-The possible answers are folded into one word graph in which equal ends are shared: on 556 answers this is seven times
-faster than a list of alternatives, and it is the same search.
+The possible answers are folded into one word graph in which equal ends are shared: on 556 answers
+this is seven times faster than a list of alternatives, and it is the same search.
 """
 
 import contextlib
@@ -33,11 +34,12 @@ CHUNK = 4  # wavs a worker takes at a time
 class Judge:
     """Hears which of the possible `answers` a recording speaks.
 
-    answers: texts; equal ones count once. bigrams: the texts whose word pairs the strict ear knows, if not those.
-    pronunciations: {word: phones of the CMU set} for words that the bundled dictionary lacks, for example
-    {"oink": "OY NG K"}. seed: of the dither; the same recording is always heard alike, whatever was heard before.
-    Raises ValueError naming the first word that has no pronunciation, ImportError when pocketsphinx is not installed.
-    Copies can be sent to other processes.
+    answers: texts; equal ones count once. bigrams: the texts whose word pairs the strict ear knows,
+    if not those. pronunciations: {word: phones of the CMU set} for words that the bundled
+    dictionary lacks, for example {"oink": "OY NG K"}. seed: of the dither; the same recording is
+    always heard alike, whatever was heard before. Raises ValueError naming the first word that has
+    no pronunciation, ImportError when pocketsphinx is not installed. Copies can be sent to other
+    processes.
     """
 
     def __init__(self, answers, *, bigrams=None, pronunciations=None, seed=0):
@@ -54,7 +56,8 @@ class Judge:
         return {**self.__dict__, "_decoders": {}}
 
     def hear(self, wav, strict=False):
-        """The sentence heard in wav (N,) float at 16 kHz; "" when it is silent or fits no sentence."""
+        """The sentence heard in wav (N,) float at 16 kHz; "" when it is silent or fits no
+        sentence."""
         pcm = self._prepare(wav)
         if pcm is None:
             return ""
@@ -87,7 +90,8 @@ class Judge:
             return list(heard)
 
     def _prepare(self, wav):
-        """(N,) float samples -> 16-bit bytes at one level, padded and dithered; None for silence."""
+        """(N,) float samples -> 16-bit bytes at one level, padded and dithered; None for
+        silence."""
         wav = np.asarray(wav, dtype=np.float32)
         if wav.ndim != 1:
             raise ValueError(f"the judge hears one mono wav (N,), got shape {wav.shape}")
@@ -101,7 +105,8 @@ class Judge:
         return (wav * 32767).clip(-32768, 32767).astype(np.int16).tobytes()
 
     def _build(self, strict):
-        """A decoder with a dictionary of only the needed words: it is there in 10 ms, the whole one takes a second."""
+        """A decoder with a dictionary of only the needed words: it is there in 10 ms, the whole one
+        takes a second."""
         pocketsphinx = _pocketsphinx()
         with tempfile.TemporaryDirectory() as folder:
             words = Path(folder, "words.dict")
@@ -126,7 +131,8 @@ def missing_words(texts):
 def word_graph(sentences):
     """The smallest acyclic graph whose paths are exactly the sentences (strings of words).
 
-    Returns (start, end, number of states, edges [(from, to, word)]). Raises ValueError if a sentence is empty.
+    Returns (start, end, number of states, edges [(from, to, word)]). Raises ValueError if a
+    sentence is empty.
     """
     root = {}
     for sentence in sentences:
@@ -153,10 +159,12 @@ def word_graph(sentences):
 
 
 def bigram_arpa(sentences):
-    """A bigram language model over sentences (strings of words), interpolated with unigrams, as ARPA text.
+    """A bigram language model over sentences (strings of words), interpolated with unigrams, as
+    ARPA text.
 
-    Witten-Bell smoothing (Witten & Bell 1991): after a word seen with many different successors more is left for
-    unseen ones. Interpolation is written out as back-off, so any reader of ARPA files computes the same numbers.
+    Witten-Bell smoothing (Witten & Bell 1991): after a word seen with many different successors
+    more is left for unseen ones. Interpolation is written out as back-off, so any reader of ARPA
+    files computes the same numbers.
     """
     pairs, words = Counter(), Counter()
     for sentence in sentences:
@@ -205,7 +213,8 @@ def _dictionary():
 
 
 def _entries(answers, pronunciations):
-    """Dictionary lines for all words of the answers. Raises ValueError for a word, or a phone, that is not known."""
+    """Dictionary lines for all words of the answers. Raises ValueError for a word, or a phone, that
+    is not known."""
     known = _dictionary()
     lines = {}
     for answer in answers:

@@ -1,4 +1,5 @@
-"""Kernels one at a time, at the model's sizes: each against fp64, and how fast each tile reads its weights."""
+"""Kernels one at a time, at the model's sizes: each against fp64, and how fast each tile reads its
+weights."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,11 @@ SLOTS = 64  # of a cache that is checked
 
 
 class Checks:
-    """Each kernel with random inputs of a BackboneConfig's widths; a method returns (what it gave, fp64, limit).
+    """Each kernel with random inputs of a BackboneConfig's widths; a method returns (what it gave,
+    fp64, limit).
 
-    Limits are shares of the largest value: ROUGH for results in the dtype of the model, FINE for those in fp32.
+    Limits are shares of the largest value: ROUGH for results in the dtype of the model, FINE for
+    those in fp32.
     """
 
     def __init__(self, backbone, group, device, dtype):
@@ -103,7 +106,8 @@ CHECKS = ("heads", "few", "gated", "added", "tiles", "attend", "prompt", "unpack
 
 
 def errors(backbone, group, device, dtype):
-    """({kernel: largest error as a share of the largest value, or why there is none}, names of those that fail)."""
+    """({kernel: largest error as a share of the largest value, or why there is none}, names of
+    those that fail)."""
     checks, found, failed = Checks(backbone, group, device, dtype), {}, []
     for name in CHECKS:
         try:
@@ -117,10 +121,12 @@ def errors(backbone, group, device, dtype):
 
 
 def tune(engine, layers, seconds):
-    """Sets triton_kernels.TILES for an Engine's int4 kernels → {kernel and size: {"tile", "gb_per_s", "tiles": {tile: GB/s}}}.
+    """Sets triton_kernels.TILES for an Engine's int4 kernels → {kernel and size: {"tile",
+    "gb_per_s", "tiles": {tile: GB/s}}}.
 
-    layers: how many layers' weights a kernel reads in turn, more than a cache holds. seconds(launch, layers) → seconds
-    a layer. Candidates are compiled beforehand, different kernels at the same time.
+    layers: how many layers' weights a kernel reads in turn, more than a cache holds.
+    seconds(launch, layers) → seconds a layer. Candidates are compiled beforehand, different kernels
+    at the same time.
     """
     device, found = engine.device, {}
     heads, out, both, down = engine.fused.layers[0][:4]
@@ -156,7 +162,8 @@ def tune(engine, layers, seconds):
 
 
 def others(engine, seconds):
-    """Microseconds of the kernels that read no weights, with the context of the engine's cache, and of `unpack`."""
+    """Microseconds of the kernels that read no weights, with the context of the engine's cache, and
+    of `unpack`."""
     fused, (keys, values) = engine.fused, (engine.cache.keys[0], engine.cache.values[0])
     heads, _, both, down, norm, _ = fused.layers[0]
     stream, inner = (torch.randn(1, rows.size, device=engine.device) for rows in (heads, down))

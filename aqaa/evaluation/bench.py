@@ -1,0 +1,67 @@
+"""The one entry of every measurement, `aqaa bench NAME`.
+
+A measurement is a module with `measure(...)`, which returns a plain dict. The names of its
+arguments say what it needs: a loaded `model`, the `corpus` of evaluation questions, options of the
+command line (preset, device, seed, limit, ...). `table(result)` is what a reader sees of it;
+without one, a line a value. A new measurement is an entry here and a file.
+"""
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+BENCHES = {  # name: its module in aqaa.evaluation
+    "speed": "speed",
+    "accuracy": "accuracy",
+    "synthesis": "synthesis",
+    "codes": "codes",
+    "parts": "parts",
+    "quantize": "quantization",
+    "streaming": "streaming",
+    "scale": "gpu_speed",
+}
+
+
+def main(name, *, preset="mini", device="cpu", out=None, as_json=False, **options):
+    """Measure `name`, print the result as JSON or as its table, and write it to the JSON file
+    `out`.
+
+    options: whatever else the measurement takes; those that it does not take, or that are None, are
+    left out. "rows" of a result, its single cases, stand in the file only. A measurement that takes
+    `out` writes and prints each number as it is made. Returns the exit code: 1 for a result with
+    faults. Raises FileNotFoundError before any work if the folder of `out` does not exist.
+    """
+    from aqaa.files import write_json
+    from aqaa.records import about
+
+    if out and not Path(out).resolve().parent.is_dir():
+        raise FileNotFoundError(f"{out} cannot be written, its folder does not exist: make it.")
+    bench = importlib.import_module(f"aqaa.evaluation.{BENCHES[name]}")
+    wanted = inspect.signature(bench.measure).parameters
+    options |= {"preset": preset, "device": device, "out": out, "progress": not as_json}
+    if "model" in wanted:
+        from aqaa import loading
+
+        options["model"] = loading.load(preset, device=device)
+    if "corpus" in wanted:
+        from aqaa.evaluation.accuracy import evaluation_corpus
+
+        where = (options[key] for key in ("corpus", "seed", "workers"))
+        options["corpus"] = evaluation_corpus(*where)
+    given = {key: options[key] for key in wanted if options.get(key) is not None}
+    result = bench.measure(**given)
+    if "out" not in wanted:
+        result = about(name, device if {"model", "device"} & set(wanted) else "cpu") | result
+        if out:
+            write_json(out, result)
+    if as_json:
+        print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
+    elif "out" not in wanted:
+        print(getattr(bench, "table", lines)(result))
+    return int(bool(result.get("faults")))
+
+
+def lines(result):
+    """A dict as text, a line a value."""
+    return "\n".join(f"{name:28} {value}" for name, value in result.items())
