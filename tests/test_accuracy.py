@@ -1,12 +1,10 @@
 """The bench counts what it should: right, wrong, silent and unsayable answers, each cell for itself."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,10 +17,7 @@ from aqaa.corpus.plan import Item
 from aqaa.evaluation import accuracy, bench
 from aqaa.evaluation.accuracy import CELLS, METRICS, Row, make_judge, measure, questions, share
 from aqaa.pipeline import AQAA
-
-SAID = ["seven plus five is equal to twelve", "the capital of france is paris", "the opposite of hot is cold"]
-PATHS = [Path(__file__).parent / "data" / f"{text.replace(' ', '_')}.flac" for text in SAID]
-SOUNDS = [soundfile.read(path, dtype="float32")[0] for path in PATHS]
+from tests.test_judges import SAID, SOUNDS
 
 
 class Shelf:

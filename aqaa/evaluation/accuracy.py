@@ -68,14 +68,11 @@ class Row:
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def measure(
-    model, corpus, limit=None, text_only=False, workers=2, seed=0, progress=True, **sampling
-):
-    """Ask `model` (an AQAA) the evaluation questions of `corpus`, `limit` of each cell at most.
+def measure(model, corpus, limit=None, text_only=False, workers=2, seed=0, progress=True, **sampling):
+    """Ask an AQAA the evaluation questions of `corpus`, `limit` of each cell at most.
 
     Returns facts about the run, "summary" (see `summarise`) and "rows" (Rows as dicts). sampling:
-    temperature, top_p; the model's defaults without. Raises ValueError if the corpus holds no
-    questions.
+    temperature, top_p. Raises ValueError if the corpus holds no questions.
     """
     items = questions(corpus, limit)
     if not items:
@@ -114,8 +111,7 @@ def questions(corpus, limit=None):
 
 
 def score_sound(rows, items, sounds, corpus, workers, seed, progress):
-    """Fill every score of `sounds`, the answers as (N,) float at 16 kHz, in `rows`; facts about the
-    judge."""
+    """Fill in every score of `sounds`, (N,) float at 16 kHz of each row; facts about the judge."""
     answers = all_answers() | {row.expected for row in rows}
     judge, unsayable = make_judge(answers, [row.written for row in rows], seed)
     spoken = corpus.answers()
@@ -148,11 +144,9 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
 
 
 def make_judge(answers, written, seed=0):
-    """(Judge, number of texts left out): its grammar holds answers and written texts, its bigrams
-    answers.
+    """(Judge, number of texts left out): its grammar holds both, its bigrams the answers alone.
 
-    A text with a word that the dictionary lacks cannot be heard: it is left out, and its row does
-    not agree.
+    A text with a word that the dictionary lacks cannot be heard: it is left out and never agrees.
     """
     answers = {normalise(answer) for answer in answers}
     others = {normalise(text) for text in written} - answers - {""}
@@ -165,8 +159,8 @@ def make_judge(answers, written, seed=0):
 
 
 def share(values):
-    """{"n", "share", "error"} of booleans, None left out. error is the standard error after adding
-    two successes and two failures (Agresti & Coull 1998): a perfect score of few is not exact."""
+    """{"n", "share", "error"} of booleans, None left out. error: the standard error after adding two
+    successes and two failures (Agresti & Coull 1998), for a perfect score of few is not exact."""
     values = [bool(value) for value in values if value is not None]
     n = len(values)
     if not n:

@@ -24,13 +24,11 @@ BENCHES = {  # name: its module in aqaa.evaluation
 
 
 def main(name, *, preset="mini", device="cpu", out=None, as_json=False, **options):
-    """Measure `name`, print the result as JSON or as its table, and write it to the JSON file
-    `out`.
+    """Measure `name`, print its table or JSON, write JSON to the file `out`; 1 if it has faults, else 0.
 
-    options: whatever else the measurement takes; those that it does not take, or that are None, are
-    left out. "rows" of a result, its single cases, stand in the file only. A measurement that takes
-    `out` writes and prints each number as it is made. Returns the exit code: 1 for a result with
-    faults. Raises FileNotFoundError before any work if the folder of `out` does not exist.
+    options: whatever else it may take; None, or one that it does not take, is left out. "rows" of a
+    result, its single cases, stand in the file only. A measurement that takes `out` writes and prints
+    each number as it is made. Raises FileNotFoundError first if the folder of `out` does not exist.
     """
     from aqaa.files import write_json
     from aqaa.records import about
@@ -47,8 +45,7 @@ def main(name, *, preset="mini", device="cpu", out=None, as_json=False, **option
     if "corpus" in wanted:
         from aqaa.evaluation.accuracy import evaluation_corpus
 
-        where = (options[key] for key in ("corpus", "seed", "workers"))
-        options["corpus"] = evaluation_corpus(*where)
+        options["corpus"] = evaluation_corpus(*(options[x] for x in ("corpus", "seed", "workers")))
     given = {key: options[key] for key in wanted if options.get(key) is not None}
     result = bench.measure(**given)
     if "out" not in wanted:
