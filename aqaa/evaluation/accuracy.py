@@ -68,7 +68,9 @@ class Row:
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def measure(model, corpus, limit=None, text_only=False, workers=2, seed=0, progress=True, **sampling):
+def measure(
+    model, corpus, limit=None, text_only=False, seed=0, workers=2, progress=False, **sampling
+):
     """Ask an AQAA the evaluation questions of `corpus`, `limit` of each cell at most.
 
     Returns facts about the run, "summary" (see `summarise`) and "rows" (Rows as dicts). sampling:
@@ -159,8 +161,8 @@ def make_judge(answers, written, seed=0):
 
 
 def share(values):
-    """{"n", "share", "error"} of booleans, None left out. error: the standard error after adding two
-    successes and two failures (Agresti & Coull 1998), for a perfect score of few is not exact."""
+    """{"n", "share", "error"} of booleans, None left out. error: the standard error with two
+    successes and two failures more (Agresti & Coull 1998): a perfect score of few is not exact."""
     values = [bool(value) for value in values if value is not None]
     n = len(values)
     if not n:

@@ -24,11 +24,11 @@ BENCHES = {  # name: its module in aqaa.evaluation
 
 
 def main(name, *, preset="mini", device="cpu", out=None, as_json=False, **options):
-    """Measure `name`, print its table or JSON, write JSON to the file `out`; 1 if it has faults, else 0.
+    """Measure `name`, print its table or JSON, write JSON to the file `out`. Returns 1 for faults.
 
-    options: whatever else it may take; None, or one that it does not take, is left out. "rows" of a
-    result, its single cases, stand in the file only. A measurement that takes `out` writes and prints
-    each number as it is made. Raises FileNotFoundError first if the folder of `out` does not exist.
+    options: whatever else it may take; None, or one that it does not take, is left out. "rows" of
+    a result, its single cases, stand in the file only. A measurement that takes `out` writes and
+    prints each number as it is made. Raises FileNotFoundError if the folder of `out` is missing.
     """
     from aqaa.files import write_json
     from aqaa.records import about

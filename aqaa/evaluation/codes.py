@@ -122,8 +122,7 @@ def _perplexity(model, rows, n_linguistic, batch, device):
 
 
 def _losses(model, rows, n_linguistic, device):
-    """{kind: (N,) negative log-likelihood in nats} of every code, by a softmax over its kind's
-    codes."""
+    """{kind: (N,) negative log-likelihood in nats} of every code among the codes of its kind."""
     rows = [torch.from_numpy(row) for row in rows]
     ids = pad_sequence(rows, True, IGNORED).to(device)  # (B, T)
     inputs = ids[:, :-1].clamp_min(0)  # causal: padding on the right changes nothing

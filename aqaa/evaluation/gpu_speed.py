@@ -135,8 +135,7 @@ class Bench:
             )
 
     def check_fits(self, weights, group):
-        """Raise ModelError, with the number of layers that would fit, before anything is
-        allocated."""
+        """Raise ModelError, before anything is allocated, with the number of layers that would fit."""
         sizes, free = self.config.backbone, memory.free_bytes(self.device)
         free -= plan.SPEECH_PARTS["full"] + plan.RESERVED * memory.GIB
         try:
@@ -244,8 +243,7 @@ class Bench:
             record.add(decode=rows)
 
     def rate(self, context):
-        """Generate after a context whose keys and values are there already: only their number
-        matters."""
+        """Generate after a context that is in the cache already: only its length matters."""
         ids, layout = self.config.ids, dialogue.layout()
         words = itertools.cycle(range(ids.first_text, ids.n_text))
         prompt = list(itertools.islice(words, context))
@@ -273,8 +271,7 @@ class Bench:
         return row
 
     def step_bytes(self, context):
-        """Bytes that one step reads: the layers with their norms, the last norm, keys and
-        values."""
+        """Bytes that one step reads: layers and norms, the last norm, keys and values."""
         model, cache = self.model.model, self.engine.cache
         weights = (*model.layers.parameters(), *model.layers.buffers(), model.norm.weight)
         slot = cache.keys[..., 0, :].nbytes + cache.values[..., 0, :].nbytes
@@ -291,8 +288,7 @@ class Bench:
         record.add(vocoder={**row, "rtf": round(work / seconds, 4)})
 
     def ask(self, record):
-        """A spoken question, answered by all parts, sound as soon as there is any; the second
-        counts."""
+        """A spoken question, answered by all parts as a stream; the second answer counts."""
         system, generator = self.system(), torch.Generator().manual_seed(self.seed)
         question = torch.randn(int(ASKED * SAMPLE_RATE), generator=generator) / 10
         options = {"max_tokens": ANSWER, "min_audio": ANSWER, "seed": self.seed}
@@ -308,8 +304,7 @@ class Bench:
         })  # fmt: skip
 
     def system(self):
-        """All parts at the size of the preset with random weights, but for words: there are
-        none."""
+        """All parts at the preset's size with random weights; words are left out."""
         if not self.parts:
             torch.manual_seed(self.seed)
             for name in PARTS:
@@ -340,9 +335,8 @@ def versions():
     import transformers
 
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__,
         "triton": triton_kernels.triton.__version__ if triton_kernels.triton else None,
         "cuda": torch.version.cuda,
-    }
+    }  # fmt: skip

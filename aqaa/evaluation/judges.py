@@ -76,7 +76,7 @@ class Judge:
         wavs = list(wavs)
         pool = None
         if workers > 1 and len(wavs) > CHUNK:
-            context = multiprocessing.get_context("spawn")  # a fork copies torch's threads half-alive
+            context = multiprocessing.get_context("spawn")  # a fork copies threads half-alive
             pool = ProcessPoolExecutor(workers, context, _start, (self, strict))
             heard = pool.map(_hear, wavs, chunksize=CHUNK)
         else:
@@ -216,8 +216,7 @@ def _dictionary():
 
 
 def _entries(answers, pronunciations):
-    """Dictionary lines for all words of the answers. Raises ValueError for unknown words and
-    phones."""
+    """Dictionary lines for all words of the answers. Raises ValueError for unknown ones."""
     known, lines = _dictionary(), {}
     for answer in answers:
         for word in answer.split():

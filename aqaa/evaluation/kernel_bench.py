@@ -116,8 +116,7 @@ def exact(layer, x):
 
 
 def errors(backbone, group, device, dtype):
-    """({kernel: largest error as a share of the largest value, or why there is none}, names of
-    those that fail)."""
+    """({kernel: largest error over the largest value, or its fault}, names of those that fail)."""
     checks, shares, failed = Checks(backbone, group, device, dtype), {}, []
     for name in CHECKS:
         try:

@@ -106,8 +106,7 @@ def _random(name, config):
 
 
 def _prepared(plain):
-    """The same part ready for inference: {"": …, ", AMX": …}, the second where the processor
-    allows."""
+    """The part ready for inference: {"": …, ", AMX": … where the processor allows it}."""
     ways = {"": prepared.prepare(deepcopy(plain))}
     with contextlib.suppress(ValueError):
         ways[", AMX"] = prepared.prepare(deepcopy(plain), amx=True)
@@ -231,8 +230,7 @@ def hift(config):
 
 
 def backbone(config):
-    """One token after another: all layers of the mini in fp32; of the full one a layer, in
-    bfloat16."""
+    """One token after another: the mini in fp32; a layer of the full one, in bfloat16."""
     from aqaa.backbone.generation import Decoder
 
     whole, sizes = config.name == "mini", config.backbone
@@ -242,7 +240,7 @@ def backbone(config):
     try:
         torch.set_default_dtype(torch.float32 if whole else torch.bfloat16)
         with skip_init():
-            model = _random("backbone", replace(config, backbone=sizes))
+            model = prepared.prepare(_random("backbone", replace(config, backbone=sizes)))
     finally:
         torch.set_default_dtype(usual)
     for parameter in model.parameters():

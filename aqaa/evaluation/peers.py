@@ -17,11 +17,8 @@ import torch
 
 from aqaa.tokenizers.linguistic import STRIDE
 
-PACKAGES = {  # to install: to import
-    "s3tokenizer": "s3tokenizer",
-    "funasr": "funasr",
-    "matcha-tts": "matcha",
-}
+# To install: to import.
+PACKAGES = {"s3tokenizer": "s3tokenizer", "funasr": "funasr", "matcha-tts": "matcha"}
 
 
 def installed(package):
@@ -30,8 +27,7 @@ def installed(package):
 
 
 def s3tokenizer(tokenizer):
-    """SemanticTokenizer -> a function of a wave (N,), N <= 30 s at 16 kHz: (hidden (T, D), codes
-    (T,))."""
+    """SemanticTokenizer -> a function of (N,), up to 30 s: (hidden (T, D), codes (T,))."""
     from s3tokenizer import log_mel_spectrogram
     from s3tokenizer.model import ModelConfig, S3Tokenizer
 
@@ -49,8 +45,7 @@ def s3tokenizer(tokenizer):
 
 
 def funasr(tokenizer):
-    """LinguisticTokenizer -> a function of a wave (N,): (hidden (T, D), codes (T,)), chunk by
-    chunk."""
+    """LinguisticTokenizer -> a function of (N,), in chunks: (hidden (T, D), codes (T,))."""
     with contextlib.redirect_stdout(io.StringIO()):
         from funasr.frontends.wav_frontend import WavFrontendOnline
         from funasr.models.scama.encoder import SANMEncoderChunkOpt

@@ -8,6 +8,8 @@ are they right?
 
 import copy
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -18,6 +20,7 @@ from aqaa.backbone.memory import linear_bytes
 from aqaa.batching import MAX_ANSWER, answer_batch
 from aqaa.corpus.dialogues import dialogues
 from aqaa.scale.quantize import dequantized, n_bytes, quantize_
+from aqaa.tokenizers.dialogue import Machine
 from aqaa.tokenizers.text import normalise
 
 VARIANTS = {  # what is compared: format, group, method
@@ -34,8 +37,7 @@ BATCH = 64
 
 
 def measure(model, preset="mini", seed=0, limit=QUESTIONS, progress=True):
-    """`compare_formats` of an AQAA, with the dialogues beside its weights: `limit` evaluation
-    questions."""
+    """`compare_formats` of an AQAA, with `limit` evaluation questions beside its weights."""
     asked = dialogues(preset, "eval", limit, seed)
     forced = asked[:: max(1, len(asked) // FORCED)][:FORCED]
     calibration = dialogues(preset, "train", CALIBRATION, seed)
@@ -54,10 +56,10 @@ def table(result):
         size = sum(facts["bytes"][part] for part in ("linear", "scale", "other")) / 1e6
         score, answers = facts["scores"], facts["questions"]
         error, kl = score["relative_error"], score["kl"]
+        right, of, kept, same = (answers[key] for key in ("right", "of_right", "kept", "same"))
         lines.append(
             f"{name:15}{size:7.2f}{score['agreement']:9.4f}{error:8.4f}{kl:9.5f}"
-            f"{answers['right']:8.4f}{answers['of_right']:10.4f}"
-            f"{answers['kept']:8.4f}{answers['same']:8.4f}"
+            f"{right:8.4f}{of:10.4f}{kept:8.4f}{same:8.4f}"
         )
     return "\n".join(lines)
 
@@ -105,8 +107,7 @@ def compare_formats(
 
 @torch.inference_mode()
 def scores(model, forced, ids, layout):
-    """Logits of the legal ids at every position of the answers of Dialogues: a list of (R,)
-    fp32."""
+    """Logits of the legal ids, a list of (R,) fp32, at every position of Dialogues' answers."""
     rows, vocabulary = [], Vocabulary(model)
     for dialogue in forced:
         tokens = torch.tensor([dialogue.ids], device=model.device)
@@ -131,43 +132,25 @@ def compare(reference, others):
     size = sum(a.square().sum() for a, _ in centred)
     logs = ((a.log_softmax(0), b.log_softmax(0)) for a, b in pairs)
     divergence = [float((p.exp() * (p - q)).sum()) for p, q in logs]
-    return {
-        "agreement": sum(same) / len(same),
-        "relative_error": float(error / size) ** 0.5,
-        "kl": sum(divergence) / len(same),
-    }
+    error, n = float(error / size) ** 0.5, len(same)
+    return {"agreement": sum(same) / n, "relative_error": error, "kl": sum(divergence) / n}
 
 
 # ---- answers ------------------------------------------------------------------------------------
 
 
-class WordsOnly:
-    """A layout whose answers end when their text is complete: the words stay, the sound's time is
-    saved."""
-
-    def __init__(self, layout):
-        self.layout = layout
-
-    def machine(self, ids, min_audio=0):
-        return _WordsMachine(self.layout.machine(ids, min_audio))
-
-
-class _WordsMachine:
-    """Stands in for the machine of a layout."""
-
-    def __init__(self, machine):
-        self.inner = machine
-        self.allowed = machine.allowed
-        self.advance = machine.advance
+class WordsMachine(Machine):
+    """Ends an answer when its text is complete: the same words, without the sound's time."""
 
     @property
     def finished(self):
-        return self.inner.finished or self.inner.text_done
+        return super().finished or self.text_done
 
 
 def words(model, prompts):
     """The words of greedy answers of an AQAA to prompts (lists of ids), as they are judged."""
-    layout, options = WordsOnly(model.layout), {"max_tokens": MAX_ANSWER, "batch_size": BATCH}
+    layout = SimpleNamespace(machine=partial(WordsMachine, model.layout))
+    options = {"max_tokens": MAX_ANSWER, "batch_size": BATCH}
     answers = generate_batch(model.backbone, prompts, model.ids, layout, **options)
     texts = ([step.id for step in steps if step.kind == "text"] for steps in answers)
     return [normalise(model.text.decode(ids)) for ids in texts]
@@ -195,10 +178,5 @@ def compare_answers(before, after, expected):
     now = sum(new == wanted for _, new, wanted in rows)
     both = sum(old == new == wanted for old, new, wanted in rows)
     same = sum(old == new for old, new, _ in rows)
-    return {
-        "n": n,
-        "right": now / n,
-        "of_right": now / max(was, 1),
-        "kept": both / max(was, 1),
-        "same": same / n,
-    }
+    of = {"of_right": now / max(was, 1), "kept": both / max(was, 1)}
+    return {"n": n, "right": now / n, **of, "same": same / n}

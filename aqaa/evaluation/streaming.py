@@ -53,8 +53,7 @@ def timer(model):
 
 
 def heard(model, wav, looks=None, **options):
-    """A listener that has heard (N,), packet by packet. looks: a list that receives each look's
-    codes."""
+    """A listener that has heard (N,), packet by packet. looks: a list to add each look's codes to."""
     listener = model.listener(**options)
     for packet in wav.split(PACKET):
         before = listener.heard
@@ -106,18 +105,14 @@ def _listen(model, wav, every, counts):
                 now = samples / SAMPLE_RATE
                 count.update(changes(codes[kind], getattr(listener, kind), now, kind))
     return {
-        "equal": ids == expected,
-        "prompt_known": known / len(prompt),
-        "restarts": listener.restarts,
-        "looks_after_peak": mean(settled or [0]),
-        "work": live / seconds,
-        "work_offline": offline / seconds,
-    }
+        "equal": ids == expected, "prompt_known": known / len(prompt),
+        "restarts": listener.restarts, "looks_after_peak": mean(settled or [0]),
+        "work": live / seconds, "work_offline": offline / seconds,
+    }  # fmt: skip
 
 
 def changes(codes, settled, seconds, kind):
-    """Of each code of a look: (bin of its distance from the end at `seconds`, whether it
-    changed)."""
+    """Of each code of a look: (bin of its distance from the end, whether it changed)."""
     for i, (code, final) in enumerate(zip(codes, settled, strict=False)):
         distance = seconds - i * CODE_SECONDS[kind]
         yield next(pair for pair in BINS if distance <= pair[1]), code != final
