@@ -135,7 +135,7 @@ class Bench:
             )
 
     def check_fits(self, weights, group):
-        """Raise ModelError, before anything is allocated, with the number of layers that would fit."""
+        """Raise ModelError, before anything is allocated, with how many layers would fit."""
         sizes, free = self.config.backbone, memory.free_bytes(self.device)
         free -= plan.SPEECH_PARTS["full"] + plan.RESERVED * memory.GIB
         try:

@@ -236,13 +236,10 @@ def backbone(config):
     whole, sizes = config.name == "mini", config.backbone
     if not whole:
         sizes = replace(sizes, num_hidden_layers=1, vocab_size=LAYER_VOCABULARY)
-    usual = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float32 if whole else torch.bfloat16)
-        with skip_init():
-            model = prepared.prepare(_random("backbone", replace(config, backbone=sizes)))
-    finally:
-        torch.set_default_dtype(usual)
+    with torch.device("meta"), skip_init():  # at no time are there more bytes than its own
+        model = _random("backbone", replace(config, backbone=sizes))
+    model.to(torch.float32 if whole else torch.bfloat16).to_empty(device="cpu")
+    prepared.prepare(model)
     for parameter in model.parameters():
         parameter.normal_(0, 0.02)
     past, steps = 128, 64 if whole else 4

@@ -53,7 +53,7 @@ def timer(model):
 
 
 def heard(model, wav, looks=None, **options):
-    """A listener that has heard (N,), packet by packet. looks: a list to add each look's codes to."""
+    """A listener that has heard (N,), packet by packet. looks: a list for each look's codes."""
     listener = model.listener(**options)
     for packet in wav.split(PACKET):
         before = listener.heard
