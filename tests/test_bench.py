@@ -43,11 +43,9 @@ def test_turns_are_taken_and_ratios_are_of_neighbours(monkeypatch):
     clock, ran = [0.0], []
 
     def work(name, costs):
-        costs = iter(costs)
-
         def run():
             ran.append(name)
-            clock[0] += next(costs)
+            clock[0] += costs.pop(0)
 
         return run
 

@@ -8,6 +8,7 @@ from aqaa.config import preset
 from aqaa.evaluation import peers
 from aqaa.fast import prepared
 from aqaa.weights import model_folder
+from tests.conftest import RATE
 
 HIDDEN = 3e-5  # what rounding makes of a hidden row, whatever the order of the work
 MARGIN = 1e-4  # a code may differ where the second nearest entry is this close
@@ -46,7 +47,7 @@ def check(hidden, wanted, entries, codes, wanted_codes, scale=lambda rows: rows)
 @needs("funasr")
 @pytest.mark.parametrize("seconds", [2.4, 5.13])  # whole chunks, and a tail
 def test_linguistic_is_funasr(seconds):
-    model, wav = build("linguistic"), sound(int(seconds * 16_000))
+    model, wav = build("linguistic"), sound(int(seconds * RATE))
     model.add_shift.uniform_(-12, -8)
     model.rescale.uniform_(0.1, 0.3)
     wanted, _ = peers.funasr(model)(wav)
@@ -61,7 +62,7 @@ def test_linguistic_is_funasr(seconds):
 @needs("s3tokenizer")
 @pytest.mark.parametrize("seconds", [0.5, 11.77])
 def test_semantic_is_s3tokenizer(seconds):
-    model, wav = build("semantic"), sound(int(seconds * 16_000))
+    model, wav = build("semantic"), sound(int(seconds * RATE))
     model.quantizer._codebook.embed.copy_(F.normalize(torch.randn(4096, 1280), dim=1))
     wanted, wanted_codes = peers.s3tokenizer(model)(wav)
     with torch.inference_mode():
