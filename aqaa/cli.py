@@ -6,7 +6,6 @@ known what to do. Each fault is one sentence on stderr.
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import stat
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from aqaa import options
 from aqaa.files import ModelError, WriteError
-from aqaa.options import BENCHES, RELEASED
+from aqaa.options import RELEASED
 
 LONGEST_DIALOGUE = 8192  # ids that the fast engine keeps room for
 UNSURE = 0.5  # confidence below which the printed answer is marked
@@ -358,7 +357,10 @@ def _train(args):
 
 def _bench(args):
     options.check_bench(args)
-    return importlib.import_module(BENCHES[args.what]).main(args)
+    from aqaa.evaluation import bench
+
+    chosen = {name: value for name, value in vars(args).items() if name not in ("verb", "what", "json")}
+    return bench.main(args.what, as_json=args.json, **chosen)
 
 
 def _plan(args):

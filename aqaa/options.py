@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 from aqaa import __version__
+from aqaa.evaluation.bench import BENCHES
 from aqaa.files import server_address
 from aqaa.training import stages
 from aqaa.weights.sources import (
@@ -26,16 +27,6 @@ from aqaa.weights.sources import (
     roles,
 )
 
-BENCHES = {
-    "speed": "aqaa.evaluation.speed",
-    "accuracy": "aqaa.evaluation.accuracy",
-    "synthesis": "aqaa.evaluation.synthesis",
-    "codes": "aqaa.evaluation.codes",
-    "parts": "aqaa.evaluation.parts",
-    "quantize": "aqaa.evaluation.quantization",
-    "streaming": "aqaa.evaluation.streaming",
-    "scale": "aqaa.evaluation.gpu_speed",
-}
 SAMPLING = {"temperature": 0.3, "top_p": 0.9}  # what help says; a test compares the pipeline's own
 WORDS = {  # what options.toml leaves open
     **RELEASED, **SAMPLING, "dtypes": ", ".join(DTYPES),

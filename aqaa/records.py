@@ -46,13 +46,6 @@ def about(name, device="cpu"):
     return {"what": name, **provenance(device), "command": " ".join(["aqaa", *sys.argv[1:]])}
 
 
-def report(args, result, lines, details=None):
-    """Print a result, as JSON or as lines; write it with its details to args.out, if given."""
-    print(json.dumps(result) if args.json else "\n".join(lines))
-    if args.out:
-        write_json(args.out, {**result, **(details or {})})
-
-
 class Record:
     """A JSON file that grows; written anew, and whole, with each number."""
 

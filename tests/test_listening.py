@@ -1,7 +1,6 @@
 """A question heard while it is spoken: the ids of offline listening, whatever the packets, and an early answer."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from aqaa import audio, files, loading
 from aqaa.backbone.generation import Prefill
-from aqaa.evaluation import streaming
+from aqaa.evaluation import bench, streaming
 from aqaa.tokenizers.linguistic import STRIDE, row_count
 from aqaa.tokenizers.semantic import PIECE
 from tests.conftest import RATE, tone
@@ -305,7 +304,7 @@ def test_the_bench_reports_what_it_found(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(loading, "load", lambda *args, **options: tiny)
     monkeypatch.setattr(streaming, "STEPS", (0.24,))
     out = tmp_path / "streaming.json"
-    streaming.main(SimpleNamespace(preset="tiny", device="cpu", limit=1, seed=0, json=False, out=str(out)))
+    bench.main("streaming", preset="tiny", limit=1, out=out)
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["what"] == "streaming" and found["questions"] == 1 and found["every 0.24 s"]["equal"] == 1
     assert found["answers"]["first_id"] > 0 and "semantic_changed" in capsys.readouterr().out
