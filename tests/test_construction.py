@@ -10,7 +10,7 @@ from aqaa.backbone import step1
 from aqaa.config import AQAAConfig, BackboneConfig
 from aqaa.files import ModelError
 from aqaa.tokenizers import s3_onnx
-from aqaa.weights import model_folder, released, shards
+from aqaa.weights import model_folder, readers, shards
 from tests.test_semantic import consumer
 
 SMALL = BackboneConfig(  # Step-Audio-TTS-3B and EditX
@@ -118,7 +118,7 @@ def wrapped(state, outer, prefix):
 def test_the_linguistic_loader_takes_every_wrapping(monkeypatch, outer, prefix, tmp_path):
     monkeypatch.setattr("torch.load", lambda *_, **__: wrapped(KEYS["linguistic"], outer, prefix))
     (tmp_path / "model.pt").write_bytes(b"PK\3\4")
-    assert shapes(released.pickled(tmp_path / "model.pt")) == shapes(KEYS["linguistic"])
+    assert shapes(readers.pickled(tmp_path / "model.pt")) == shapes(KEYS["linguistic"])
 
 
 def normed(name):

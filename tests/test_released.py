@@ -123,7 +123,7 @@ def test_dtype_is_of_backbone_and_flow_alone(small, question):
 @pytest.mark.parametrize("role", model_folder.ROLES)
 def test_the_mini_takes_no_part_with_other_codes(small, question, capsys, role):
     assert cli.main(["ask", str(question), *options(small["backbone"].parent, role)]) == 1
-    assert "they are no pair" in capsys.readouterr()[1]
+    assert "take both from one release" in capsys.readouterr()[1]
 
 
 def test_parts_mix_where_their_ids_fit(tiny_text, small, tmp_path, question):
@@ -331,7 +331,7 @@ DAMAGES = {  # name: (what is done to a copy, words of the sentence that no othe
     "tokenizer.model other": (
         lambda f: (f / "backbone/tokenizer.model").write_bytes(release.sentencepiece(6000)),
         "has 9,728 rows, audio ids go up to 11,119"),
-    "tokenizer.model mute": (text("backbone/tokenizer.model", "<audio_0>", "<radio_0>"), "knows no <audio_0>"),
+    "tokenizer.model mute": (text("backbone/tokenizer.model", "<audio_0>", "<radio_0>"), "has no <audio_0>"),
     "tokenizer.model markers": (text("backbone/tokenizer.model", "<|EOT|>", "<|TOE|>"), "has <|EOT|> at None"),
     "config missing": (gone("backbone/config.json"), "config.json is missing"),
     "config broken": (cut("backbone/config.json"), "config.json is no JSON that can be read"),
@@ -520,7 +520,7 @@ HURTFUL = {  # what replaces a file (or words of it), and the sentence
     "yaml width": (PARAFORMER, ("linear_units: 32", "linear_units: 1000000000"), "describes no network for"),
     "yaml aliases": (PARAFORMER, (SIZE, "    output_size: *a11\n"), "which is no number"),
     "yaml aliases of a name": (PARAFORMER, ("encoder: SANMEncoderChunkOpt", "encoder: *a11"), "is of an encoder"),
-    "index deep": (INDEX, b"[" * 200_000, "it has no weight_map"),
+    "index deep": (INDEX, b"[" * 200_000, "is no JSON that can be read"),
     "header deep": (LAST, (200_000).to_bytes(8, "little") + b"[" * 200_000, "no safetensors header"),
     "config deep": ("backbone/config.json", b'{"a":' * 200_000, "is no JSON that can be read"),
 }  # fmt: skip
