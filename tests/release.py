@@ -222,10 +222,8 @@ flow: !new:cosyvoice.flow.flow.MaskedDiffWithXvec
     input_size: 16
     output_size: 80
     spk_embed_dim: !ref <spk_embed_dim>
-    output_type: 'mel'
     vocab_size: 5121
     input_frame_rate: 41.67
-    only_mask_loss: True
     encoder: !new:cosyvoice.transformer.encoder.ConformerEncoder
         output_size: 16
         attention_heads: 2
@@ -234,26 +232,19 @@ flow: !new:cosyvoice.flow.flow.MaskedDiffWithXvec
         use_cnn_module: False
     length_regulator: !new:cosyvoice.flow.length_regulator.InterpolateRegulator
         channels: 80
-        sampling_ratios: [1, 1, 1, 1]
     decoder: !new:cosyvoice.flow.flow_matching.ConditionalCFM
-        in_channels: 240
         cfm_params: !new:omegaconf.DictConfig
             content:
                 sigma_min: 1e-06
                 solver: 'euler'
-                t_scheduler: 'cosine'
                 training_cfg_rate: 0.2
                 inference_cfg_rate: 0.7
         estimator: !new:cosyvoice.flow.decoder.ConditionalDecoder
-            in_channels: 320
-            out_channels: 80
             channels: [16, 16]
-            dropout: 0
             attention_head_dim: 8
             n_blocks: 1
             num_mid_blocks: 2
             num_heads: 2
-            act_fn: 'gelu'
 
 hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
     in_channels: 80
@@ -275,7 +266,6 @@ hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
     lrelu_slope: 0.1
     audio_limit: 0.99
     f0_predictor: !new:cosyvoice.hifigan.f0_predictor.ConvRNNF0Predictor
-        num_class: 1
         in_channels: 80
         cond_channels: 16
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from aqaa.config import FlowConfig, MelConfig
+from aqaa.fast import mish
 from aqaa.vocoder.conformer import RelativeAttention, relative_positions
 from aqaa.vocoder.flow import Flow, stretch
 from aqaa.vocoder.unet import MaskedGroupNorm
@@ -63,6 +64,19 @@ def test_loss_ignores_what_is_padded():
 def test_masked_norm_is_the_plain_one_when_nothing_is_masked():
     norm, x = MaskedGroupNorm(4, 16), torch.randn(2, 16, 9)
     torch.testing.assert_close(norm(x, torch.ones(2, 1, 9)), norm(x))
+
+
+def test_the_mish_with_one_exponential_is_mish():
+    x = torch.cat([torch.linspace(-120, 120, 4801), torch.tensor([-1e30, 1e30])]).requires_grad_()
+    plain, twin = nn.Mish(), nn.Sequential(nn.Mish(), build())
+    mish.use(twin)
+    kinds = {name: type(layer) for name, layer in twin.named_modules() if isinstance(layer, nn.Mish)}
+    assert {mish.OneExponentialMish} == {kind for name, kind in kinds.items() if "estimator" in name}
+    assert {nn.Mish} == {kind for name, kind in kinds.items() if "estimator" not in name}
+    fast = mish.OneExponentialMish()
+    torch.testing.assert_close(fast(x), plain(x))
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).sum(), x)[0] for f in (fast, plain)))
+    assert torch.equal(fast(x.bfloat16()), plain(x.bfloat16()))
 
 
 def test_ids_outside_the_vocabulary():

@@ -33,7 +33,7 @@ class WaveStream:
 
     @torch.inference_mode()
     def push(self, mel, ahead=None, final=False):
-        """mel (1, n_mels, T) final frames; ahead (1, n_mels, P) a guess at the next -> (N,) samples.
+        """mel (1, n_mels, T) final frames; ahead (1, n_mels, P) a guess at the next -> (N,) sound.
 
         Without enough `ahead` the last `fade` frames wait for the next call. `final` speaks all.
         """
