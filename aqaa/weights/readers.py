@@ -64,9 +64,8 @@ def pickled(path):
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except BROKEN as fault:
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(fault)):
-            raise ModelError(
-                f"{path} wants to run {foreign[1]} when read: take a file of tensors only."
-            ) from None
+            fault = f"{path} wants to run {foreign[1]} when read"
+            raise ModelError(f"{fault}: take a file of tensors only.") from None
         raise unusable(f"{path} is cut short or no file of torch.save") from None
     inner = data
     while isinstance(inner, dict):

@@ -13,8 +13,16 @@ import numpy as np
 import torch
 
 from aqaa import audio
-from aqaa import config as configs
-from aqaa.config import AQAAConfig, FlowConfig, HiftConfig, LinguisticConfig, MelConfig
+from aqaa.backbone.quantized_linear import empty_linears, format_in
+from aqaa.config import (
+    AQAAConfig,
+    BackboneConfig,
+    FlowConfig,
+    HiftConfig,
+    IdsConfig,
+    LinguisticConfig,
+    MelConfig,
+)
 from aqaa.files import AGAIN, ModelError, brief, check_file
 from aqaa.tokenizers import s3_onnx
 from aqaa.tokenizers.linguistic import read_mvn
@@ -25,15 +33,13 @@ from aqaa.weights.readers import file_in, pick, pickled, refusing, unusable
 from aqaa.weights.verify import all_finite, as_recorded, skip_init
 
 NPY, ONNX, YAML = "linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx", "cosyvoice.yaml"
-# FunASR's class; the offline encoder has the same tensors and gives other codes
-STREAMING = "SANMEncoderChunkOpt"
+STREAMING = "SANMEncoderChunkOpt"  # the offline encoder has the same tensors, and other codes
 STEP1 = ("step1", "mmgpt_step1", "mmgpt_step1_v2", "step1o")  # model_type of the family
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_attention_groups", "max_seq_len",
-)  # fmt: skip
+BACKBONE = {field.name: field for field in fields(BackboneConfig)}
+SIZES = [name for name, field in BACKBONE.items() if field.type is int and name[-3:] != "_id"]
 SPEAKER_SECONDS = 30  # of a recording whose voice is taken
 ONE = "take both from one release."
+OTHER = "take the tokenizer.model of Step-Audio."
 
 # our fields, or {our field: where the yaml has it}; what it leaves out is as published
 ENCODER = ("output_size", "attention_heads", "linear_units", "num_blocks", "kernel_size")
@@ -115,7 +121,7 @@ def combine(config, sources, folder=None):
             raise ModelError(f"the {name} tokenizer has {sizes}: {ONE}")
     if (rows := config.backbone.vocab_size) < ids.end:
         sizes = f"{rows:,} rows, audio ids go up to {ids.end - 1:,}"
-        raise ModelError(f"{model} has {sizes}: take tokenizer.model from its release.")
+        raise ModelError(f"{model} has {sizes}: {ONE}")
     n_flow = config.flow.vocab_size
     if not ids.n_audio <= n_flow <= ids.n_audio + 1:  # the published one may have a padding row
         raise ModelError(f"the flow has {n_flow:,} audio ids, {model} has {ids.n_audio:,}: {ONE}")
@@ -201,12 +207,12 @@ def text(folder):
         raise ModelError(f"{brief(fault)}; {AGAIN}.") from None
     find = tokenizer.tokenizer.token_to_id
     if (n_text := find("<audio_0>")) is None:
-        raise ModelError(f"{path} has no <audio_0>, it belongs to a text model: name another.")
-    ids = replace(configs.IdsConfig(), n_text=n_text)
+        raise ModelError(f"{path} has no <audio_0>, it belongs to a text model: {OTHER}")
+    ids = replace(IdsConfig(), n_text=n_text)
     markers = {"<s>": ids.bos, "<|EOT|>": ids.eot, "<|BOT|>": ids.bot}
     for piece, wanted in (markers | {f"<audio_{ids.n_audio - 1}>": ids.end - 1}).items():
         if (at := find(piece)) != wanted:
-            raise ModelError(f"{path} has {piece} at {at}, not at {wanted}: name another model's.")
+            raise ModelError(f"{path} has {piece} at {at}, Step-1 at {wanted}: {OTHER}")
     facts = f"{tokenizer.n_text:,} pieces, {n_text:,} of them text"
     return Source({"ids": ids}, facts, lambda device, dtype: tokenizer)
 
@@ -216,7 +222,6 @@ def backbone(folder):
     from huggingface_hub.errors import StrictDataclassError
 
     from aqaa.backbone import step1  # transformers takes seconds to import
-    from aqaa.backbone.quantized_linear import empty_linears, format_in
 
     path = file_in(folder, "config.json")
     config, kind = _step1_config(path)
@@ -235,13 +240,13 @@ def backbone(folder):
     shards.check(model, tensors, names, folder)
     count = sum(entry.numel for entry in used)
     files = len({entry.path for entry in tensors.values()})
-    facts = f"{kind}, {len(names):,} tensors, {count:,} parameters, "
-    facts += f"{shards.in_bytes(size)} in {files} shards"
+    room = f"{shards.in_bytes(size)} in {files} shards"
+    facts = f"{kind}, {len(names):,} tensors, {count:,} parameters, {room}"
     note = ""
     if others:
-        dropped = sum(tensors[name].numel for name in others)
-        note = f"{len(others):,} tensors ({dropped:,} values) of {folder} see pictures and are "
-        note += "not loaded."
+        values = sum(tensors[name].numel for name in others)
+        dropped = f"{len(others):,} tensors ({values:,} values) of {folder}"
+        note = f"{dropped} see pictures and are not loaded."
 
     def load(device, dtype):
         return shards.fill(model, tensors, names, device, dtype)
@@ -265,10 +270,9 @@ def _step1_config(path):
     sizes = {name: given[name] for name in SIZES}
     sizes["rms_norm_eps"] = given.get("rms_norm_eps", 1e-5)
     with refusing(f"{path} describes no Step-1 model", ValueError):
-        for setting in fields(configs.BackboneConfig):
-            if setting.name in sizes:
-                verify.check_setting(setting, sizes[setting.name], setting.name)
-    return configs.BackboneConfig(**sizes), kind
+        for name, value in sizes.items():
+            verify.check_setting(BACKBONE[name], value, name)
+    return BackboneConfig(**sizes), kind
 
 
 # ---- vocoder ------------------------------------------------------------------------------------
@@ -279,10 +283,8 @@ def flow(folder):
     path = file_in(folder, "flow.pt")
     state = pickled(path)
     if any(name.startswith("encoder.up_layer.") or "estimator.blocks." in name for name in state):
-        raise ModelError(
-            f"{path} is the DiT flow of Step-Audio-EditX, which reads two streams at 24 kHz: take "
-            "CosyVoice-300M-25Hz of Step-Audio-TTS-3B."
-        )
+        other = "the DiT flow of Step-Audio-EditX, which reads two streams at 24 kHz"
+        raise ModelError(f"{path} is {other}: take CosyVoice-300M-25Hz of Step-Audio-TTS-3B.")
     if "input_embedding.weight" not in state:
         raise unusable(f"{path} holds no input_embedding, so it is no flow of CosyVoice")
     config, mel, _ = vocoder_sizes(folder / YAML)

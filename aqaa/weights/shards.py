@@ -1,5 +1,4 @@
-"""A released language model on disk: safetensors shards of any naming, known by their headers, read
-tensor by tensor.
+"""A released language model on disk: safetensors shards of any naming, read tensor by tensor.
 
 The few kilobytes at the head of each shard tell names, shapes and sizes, so a folder of 265 GB is
 judged in a moment. Weights then go from the mapped file straight to their place in a model built on
@@ -56,8 +55,7 @@ def in_bytes(size):
 
 
 def header(path):
-    """{name: Entry} of one shard, from its header alone. Raises ModelError for a pointer, a cut or
-    a foreign file."""
+    """{name: Entry} of a shard, from its header alone. ModelError for a pointer, or a cut file."""
     path = Path(path)
     check_file(path, AGAIN)
     size = path.stat().st_size
@@ -91,11 +89,9 @@ def _fills(entry):
 
 
 def scan(folder):
-    """{name: Entry} of all shards of a folder, as its index lists them, or all *.safetensors where
-    there is none.
+    """{name: Entry} of all shards of a folder: those of its index, or all *.safetensors.
 
-    Raises ModelError for a shard that is missing, broken, or without a tensor that the index puts
-    there.
+    Raises ModelError for a shard that is missing, broken, or lacks a tensor of the index.
     """
     folder = Path(folder)
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
@@ -143,16 +139,14 @@ def language_model(tensors, folder):
     The model is where layer 0 has a q_proj with a gate_proj beside it: vision towers have q_proj
     layers of their own. Raises ModelError when there is none, or more than one.
     """
-    prefixes = [
-        name.removesuffix(layer)
-        for layer in (LAYER, QUANTIZED) for name in tensors if name.endswith(layer)
-    ]  # fmt: skip
+    ends = (LAYER, QUANTIZED)
+    prefixes = [name.removesuffix(end) for end in ends for name in tensors if name.endswith(end)]
     prefixes = [prefix for prefix in prefixes if any(prefix + gate in tensors for gate in GATES)]
     if len(prefixes) != 1:
-        raise ModelError(
-            f"{folder} holds {len(prefixes) or 'no'} language models of Step-1's kind (*.{LAYER} "
-            f"beside *.{GATES[0]}): name the folder of Step-Audio-AQAA, -Chat or -TTS-3B."
-        )
+        kind = f"{len(prefixes) or 'no'} language models of Step-1's kind"
+        sign = f"(*.{LAYER} beside *.{GATES[0]})"
+        fix = "name the folder of Step-Audio-AQAA, -Chat or -TTS-3B"
+        raise ModelError(f"{folder} holds {kind} {sign}: {fix}.")
     (prefix,) = prefixes
     body = re.compile(re.escape(prefix) + r"((?:layers\.\d+\.|embed_tokens\.|norm\.).+)")
     names = {}
@@ -173,14 +167,10 @@ def check(model, tensors, names, folder):
     for ours, theirs in names.items():
         entry = tensors[theirs]
         if entry.dtype not in codes.get(ours, DTYPES):
-            raise ModelError(
-                f"{entry.path} holds {theirs} as {entry.dtype}: this loader takes the published "
-                "weights, in bf16, fp16 or fp32."
-            )
+            fix = "take the published weights, in bf16, fp16 or fp32"
+            raise ModelError(f"{entry.path} holds {theirs} as {entry.dtype}: {fix}.")
     if "lm_head.weight" not in names:
-        raise unusable(
-            f"{folder} lacks lm_head.weight, and Step-1's output layer is not its embedding"
-        )
+        raise unusable(f"{folder} lacks lm_head.weight, which is not the embedding in Step-1")
     shapes = {ours: tensors[theirs].shape for ours, theirs in names.items()}
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     fit(model, state, folder, "its config.json")
@@ -226,8 +216,7 @@ def fill(model, tensors, names, device="cpu", dtype=None):
             theirs = names[name]
             path = tensors[theirs].path
             all_finite({theirs: numbers(model, name, tensor)}, path)
-            raise ModelError(
-                f"{path} has weights in {theirs} too large for {dtype}: choose bfloat16 or float32."
-            )
+            fault = f"{path} has weights in {theirs} too large for {dtype}"
+            raise ModelError(f"{fault}: choose bfloat16 or float32.")
         setattr(owner, leaf, weight if is_code else torch.nn.Parameter(weight, requires_grad=False))
     return model.eval()
