@@ -182,7 +182,7 @@ def test_help_has_an_example_that_can_be_parsed_and_the_defaults(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     example = text.split("example: ")[1]
-    assert example == options.EXAMPLES[verb] and example.startswith(f"aqaa {verb} ")
+    assert example == options.COMMANDS[verb]["example"] and example.startswith(f"aqaa {verb} ")
     args = vars(options.parse(example.split()[1:]))
     least = {"ask": ["q"], "chat": [], "listen": ["q"], "train": ["flow"], "convert": ["a", "b"]}.get(verb, [])
     for name, value in vars(options.parse([verb, *least])).items():

@@ -339,7 +339,7 @@ DAMAGES = {  # name: (what is done to a copy, words of the sentence that no othe
     "tokenizer.model mute": (text("backbone/tokenizer.model", "<audio_0>", "<radio_0>"), "has no <audio_0>"),
     "tokenizer.model markers": (text("backbone/tokenizer.model", "<|EOT|>", "<|TOE|>"), "has <|EOT|> at None"),
     "config missing": (gone("backbone/config.json"), "config.json is missing"),
-    "config broken": (cut("backbone/config.json"), "config.json is no JSON that can be read"),
+    "config broken": (cut("backbone/config.json"), "config.json is cut short or damaged"),
     "config of another": (config_with(model_type="qwen2"), "is of model_type 'qwen2'"),
     "config without size": (config_with(num_attention_groups=None), "config.json gives no num_attention_groups"),
     "config heads": (config_with(num_attention_heads=5), "describes no Step-1 model"),
@@ -501,9 +501,9 @@ HURTFUL = {  # what replaces a file (or words of it), and the sentence
     "yaml width": (PARAFORMER, ("linear_units: 32", "linear_units: 1000000000"), "describes no network for"),
     "yaml aliases": (PARAFORMER, (SIZE, "    output_size: *a11\n"), "which is no number"),
     "yaml aliases of a name": (PARAFORMER, ("encoder: SANMEncoderChunkOpt", "encoder: *a11"), "is of an encoder"),
-    "index deep": (INDEX, b"[" * 200_000, "is no JSON that can be read"),
+    "index deep": (INDEX, b"[" * 200_000, "is cut short or damaged"),
     "header deep": (LAST, (200_000).to_bytes(8, "little") + b"[" * 200_000, "no safetensors header"),
-    "config deep": ("backbone/config.json", b'{"a":' * 200_000, "is no JSON that can be read"),
+    "config deep": ("backbone/config.json", b'{"a":' * 200_000, "is cut short or damaged"),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from aqaa.files import AGAIN, ModelError, brief, check_file
+from aqaa.files import AGAIN, ModelError, brief, check_file, read_object
 from aqaa.weights import verify
 
 BROKEN = (pickle.UnpicklingError, EOFError, OSError, AttributeError, *verify.BROKEN)
@@ -44,11 +44,7 @@ def file_in(folder, name):
 def read_json(path):
     """A mapping. Raises ModelError."""
     check_file(path, AGAIN)
-    with refusing(f"{path} is no JSON that can be read", ValueError):
-        data = verify.read_json(path)
-    if not isinstance(data, dict):
-        raise unusable(f"{path} holds a {type(data).__name__}, not names and values")
-    return data
+    return read_object(path, AGAIN, nan=False)
 
 
 def pickled(path):

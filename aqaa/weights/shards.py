@@ -17,7 +17,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from aqaa.backbone.quantized_linear import numbers
-from aqaa.files import AGAIN, ModelError, check_file, named
+from aqaa.files import AGAIN, ModelError, check_file, named, parse_json
 from aqaa.weights import verify
 from aqaa.weights.model_folder import fit
 from aqaa.weights.readers import read_json, unusable
@@ -64,7 +64,7 @@ def header(path):
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            listed = verify.parse(file.read(length)) if length < MAX_HEADER else None
+            listed = parse_json(file.read(length)) if length < MAX_HEADER else None
         listed.pop("__metadata__", None)
         for name, row in listed.items():
             start, stop = row["data_offsets"]
