@@ -16,6 +16,7 @@ from pathlib import Path
 
 from aqaa import __version__
 from aqaa.files import server_address
+from aqaa.training import stages
 from aqaa.weights.sources import (
     DTYPES,
     RELEASED,
@@ -25,9 +26,6 @@ from aqaa.weights.sources import (
     roles,
 )
 
-STAGES = (
-    "corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export", "all",
-)  # fmt: skip
 BENCHES = {
     "speed": "aqaa.evaluation.speed",
     "accuracy": "aqaa.evaluation.accuracy",
@@ -40,7 +38,7 @@ BENCHES = {
 }
 SAMPLING = {"temperature": 0.3, "top_p": 0.9}  # what help says; a test compares the pipeline's own
 WORDS = {  # what options.toml leaves open
-    **RELEASED, **SAMPLING, "dtypes": ", ".join(DTYPES), "stages": " ".join(STAGES),
+    **RELEASED, **SAMPLING, "dtypes": ", ".join(DTYPES),
     "benches": ", ".join(BENCHES), "cores": os.cpu_count(),
 }  # fmt: skip
 COMMANDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -90,7 +88,7 @@ def _name(text):
 
 TYPES = {
     "name": _name,
-    "stage": _one_of(STAGES),
+    "stage": _one_of(stages.names()),
     "bench": _one_of(tuple(BENCHES)),
     "seed": _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "count": _number(int, 1, 10**9, "a whole number, 1 or more"),
@@ -156,6 +154,8 @@ def _parsers():
             for flags, settings in options.items():
                 verb.add_argument(*flags.split(), **_settings(**settings))
         verb.set_defaults(**command.get("defaults", {}))
+    train = verbs["train"]
+    train.epilog = f"stages, in the order of all:\n{stages.described()}\n\n{train.epilog}"
     return parser, verbs
 
 

@@ -16,7 +16,7 @@ from aqaa.answer import Answer, Ledger, Piece
 from aqaa.backbone import generation
 from aqaa.config import ASR_MARKER, GROUP_SIZE, TOKENS_PER_SECOND
 from aqaa.listening import Listener
-from aqaa.threads import suited, suited_to
+from aqaa.processor import suited, suited_to
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.dialogue import TextOnly
 from aqaa.vocoder.streaming import Vocoder
@@ -109,8 +109,7 @@ class AQAA:
 
         marker: a control token of Step-1 after bos, as ASR_MARKER, for another kind of answer.
         """
-        ids = dialogue.prompt([*history, ("user", question)], self.text, self.ids)
-        return ids if marker is None else [ids[0], marker, *ids[1:]]
+        return dialogue.prompt([*history, ("user", question)], self.text, self.ids, marker=marker)
 
     def generate(self, prompt, *, layout=None, **sampling):
         """Ids of a dialogue -> Steps (id, kind, logprob), one by one, as the layout allows.
