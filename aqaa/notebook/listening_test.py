@@ -2,9 +2,9 @@
 import numpy as np
 
 from aqaa.config import SAMPLE_RATE
+from aqaa.evaluation.mos import opinions
 from aqaa.notebook import show
 from aqaa.notebook.base import Widget, pcm16
-from aqaa.notebook.explore import interval
 from aqaa.notebook.figures import array
 
 
@@ -47,14 +47,11 @@ class Listening(Widget):
 
         low and high are None for a single mark, and never leave the scale. Empty before the first listener.
         """
-        found = {}
+        marks = {}
         for row in self.marks:
             for (name, *_), mark in zip(self.pairs, row):
-                found.setdefault(name, []).append(mark)
-        if len(found) > 1:
-            found["all"] = [mark for row in self.marks for mark in row]
-        keys = ("n", "mean", "low", "high")
-        return {name: dict(zip(keys, (len(marks), *interval(marks)))) for name, marks in found.items()}
+                marks.setdefault(name, []).append(mark)
+        return opinions(marks)
 
     def _on_submit(self, message, _):
         scores = dict(zip(self._state["order"], message["scores"]))

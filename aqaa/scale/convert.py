@@ -24,9 +24,9 @@ from aqaa.backbone.memory import resident_bytes
 from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
 from aqaa.config import BackboneConfig, check_group, largest_group
-from aqaa.files import AGAIN, ModelError, check_file, fingerprint, replacing, write_json
+from aqaa.files import AGAIN, ModelError, check_file, fingerprint, read_json, replacing, write_json
 from aqaa.scale.quantize import Calibration, replace_linears
-from aqaa.weights import model_folder, shards, verify
+from aqaa.weights import model_folder, shards
 from aqaa.weights.verify import all_finite
 
 METHODS = ("rtn", "gptq")
@@ -140,7 +140,7 @@ def _released(folder):
 def read_quantization(folder):
     """The "quantization" of a folder's config.json, or None."""
     try:
-        return verify.read_json(Path(folder) / "config.json").get("quantization")
+        return read_json(Path(folder) / "config.json").get("quantization")
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -279,7 +279,7 @@ def _resume(out, started):
             raise ModelError(f"{out} holds weights of something else: name another folder.")
         return {}
     try:
-        record = verify.read_json(found)
+        record = read_json(found)
         begun = {name: record[name] for name in started}
         files = dict(record["files"])
         begun["recipe"], begun["source"] = dict(begun["recipe"]), str(begun["source"])
@@ -346,7 +346,7 @@ def main(args):
 def read_rows(path):
     """Dialogues of a JSON file: a list of lists of ids. Raises ValueError."""
     try:
-        rows = verify.read_json(Path(path))
+        rows = read_json(Path(path))
         whole = bool(rows) and all(type(i) is int and i >= 0 for row in rows for i in row)
     except (ValueError, TypeError):
         whole = False

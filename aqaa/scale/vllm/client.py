@@ -18,9 +18,9 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from importlib import metadata
 from math import inf
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from aqaa.backbone.generation import Step, check_sampling, room_for
+from aqaa.files import parse_json, read_json, server_address
 from aqaa.scale.plan import Setup, check_ranks
 from aqaa.scale.plan_table import parse_gpus, read_model
 from aqaa.scale.vllm.rules import KEY, Rules
@@ -127,13 +127,7 @@ class Server(Engine):
     """
 
     def __init__(self, url, *, answer_time=ANSWER_TIME, connect_time=CONNECT_TIME, total_time=TOTAL_TIME):
-        try:
-            parts = urlsplit(url if "//" in url else f"http://{url}")
-            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-        except ValueError:  # a port that is no number
-            usable = False
-        if not usable:
-            raise ValueError(f"{url!r} is no address of a server: write it as http://127.0.0.1:8000.")
+        parts = server_address(url)
         self.kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self.place, self.path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/").removesuffix("/v1")
         self.name = f"the server at {parts.scheme}://{self.place}{self.path}"
@@ -232,7 +226,7 @@ def _tokens(chunk, name):
 
 def _json(data, name):
     try:
-        return verify.parse(data)
+        return parse_json(data)
     except ValueError:
         raise EngineError(f"{name} sent {data[:60]!r}, which is no JSON: something else answers there.") from None
 
@@ -240,7 +234,7 @@ def _json(data, name):
 def _message(body):
     """What an error says, as bytes or as read from JSON: vLLM's message, or the beginning of whatever it is."""
     try:
-        fault = verify.parse(body) if isinstance(body, bytes) else body
+        fault = parse_json(body) if isinstance(body, bytes) else body
         fault = fault.get("error", fault)
         said = str(fault["message"] if "message" in fault else fault["detail"])
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -332,7 +326,7 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
     if name in ("130b", "3b", "mini") and str(folder) == name or ours:
         what = f"{folder} is in aqaa's own format" if ours else f"{folder!r} is no folder"
         raise ValueError(f"{what}: name that of a released language model, 16 bits or packed ({', '.join(PACKED)}).")
-    config = verify.read_json(Path(folder) / "config.json")
+    config = read_json(Path(folder) / "config.json")
     if "backbone" in config:
         raise ValueError(f"{folder} is a whole system of aqaa: save its backbone alone, with save_pretrained.")
     group = _group(config, folder) if weights == "int4" else None
