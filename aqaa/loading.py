@@ -20,7 +20,7 @@ from aqaa.weights.model_folder import (
     read_text,
 )
 
-PREPARED = ("linguistic", "semantic", "flow", "hift")  # laid out for a CPU; the backbone's decoder has its own way
+PREPARED = ("linguistic", "semantic", "backbone", "flow", "hift")  # laid out for a CPU
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
 
 

@@ -10,6 +10,7 @@ from aqaa.backbone.inputs import CACHE
 from aqaa.backbone.layers import Step1RMSNorm
 from aqaa.backbone.step1 import Step1Config, build
 from aqaa.config import AQAAConfig, preset
+from aqaa.fast import norms, prepare_training
 from tests.conftest import sharp_step1
 
 SIZES = {
@@ -164,6 +165,8 @@ def test_the_norm_of_training_has_the_same_value_and_gradients():
     x, norm, seed = torch.randn(3, 5, 16), Step1RMSNorm(16, 1e-5), torch.randn(3, 5, 16).bfloat16()
     torch.nn.init.normal_(norm.weight)
     found = []
+    norms.use(norm)
+    assert type(norm) is norms.TrainNorm
     for training in (True, False):
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training):

@@ -222,7 +222,7 @@ def from_plain(plain):
         return plain
     with torch.device("meta"):  # its own modules are thrown away at once
         model = build(plain.config)
-    for name in ("embed_tokens", "layers", "norm"):
+    for name in ("embed_tokens", "layers", "norm", "one_token"):
         setattr(model.model, name, getattr(plain.model, name))
     model.lm_head = plain.lm_head
     for layer in model.model.layers:

@@ -245,7 +245,8 @@ def backbone(config):
     try:
         torch.set_default_dtype(torch.float32 if whole else torch.bfloat16)
         with skip_init():
-            model = model_folder.build("backbone", replace(config, backbone=sizes)).eval().requires_grad_(False)
+            model = model_folder.build("backbone", replace(config, backbone=sizes)).requires_grad_(False)
+            prepared.prepare(model)
     finally:
         torch.set_default_dtype(usual)
     for parameter in model.parameters():

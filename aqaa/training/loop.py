@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from aqaa.fast import prepare_training
 from aqaa.files import ModelError, WriteError, brief, probe, reading, replacing, sweep, writing
 from aqaa.processor import has_bf16, precision
 
@@ -104,7 +105,7 @@ class Trainer:
         sweep(self.folder)
         self.device, self.quiet = torch.device(device), quiet
         for module in task.modules().values():
-            module.to(self.device)
+            prepare_training(module.to(self.device))
         self.own = not hasattr(task, "train_step")
         self.lr = getattr(task, "lr", 1e-3)
         self.optimizers = build_optimizers(task.modules(), self.lr) if self.own else task.optimizers()
