@@ -221,7 +221,7 @@ def test_a_prompt_read_while_it_grew_is_answered_the_same(model, forms):
 def test_only_what_is_new_is_read(model, monkeypatch):
     reader, fed = Prefill(model, 60), []
     feed = reader.decoder.feed
-    monkeypatch.setattr(reader.decoder, "feed", lambda x, *rest: fed.append(x.shape[1]) or feed(x, *rest))
+    monkeypatch.setattr(reader.decoder, "feed", lambda x: fed.append(x.shape[1]) or feed(x))
     question, other = prompt(20), prompt(20, 1)
     for ids in (question[:12], question[:15], question[:15] + other[:2], question, question, question[:4]):
         reader.read(ids)

@@ -256,11 +256,14 @@ def draw(rows, hidden, vocabulary):
             rows[i].take(token, may, logprob)
 
 
-def advance(decoder, rows, vocabulary, embeddings=None, padding=None):
-    """One turn of the loop: feed the newest id of each row, or `embeddings`, and draw the next."""
-    if embeddings is None:
-        embeddings = embed(decoder.model, [[row.history[-1]] for row in rows])  # (B, 1, D)
-    draw(rows, decoder.feed(embeddings, padding), vocabulary)
+def advance(decoder, rows, vocabulary, *new):
+    """One turn of the loop: feed `new`, or else the newest id of each row, and draw the next.
+
+    new: what `feed` takes, the embeddings of prompts.
+    """
+    if not new:
+        new = (embed(decoder.model, [[row.history[-1]] for row in rows]),)  # (B, 1, D)
+    draw(rows, decoder.feed(*new), vocabulary)
 
 
 def check_sampling(temperature, top_p, max_tokens):
@@ -299,11 +302,11 @@ def generate(
     row = Row(prompt_ids, machine, left, temperature, top_p, repetition, generator)
     decoder = prefill.decoder if prefill else Decoder(model, 1, len(row.history) + left)
     embeddings = embed(model, [row.history]) if prompt_embeds is None else prompt_embeds
-    if prefill:
-        embeddings = embeddings[:, prefill.rewind(row.history) :]
+    known = prefill.rewind(row.history) if prefill else 0
+    new = (embeddings[:, known:],)
     while not row.finished:
-        advance(decoder, [row], vocabulary, embeddings)
-        embeddings = None  # from now on the newest id
+        advance(decoder, [row], vocabulary, *new)
+        new = ()  # the prompt is read once
         if prefill:
             prefill.ids = row.history[:-1]  # all but the newest were fed
         yield row.steps[-1]

@@ -25,17 +25,14 @@ WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, librarie
 class StaticCache(KVCache):
     """A KVCache for one answer, always seen whole: where it is written a tensor says.
 
-    So a CUDA graph can repeat the writing. Brings its attention: attend (of attention_kernels).
+    So a CUDA graph can repeat the writing. It brings its attention, a function of
+    attention_kernels. first: int tensor (1,), the slot of the first new query; slopes (H,).
     """
 
-    def __init__(self, model, size, attend):
+    def __init__(self, model, size, kernel, slopes, first):
         super().__init__(model, 1, size)
-        config, device = model.config, self.keys.device
-        rank, ranks = getattr(model, "ranks", (0, 1))
-        heads = config.num_attention_heads // ranks
-        self.slopes = attention.slopes(config.num_attention_heads)[rank * heads :][:heads].to(device)
-        self.first = torch.zeros(1, dtype=torch.long, device=device)  # slot of the first new query
-        self.slots, self.kernel = self.first, attend
+        self.kernel, self.slopes, self.first = kernel, slopes, first
+        self.slots = first  # of all new queries
 
     def update(self, key, value, layer):
         """Write (1, G, Q, d) into `slots`; returns all slots, (1, G, S, d)."""
@@ -64,15 +61,19 @@ class Engine:
         self.fast = on_gpu and triton_kernels.usable(self.device) if fast is None else fast
         if on_gpu:
             check_room(model.config, self.size, free_bytes(self.device))
-        attend = attention_kernels.attend if self.fast else attention_kernels.attend_eager
-        self.cache = StaticCache(model, self.size, attend)
+        rank, ranks = getattr(model, "ranks", (0, 1))  # of GPUs that share the heads of a layer
+        heads = attention.slopes(model.config.num_attention_heads).chunk(ranks)
+        self.slopes = heads[rank].to(self.device)
+        self.first = torch.zeros(1, dtype=torch.long, device=self.device)
+        kernel = attention_kernels.attend if self.fast else attention_kernels.attend_eager
+        self.cache = StaticCache(model, self.size, kernel, self.slopes, self.first)
+        self.width = self.cache.keys.shape[-1]
         for part in model.modules():
             if isinstance(part, QuantizedLinear):
                 part.product = linear if self.fast else None
         blocks = (part for layer in model.model.layers for part in (layer.self_attn, layer.mlp))
         packed = all(triton_kernels.fits(child) for part in blocks for child in part.children())
-        whole = not hasattr(model, "ranks")
-        self.fused = Fused(model, self.cache) if self.fast and packed and whole else None
+        self.fused = Fused(model, self.cache) if self.fast and packed and ranks == 1 else None
         self.graph = None
 
     @property
@@ -100,14 +101,14 @@ class Engine:
                 f"{length} ids do not fit the {self.size} slots of the engine: make it larger."
             )
         for part in embeddings[0].chunk(-(-embeddings.shape[1] // CHUNK)):  # parts of about one size
-            self.cache.first.fill_(self.cache.length)
+            self.first.fill_(self.cache.length)
             hidden = self._one(part) if len(part) == 1 else self.run(part)
             self.cache.length += len(part)
         return hidden
 
     def run(self, x):
         """The layers as they are: x (Q, D) of the ids from slot `first` on → (1, D) of the last."""
-        self.cache.slots = self.cache.first + torch.arange(len(x), device=self.device)
+        self.cache.slots = self.first + torch.arange(len(x), device=self.device)
         return self.model.model.run(x[None], None, self.cache)[0, -1:]
 
     def _one(self, x):
@@ -120,7 +121,7 @@ class Engine:
         return self.hidden.clone()  # the next step overwrites it
 
     def _capture(self, x):
-        """Record the step as a graph that reads self.x and the cache's `first`, writes self.hidden."""
+        """Record the step as a graph that reads self.x and self.first and writes self.hidden."""
         self.x, self.graph, side = x.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
