@@ -1,4 +1,4 @@
-"""Attention with a square-root distance bias: score[h, i, j] = q·k / sqrt(d) − slope[h] · sqrt(i − j).
+"""Attention with a distance bias: score[h, i, j] = q·k / sqrt(d) − slope[h] · sqrt(i − j).
 
 PAPER 1.1. The bias knows only distances, so it is right for left padding, for caches of any length
 and for packed rows. It is computed in fp32 once a forward pass.
@@ -21,7 +21,7 @@ def slopes(n_heads):
 
 
 def sqrt_bias(slope, n_query, n_key, first=0):
-    """The additive mask (1, H, Q, K) fp32: −slope·sqrt(i − j), and −inf where key j is after query i.
+    """The additive mask (1, H, Q, K) fp32: −slope·sqrt(i − j), −inf where key j is after query i.
 
     slope (H,); first: slot of the first query (an int, or a tensor with a static cache).
     """
@@ -75,11 +75,11 @@ def eager(query, key, value, bias, scaling):
 
 
 def check_implementation(name):
-    """Raise ValueError for an `attn_implementation` that is not ours; None: transformers chooses."""
+    """Raise ValueError for an `attn_implementation` but ours; None: transformers chooses."""
     if name not in (None, "sdpa", "eager"):
         raise ValueError(
-            f"Step-1 has no attention {name!r}, as such kernels do not add its square-root distance "
-            'bias: use attn_implementation="sdpa", or "eager" to see the weights'
+            f"Step-1 has no attention {name!r}, as such kernels do not add its square-root "
+            'distance bias: use attn_implementation="sdpa", or "eager" to see the weights'
         )
 
 

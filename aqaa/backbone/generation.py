@@ -57,9 +57,9 @@ class Repetition:
 
 
 class KVCache:
-    """Keys and values of all layers in tensors made once: (layers, B, G, S, d), filled from the left.
+    """Keys and values (layers, B, G, S, d) in tensors made once, filled from the left.
 
-    Has the one method that the attention layers call on a transformers cache.
+    It has the one method that the attention layers call on a transformers cache.
     """
 
     def __init__(self, model, batch, size):
@@ -79,15 +79,12 @@ class KVCache:
 
 
 class Decoder:
-    """A model, its cache, and the distance bias of a single query, of which each step takes a slice.
-
-    size: ids of the longest prompt and its answer together.
-    """
+    """A model and its cache of `size` ids, the longest prompt and its answer together."""
 
     def __init__(self, model, batch, size):
         self.model, self.size = model, size
         self.cache = KVCache(model, batch, size)
-        self.bias = model.model.bias(1, size, size - 1)  # (1, H, 1, S): of distances S−1, …, 1, 0
+        self.bias = model.model.bias(1, size, size - 1)  # (1, H, 1, S): of distances S−1 … 0
         self.padding = None
 
     def feed(self, embeddings, padding=None):
@@ -144,7 +141,7 @@ class Prefill:
         return next((i for i in range(limit) if self.ids[i] != ids[i]), limit)
 
     def rewind(self, ids):
-        """Forget what differs from `ids`; returns how many are known. Feed and record the others."""
+        """Forget what differs from `ids`; returns how many are known. Feed the others next."""
         known = self.known(ids)
         self.ids = self.ids[:known]  # first: from here on the rest of the cache may be overwritten
         self.decoder.cache.length = known
@@ -286,7 +283,7 @@ def generate(
     model, prompt_ids, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024,
     repetition=None, min_audio=0, prompt_embeds=None, prefill=None,
 ):  # fmt: skip
-    """Answer a prompt, one Step at a time, as soon as each is known; the last is eot or max_tokens'.
+    """Answer a prompt, one Step at a time; the last one is eot, unless max_tokens ends first.
 
     prompt_ids: list of ids; ids: IdsConfig; layout: has machine(ids, min_audio). temperature 0 is
     greedy; the same seed gives the same answer. repetition: a Repetition, or None. prompt_embeds

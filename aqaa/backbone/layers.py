@@ -15,7 +15,7 @@ from aqaa.backbone import attention
 
 
 class Step1RMSNorm(nn.Module):
-    """x · rsqrt(mean(x²) + eps) · weight; mean in fp32, products in the dtype of x (unlike Llama)."""
+    """x · rsqrt(mean(x²) + eps) · weight; mean in fp32, products in the dtype of x."""
 
     def __init__(self, size, eps):
         super().__init__()

@@ -9,7 +9,7 @@ from aqaa.backbone.layers import Trunk
 
 
 def use(module):
-    """Let every Step-1 trunk within `module` run single tokens by `step`; returns whether there is one."""
+    """Let every trunk within `module` run single tokens by `step`; returns whether there is one."""
     trunks = [part for part in module.modules() if isinstance(part, Trunk)]
     for trunk in trunks:
         trunk.one_token = step
@@ -34,8 +34,8 @@ def step(trunk, hidden, bias, cache):
     """Trunk.run of one token, (1, 1, D) → (1, 1, D); None where that does not apply."""
     if not fits(trunk, hidden, cache):
         return None
-    config, at, x = trunk.config, cache.length, hidden[0, 0]  # (D,)
-    heads, groups, eps = config.num_attention_heads, config.num_attention_groups, config.rms_norm_eps
+    at, x, eps = cache.length, hidden[0, 0], trunk.norm.eps  # x (D,)
+    heads, groups = trunk.config.num_attention_heads, trunk.config.num_attention_groups
     size, width = x.shape[0], x.shape[0] // heads
     grouped = (1, groups, heads // groups, width)
     bias = bias.to(x.dtype).reshape(1, groups, heads // groups, -1)

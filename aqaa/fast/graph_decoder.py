@@ -100,7 +100,8 @@ class Engine:
             raise ValueError(
                 f"{length} ids do not fit the {self.size} slots of the engine: make it larger."
             )
-        for part in embeddings[0].chunk(-(-embeddings.shape[1] // CHUNK)):  # parts of about one size
+        n_parts = -(-embeddings.shape[1] // CHUNK)
+        for part in embeddings[0].chunk(n_parts):  # of about one size
             self.first.fill_(self.cache.length)
             hidden = self._one(part) if len(part) == 1 else self.run(part)
             self.cache.length += len(part)
@@ -133,9 +134,10 @@ class Engine:
 
 
 class Fused:
-    """The step of an int4 model, x (1, D) → hidden (1, D), ten kernels a layer; the residual stream is fp32.
+    """The step of an int4 model, x (1, D) → hidden (1, D), in ten kernels a layer.
 
-    Activations are packed by the kernel that also normalises them, wherever a product reads them.
+    Plain layers would launch several times as many. The residual stream is fp32. Activations are
+    packed by the kernel that also normalises them, wherever a product reads them.
     """
 
     def __init__(self, model, cache):
@@ -159,9 +161,8 @@ class Fused:
         for (heads, output, both, down, before, middle), keys, values in layers:
             packed = pack(stream, heads.group, before, self.eps)
             triton_kernels.product(heads, packed, query, (keys, values), cache.first)
-            attention_kernels.attend(
-                query.view(1, 1, -1, width), keys, values, cache.slopes, cache.first, width**-0.5, out
-            )
+            inputs = query.view(1, 1, -1, width), keys, values, cache.slopes, cache.first
+            attention_kernels.attend(*inputs, width**-0.5, out)
             triton_kernels.added(output, pack(out, output.group), stream)
             packed = pack(stream, both.group, middle, self.eps)
             inner = stream.new_empty(1, down.size) if inner is None else inner

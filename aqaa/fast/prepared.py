@@ -1,11 +1,11 @@
-"""Weights laid out in memory for fast inference on a CPU; names, shapes and values stay the same."""
+"""Weights laid out in memory for fast inference on a CPU; names, shapes and values stay."""
 
 from torch import nn
 
 from aqaa.fast import amx as matrix_units
 from aqaa.fast import cpu_step, fsmn, mish, norms, spectral
 
-MARGIN = 16  # floats between two columns: without, columns of 2^n floats evict each other from cache
+MARGIN = 16  # floats between two columns: columns of 2^n floats evict each other from the cache
 
 
 def prepare(module, amx=False):

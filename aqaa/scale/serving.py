@@ -44,7 +44,7 @@ class Batch(Closing):
         self.thread.start()
 
     def generate(self, prompt, ids, layout, **sampling):
-        """Steps of one answer, as generation.generate gives them. Raises ValueError as that does."""
+        """Steps of one answer, as of generation.generate. Raises ValueError as that does."""
         seat = _Seat(self.backbone, prompt, ids, layout, **sampling)
         self.arrivals.put(seat)
         if self.closed:  # the worker thread may have stopped already
@@ -64,7 +64,7 @@ class Batch(Closing):
             try:
                 arrived = self._arrived(seats)
                 seats, decoder = self._turn(seats, decoder, arrived)
-            except Exception as fault:  # everybody in the batch learns of it; none may wait for ever
+            except Exception as fault:  # all in the batch learn of it; none may wait for ever
                 self._tell(fault, {*seats, *arrived})
                 seats, decoder = [], None
         self._tell(EngineError(CLOSED), {*seats, *arrived})
@@ -99,7 +99,7 @@ class Batch(Closing):
         return seats, decoder
 
     def _seat(self, staying, seats, decoder, arrived):
-        """A decoder with the caches of all who stay or are new; the first id of the new is drawn."""
+        """A decoder with the caches of all who stay or are new; draws the first id of the new."""
         caches = [self._cut(decoder, seats.index(seat), seat) for seat in staying]
         for seat in arrived:
             alone = generation.Decoder(self.backbone, 1, len(seat.history))
