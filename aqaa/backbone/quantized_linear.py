@@ -37,10 +37,9 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.group = group or self.group_by_default or in_features
         check_group(in_features, self.group)
-        codes = torch.empty(
-            out_features, in_features * self.bits // 8, dtype=self.storage, device=device
-        )
-        scale = torch.empty(out_features, in_features // self.group, dtype=DTYPE, device=device)
+        width, groups = in_features * self.bits // 8, in_features // self.group
+        codes = torch.empty(out_features, width, dtype=self.storage, device=device)
+        scale = torch.empty(out_features, groups, dtype=DTYPE, device=device)
         self.register_buffer("qweight", codes)
         self.register_buffer("scale", scale)
 
@@ -91,8 +90,8 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self, dtype=torch.float32):
         """W (N, K) in `dtype`; code · scale is rounded once, from fp32."""
-        weight = _grouped(self.codes(), self.group) * self.scale.float()[..., None]
-        return weight.flatten(1).to(dtype)
+        codes = self.codes().unflatten(1, (-1, self.group))  # (N, K / group, group)
+        return (codes * self.scale.float()[..., None]).flatten(1).to(dtype)
 
     def forward(self, x):
         return self.product(self, x) if self.product else F.linear(x, self.dequantized(x.dtype))
@@ -155,11 +154,6 @@ class Fp8Linear(QuantizedLinear):
 FORMATS = {cls.name: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 
 
-def _grouped(x, group):
-    """(N, K) → (N, K / group, group)."""
-    return x.unflatten(1, (-1, group))
-
-
 # ---- to codes ------------------------------------------------------------------------------------
 
 
@@ -169,7 +163,7 @@ def find_scale(cls, weight, group, search=True):
     The largest weight of a group gets the code cls.top. With 4 bits a search shrinks the scale
     where cutting the largest weights costs less squared error than coarse steps for all others.
     """
-    grouped = _grouped(weight.float(), group)
+    grouped = weight.float().unflatten(1, (-1, group))  # (N, K / group, group)
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))  # (N, K / group, 1)
     widest = extreme / cls.top if cls.top < 0 else extreme.abs() / cls.top
     widest = torch.where(extreme == 0, 1.0, widest)
@@ -185,7 +179,7 @@ def find_scale(cls, weight, group, search=True):
 
 def to_nearest(cls, weight, scale):
     """Codes (N, K) of `weight` with scales (N, K / group)."""
-    grouped = _grouped(weight.float(), weight.shape[1] // scale.shape[1])
+    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
     return cls.nearest(grouped / scale.float()[..., None]).flatten(1)
 
 

@@ -1,4 +1,7 @@
-"""One token through the decoder on a CPU, without modules in between: 1.5 times as fast."""
+"""One token through the decoder on a CPU, without modules in between.
+
+For the mini on one thread: 4.4 ms of processor time a token, 4.8 ms through the modules.
+"""
 
 import torch
 import torch.nn.functional as F

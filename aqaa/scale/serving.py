@@ -6,6 +6,7 @@ what lies to the left is padding.
 """
 
 import threading
+from contextlib import AbstractContextManager
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -19,11 +20,8 @@ END = object()
 CLOSED = "the batch that this answer was in has been closed: submit the question to another."
 
 
-class Closing:
-    """What ends with a `with` block."""
-
-    def __enter__(self):
-        return self
+class Closing(AbstractContextManager):
+    """What is closed at the end of a `with` block."""
 
     def __exit__(self, *_):
         self.close()
@@ -113,8 +111,8 @@ class Batch(Closing):
         merged = generation.Decoder(self.backbone, len(caches), room)
         merged.cache.length = length
         visible = torch.zeros(len(caches), room, dtype=torch.bool, device=merged.cache.keys.device)
-        for row, (keys, values) in enumerate(caches):
-            first = length - keys.shape[3]
+        for row, (keys, values) in enumerate(caches):  # each (layers, 1, G, n, d)
+            first = length - keys.shape[3]  # all answers end in the same slot
             merged.cache.keys[:, row, :, first:length] = keys[:, 0]
             merged.cache.values[:, row, :, first:length] = values[:, 0]
             visible[row, first:] = True
@@ -123,11 +121,8 @@ class Batch(Closing):
 
     @staticmethod
     def _cut(decoder, row, seat):
-        """Keys and values (layers, 1, G, n, d) of one answer, without padding.
-
-        Its last id has not been fed yet.
-        """
-        end = decoder.cache.length
+        """Keys and values (layers, 1, G, n, d) of one answer, without padding."""
+        end = decoder.cache.length  # the last id of the history has not been fed yet
         own = slice(end - len(seat.history) + 1, end)
         keys, values = decoder.cache.keys, decoder.cache.values
         return keys[:, row : row + 1, :, own], values[:, row : row + 1, :, own]
