@@ -11,7 +11,7 @@ from aqaa.weights import model_folder
 from aqaa.weights.model_folder import PARTS
 from aqaa.weights.sources import ROLES, check_choices, released_folders
 
-PREPARED = ("linguistic", "semantic", "flow", "hift")  # laid out for a CPU; the backbone's decoder has its own way
+PREPARED = ("linguistic", "semantic", "backbone", "flow", "hift")  # laid out for a CPU
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
 
 

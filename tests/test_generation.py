@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa.backbone.generation import Decoder, Prefill, Repetition, generate, generate_batch
+from aqaa.backbone.generation import Decoder, KVCache, Prefill, Repetition, generate, generate_batch
+from aqaa.backbone.quantized_linear import Int4Linear
 from aqaa.config import IdsConfig
+from aqaa.fast import cpu_step, prepare
 from aqaa.tokenizers.dialogue import LAYOUTS, Allowed, Layout
 from aqaa.tokenizers.interleave import merge, split
 from tests.conftest import sharp_step1
@@ -46,14 +50,34 @@ def test_every_answer_obeys_its_layout(model, name):
         assert not machine.finished or (whole == len(audio) and steps[-1].id == IDS.eot)
 
 
-def test_one_token_by_hand_equals_the_modules(model):
-    embeddings = model.model.embed_tokens(torch.tensor([PROMPTS[2]])).detach()
-    fast, plain = Decoder(model, 1, 30), Decoder(model, 1, 30)
-    assert fast.by_hand
-    plain.by_hand = False
+def test_one_token_on_a_cpu_equals_the_modules(model, monkeypatch):
+    embeddings, steps = model.model.embed_tokens(torch.tensor([PROMPTS[2]])).detach(), []
+    twin = prepare(copy.deepcopy(model))
+    monkeypatch.setattr(twin.model, "one_token", lambda *a: steps.append(cpu_step.step(*a)) or steps[-1])
+    fast, plain = Decoder(twin, 1, 30), Decoder(model, 1, 30)
     with torch.inference_mode():
         for part in embeddings.split([20, 1, 1, 5, 1, 1, 1], dim=1):
             assert (fast.feed(part) - plain.feed(part)).abs().max() < 1e-5
+    assert [step is not None for step in steps] == [False, True, True, False, True, True, True]
+
+
+def test_the_twin_of_one_token_stands_back_where_it_does_not_fit(model):
+    twin = prepare(copy.deepcopy(model))
+    hidden, cache = torch.zeros(1, 1, 32).double(), KVCache(twin, 1, 8)
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    assert copy.deepcopy(twin).model.one_token is cpu_step.step and model.model.one_token is None
+    assert cpu_step.fits(twin.model, hidden, cache) and cpu_step.fits(twin.float().train().model, hidden, cache)
+    for other in (hidden.bfloat16(), hidden.to("meta"), hidden.expand(2, 1, 32), hidden.expand(1, 2, 32)):
+        assert not cpu_step.fits(twin.model, other, cache)
+    assert not cpu_step.fits(twin.model, hidden, None)
+    mlp = twin.model.layers[1].mlp
+    hook = mlp.down_proj.register_forward_hook(lambda *a: None)
+    assert not cpu_step.fits(twin.model, hidden, cache)
+    hook.remove()
+    assert cpu_step.fits(twin.model, hidden, cache)
+    mlp.up_proj = Int4Linear.from_linear(mlp.up_proj, 16)
+    assert not cpu_step.fits(twin.model, hidden, cache)
+    assert generate_batch(twin, PROMPTS[:1], IDS, LAYOUTS["text_cot"], **GREEDY)[0] == answer(twin, "text_cot")
 
 
 def test_cache_and_legal_rows_equal_a_full_forward(model):
@@ -84,14 +108,11 @@ def test_a_batch_answers_as_one_by_one(model, repetition):
 
 def test_rows_end_on_their_own(model):
     """With one-id pieces of vocabulary most rows stop early, each at another step."""
+    model = copy.deepcopy(model)
     with torch.no_grad():
-        head = model.lm_head.weight.clone()
-        model.lm_head.weight[IDS.text_end] *= 3
-        model.lm_head.weight[IDS.eot] *= 3
+        model.lm_head.weight[[IDS.text_end, IDS.eot]] *= 3
     together = generate_batch(model, PROMPTS, IDS, LAYOUTS["ratio_3_5"], **GREEDY)
     alone = [answer(model, "ratio_3_5", question) for question in PROMPTS]
-    with torch.no_grad():
-        model.lm_head.weight.copy_(head)
     assert len({len(steps) for steps in together}) > 1
     assert [[s.id for s in steps] for steps in together] == [[s.id for s in steps] for steps in alone]
 
@@ -167,11 +188,12 @@ def test_greedy_ids_are_those_of_transformers_with_its_growing_cache(model, ques
 
 
 def test_keys_and_values_are_written_where_they_stay(model):
+    model = copy.deepcopy(model)
     decoder = Decoder(model, 1, 30)
     places, embed = (decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()), model.model.embed_tokens
     with torch.inference_mode():
-        for by_hand, part in ((True, 20), (True, 1), (False, 1), (False, 7), (True, 1)):
-            decoder.by_hand, before = by_hand, decoder.cache.keys.clone()
+        for twin, part in ((True, 20), (True, 1), (False, 1), (False, 7), (True, 1)):
+            model.model.one_token, before = cpu_step.step if twin else None, decoder.cache.keys.clone()
             decoder.feed(embed(torch.tensor([prompt(part)])))
             new = (decoder.cache.keys != before).any(-1).any(2)[0, 0]
             assert new.nonzero().flatten().tolist() == [*range(decoder.cache.length - part, decoder.cache.length)]
@@ -196,7 +218,7 @@ def test_a_prompt_read_while_it_grew_is_answered_the_same(model, forms):
 def test_only_what_is_new_is_read(model, monkeypatch):
     reader, fed = Prefill(model, 60), []
     feed = reader.decoder.feed
-    monkeypatch.setattr(reader.decoder, "feed", lambda x: (fed.append(x.shape[1]), feed(x))[1])
+    monkeypatch.setattr(reader.decoder, "feed", lambda x: fed.append(x.shape[1]) or feed(x))
     question, other = prompt(20), prompt(20, 1)
     for ids in (question[:12], question[:15], question[:15] + other[:2], question, question, question[:4]):
         reader.read(ids)

@@ -243,23 +243,24 @@ def loop():
     start, end = max((pair for pair in back if pair[0] < pair[1]), key=lambda pair: pair[1] - pair[0])
     return [line for at, line in code.items() if start <= at <= end]
 
-def product(name, tile, most, batch=1, **others):
+def product(kind, tile, most, batch=1, groups=0):
     rows, runs, warps, stages = tile
-    single = {"n_items": 1} if batch == 1 else {}  # Triton makes a 1 a constant
-    types = {"x": "*i32", "out": "*bf16" if name == "_heads" else "*fp32"}
-    built = build(name, warps, types, GROUP=128, ROWS=rows, RUNS=runs, BATCH=batch, WORDS=4, DIGITS=triton_kernels.DIGITS,
-                  STAGES=stages, **single, **others)
+    others = {"n_items": 1} if batch == 1 else {}  # Triton makes a 1 a constant
+    others |= {"WIDTH": 128} if groups else {"WIDTH": 1, "first": None}
+    types = {"x": "*i32", "out": "*bf16" if kind == "heads" else "*fp32"}
+    built = build("_matrix", warps, types, KIND=kind, GROUP=128, ROWS=rows, RUNS=runs, BATCH=batch, WORDS=4,
+                  DIGITS=triton_kernels.DIGITS, STAGES=stages, HEADS=groups, **others)
     a_weight = len(loop()) / (rows * runs // warps)  # a lane multiplies 32 weights of each of its runs
-    assert a_weight <= most, f"{name} {tile} for {batch} rows: {a_weight:.2f} instructions a weight, at most {most}"
+    assert a_weight <= most, f"{kind} {tile} for {batch} rows: {a_weight:.2f} instructions a weight, at most {most}"
     return built.asm["ptx"]
 
 for tile in triton_kernels.CANDIDATES:
-    product("_added", tile, 2)
-ptx = product("_gated", triton_kernels.TILE, 1.6)
+    product("added", tile, 2)
+ptx = product("gated", triton_kernels.TILE, 1.6)
 assert ptx.count("evict_first.L2::cache_hint.v4.b32") == 8, "weights are read 16 bytes a thread"
-product("_heads", triton_kernels.TILE, 1.6, HEADS=8, WIDTH=128)
-product("_heads", triton_kernels.TILE, 4, batch=4, HEADS=0, WIDTH=1, first=None)
-product("_heads", (4, *triton_kernels.TILE[1:]), 8, batch=8, HEADS=0, WIDTH=1, first=None)  # one read for eight rows
+product("heads", triton_kernels.TILE, 1.6, groups=8)
+product("heads", triton_kernels.TILE, 4, batch=4)
+product("heads", (4, *triton_kernels.TILE[1:]), 8, batch=8)  # one read for eight rows
 for x in ("*fp32", "*bf16"):
     build("_pack", 8, {"x": x, "out": "*i32"}, NORM=x == "*fp32", WORDS=4, DIGITS=2, LIMIT=32639.0, COLUMNS=16384)
 types = {"scale": "fp32"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aqaa import loading
+from aqaa.backbone import generation
 from aqaa.pipeline import AQAA
 from aqaa.scale.serving import Batch, Server
 from aqaa.scale.vllm.client import EngineError
@@ -85,8 +86,6 @@ def test_answers_join_and_leave_at_any_token(tiny, sounds, batch_size):
 
 def test_they_are_truly_answered_together(tiny, sounds, monkeypatch):
     """A step of the batch serves several; one after the other would need the sum of all lengths."""
-    from aqaa.backbone import generation
-
     prompts, widths = [tiny.prompt(tiny.listen(sound)) for sound in sounds], []
     feed, submitted = generation.Decoder.feed, threading.Event()
 
@@ -144,8 +143,6 @@ def test_one_fault_does_not_disturb_the_others(tiny, sounds):
 
 
 def test_a_fault_in_the_batch_reaches_every_listener(tiny, sounds, monkeypatch):
-    from aqaa.backbone import generation
-
     def fail(*_):
         raise RuntimeError("out of memory")
 

@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from aqaa.backbone import attention
-from aqaa.backbone.inputs import CACHE
 from aqaa.backbone.layers import Step1RMSNorm
 from aqaa.backbone.step1 import Step1Config, build
 from aqaa.config import AQAAConfig, preset
+from aqaa.fast import norms, prepare_training
 from tests.conftest import sharp_step1
 
 SIZES = {
@@ -68,62 +68,6 @@ def test_eager_and_fused_attention_agree_and_show_weights():
     assert out.attentions[0].triu(1).abs().max() == 0
 
 
-@torch.no_grad()
-def test_attention_is_chosen_by_the_call_of_transformers():
-    model, ids = tiny(attn_implementation="sdpa"), tokens(2, 12)
-    want = model(ids).logits
-    model.set_attn_implementation("eager")
-    out = model(ids, output_attentions=True)
-    close(out.logits, want)
-    assert out.attentions[0].shape == (2, 6, 12, 12)
-    model.set_attn_implementation("sdpa")
-    assert model.model.config._attn_implementation == "sdpa" and torch.equal(model(ids).logits, want)
-    with pytest.raises(ValueError, match="[Ff]lash"):
-        model.set_attn_implementation("flash_attention_2")
-
-
-@torch.no_grad()
-def test_caches_and_chunks_equal_one_pass():
-    model, ids = tiny(), tokens(2, 40)
-    want = model(ids).logits
-    static = StaticCache(config=model.config, max_cache_len=64)
-    for cache in (None, static):
-        rows = []
-        for start, stop in ((0, 17), (17, 18), (18, 30), (30, 31), (31, 40)):
-            out = model(ids[:, start:stop], cache=cache, use_cache=True)
-            cache = out[CACHE]
-            rows.append(out.logits)
-        close(torch.cat(rows, 1), want)
-
-
-@torch.no_grad()
-def test_left_and_right_padding_change_nothing():
-    model, ids = tiny(), tokens(1, 20)
-    want = model(ids).logits
-    zeros = torch.zeros(1, 7, dtype=torch.long)
-    ones = torch.ones_like(ids)
-    left = model(torch.cat([zeros, ids], 1), attention_mask=torch.cat([zeros, ones], 1)).logits
-    right = model(torch.cat([ids, zeros], 1), attention_mask=torch.cat([ones, zeros], 1)).logits
-    close(left[:, 7:], want)
-    close(right[:, :20], want)
-    assert left.isfinite().all() and right.isfinite().all()
-    model.train()  # the packed path
-    close(model(torch.cat([zeros, ids], 1), attention_mask=torch.cat([zeros, ones], 1)).logits[:, 7:], want)
-
-
-@torch.no_grad()
-def test_generate_is_the_same_with_every_cache_and_in_padded_batches():
-    model, options = tiny(), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    short, long = tokens(1, 9), tokens(1, 14, seed=2)
-    alone = [model.generate(x, use_cache=False, **options)[:, x.shape[1] :] for x in (short, long)]
-    static = model.generate(short, cache_implementation="static", **options)[:, 9:]
-    padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
-    mask = torch.ones_like(padded)
-    mask[0, :5] = 0
-    together = model.generate(padded, attention_mask=mask, **options)[:, 14:]
-    assert torch.equal(static, alone[0]) and torch.equal(together, torch.cat(alone))
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_examples_packed_in_a_row_do_not_see_each_other(training):
     model = tiny().train(training)
@@ -149,21 +93,12 @@ def test_gradients_of_the_training_path_are_those_of_the_plain_one():
         close(a, b, 1e-4 * (1 + b.abs().max()))
 
 
-def test_gradient_checkpointing_changes_nothing():
-    ids, plain, saving = tokens(2, 16), tiny().train(), tiny().train()
-    enable = "activation_checkpointing_enable" if hasattr(saving, "activation_checkpointing_enable") else None
-    getattr(saving, enable or "gradient_checkpointing_enable")()  # the older name warns since transformers 5.2x
-    for model in (plain, saving):
-        model(ids, labels=ids).loss.backward()
-    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
-        close(a.grad, b.grad)
-
-
 def test_the_norm_of_training_has_the_same_value_and_gradients():
     torch.manual_seed(0)
     x, norm, seed = torch.randn(3, 5, 16), Step1RMSNorm(16, 1e-5), torch.randn(3, 5, 16).bfloat16()
     torch.nn.init.normal_(norm.weight)
     found = []
+    assert type(prepare_training(norm)) is norms.TrainNorm
     for training in (True, False):
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training):

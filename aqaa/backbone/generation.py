@@ -1,7 +1,8 @@
-"""Streaming decoding under the rules of an answer layout: only legal ids are ever scored, drawn, or produced.
+"""Streaming decoding under the rules of an answer layout: only legal ids are scored and drawn.
 
-The layout's machine (aqaa.tokenizers.interleave) is handed in; before each step it says which rows of the vocabulary
-are legal, and only those rows of the output layer are computed.
+The layout's machine (aqaa.tokenizers.interleave) is handed in; before each step it says which rows
+of the vocabulary are legal, and only those rows of the output layer are computed. One loop serves
+all: a Decoder turns new ids into hidden states, `draw` makes the next id of every Row of them.
 """
 
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from aqaa.backbone import attention
 
 HEAD = 64  # ids among which the top_p head is looked for first: sorting them all is slower
+SHRINK = 0.75  # a batch is made smaller at this share of unfinished rows: that copies the cache
 
 
 class Step(NamedTuple):
-    """One id of an answer; logprob is its natural log probability among the legal ids, before temperature and top_p."""
+    """One id of an answer.
+
+    logprob: its natural log probability among the legal ids, before temperature and top_p.
+    """
 
     id: int
     kind: str  # "text", "linguistic", "semantic", "marker"
@@ -26,10 +30,11 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Repetition:
-    """Repetition-aware sampling (Step-Audio's TTS script): the last id is banned once it crowds the last few.
+    """Repetition-aware sampling (Step-Audio's TTS script): the last id is banned if it is frequent.
 
-    It is banned if it occurs more than share · window times among the last `window` ids, prompt included. With `kinds`
-    only ids of the kind about to come are counted, and only for those kinds: runs of one audio id can be silence.
+    It is banned if it occurs more than share · window times among the last `window` ids, prompt
+    included. With `kinds` only ids of the kind about to come are counted, and only for those kinds:
+    runs of one audio id can be silence.
     """
 
     window: int = 10
@@ -37,65 +42,64 @@ class Repetition:
     kinds: tuple = ()  # () : the official rule, over all ids alike
 
     def banned(self, history, may):
-        """The id that may not come next, or None. history: ids so far; may: what the machine allows."""
+        """The id that may not come next, or None. history: ids so far; may: the machine's word."""
         if self.kinds:
             if may.kind not in self.kinds:
                 return None
-            history = [token for token in history[-4 * self.window :] if may.start <= token < may.stop]
+            late = history[-4 * self.window :]
+            history = [token for token in late if may.start <= token < may.stop]
         recent = history[-self.window :]
-        return recent[-1] if recent and recent.count(recent[-1]) > self.share * self.window else None
+        often = recent and recent.count(recent[-1]) > self.share * self.window
+        return recent[-1] if often else None
+
+
+# ---- from ids to hidden states -------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of all layers in tensors made once: (layers, B, G, S, D), filled from the left.
+    """Keys and values (layers, B, G, S, d) in tensors made once, filled from the left.
 
-    Has the one method that the attention layers call on a transformers cache.
+    It has the one method that the attention layers call on a transformers cache.
     """
 
     def __init__(self, model, batch, size):
-        config, weight = model.config, model.model.embed_tokens.weight
-        width = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, batch, config.num_attention_groups, size, width)
+        weight, attn = model.model.embed_tokens.weight, model.model.layers[0].self_attn
+        groups = attn.k_proj.out_features // attn.head_dim  # fewer where several GPUs share a layer
+        shape = (len(model.model.layers), batch, groups, size, attn.head_dim)
         self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
         self.length = 0
 
     def update(self, key, value, layer):
-        """Write (B, G, Q, D) at the end; return all keys and values so far. The owner moves `length` on."""
+        """Write (B, G, Q, d) at the end; return all so far. The owner moves `length` on."""
         end = self.length + key.shape[2]
         keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = key, value
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
-
-    def keep(self, rows):
-        """Go on with some rows of the batch only."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 class Decoder:
-    """A model, its cache, and the distance bias of a single query, of which each step takes a slice.
-
-    hidden = decoder.feed(embeddings (B, Q, D)) returns the last hidden state (B, D). padding: (B, Q) bool of the first
-    call, True where a row of left padding holds no token.
-    """
+    """A model and its cache of `size` ids, the longest prompt and its answer together."""
 
     def __init__(self, model, batch, size):
         self.model, self.size = model, size
         self.cache = KVCache(model, batch, size)
-        self.row = model.model.bias(1, size, size - 1)  # (1, H, 1, S)
+        self.bias = model.model.bias(1, size, size - 1)  # (1, H, 1, S): of distances S−1 … 0
         self.padding = None
-        self.by_hand = batch == 1 and _is_plain(model.model)
 
     def feed(self, embeddings, padding=None):
+        """embeddings (B, Q, D) of the next ids → the last hidden state (B, D).
+
+        padding: (B, Q) bool of the first call, True where a row of left padding holds no token.
+        """
         n_query, past = embeddings.shape[1], self.cache.length
         n_key = past + n_query
-        if n_query == 1 and self.by_hand:
-            return _single(self.model.model, embeddings[0, 0], self.row[..., self.size - n_key :], self.cache)
-        if n_query == 1:
-            bias = self.row[..., self.size - n_key :]
+        if n_query == 1:  # the newest distances stand at the right
+            bias = self.bias[..., self.size - n_key :]
         else:
             bias = self.model.model.bias(n_query, n_key, past)
         if padding is not None and padding.any():
-            self.padding = F.pad(~padding, (0, self.size - n_key), value=True)  # (B, S): True = may be seen
+            self.padding = F.pad(~padding, (0, self.size - n_key), value=True)  # (B, S): visible
         if self.padding is not None:
             bias = attention.with_mask(bias, self.padding[:, :n_key])
         hidden = self.model.model.run(embeddings, bias, self.cache)
@@ -104,28 +108,31 @@ class Decoder:
 
     def keep(self, rows):
         """Go on with some rows of the batch only."""
-        self.cache.keep(rows)
+        self.cache.keys = self.cache.keys[:, rows]
+        self.cache.values = self.cache.values[:, rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
 
 
 class Prefill:
-    """A prompt that is read while it grows, so that an answer can begin as soon as it ends: see `generate`.
+    """A prompt that is read while it grows, so that an answer can begin as soon as it ends.
 
-    room: ids of the longest prompt and its answer together; the cache is made for them at once. `ids` are those whose
-    keys and values stand in the cache: they are recorded only after they were fed, so whatever interrupts a reading
-    (Ctrl-C, no memory) costs time and changes no answer.
+    room: ids of the longest prompt and its answer together; the cache is made for them at once.
+    `ids` are those whose keys and values stand in the cache: they are recorded only after they were
+    fed, so whatever interrupts a reading (Ctrl-C, no memory) costs time and changes no answer.
+    decoder: one that is there already, in place of a new Decoder.
     """
 
-    def __init__(self, model, room):
-        self.decoder, self.ids = Decoder(model, 1, min(room, model.config.max_seq_len)), []
+    def __init__(self, model, room, decoder=None):
+        self.decoder = decoder or Decoder(model, 1, min(room, model.config.max_seq_len))
+        self.ids = []
 
     @torch.inference_mode()
     def read(self, ids):
-        """Run what is new in `ids`, a later form of the prompt. Raises ValueError if they leave no room."""
+        """Run what is new in `ids`, a later form of the prompt. Raises ValueError for no room."""
         room_for(self.decoder.size, len(ids), 0)
-        new, embed = ids[self.rewind(ids) :], self.decoder.model.model.embed_tokens
-        self.decoder.feed(embed(torch.tensor([new], device=embed.weight.device)))
+        new = ids[self.rewind(ids) :]
+        self.decoder.feed(embed(self.decoder.model, [new]))
         self.ids = list(ids)
 
     def known(self, ids):
@@ -134,82 +141,126 @@ class Prefill:
         return next((i for i in range(limit) if self.ids[i] != ids[i]), limit)
 
     def rewind(self, ids):
-        """Forget what differs from `ids`; returns the number of those known. Feed the others next, then record them."""
+        """Forget what differs from `ids`; returns how many are known. Feed the others next."""
         known = self.known(ids)
         self.ids = self.ids[:known]  # first: from here on the rest of the cache may be overwritten
         self.decoder.cache.length = known
         return known
 
 
-def _is_plain(model):
-    """Whether `_single` may stand in for the modules: a CPU, fp32 or fp64, and nothing but ordinary linear layers."""
-    weight = model.embed_tokens.weight
-    parts = (part for layer in model.layers for part in (layer.self_attn, layer.mlp))
-    linear = all(type(child) is nn.Linear for part in parts for child in part.children())
-    return linear and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+def embed(model, ids):
+    """Embeddings (B, T, D) of B lists of T ids."""
+    table = model.model.embed_tokens
+    return table(torch.tensor(ids, device=table.weight.device))
 
 
-def _single(model, x, bias, cache):
-    """Step1Model.run for one token x (D,) on a CPU, without modules in between: 1.5 times as fast. Returns (1, D)."""
-    config, at, size = model.config, cache.length, x.shape[0]
-    heads, groups, eps = config.num_attention_heads, config.num_attention_groups, config.rms_norm_eps
-    width = size // heads
-    grouped, one = (1, groups, heads // groups, width), (groups, width)
-    bias = bias.to(x.dtype).reshape(1, groups, heads // groups, -1)
-    for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        attn, mlp = layer.self_attn, layer.mlp
-        y = x * torch.rsqrt(torch.dot(x, x) / size + eps) * layer.input_layernorm.weight
-        keys[0, :, at] = F.linear(y, attn.k_proj.weight).view(one)
-        values[0, :, at] = F.linear(y, attn.v_proj.weight).view(one)
-        query, seen = F.linear(y, attn.q_proj.weight).view(grouped), slice(0, at + 1)
-        heard = F.scaled_dot_product_attention(query, keys[:, :, seen], values[:, :, seen], bias, scale=attn.scaling)
-        x = x + F.linear(heard.view(size), attn.o_proj.weight)
-        y = x * torch.rsqrt(torch.dot(x, x) / size + eps) * layer.post_attention_layernorm.weight
-        gated = F.silu(F.linear(y, mlp.gate_proj.weight)) * F.linear(y, mlp.up_proj.weight)
-        x = x + F.linear(gated, mlp.down_proj.weight)
-    cache.length = at + 1
-    return model.norm(x)[None]
+# ---- from hidden states to ids -------------------------------------------------------------------
 
 
 class Vocabulary:
-    """The legal rows of the output layer for each thing that a machine allows; rows and ids are looked up once."""
+    """The legal rows of the output layer for each thing that a machine allows, looked up once."""
 
     def __init__(self, model):
         self.model, self.known = model, {}
 
     def legal(self, may):
         """Ids (R,) that may come next."""
-        key = may[1:4]
+        key = may.start, may.stop, may.markers
         if key not in self.known:
-            device = self.model.lm_head.weight.device
-            markers = torch.tensor(may.markers, dtype=torch.long, device=device)
-            self.known[key] = torch.cat([torch.arange(may.start, may.stop, device=device), markers]), markers
-        return self.known[key][0]
+            ids = [*range(may.start, may.stop), *may.markers]
+            self.known[key] = torch.tensor(ids, device=self.model.lm_head.weight.device)
+        return self.known[key]
 
     def scores(self, hidden, may):
         """Logits (…, R) fp32 of the legal ids, in their order. hidden (…, D)."""
-        self.legal(may)
-        markers = self.known[may[1:4]][1]
-        parts = [self.model.logits(hidden, rows=slice(may.start, may.stop))] if may.stop > may.start else []
-        if len(markers):
+        parts = []
+        if may.stop > may.start:  # a slice: its weights need not be copied together
+            parts.append(self.model.logits(hidden, rows=slice(may.start, may.stop)))
+        if may.markers:
+            markers = self.legal(may)[-len(may.markers) :]
             parts.append(self.model.logits(hidden, rows=markers))
-        return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).float()
+        return torch.cat(parts, -1).float()
 
 
-def _choose(scores, temperature, top_p, generator):
-    """Index drawn from scores (R,): the largest if temperature is 0; otherwise from the top_p head of softmax(s/T)."""
+def choose(scores, temperature, top_p, generator):
+    """Index drawn from scores (R,): the largest at temperature 0, else by softmax(scores / T).
+
+    top_p < 1 leaves only the likeliest ids, up to the first with which their probs reach top_p.
+    """
     if temperature == 0:
         return int(scores.argmax())
-    chances, order = (scores / temperature).softmax(-1), None
+    probs, order = (scores / temperature).softmax(-1), None
     if top_p < 1:
-        ranked, order = chances.topk(min(HEAD, len(chances)))
+        ranked, order = probs.topk(min(HEAD, len(probs)))
         if ranked.sum() < top_p:  # rare: a flat distribution
-            ranked, order = chances.sort(descending=True)
-        chances = ranked[ranked.cumsum(-1) - ranked < top_p]
-    ladder = chances.cumsum(-1)
-    point = torch.rand(1, generator=generator, dtype=ladder.dtype, device=ladder.device) * ladder[-1]
-    choice = torch.searchsorted(ladder, point, right=True).clamp(max=len(ladder) - 1)
-    return int(choice if order is None else order[choice])
+            ranked, order = probs.sort(descending=True)
+        probs = ranked[ranked.cumsum(-1) - ranked < top_p]
+    # A uniform point falls into the step of an id with the probability of that id.
+    cumulative = probs.cumsum(-1)
+    options = {"dtype": cumulative.dtype, "device": cumulative.device}
+    point = torch.rand(1, generator=generator, **options) * cumulative[-1]
+    index = torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1)
+    return int(index if order is None else order[index])
+
+
+class Row:
+    """One answer in the making: its ids so far, the machine of its layout, how its ids are drawn.
+
+    history: the prompt's ids, then the answer's; left: ids that may still come.
+    """
+
+    def __init__(self, prompt, machine, left, temperature, top_p, repetition, generator):
+        self.history = [int(token) for token in prompt]
+        self.machine, self.left, self.steps = machine, left, []
+        self.temperature, self.top_p, self.repetition = temperature, top_p, repetition
+        self.generator = generator
+
+    @property
+    def finished(self):
+        return self.left <= 0 or self.machine.finished
+
+    def choose(self, scores, legal, may):
+        """Index of the next id among the legal ones (R,), by their scores (R,)."""
+        if self.repetition and len(legal) > 1:  # the only legal id is never banned
+            banned = self.repetition.banned(self.history, may)
+            if banned is not None:
+                scores = scores.masked_fill(legal == banned, -torch.inf)
+        return choose(scores, self.temperature, self.top_p, self.generator)
+
+    def take(self, token, may, logprob):
+        """Add the id that was chosen."""
+        self.machine.advance(token)
+        self.history.append(token)
+        self.left -= 1
+        self.steps.append(Step(token, "marker" if token in may.markers else may.kind, logprob))
+
+
+def draw(rows, hidden, vocabulary):
+    """Draw the next id of every row that is not finished. hidden (B, D)."""
+    groups = {}  # rows that allow the same ids are scored in one product
+    for i, row in enumerate(rows):
+        if not row.finished:
+            groups.setdefault(row.machine.allowed(), []).append(i)
+    for may, members in groups.items():
+        legal = vocabulary.legal(may)  # (R,)
+        scores = vocabulary.scores(hidden[members], may)  # (M, R)
+        chosen = [rows[i].choose(one, legal, may) for i, one in zip(members, scores, strict=True)]
+        chosen = torch.tensor(chosen, device=legal.device)
+        # The logprob is the model's own: temperature, top_p and bans do not enter it.
+        logprobs = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(-1)
+        drawn = zip(members, legal[chosen].tolist(), logprobs.tolist(), strict=True)
+        for i, token, logprob in drawn:
+            rows[i].take(token, may, logprob)
+
+
+def advance(decoder, rows, vocabulary, *new):
+    """One turn of the loop: feed `new`, or else the newest id of each row, and draw the next.
+
+    new: what `feed` takes, the embeddings of prompts.
+    """
+    if not new:
+        new = (embed(decoder.model, [[row.history[-1]] for row in rows]),)  # (B, 1, D)
+    draw(rows, decoder.feed(*new), vocabulary)
 
 
 def check_sampling(temperature, top_p, max_tokens):
@@ -219,131 +270,86 @@ def check_sampling(temperature, top_p, max_tokens):
 
 
 def room_for(limit, n_prompt, max_tokens):
-    """How many ids may follow a prompt. Raises ValueError for an empty prompt or one that fills the context."""
+    """How many ids may follow a prompt. Raises ValueError if it is empty or fills the context."""
     if not 0 < n_prompt < limit:
-        raise ValueError(f"the prompt has {n_prompt} ids; the model takes 1 to {limit - 1}: shorten the question")
+        raise ValueError(
+            f"the prompt has {n_prompt} ids; the model takes 1 to {limit - 1}: shorten the question"
+        )
     return min(max_tokens, limit - n_prompt)
 
 
 @torch.inference_mode()
 def generate(
-    model, prompt_ids, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024, repetition=None,
-    min_audio=0, prompt_embeds=None, prefill=None,
+    model, prompt_ids, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024,
+    repetition=None, min_audio=0, prompt_embeds=None, prefill=None,
 ):  # fmt: skip
-    """Answer a prompt, one Step at a time, as soon as each is known. The last one is eot, unless max_tokens ends first.
+    """Answer a prompt, one Step at a time; the last one is eot, unless max_tokens ends first.
 
-    prompt_ids: list of ids; ids: IdsConfig; layout: has machine(ids, min_audio). temperature 0 is greedy; the same
-    seed gives the same answer. repetition: a Repetition, or None. prompt_embeds (1, T, D): used in place of the
-    prompt's embeddings (images). prefill: a Prefill that has read earlier forms of the prompt; what they share is not
-    run again. Raises ValueError for settings out of range or a prompt too long.
+    prompt_ids: list of ids; ids: IdsConfig; layout: has machine(ids, min_audio). temperature 0 is
+    greedy; the same seed gives the same answer. repetition: a Repetition, or None. prompt_embeds
+    (1, T, D): used in place of the prompt's embeddings (images). prefill: a Prefill that has read
+    earlier forms of the prompt; what they share is not run again. Raises ValueError for settings
+    out of range or a prompt too long.
     """
     check_sampling(temperature, top_p, max_tokens)
-    prompt_ids = [int(i) for i in prompt_ids]
-    max_tokens = room_for(prefill.decoder.size if prefill else model.config.max_seq_len, len(prompt_ids), max_tokens)
-    embed = model.model.embed_tokens
-    device = embed.weight.device
-    generator = torch.Generator(device).manual_seed(seed) if temperature else None
+    limit = prefill.decoder.size if prefill else model.config.max_seq_len
+    left = room_for(limit, len(prompt_ids), max_tokens)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     machine, vocabulary = layout.machine(ids, min_audio), Vocabulary(model)
-    decoder = prefill.decoder if prefill else Decoder(model, 1, len(prompt_ids) + max_tokens)
-    embeddings = embed(torch.tensor([prompt_ids], device=device)) if prompt_embeds is None else prompt_embeds
-    embeddings = embeddings[:, prefill.rewind(prompt_ids) :] if prefill else embeddings
-    history = prompt_ids
-    for _ in range(max_tokens):
-        hidden, may = decoder.feed(embeddings)[0], machine.allowed()
+    row = Row(prompt_ids, machine, left, temperature, top_p, repetition, generator)
+    decoder = prefill.decoder if prefill else Decoder(model, 1, len(row.history) + left)
+    embeddings = embed(model, [row.history]) if prompt_embeds is None else prompt_embeds
+    known = prefill.rewind(row.history) if prefill else 0
+    new = (embeddings[:, known:],)
+    while not row.finished:
+        advance(decoder, [row], vocabulary, *new)
+        new = ()  # the prompt is read once
         if prefill:
-            prefill.ids = list(history)
-        legal, scores = vocabulary.legal(may), vocabulary.scores(hidden, may)
-        banned = repetition.banned(history, may) if repetition and len(legal) > 1 else None
-        free = scores if banned is None else scores.masked_fill(legal == banned, -torch.inf)
-        choice = _choose(free, temperature, top_p, generator)
-        token = int(legal[choice])
-        machine.advance(token)
-        history.append(token)
-        kind = "marker" if token in may.markers else may.kind
-        yield Step(token, kind, float(scores[choice] - scores.logsumexp(-1)))
-        if machine.finished:
-            return
-        embeddings = embed(legal[choice].view(1, 1))
+            prefill.ids = row.history[:-1]  # all but the newest were fed
+        yield row.steps[-1]
 
 
 @torch.inference_mode()
 def generate_batch(
-    model, prompts, ids, layout, *, temperature=0.0, top_p=1.0, seed=0, max_tokens=1024, repetition=None, min_audio=0,
-    batch_size=64,
+    model, prompts, ids, layout, *, temperature=0.0, top_p=1.0, seed=0, max_tokens=1024,
+    repetition=None, min_audio=0, batch_size=64,
 ):  # fmt: skip
-    """Answers of many prompts at once, for evaluation: a list of lists of Steps, greedily the same as `generate`.
+    """Answers of many prompts at once: a list of lists of Steps, greedily the same as `generate`.
 
-    prompts: lists of ids of any lengths; layout: one layout, or one a prompt. Prompts of like length run together, left
-    padded; rows that are done leave the batch. Sampling depends on the seed and on how prompts are batched.
+    prompts: lists of ids of any lengths; layout: one layout, or one a prompt. Prompts of like
+    length run together, left padded; rows that are done leave the batch. Sampling depends on the
+    seed and on how prompts are batched. Raises ValueError as `generate`.
     """
     check_sampling(temperature, top_p, max_tokens)
-    layouts = list(layout) if isinstance(layout, (list, tuple)) else [layout] * len(prompts)
-    settings = (temperature, top_p, repetition)
-    answers, vocabulary = [None] * len(prompts), Vocabulary(model)
+    layouts = layout if isinstance(layout, (list, tuple)) else [layout] * len(prompts)
+    vocabulary, answers = Vocabulary(model), [None] * len(prompts)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [Row(i, list(map(int, prompts[i])), layouts[i].machine(ids, min_audio)) for i in chosen]
-        _run_batch(model, rows, vocabulary, max_tokens, settings, generator)
-        for row in rows:
-            answers[row.index] = row.steps
+        lengths = [len(prompts[i]) for i in chosen]
+        # The shortest prompt may be empty, the longest leaves the least room.
+        left = min(room_for(model.config.max_seq_len, n, max_tokens) for n in lengths)
+        rows = []
+        for i in chosen:
+            machine = layouts[i].machine(ids, min_audio)
+            rows.append(Row(prompts[i], machine, left, temperature, top_p, repetition, generator))
+            answers[i] = rows[-1].steps
+        _run_batch(model, rows, vocabulary, max(lengths) + left)
     return answers
 
 
-class Row:
-    """One answer of a batch."""
-
-    def __init__(self, index, history, machine):
-        self.index, self.history, self.machine, self.steps = index, history, machine, []
-
-    def take(self, token, may, logprob):
-        self.machine.advance(token)
-        self.history.append(token)
-        self.steps.append(Step(token, "marker" if token in may.markers else may.kind, logprob))
-
-
-def _run_batch(model, rows, vocabulary, max_tokens, settings, generator):
-    """Fill in the steps of rows, in one left-padded batch."""
-    embed, n_prompt = model.model.embed_tokens, max(len(row.history) for row in rows)
-    limit = model.config.max_seq_len
-    max_tokens = room_for(limit, n_prompt, max_tokens)
-    for row in rows:
-        room_for(limit, len(row.history), max_tokens)
-    padded = [[0] * (n_prompt - len(row.history)) + row.history for row in rows]
-    padding = torch.arange(n_prompt) < torch.tensor([[n_prompt - len(row.history)] for row in rows])
-    device = embed.weight.device
-    decoder = Decoder(model, len(rows), n_prompt + max_tokens)
-    hidden = decoder.feed(embed(torch.tensor(padded, device=device)), padding.to(device))
-    for left in range(max_tokens, 0, -1):
-        step_batch(rows, hidden, vocabulary, settings, generator)
-        alive = [i for i, row in enumerate(rows) if not row.machine.finished]
-        if not alive or left == 1:
-            return
-        if len(alive) <= 0.75 * len(rows):  # not at once: it copies the cache
+def _run_batch(model, rows, vocabulary, size):
+    """Fill in the steps of rows, in one left-padded batch of `size` slots."""
+    device = model.lm_head.weight.device
+    longest = max(len(row.history) for row in rows)
+    missing = [longest - len(row.history) for row in rows]
+    padded = [[0] * n + row.history for n, row in zip(missing, rows, strict=True)]
+    padding = torch.arange(longest) < torch.tensor(missing)[:, None]  # (B, T)
+    decoder, first = Decoder(model, len(rows), size), (embed(model, padded), padding.to(device))
+    while alive := [i for i, row in enumerate(rows) if not row.finished]:
+        if not first and len(alive) <= SHRINK * len(rows):
             rows = [rows[i] for i in alive]
             decoder.keep(torch.tensor(alive, device=device))
-        hidden = decoder.feed(embed(torch.tensor([[row.history[-1]] for row in rows], device=device)))
-
-
-def step_batch(rows, hidden, vocabulary, settings, generator):
-    """Choose the next id of every row; rows that allow the same ids are scored together."""
-    temperature, top_p, repetition = settings
-    groups = {}
-    for i, row in enumerate(rows):
-        if not row.machine.finished:
-            groups.setdefault(row.machine.allowed(), []).append(i)
-    for may, members in groups.items():
-        legal, scores = vocabulary.legal(may), vocabulary.scores(hidden[members], may)  # (R,), (M, R)
-        free = scores
-        if repetition and len(legal) > 1:
-            banned = [repetition.banned(rows[i].history, may) for i in members]
-            table = torch.tensor([-1 if b is None else b for b in banned], device=legal.device)
-            free = scores.masked_fill(legal == table[:, None], -torch.inf)
-        if temperature == 0:
-            choices = free.argmax(-1)
-        else:
-            choices = torch.tensor([_choose(one, temperature, top_p, generator) for one in free], device=legal.device)
-        logprobs = scores.log_softmax(-1).gather(1, choices[:, None])[:, 0].tolist()
-        for i, token, logprob in zip(members, legal[choices].tolist(), logprobs, strict=True):
-            rows[i].take(token, may, logprob)
+        advance(decoder, rows, vocabulary, *first)
+        first = ()

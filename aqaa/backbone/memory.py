@@ -5,7 +5,7 @@ from aqaa.files import ModelError
 GIB = 2**30
 SCALE_BITS = 16  # a bfloat16 scale for each group, or for each output
 BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}  # of a weight in a linear layer
-PREFILL_CHUNK = 512  # ids: a longer question is read in parts, which bounds its buffers
+PREFILL_CHUNK = 512  # ids: a longer question is planned to be read in parts, for smaller buffers
 
 
 def n_linear(backbone):
@@ -35,7 +35,8 @@ def norm_bytes(backbone):
 
 def resident_bytes(backbone, weights, group=None):
     """Bytes of all weights."""
-    return linear_bytes(backbone, weights, group) + 2 * table_bytes(backbone) + norm_bytes(backbone)
+    linear = linear_bytes(backbone, weights, group)
+    return linear + 2 * table_bytes(backbone) + norm_bytes(backbone)
 
 
 def cache_bytes(backbone):
@@ -45,8 +46,11 @@ def cache_bytes(backbone):
 
 
 def buffer_bytes(backbone, weights, context, ranks):
-    """Bytes that reading a prompt needs at a time on each GPU: bias and scores of a chunk in fp32, the inner values of
-    the feed-forward layer, and one matrix unpacked to bf16 if the weights are packed."""
+    """Bytes that reading a prompt needs at a time on each GPU.
+
+    These are bias and scores of a chunk in fp32, the inner values of the feed-forward layer, and
+    one matrix unpacked to bf16 if the weights are packed.
+    """
     chunk = min(PREFILL_CHUNK, context)
     scores = 2 * backbone.num_attention_heads * chunk * context * 4
     inner = 3 * chunk * backbone.intermediate_size * 2
@@ -63,13 +67,15 @@ def free_bytes(device):
 
 
 def check_room(config, size, free, weights=None, group=None):
-    """Raise ModelError if a cache of `size` ids does not fit `free` bytes; with `weights`, a format, neither do they.
+    """Raise ModelError if a cache of `size` ids does not fit `free` bytes, with `weights` or alone.
 
-    config: sizes as of BackboneConfig. The message says what would fit.
+    config: sizes as of BackboneConfig; weights: a format. The message says what would fit.
     """
+
     def need(weights, size):
         loaded = resident_bytes(config, weights, group or 128) if weights else 0
-        return loaded + size * cache_bytes(config) + buffer_bytes(config, weights or "int4", 0, 1)
+        buffers = buffer_bytes(config, weights or "int4", 0, 1)
+        return loaded + size * cache_bytes(config) + buffers
 
     if need(weights, size) <= free:
         return
@@ -79,5 +85,7 @@ def check_room(config, size, free, weights=None, group=None):
         remedy = f"a context of {ids} ids would fit"
     else:
         remedy = f"{fitting[0]} would fit" if fitting else "see `aqaa plan` for what would"
-    what = f"{weights} weights and a cache of {size} ids need" if weights else f"a cache of {size} ids needs"
-    raise ModelError(f"{what} {need(weights, size) / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: {remedy}.")
+    parts = f"a cache of {size} ids"
+    parts = f"{weights} weights and {parts} need" if weights else f"{parts} needs"
+    needed = f"{need(weights, size) / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+    raise ModelError(f"{parts} {needed}: {remedy}.")

@@ -1,9 +1,10 @@
-"""Linear layers whose weights have 4 or 8 bits; activations are as they were, weights are unpacked in use.
+"""Linear layers whose weights have 4 or 8 bits; activations stay as they are.
 
-int4 keeps a scale for each `group` inputs of each output, int8 and fp8 one for each output. All three are symmetric:
-weight = code · scale. Codes come from rounding to the nearest (with a search for the scale that errs least) or from
-GPTQ (Frantar et al. 2023), which rounds one input after another and lets those to come make up for the error.
-`forward` here is the readable reference: unpack, then an ordinary product; aqaa/fast/triton_kernels.py does it in one pass.
+int4 keeps a scale for each `group` inputs of each output, int8 and fp8 one for each output. All
+three are symmetric: weight = code · scale. Codes come from rounding to the nearest, with a search
+for the scale that errs least, or from GPTQ (Frantar et al. 2023), which rounds one input after
+another and lets those to come make up for the error. `forward` is the readable reference: unpack,
+then an ordinary product; aqaa/fast/triton_kernels.py does it in one pass. Shapes: W (N, K).
 """
 
 import torch
@@ -13,45 +14,52 @@ from torch import nn
 from aqaa.config import check_group
 
 DTYPE = torch.bfloat16  # of the scales
-SHRINK = torch.linspace(1, 0.65, 15)  # of the scale that fits the largest weight: what the search tries
+SHRINK = torch.linspace(1, 0.65, 15)  # what the search multiplies the widest scale by
 DAMP = 0.01  # of the mean of the Hessian's diagonal, added to it
 AT_ONCE = 1 << 24  # weights rounded together
 BLOCK = 128  # inputs that GPTQ rounds before it updates all later ones
 
 
 class QuantizedLinear(nn.Module):
-    """y = x Wᵀ without a bias, W (N, K) kept as codes and scales; subclasses say how a code is stored.
+    """y = x Wᵀ without a bias, W kept as codes and scales; subclasses say how a code is stored.
 
-    Buffers: `qweight` (layout: see the subclass) and `scale` (N, K / group) bfloat16. Both may live on `meta`.
-    Raises ValueError if the group does not divide K.
+    Buffers: `qweight` (layout: see the subclass) and `scale` (N, K / group) bfloat16. Both may live
+    on `meta`. Raises ValueError if the group does not divide K.
     """
 
     name, bits, group_by_default = "", 8, None  # no group: one scale for each output
-    product = None  # a function (layer, x) → y that does the same faster: see aqaa/fast/graph_decoder.py
+    storage = torch.uint8  # dtype of `qweight`
+    lowest, highest, top = 0.0, 0.0, 0.0  # range of the codes, and the code of the largest weight
+    product = None  # a faster function (layer, x) → y: see aqaa/fast/graph_decoder.py
 
     def __init__(self, in_features, out_features, group=None, device=None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group = group or self.group_by_default or in_features
         check_group(in_features, self.group)
-        size = (out_features, in_features * self.bits // 8)
-        self.register_buffer("qweight", torch.empty(size, dtype=self.storage, device=device))
-        self.register_buffer("scale", torch.empty(out_features, in_features // self.group, dtype=DTYPE, device=device))
+        width, groups = in_features * self.bits // 8, in_features // self.group
+        codes = torch.empty(out_features, width, dtype=self.storage, device=device)
+        scale = torch.empty(out_features, groups, dtype=DTYPE, device=device)
+        self.register_buffer("qweight", codes)
+        self.register_buffer("scale", scale)
 
     @classmethod
     def from_weights(cls, weight, group=None, hessian=None, search=True):
-        """Quantise `weight` (N, K). hessian (K, K), the mean of x xᵀ over inputs: rounds by GPTQ; None: to nearest."""
+        """Quantise `weight` (N, K); hessian (K, K), the mean of x xᵀ over inputs: round by GPTQ."""
         group = group or cls.group_by_default or weight.shape[1]
         check_group(weight.shape[1], group)
-        if hessian is None:  # some rows at a time: the search needs several copies in fp32
-            rows = weight.split(max(1, AT_ONCE // weight.shape[1]))
-            scale = torch.cat([find_scale(cls, some, group, search) for some in rows])
-            qweight = torch.cat([cls.pack(to_nearest(cls, *pair)) for pair in zip(rows, scale.split(len(rows[0])))])
-        else:
-            scale = find_scale(cls, weight, group, search)
-            qweight = cls.pack(gptq(cls, weight, scale, hessian))
+        # Rounding takes some rows at a time: the search needs several copies in fp32.
+        rows = max(1, AT_ONCE // weight.shape[1]) if hessian is None else len(weight)
+        scales, codes = [], []
+        for part in weight.split(rows):
+            scale = find_scale(cls, part, group, search)
+            if hessian is None:
+                codes.append(cls.pack(to_nearest(cls, part, scale)))
+            else:
+                codes.append(cls.pack(gptq(cls, part, scale, hessian)))
+            scales.append(scale)
         layer = cls(weight.shape[1], weight.shape[0], group, "meta")
-        layer.qweight, layer.scale = qweight, scale
+        layer.qweight, layer.scale = torch.cat(codes), torch.cat(scales)
         return layer
 
     @classmethod
@@ -61,13 +69,29 @@ class QuantizedLinear(nn.Module):
             raise ValueError("a layer with a bias cannot be quantised: Step-1 has none")
         return cls.from_weights(linear.weight.detach(), group, **options)
 
+    @classmethod
+    def nearest(cls, x):
+        """The code nearest to each number, as float32."""
+        return x.round().clamp_(cls.lowest, cls.highest)
+
+    @classmethod
+    def pack(cls, codes):
+        """Codes (N, K) float32 → `qweight`."""
+        return codes.to(cls.storage)
+
+    @classmethod
+    def unpack(cls, qweight):
+        """`qweight` → codes (N, K) float32."""
+        return qweight.float()
+
     def codes(self):
         """All codes (N, K) float32."""
         return self.unpack(self.qweight)
 
     def dequantized(self, dtype=torch.float32):
         """W (N, K) in `dtype`; code · scale is rounded once, from fp32."""
-        return (_grouped(self.codes(), self.group) * self.scale.float()[..., None]).flatten(1).to(dtype)
+        codes = self.codes().unflatten(1, (-1, self.group))  # (N, K / group, group)
+        return (codes * self.scale.float()[..., None]).flatten(1).to(dtype)
 
     def forward(self, x):
         return self.product(self, x) if self.product else F.linear(x, self.dequantized(x.dtype))
@@ -79,109 +103,97 @@ class QuantizedLinear(nn.Module):
 class Int4Linear(QuantizedLinear):
     """Two codes a byte.
 
-    `qweight` uint8 (N, K/2), contiguous: byte [n, j] holds input k = 2j in its low nibble and k = 2j + 1 in its high
-    one; code = nibble − 8, in −8 … 7. `scale` bfloat16 (N, K/group): input k of output n uses scale[n, k // group], so
-    W[n, k] = (nibble − 8) · scale[n, k // group]. Groups are runs of `group` inputs. A scale may be negative: its sign
-    is such that the largest weight of the group falls on the side of −8, which has one step more.
+    `qweight` uint8 (N, K/2), contiguous: byte [n, j] holds input k = 2j in its low nibble and
+    k = 2j + 1 in its high one; code = nibble − 8, in −8 … 7. `scale` (N, K/group): groups are runs
+    of inputs, W[n, k] = (nibble − 8) · scale[n, k // group]. A scale may be negative: its sign lets
+    the largest weight of the group fall on the side of −8, which has one step more.
     """
 
-    name, bits, storage, group_by_default = "int4", 4, torch.uint8, 128
-    top = -8.0  # the code of a group's largest weight
+    name, bits, group_by_default = "int4", 4, 128
+    lowest, highest, top = -8.0, 7.0, -8.0
 
-    @staticmethod
-    def nearest(x):
-        return x.round().clamp_(-8, 7)
-
-    @staticmethod
-    def pack(codes):
+    @classmethod
+    def pack(cls, codes):
         nibbles = (codes + 8).to(torch.uint8)
         return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
 
-    @staticmethod
-    def unpack(qweight):
+    @classmethod
+    def unpack(cls, qweight):
         return torch.stack((qweight & 15, qweight >> 4), -1).flatten(1).float() - 8
 
 
 class Int8Linear(QuantizedLinear):
     """`qweight` int8 (N, K), codes −127 … 127; `scale` (N, 1)."""
 
-    name, storage, top = "int8", torch.int8, 127.0
-
-    @staticmethod
-    def nearest(x):
-        return x.round().clamp_(-127, 127)
-
-    @staticmethod
-    def pack(codes):
-        return codes.to(torch.int8)
-
-    @staticmethod
-    def unpack(qweight):
-        return qweight.float()
+    name, storage = "int8", torch.int8
+    lowest, highest, top = -127.0, 127.0, 127.0
 
 
 class Fp8Linear(QuantizedLinear):
-    """`qweight` uint8 (N, K), the bytes of float8_e4m3fn (`.view(torch.float8_e4m3fn)` costs nothing; as uint8 they
-    survive `model.to(dtype)`); `scale` (N, 1)."""
+    """`qweight` uint8 (N, K), the bytes of float8_e4m3fn; `scale` (N, 1).
 
-    name, storage, top = "fp8", torch.uint8, 448.0
+    As uint8 they survive `model.to(dtype)`; `.view(torch.float8_e4m3fn)` costs nothing.
+    """
 
-    @staticmethod
-    def nearest(x):
-        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    name = "fp8"
+    lowest, highest, top = -448.0, 448.0, 448.0
 
-    @staticmethod
-    def pack(codes):
+    @classmethod
+    def nearest(cls, x):
+        return x.clamp(cls.lowest, cls.highest).to(torch.float8_e4m3fn).float()
+
+    @classmethod
+    def pack(cls, codes):
         return codes.to(torch.float8_e4m3fn).view(torch.uint8)
 
-    @staticmethod
-    def unpack(qweight):
+    @classmethod
+    def unpack(cls, qweight):
         return qweight.view(torch.float8_e4m3fn).float()
 
 
 FORMATS = {cls.name: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 
 
-def _grouped(x, group):
-    """(N, K) → (N, K / group, group)."""
-    return x.unflatten(1, (-1, group))
-
-
-# ---- to codes -------------------------------------------------------------------------------------------------------
+# ---- to codes ------------------------------------------------------------------------------------
 
 
 def find_scale(cls, weight, group, search=True):
     """Scales (N, K / group) of `weight` (N, K) in DTYPE, for the format `cls`.
 
-    The largest weight of a group gets the code cls.top; with 4 bits a search shrinks the scale where cutting the
-    largest weights costs less squared error than coarse steps for all the others.
+    The largest weight of a group gets the code cls.top. With 4 bits a search shrinks the scale
+    where cutting the largest weights costs less squared error than coarse steps for all others.
     """
-    grouped = _grouped(weight.float(), group)
-    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    grouped = weight.float().unflatten(1, (-1, group))  # (N, K / group, group)
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))  # (N, K / group, 1)
     widest = extreme / cls.top if cls.top < 0 else extreme.abs() / cls.top
     widest = torch.where(extreme == 0, 1.0, widest)
     best, least = widest.to(DTYPE), torch.full_like(widest, torch.inf)
     for share in SHRINK.tolist() if search and cls.bits == 4 else ():
         scale = (widest * share).to(DTYPE)
-        error = (cls.nearest(grouped / scale.float()) * scale.float() - grouped).square_().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        rounded = cls.nearest(grouped / scale.float()) * scale.float()
+        error = (rounded - grouped).square_().sum(-1, keepdim=True)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
     return best[..., 0]
 
 
 def to_nearest(cls, weight, scale):
     """Codes (N, K) of `weight` with scales (N, K / group)."""
-    grouped = _grouped(weight.float(), weight.shape[1] // scale.shape[1])
+    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
     return cls.nearest(grouped / scale.float()[..., None]).flatten(1)
 
 
 def gptq(cls, weight, scale, hessian):
-    """Codes (N, K) of `weight` by GPTQ: the inputs that matter most first, errors made up for by those to come.
+    """Codes (N, K) of `weight` by GPTQ: inputs that matter most first, later ones correct errors.
 
-    scale (N, K / group) is found beforehand, so the order of the inputs is free ("act order" with static groups).
-    hessian (K, K): the mean of x xᵀ. Raises ValueError if it is not finite.
+    scale (N, K / group) is known beforehand, so the order of the inputs is free ("act order" with
+    static groups). hessian (K, K): the mean of x xᵀ. Raises ValueError if it is not finite.
     """
     if not hessian.isfinite().all():
-        raise ValueError("the calibration dialogues gave activations that are not finite: the weights are damaged")
+        raise ValueError(
+            "the calibration dialogues gave activations that are not finite: "
+            "the weights are damaged"
+        )
     weight, hessian = weight.float(), hessian.to(weight.device, torch.float32).clone()
     diagonal = hessian.diagonal()  # a view
     diagonal += DAMP * diagonal.mean().clamp(min=1e-8)
@@ -191,6 +203,7 @@ def gptq(cls, weight, scale, hessian):
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty_like(weight)
+    # Row i of `upper` says how each later input best makes up for an error at input i.
     for start in range(0, weight.shape[1], BLOCK):
         end = min(start + BLOCK, weight.shape[1])
         errors = torch.zeros_like(weight[:, start:end])
@@ -203,11 +216,11 @@ def gptq(cls, weight, scale, hessian):
     return codes[:, order.argsort()]
 
 
-# ---- within a module -------------------------------------------------------------------------------------------------
+# ---- within a module -----------------------------------------------------------------------------
 
 
 def empty_linears(module, weights, group=None, skip=("lm_head",), device="meta"):
-    """Replace the linear layers within `module` by empty ones of a format, whose buffers are to be filled."""
+    """Replace the linear layers within `module` by empty ones of a format, to be filled."""
     cls = format_of(weights)
     for name, linear in list(linears(module, skip)):
         put(module, name, cls(linear.in_features, linear.out_features, group, device))
@@ -215,11 +228,12 @@ def empty_linears(module, weights, group=None, skip=("lm_head",), device="meta")
 
 
 def format_in(data):
-    """{"weights", "group"}, as empty_linears takes it, of what a file says of its format. Raises ValueError."""
+    """{"weights", "group"} of what a file says of its format. Raises ValueError."""
     data = data if isinstance(data, dict) else {}
     weights, group = data.get("weights"), data.get("group")
     if not isinstance(weights, str) or weights not in FORMATS:
-        raise ValueError(f"its format is {str(weights):.40}, one of {', '.join(FORMATS)} is expected")
+        names = ", ".join(FORMATS)
+        raise ValueError(f"its format is {str(weights):.40}, one of {names} is expected")
     if group is not None and (type(group) is not int or group < 1):
         raise ValueError(f"its group is {str(group):.40}, a number of inputs is expected")
     return {"weights": weights, "group": group}
@@ -232,7 +246,7 @@ def format_within(module):
 
 
 def numbers(module, name, tensor):
-    """The tensor `name` of a module's state as numbers: the bytes of fp8 codes may be NaN as well."""
+    """The tensor `name` of a module's state as numbers: the bytes of fp8 codes may be NaN."""
     owner, _, leaf = name.rpartition(".")
     fp8 = leaf == "qweight" and isinstance(module.get_submodule(owner), Fp8Linear)
     return tensor.view(torch.float8_e4m3fn) if fp8 else tensor

@@ -1,7 +1,8 @@
-"""Linear layers on the matrix units (AMX) of recent Intel Xeons: fp32 in, fp32 out, more than twice as fast.
+"""Linear layers on the matrix units (AMX) of recent Intel Xeons: fp32, more than twice as fast.
 
-An option, never a need: `aqaa.load(..., amx=True)`. The C of `amx.c` is compiled when it is first used and kept in the
-user's cache folder. That takes Linux, such a processor and a C compiler; the layers then take twice the memory.
+An option, never a need: `aqaa.load(..., amx=True)`. `amx.c` is compiled when it is first used and
+kept in the user's cache folder. That takes Linux, such a processor and a C compiler; the layers
+then take twice the memory.
 """
 
 import atexit
@@ -28,12 +29,13 @@ CACHE = 2**19  # bytes of input that meet one stripe of weights after another
 
 
 class AmxLinear(nn.Linear):
-    """x Wᵀ + b, each fp32 factor taken as a sum of two bf16 (`amx.c`). With gradients on it is a plain linear layer."""
+    """x Wᵀ + b, each fp32 factor a sum of two bf16 (`amx.c`); with gradients on nn.Linear's own."""
 
     def forward(self, x):
-        """(..., K) -> (..., N). A row's result does not depend on the other rows, nor on the number of threads."""
+        """(..., K) → (..., N). A row's result depends on no other row, nor on how many threads."""
         weight, (n, k) = self.weight, self.weight.shape
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        suits = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel()
+        if torch.is_grad_enabled() or not suits:
             return super().forward(x)
         mark = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if getattr(self, "packed_from", None) != mark:  # first use, or other weights since
@@ -44,21 +46,23 @@ class AmxLinear(nn.Linear):
         y = x.new_empty(-(-m // SIDE) * SIDE, n)
         room = torch.empty(min(rows, len(y)) * 2 * k, dtype=torch.bfloat16)
         bias = x.new_zeros(n) if self.bias is None else self.bias
-        compiled().linear(flat.data_ptr(), m, k, flat.stride(0), self.packed.data_ptr(), n, bias.data_ptr(),
-                         y.data_ptr(), room.data_ptr(), rows, torch.get_num_threads())  # fmt: skip
+        compiled().linear(
+            flat.data_ptr(), m, k, flat.stride(0), self.packed.data_ptr(), n, bias.data_ptr(),
+            y.data_ptr(), room.data_ptr(), rows, torch.get_num_threads(),
+        )  # fmt: skip
         return y[:m].view(*x.shape[:-1], n)
 
 
 def use(module):
     """Let the linear layers of a part compute by `amx.c`, in place; returns the part.
 
-    Layers of other sizes stay as they are, and so do names, shapes and values of the weights. Convolutions stay too: in
-    the flow they are a tenth of the work, and more of their rounding reaches the result. Raises ValueError where this
-    machine cannot.
+    Layers of other sizes stay as they are, and so do names, shapes and values of the weights.
+    Convolutions stay too: in the flow they are a tenth of the work, and more of their rounding
+    reaches the result. Raises ValueError where this machine cannot.
     """
     compiled()
     for layer in module.modules():
-        if type(layer) is nn.Linear and not layer.in_features % SIDE and not layer.out_features % SIDE:
+        if type(layer) is nn.Linear and not any(size % SIDE for size in layer.weight.shape):
             layer.__class__ = AmxLinear
     return module
 
@@ -71,14 +75,15 @@ def halves(x):
 
 def product(x, weight):
     """x (M, K), weight (N, K) -> x Wᵀ (M, N): what `amx.c` computes, in plain torch."""
-    (x_hi, x_lo), (w_hi, w_lo) = ([half.float() for half in halves(factor)] for factor in (x, weight))
+    x_hi, x_lo = (half.float() for half in halves(x))
+    w_hi, w_lo = (half.float() for half in halves(weight))
     return x_hi @ w_lo.T + x_lo @ w_hi.T + x_hi @ w_hi.T
 
 
 def tiles(weight):
-    """(N, K) fp32 -> (N / 32, K / 32, hi or lo, 2, 16, 16, 2) bf16: the order in which `amx.c` reads it."""
+    """(N, K) fp32 → (N / 32, K / 32, hi or lo, 2, 16, 16, 2) bf16: the order `amx.c` reads."""
     n, k = weight.shape
-    pairs = torch.stack(halves(weight)).view(2, n // SIDE, 2, 16, k // SIDE, 16, 2)  # rows and k, each cut in three
+    pairs = torch.stack(halves(weight)).view(2, n // SIDE, 2, 16, k // SIDE, 16, 2)
     return pairs.permute(1, 4, 0, 2, 5, 3, 6).contiguous()
 
 
@@ -86,7 +91,8 @@ def tiles(weight):
 def compiled():
     """`amx.c`, compiled and loaded. Raises ValueError, which says what this machine lacks."""
     if lacking := NEEDED - set(cpuinfo("flags").split()):
-        raise ValueError(f"this processor has no AMX for bf16 (it lacks {', '.join(sorted(lacking))}): leave amx out.")
+        names = ", ".join(sorted(lacking))
+        raise ValueError(f"this processor has no AMX for bf16 (it lacks {names}): leave amx out.")
     path = _shared_object()
     try:
         code = ctypes.CDLL(str(path))
@@ -95,7 +101,9 @@ def compiled():
     if not code.allowed():
         raise ValueError("the system does not let this process use AMX: leave amx out.")
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    code.linear.argtypes = [pointer, size, size, size, pointer, size, *[pointer] * 3, size, ctypes.c_int]
+    code.linear.argtypes = [
+        pointer, size, size, size, pointer, size, *[pointer] * 3, size, ctypes.c_int,
+    ]  # fmt: skip
     code.linear.restype = None
     return code
 
@@ -103,12 +111,13 @@ def compiled():
 def _shared_object():
     """The path of the compiled code, made now if it is not there. Raises ValueError.
 
-    What is loaded runs with the user's rights: it is taken from the cache only if nobody but the user and root can have
-    written it, and if it is whole (its name ends in its hash). Else it is compiled anew, and used from a folder of this
-    process alone if the cache can keep nothing safely.
+    What is loaded runs with the user's rights: it is taken from the cache only if nobody but the
+    user and root can have written it, and if it is whole (its name ends in its hash). Else it is
+    compiled anew, and used from a folder of this process if the cache can keep nothing safely.
     """
-    shared = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]  # torch's: one pool of threads
-    command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-fopenmp", "-fPIC", "-shared", str(SOURCE), *shared]
+    threads = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]  # torch's pool
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    command = [*compiler, "-O3", "-fopenmp", "-fPIC", "-shared", str(SOURCE), *threads]
     name = f"amx-{_hash(SOURCE.read_bytes() + repr(command).encode())}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aqaa"
     try:
@@ -148,11 +157,14 @@ def _compile(command):
     try:
         subprocess.run([*command, "-o", str(path)], check=True, capture_output=True)
     except FileNotFoundError:
-        raise ValueError(f"amx needs a C compiler, and {command[0]} is none: install gcc, or leave amx out.") from None
+        raise ValueError(
+            f"amx needs a C compiler, and {command[0]} is none: install gcc, or leave amx out."
+        ) from None
     except subprocess.CalledProcessError as fault:
         lines = fault.stderr.decode(errors="replace").splitlines()
-        said = next((line for line in lines if "error" in line), "it gave no reason")
-        raise ValueError(f"{command[0]} could not compile amx.c ({said.strip()}): leave amx out.") from None
+        why = next((line for line in lines if "error" in line), "it gave no reason").strip()
+        fact = f"{command[0]} could not compile amx.c ({why})"
+        raise ValueError(f"{fact}: leave amx out.") from None
     return path
 
 

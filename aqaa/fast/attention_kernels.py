@@ -1,7 +1,8 @@
 """Attention over a static cache in Triton, with a twin in plain torch that says what it computes.
 
-Keys and values are read once for all heads of a group, in several runs of keys at a time (flash-decoding, Dao et al.
-2023); the bias −slope·√distance is made in registers, in fp32. Without a GPU see kernels.py.
+Keys and values are read once for all heads of a group, in several runs of keys at a time
+(flash-decoding, Dao et al. 2023); the bias −slope·√distance is made in registers, in fp32. Without
+a GPU see triton_kernels.py.
 """
 
 from __future__ import annotations  # lets this file be read where there is no triton
@@ -14,10 +15,11 @@ from aqaa.fast.triton_kernels import jit, tl, triton
 
 @jit
 def _attend(
-    query, keys, values, slopes, first, part, stat, n_query, size, scale, GROUPS: tl.constexpr, RATIO: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    query, keys, values, slopes, first, part, stat, n_query, size, scale, GROUPS: tl.constexpr,
+    RATIO: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries (rows: query · RATIO + head of the group) against one of SPLITS runs of keys."""
+    """One tile of queries (rows: query · RATIO + head of the group), one of SPLITS runs of keys."""
     group, batch = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS
     split, past = tl.program_id(2), tl.load(first).to(tl.int32)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -64,16 +66,17 @@ def _combine(part, stat, out, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     top = tl.load(stat + (at * SPLITS + split) * 2)
     total = tl.load(stat + (at * SPLITS + split) * 2 + 1)
     weight = tl.exp(top - tl.max(top, 0))
-    heard = tl.load(part + (at * SPLITS + split)[:, None] * WIDTH + column[None, :])
-    y = tl.sum(heard * weight[:, None], 0) / tl.sum(total * weight, 0)
+    outs = tl.load(part + (at * SPLITS + split)[:, None] * WIDTH + column[None, :])
+    y = tl.sum(outs * weight[:, None], 0) / tl.sum(total * weight, 0)
     tl.store(out + at * WIDTH + column, y.to(out.dtype.element_ty))
 
 
 def attend(query, keys, values, slopes, first, scaling, out=None, splits=None):
     """Causal attention of new queries over a static cache, which holds their own keys already.
 
-    query (B, Q, H, d); keys, values (B, G, S, d), contiguous; slopes (H,) fp32; first: int tensor (1,), the slot of the
-    first query. out: where (B, Q, H, d) goes; None for a new tensor in the dtype of the query.
+    query (B, Q, H, d); keys, values (B, G, S, d), contiguous; slopes (H,) fp32; first: int tensor
+    (1,), the slot of the first query. out: where (B, Q, H, d) goes; None for a new tensor in the
+    dtype of the query.
     """
     batch, n_query, heads, width = query.shape
     groups, size = keys.shape[1:3]
@@ -83,8 +86,8 @@ def attend(query, keys, values, slopes, first, scaling, out=None, splits=None):
     stat = query.new_empty(batch * n_query * heads, splits, 2, dtype=torch.float32)
     grid = (triton.cdiv(n_query * heads // groups, rows), batch * groups, splits)
     _attend[grid](
-        query.contiguous(), keys, values, slopes, first, part, stat, n_query, size, scaling, GROUPS=groups,
-        RATIO=heads // groups, WIDTH=width, ROWS=rows, KEYS=32, SPLITS=splits,
+        query.contiguous(), keys, values, slopes, first, part, stat, n_query, size, scaling,
+        GROUPS=groups, RATIO=heads // groups, WIDTH=width, ROWS=rows, KEYS=32, SPLITS=splits,
     )  # fmt: skip
     out = torch.empty_like(query) if out is None else out
     _combine[(len(part),)](part, stat, out, WIDTH=width, SPLITS=splits)

@@ -1,105 +1,116 @@
-"""Decoding at the speed of memory: a cache that never moves, and a step that a GPU repeats as one CUDA graph.
+"""Decoding at the speed of memory: a cache that never moves, a step that is one CUDA graph.
 
-An Engine stands where backbone.generation has its Decoder, so the loop, the layouts, the sampling and the answers are
-those of `generate`; only how a hidden state comes about differs. On a CPU, and with fast=False, that is the readable
-way: the modules one after the other, attention by hand. With fast=True attention and quantised layers are the kernels
-of aqaa/fast/triton_kernels.py, int4 models take a step of ten kernels a layer, and a GPU records the step as a graph. The
-output layer, whose rows depend on the layout's position, stays outside of it, and so do sampling and its seed.
+An Engine stands where backbone.generation has its Decoder, so the loop, the layouts, the sampling
+and the answers are those of `generate`; only its cache, and the attention over it, differ. With
+fast=True attention and quantised layers are the kernels of aqaa/fast/triton_kernels.py, int4 models
+take a step of ten kernels a layer, and a GPU records the step as a graph. The output layer, whose
+rows depend on the layout's position, stays outside of it, and so do sampling and its seed.
 """
-
-from dataclasses import dataclass
-from types import MethodType
 
 import torch
 from torch.nn import functional as F
 
 from aqaa.backbone import attention
-from aqaa.backbone.generation import Prefill, generate
+from aqaa.backbone.generation import KVCache, Prefill, generate
 from aqaa.backbone.memory import check_room, free_bytes
 from aqaa.backbone.quantized_linear import QuantizedLinear
 from aqaa.fast import attention_kernels, triton_kernels
 
-CHUNK = 1024  # most ids of a prompt that are read together: for each part all weights are unpacked once
+# Most ids of a prompt that are read together: for each part all weights are unpacked once. Not the
+# planner's PREFILL_CHUNK, which bounds the scores (H, Q, K) of an attention that writes them out.
+CHUNK = 1024
 WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, libraries start
 
 
-@dataclass
-class Cache:
-    """Keys and values (layers, B, G, S, d), and how many of the S slots are filled."""
+class StaticCache(KVCache):
+    """A KVCache for one answer, always seen whole: where it is written a tensor says.
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    length: int = 0
+    So a CUDA graph can repeat the writing. It brings its attention, a function of
+    attention_kernels. first: int tensor (1,), the slot of the first new query; slopes (H,).
+    """
+
+    def __init__(self, model, size, kernel, slopes, first):
+        super().__init__(model, 1, size)
+        self.kernel, self.slopes, self.first = kernel, slopes, first
+        self.slots = first  # of all new queries
+
+    def update(self, key, value, layer):
+        """Write (1, G, Q, d) into `slots`; returns all slots, (1, G, S, d)."""
+        self.keys[layer].index_copy_(2, self.slots, key)
+        self.values[layer].index_copy_(2, self.slots, value)
+        return self.keys[layer], self.values[layer]
+
+    def attend(self, query, keys, values, scaling):
+        """query (1, H, Q, d) → (1, H, Q, d)."""
+        query = query.transpose(1, 2)
+        return self.kernel(query, keys, values, self.slopes, self.first, scaling).transpose(1, 2)
 
 
 class Engine:
-    """A Step1ForCausalLM with a static cache of `size` ids (by default its longest context), for one answer at a time.
+    """A Step1ForCausalLM with a static cache of `size` ids, for one answer at a time.
 
-    fast: use the kernels (by default on a GPU that has triton). Attention's bias is fp32, whatever bias_dtype says.
-    Raises ModelError before anything is allocated if the cache does not fit the GPU.
+    size: by default the model's longest context. fast: use the kernels (by default on a GPU that
+    has triton). Attention's bias is fp32, whatever bias_dtype says. Raises ModelError before
+    anything is allocated if the cache does not fit the GPU.
     """
 
     def __init__(self, model, size=None, fast=None):
         self.model, self.size = model, size or model.config.max_seq_len
-        weight, attn = model.model.embed_tokens.weight, model.model.layers[0].self_attn
-        self.device, self.width = weight.device, attn.head_dim
-        self.fast = self.device.type == "cuda" and triton_kernels.usable(self.device) if fast is None else fast
-        if self.device.type == "cuda":
+        self.device = model.model.embed_tokens.weight.device
+        on_gpu = self.device.type == "cuda"
+        self.fast = on_gpu and triton_kernels.usable(self.device) if fast is None else fast
+        if on_gpu:
             check_room(model.config, self.size, free_bytes(self.device))
-        rank, ranks = getattr(model, "ranks", (0, 1))
-        heads = model.config.num_attention_heads // ranks
-        shape = (len(model.model.layers), 1, model.config.num_attention_groups // ranks, self.size, self.width)
-        self.cache = Cache(weight.new_zeros(shape), weight.new_zeros(shape))
-        self.slopes = attention.slopes(model.config.num_attention_heads)[rank * heads :][:heads].to(self.device)
-        self.first = torch.zeros(1, dtype=torch.long, device=self.device)  # slot of the first new query
-        self.attend = attention_kernels.attend if self.fast else attention_kernels.attend_eager
+        rank, ranks = getattr(model, "ranks", (0, 1))  # of GPUs that share the heads of a layer
+        heads = attention.slopes(model.config.num_attention_heads).chunk(ranks)
+        self.slopes = heads[rank].to(self.device)
+        self.first = torch.zeros(1, dtype=torch.long, device=self.device)
+        kernel = attention_kernels.attend if self.fast else attention_kernels.attend_eager
+        self.cache = StaticCache(model, self.size, kernel, self.slopes, self.first)
+        self.width = self.cache.keys.shape[-1]
         for part in model.modules():
             if isinstance(part, QuantizedLinear):
                 part.product = linear if self.fast else None
-        fused = self.fast and ranks == 1 and all(triton_kernels.fits(part) for part in _linears(model))
-        self.fused = Fused(model, self.cache, self.slopes, self.first) if fused else None
+        blocks = (part for layer in model.model.layers for part in (layer.self_attn, layer.mlp))
+        packed = all(triton_kernels.fits(child) for part in blocks for child in part.children())
+        self.fused = Fused(model, self.cache) if self.fast and packed and ranks == 1 else None
         self.graph = None
 
     @property
     def step(self):
         """x (1, D) of the next id → hidden state (1, D)."""
-        return self.fused or MethodType(Engine.run, self)  # made anew: kept, it would be a cycle
+        return self.fused or self.run
 
     def generate(self, prompt, ids, layout, **options):
         """Steps as of backbone.generation.generate."""
         return generate(self.model, prompt, ids, layout, prefill=self.reader(), **options)
 
     def reader(self):
-        """What `generate` takes as `prefill`, with nothing read yet: the engine's cache is given to a new prompt."""
-        return Reader(self)
+        """A Prefill with nothing read yet: the engine's cache is given to a new prompt."""
+        return Prefill(self.model, self.size, self)
 
     @torch.inference_mode()
     def feed(self, embeddings, padding=None):
-        """embeddings (1, Q, D) of the next ids → hidden state (1, D) of the last; `padding` is there for batches only.
+        """embeddings (1, Q, D) of the next ids → hidden state (1, D) of the last.
 
-        Raises ValueError if they do not fit.
+        `padding` is there for batches only. Raises ValueError if the ids do not fit.
         """
         length = self.cache.length + embeddings.shape[1]
         if length > self.size:
-            raise ValueError(f"{length} ids do not fit the {self.size} slots of the engine: make it larger.")
-        for part in embeddings[0].chunk(-(-embeddings.shape[1] // CHUNK)):  # parts of about one size
+            raise ValueError(
+                f"{length} ids do not fit the {self.size} slots of the engine: make it larger."
+            )
+        n_parts = -(-embeddings.shape[1] // CHUNK)
+        for part in embeddings[0].chunk(n_parts):  # of about one size
             self.first.fill_(self.cache.length)
             hidden = self._one(part) if len(part) == 1 else self.run(part)
             self.cache.length += len(part)
         return hidden
 
     def run(self, x):
-        """The layers, one by one: x (Q, D) of the ids from slot `first` on → (1, D) of the last."""
-        slots, row = self.first + torch.arange(len(x), device=self.device), (len(x), -1, self.width)
-        for layer, keys, values in zip(self.model.model.layers, self.cache.keys, self.cache.values, strict=True):
-            attn, y = layer.self_attn, layer.input_layernorm(x)
-            keys[0].index_copy_(1, slots, attn.k_proj(y).view(row).transpose(0, 1))
-            values[0].index_copy_(1, slots, attn.v_proj(y).view(row).transpose(0, 1))
-            query = attn.q_proj(y).view(1, *row)
-            heard = self.attend(query, keys, values, self.slopes, self.first, attn.scaling)
-            x = x + attn.o_proj(heard.reshape(len(x), -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return self.model.model.norm(x[-1:])
+        """The layers as they are: x (Q, D) of the ids from slot `first` on → (1, D) of the last."""
+        self.cache.slots = self.first + torch.arange(len(x), device=self.device)
+        return self.model.model.run(x[None], None, self.cache)[0, -1:]
 
     def _one(self, x):
         if not self.fast or self.device.type != "cuda":
@@ -111,7 +122,7 @@ class Engine:
         return self.hidden.clone()  # the next step overwrites it
 
     def _capture(self, x):
-        """Record the step as a graph that reads self.x and self.first and writes the cache and self.hidden."""
+        """Record the step as a graph that reads self.x and self.first and writes self.hidden."""
         self.x, self.graph, side = x.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -122,64 +133,62 @@ class Engine:
             self.hidden = self.step(self.x)
 
 
-class Reader(Prefill):
-    """Prefill over an Engine's cache."""
-
-    def __init__(self, engine):
-        self.decoder, self.ids = engine, []
-
-
 class Fused:
-    """The step of an int4 model, x (1, D) → hidden (1, D), ten kernels a layer; the residual stream is fp32.
+    """The step of an int4 model, x (1, D) → hidden (1, D), in ten kernels a layer.
 
-    Activations are packed by the kernel that also normalises them, wherever a product reads them.
+    Plain layers would launch several times as many. The residual stream is fp32. Activations are
+    packed by the kernel that also normalises them, wherever a product reads them.
     """
 
-    def __init__(self, model, cache, slopes, first):
-        self.cache, self.slopes, self.first, self.layers = cache, slopes, first, []
+    def __init__(self, model, cache):
+        self.cache, self.layers = cache, []
         for layer in model.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
-            packed = (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), (mlp.gate_proj, mlp.up_proj)
-            rows = [triton_kernels.Rows(*linears) for linears in (*packed, (mlp.down_proj,))]
-            self.layers.append((*rows, layer.input_layernorm.weight, layer.post_attention_layernorm.weight))
+            together = (
+                (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,),
+                (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,),
+            )  # fmt: skip
+            rows = [triton_kernels.Rows(*linears) for linears in together]
+            norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+            self.layers.append((*rows, *norms))
         self.norm, self.eps = model.model.norm, model.config.rms_norm_eps
 
     def __call__(self, x):
-        stream, width = x.to(torch.float32, copy=True), self.cache.keys.shape[-1]
-        query, heard, inner = x.new_empty(1, x.shape[1]), torch.empty_like(stream), None
-        for i, (heads, out, both, down, before, middle) in enumerate(self.layers):
-            cache = self.cache.keys[i], self.cache.values[i]
-            packed = triton_kernels.pack(stream, heads.group, before, self.eps)
-            triton_kernels.product(heads, packed, query, cache, self.first)
-            shaped = query.view(1, 1, -1, width), *cache, self.slopes, self.first, width**-0.5
-            attention_kernels.attend(*shaped, out=heard)
-            triton_kernels.added(out, triton_kernels.pack(heard, out.group), stream)
-            packed = triton_kernels.pack(stream, both.group, middle, self.eps)
-            inner = triton_kernels.gated(both, packed, stream.new_empty(1, down.size) if inner is None else inner)
-            triton_kernels.added(down, triton_kernels.pack(inner, down.group), stream)
+        cache, pack = self.cache, triton_kernels.pack
+        stream, width = x.to(torch.float32, copy=True), cache.keys.shape[-1]  # (1, D)
+        query, out, inner = x.new_empty(1, x.shape[1]), torch.empty_like(stream), None
+        layers = zip(self.layers, cache.keys, cache.values, strict=True)
+        for (heads, output, both, down, before, middle), keys, values in layers:
+            packed = pack(stream, heads.group, before, self.eps)
+            triton_kernels.product(heads, packed, query, (keys, values), cache.first)
+            inputs = query.view(1, 1, -1, width), keys, values, cache.slopes, cache.first
+            attention_kernels.attend(*inputs, width**-0.5, out)
+            triton_kernels.added(output, pack(out, output.group), stream)
+            packed = pack(stream, both.group, middle, self.eps)
+            inner = stream.new_empty(1, down.size) if inner is None else inner
+            triton_kernels.gated(both, packed, inner)
+            triton_kernels.added(down, pack(inner, down.group), stream)
         return self.norm(stream.to(x.dtype))
 
 
 def linear(layer, x):
-    """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: its `product`; its `forward` without one is their twin.
+    """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: its `product`, whose twin is `forward`.
 
-    Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; for more they are unpacked once.
+    Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; else unpacked once.
     """
-    flat, int4 = x.reshape(-1, x.shape[-1]), triton_kernels.fits(layer)
+    int4 = triton_kernels.fits(layer)
     if not int4 and (layer.name == "int4" or layer.scale.shape[1] > 1):
         return F.linear(x, layer.dequantized(x.dtype))  # groups that the kernels do not know
+    flat = x.reshape(-1, x.shape[-1]).contiguous()  # (B, K)
     if len(flat) <= (triton_kernels.FEW if int4 else triton_kernels.FEW_BYTES):
         out = x.new_empty(len(flat), layer.out_features)
         if int4:
-            triton_kernels.product(triton_kernels.Rows(layer), triton_kernels.pack(flat.contiguous(), layer.group), out)
+            packed = triton_kernels.pack(flat, layer.group)
+            triton_kernels.product(triton_kernels.Rows(layer), packed, out)
         else:
-            triton_kernels.product_bytes(layer, flat.contiguous(), out)
+            triton_kernels.product_bytes(layer, flat, out)
         return out.view(*x.shape[:-1], -1)
     if int4:
         return F.linear(x, triton_kernels.unpack(layer, x.dtype))
     codes = layer.qweight.view(torch.float8_e4m3fn) if layer.name == "fp8" else layer.qweight
     return F.linear(x, codes.to(x.dtype)) * layer.scale[:, 0].to(x.dtype)
-
-
-def _linears(model):
-    return (child for layer in model.model.layers for part in (layer.self_attn, layer.mlp) for child in part.children())

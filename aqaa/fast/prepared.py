@@ -1,30 +1,32 @@
-"""Weights laid out in memory for fast inference on a CPU. Names, shapes and values stay what they are."""
+"""Weights laid out in memory for fast inference on a CPU; names, shapes and values stay."""
 
 from torch import nn
 
 from aqaa.fast import amx as matrix_units
 from aqaa.fast import cpu_step, fsmn, mish, norms, spectral
 
-MARGIN = 16  # floats between two columns: without it, columns of 2^n floats would evict each other from the cache
+MARGIN = 16  # floats between two columns: columns of 2^n floats evict each other from the cache
 
 
 def prepare(module, amx=False):
-    """Make a part ready for inference, in place; returns it in eval mode. Training goes on working, a little slower.
+    """Make a part ready for inference, in place; returns it in eval mode. It can still be trained.
 
-    Weight norms are folded (names change to the plain `weight`; `unprepared` gives the factors back). The matrix of
-    every linear layer is stored column by column, as the product reads it: with few rows of input (a question of some
-    seconds) the usual order costs a sixth more, for the matrix is first copied into this one in every call. Not for the
-    backbone, which decodes one row at a time. amx: compute those layers on a Xeon's matrix units, and leave their
-    matrices as they are; ValueError where there are none.
+    Weight norms are folded (names change to the plain `weight`; `unprepared` gives the factors
+    back). The matrix of every linear layer is stored column by column, as the product reads it:
+    with few rows of input (a question of some seconds) the usual order costs a sixth more, for the
+    matrix is first copied into this one in every call. A backbone keeps its matrices as they are,
+    since it decodes one row at a time; its twin is cpu_step. amx: compute those layers on a Xeon's
+    matrix units instead; ValueError where there are none.
     """
-    if amx:
-        matrix_units.use(module)
-    for layer in module.modules():
-        if type(layer) is nn.Linear:
-            layer.weight.data = by_columns(layer.weight.data)
+    if not cpu_step.use(module):
+        if amx:
+            matrix_units.use(module)
+        for layer in module.modules():
+            if type(layer) is nn.Linear:
+                layer.weight.data = by_columns(layer.weight.data)
     if hasattr(module, "fold_weight_norm"):
         module.fold_weight_norm()
-    for twin in (spectral, mish, fsmn, cpu_step):
+    for twin in (spectral, mish, fsmn):
         twin.use(module)
     return module.eval()
 
@@ -37,7 +39,7 @@ def prepare_training(module):
 
 
 def unprepared(module):
-    """The state dict of a module as it was before `prepare`: folded weight norms in their two factors."""
+    """The state dict of a module as it was before `prepare`: weight norms in their two factors."""
     state = module.state_dict()
     for name, layer in module.named_modules():
         if factors := getattr(layer, "factors", dict)():
