@@ -22,7 +22,7 @@ from aqaa.evaluation import quantization
 from aqaa.scale import convert, quantize
 from aqaa.scale import plan as sums
 from aqaa.scale.quantize import quantize_
-from aqaa.weights import model_folder, shards
+from aqaa.weights import model_folder, released, shards
 
 SIZES = BackboneConfig(
     vocab_size=48, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -228,6 +228,10 @@ def release(tmp_path_factory):
     return write_release(tmp_path_factory.mktemp("release") / "lm")
 
 
+def load_converted(folder):
+    return released.backbone(folder).load("cpu", None)
+
+
 def go(source, out, *arguments):
     return cli.main(["convert", str(source), str(out), "--json", *arguments])
 
@@ -242,7 +246,7 @@ def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, c
     assert len(record["files"]) == 2 + SIZES.num_hidden_layers
     assert all(files.fingerprint(out / file) == facts for file, facts in record["files"].items())
     assert convert.read_quantization(out)["weights"] == name
-    found, wanted = convert.load_quantized(out), quantize_(model().bfloat16(), name, group)
+    found, wanted = load_converted(out), quantize_(model().bfloat16(), name, group)
     ids = torch.tensor(ROWS)
     assert torch.equal(found(ids).logits, wanted(ids).logits)
     assert all(parameter.device.type == "cpu" for parameter in found.parameters())
@@ -326,9 +330,7 @@ def test_a_scale_that_is_no_number_and_a_weight_too_large(release, tmp_path):
     save_file(state, path, {"format": "pt"})
     (out / "record.json").unlink()
     with pytest.raises(files.ModelError, match=re.escape(f"inf at {name}[5, 1]")):
-        convert.load_quantized(out)
-    from aqaa.weights import released
-
+        load_converted(out)
     large = {key: torch.full_like(value, 1e30) if "layernorm" in key else value for key, value in good.items()}
     save_file(large, path, {"format": "pt"})
     assert released.backbone(out).load("cpu", torch.float32) is not None
@@ -345,7 +347,7 @@ def test_a_flipped_bit_in_a_converted_shard_is_found(release, tmp_path, number):
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(files.ModelError, match=f"{path.name} does not have the hash"):
-        convert.load_quantized(out)
+        load_converted(out)
 
 
 def test_a_release_converted_by_gptq_is_what_gptq_makes_of_the_model(release, tmp_path, capsys):
@@ -354,7 +356,7 @@ def test_a_release_converted_by_gptq_is_what_gptq_makes_of_the_model(release, tm
     arguments = ("--group", "32", "--method", "gptq", "--calibration", str(dialogues))
     assert go(release, tmp_path / "small", *arguments) == 0
     wanted = quantize_(model().bfloat16().float(), "int4", 32, rows=ROWS)
-    found = convert.load_quantized(tmp_path / "small")
+    found = load_converted(tmp_path / "small")
     for name, value in wanted.state_dict().items():
         if name.endswith(("qweight", "scale")):
             assert torch.equal(found.state_dict()[name], value), name
@@ -434,7 +436,7 @@ def test_a_converted_folder_that_is_broken_says_so(release, tmp_path):
     for entry, said in (({"weights": "int4", "group": 16}, "does not fit"), ({"weights": "int3"}, "int3")):
         (out / "config.json").write_text(json.dumps({**config, "quantization": entry}), encoding="utf-8")
         with pytest.raises(files.ModelError, match=said):
-            convert.load_quantized(out)
+            load_converted(out)
 
 
 def test_a_folder_of_aqaa_stays_one(tiny, tiny_folder, tmp_path):
