@@ -14,7 +14,8 @@ from aqaa import cli
 from aqaa.backbone.generation import Repetition, generate
 from aqaa.pipeline import AQAA
 from aqaa.scale.vllm import client, plugin
-from aqaa.scale.vllm.client import EngineError, Server, serve_command
+from aqaa.scale.vllm.client import EngineError, Server
+from aqaa.scale.vllm.launch import serve_command
 from aqaa.scale.vllm.rules import Follower, Rules
 from aqaa.tokenizers import dialogue, interleave
 from tests import vllm_check

@@ -265,7 +265,7 @@ def launch_flags(record):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from aqaa.config import BackboneConfig
-    from aqaa.scale.vllm import client, plugin
+    from aqaa.scale.vllm import launch, plugin
 
     plugin.register()
     vision = {"vision_tower_config": {"hidden_size": 1024}, "understand_projector_stride": 2, "image_token_id": 13}
@@ -273,7 +273,7 @@ def launch_flags(record):
         with tempfile.TemporaryDirectory() as folder:
             given = {**asdict(BackboneConfig()), "model_type": kind, "architectures": ["Step1ForCausalLM"], **extra}
             Path(folder, "config.json").write_text(json.dumps(given), encoding="utf-8")
-            command = client.serve_command(folder, 8, "fp8")
+            command = launch.serve_command(folder, 8, "fp8")
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(command)[2:])
             model = ModelConfig(
                 model=folder, skip_tokenizer_init=args.skip_tokenizer_init, hf_overrides=args.hf_overrides,

@@ -159,8 +159,9 @@ def _check_rows(rows, config):
     highest = max((max(row) for row in rows if row), default=-1)
     longest = max(map(len, rows))
     if not all(rows) or highest >= config.vocab_size or longest > config.max_seq_len:
-        raise ValueError(f"the dialogues hold id {highest} or an empty or over-long row: the model "
-                         f"has {config.vocab_size} ids and takes rows of 1 to {config.max_seq_len}.")
+        raise ValueError(f"the dialogues hold id {highest} or an empty or over-long row: "
+                         f"the model has {config.vocab_size} ids and takes rows of 1 to "
+                         f"{config.max_seq_len}.")
 
 
 def _check_room(out, origin, recipe):
