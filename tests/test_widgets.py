@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from aqaa import config
 from aqaa.answer import Piece
 from aqaa.notebook import base, explore, planner, talk, widgets
 from aqaa.scale import plan as sums
@@ -314,7 +315,7 @@ def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
     words = tiny.text.encode(tagged("the river runs", "slow"))
     task = SimpleNamespace(ids=tiny.ids, layout=tiny.layout, human=tiny.text.encode("human\n"),
                            assistant=tiny.text.encode("assistant\n"))
-    trained, _ = LanguageTask._turns(task, widgets.TTS, words, answer_audio=[tiny.ids.n_text])
+    trained, _ = LanguageTask._turns(task, config.TTS, words, answer_audio=[tiny.ids.n_text])
     assert asked[0] == trained[:-2].tolist()
     assert tiny.text.encode("(slow)")[-1] in asked[0]
 
@@ -371,7 +372,7 @@ def test_a_slow_model_leaves_silence_and_text_first_delays_the_first_sound():
 @pytest.mark.parametrize(("n_text", "n_audio"), [(13, 95), (24, 120), (4, 60)])
 def test_ids_and_seconds_put_the_layouts_in_one_order(n_text, n_audio):
     """What a chapter counts in ids until the vocoder can speak, the widget says in seconds."""
-    ids, made = explore.IdsConfig(), {}
+    ids, made = config.IdsConfig(), {}
     sound = interleave.merge([0] * (n_audio // 5 * 2), [0] * (n_audio // 5 * 3), ids)
     for name, layout in dialogue.LAYOUTS.items():
         answer = layout.arrange([ids.first_text] * n_text, sound, ids)
@@ -482,7 +483,7 @@ def test_the_static_listening_test(tiny):
 def test_the_static_planner_compares_the_usual_gpus():
     static = widgets.Planner(context=8192)
     shown = html(static)
-    card = f"{static.found.total:.1f} of 139.8 GiB a card"
+    card = f"{static.chosen.total:.1f} of 139.8 GiB a card"
     assert repr(static) == f"<planner: 130b int4 g128 on 1xH200, 8192 ids, {card}>"
     assert "<img" in shown and "with 8192 ids" in shown and card in shown
     for setup in setups("130b", context=8192):
@@ -505,7 +506,7 @@ def test_choosing_plans_anew(page):
     front.says("set", context=4096)
     (setup,) = setups("130b", ["8xH100-80"], "int4", context=4096)
     assert front.state["plan"] == {**sums.plan(setup).to_dict(), "format": "int4 g64", "card": 79.1}
-    assert widget.found == sums.plan(setup) and "8xH100-80 with 4096 ids" in front.state["message"]
+    assert widget.chosen == sums.plan(setup) and "8xH100-80 with 4096 ids" in front.state["message"]
     front.says("set", count=1, weights="bf16")
     assert not front.state["plan"]["fits"] and "would fit" in front.state["message"]
     assert "bf16 on 1xH100-80" in repr(widget)
@@ -516,7 +517,7 @@ def test_choosing_plans_anew(page):
 
 
 def test_the_planner_says_what_estimates_are_worth(tmp_path, monkeypatch):
-    assert "by estimate" in planner.in_words(widgets.Planner().found) and "elsewhere assumed" in planner.reliance()
+    assert "by estimate" in planner.in_words(widgets.Planner().chosen) and "elsewhere assumed" in planner.reliance()
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(planner, "data_folder", lambda: tmp_path)
     assert "no recorded run" in planner.reliance()
@@ -528,7 +529,7 @@ def test_the_planner_says_what_estimates_are_worth(tmp_path, monkeypatch):
 
 def test_a_small_model_has_a_planner_too():
     static = widgets.Planner("mini", gpus="1xRTX-4090", weights="bf16")
-    assert "1xRTX-4090" in html(static) and static.found.fits and "does not fit" not in html(static)
+    assert "1xRTX-4090" in html(static) and static.chosen.fits and "does not fit" not in html(static)
 
 
 # ---- the real front end ---------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def _percent(share):
 
 
 class Table:
-    """Rows of cells as an HTML table, and as aligned columns where only text is shown."""
+    """A table of rows (lists, or dicts whose keys are the head); aligned text without HTML."""
 
     def __init__(self, rows, head=None, caption=""):
         rows = list(rows)

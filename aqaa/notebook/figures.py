@@ -55,8 +55,8 @@ class Picture:
         data = base64.b64encode(self.png).decode()
         return (
             f'<figure style="margin:0"><figcaption>{escape(self.title or self.alt)}</figcaption>'
-            f'<img alt="{escape(self.alt)}" width="{self.width}" height="{self.height}" '
-            f'style="max-width:100%;height:auto;background:#fff" src="data:image/png;base64,{data}">'
+            f'<img alt="{escape(self.alt)}" width="{self.width}" height="{self.height}" style="'
+            f'max-width:100%;height:auto;background:#fff" src="data:image/png;base64,{data}">'
             f"{self.extra}</figure>"
         )
 
@@ -121,7 +121,8 @@ def array(values, dims, name):
         raise ValueError(f"{name} must be numbers in a tensor or an array.") from None
     if values.ndim != dims:
         plural = "s" if dims > 1 else ""
-        raise ValueError(f"{name} must have {dims} dimension{plural}, not the shape {values.shape}.")
+        shape = values.shape
+        raise ValueError(f"{name} must have {dims} dimension{plural}, not the shape {shape}.")
     if not values.size or not np.isfinite(values).all():
         fact = "holds NaN or infinity" if values.size else "is empty"
         raise ValueError(f"{name} {fact}: nothing can be drawn.")
