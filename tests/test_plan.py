@@ -48,9 +48,6 @@ def one(gpus, weights, **options):
     return sums.plan(setup)
 
 
-# ---- bytes ----
-
-
 def test_bytes_are_those_of_the_published_model():
     assert memory.resident_bytes(B130, "bf16") == 263_893_180_416  # the total_size of its index
     assert memory.cache_bytes(B130) == 352 * 1024
@@ -74,9 +71,6 @@ def test_3b_and_mini_are_counted_as_they_are_built():
     with torch.device("meta"):
         model = step1.build(mini)
     assert memory.resident_bytes(mini, "bf16") == 2 * sum(p.numel() for p in model.parameters())
-
-
-# ---- times ----
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]} {row[1]}")
@@ -159,9 +153,6 @@ def test_what_holds_for_every_plan(gpu, count, weights, context):
     assert json.loads(json.dumps(found.to_dict()))["fits"] == found.fits
 
 
-# ---- words ----
-
-
 def test_names_of_gpus():
     for text, name, count in (
         ("4xH100-80", "H100-80", 4), ("h200", "H200", 1), ("8 x h200", "H200", 8), ("2×A100 80", "A100-80", 2),
@@ -231,9 +222,6 @@ def test_a_plan_needs_no_torch():
     code = "import sys; from aqaa import cli; cli.main(['plan']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.splitlines()[-1] == "False"
-
-
-# ---- recorded runs ----
 
 
 def record(rates, **other):

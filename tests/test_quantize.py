@@ -20,7 +20,6 @@ from aqaa.config import BackboneConfig, check_group, largest_group
 from aqaa.corpus import dialogues
 from aqaa.evaluation import quantization
 from aqaa.scale import convert, quantize
-from aqaa.scale import plan as sums
 from aqaa.scale.quantize import quantize_
 from aqaa.weights import model_folder, released, shards
 
@@ -43,9 +42,6 @@ def model(seed=0):
 
 def error(found, wanted):
     return float((found - wanted).detach().norm() / wanted.detach().norm())
-
-
-# ---- layers ----
 
 
 @settings(max_examples=20, deadline=None)
@@ -123,23 +119,19 @@ def linear_of(w, bias=False):
 
 
 def test_what_a_layer_cannot_be():
-    with pytest.raises(ValueError, match="groups of 128 do not divide an input of 704 inputs: use groups of 64"):
-        Int4Linear(704, 8, 128)
-    with pytest.raises(ValueError, match="down_proj of 31232 inputs over 8 GPUs, 3904 each: use groups of 64"):
-        sums.check_group(31232, 128, 8, "down_proj")
-    with pytest.raises(ValueError, match="use int8 or fp8"):
-        Int4Linear(20, 8, 64)
-    with pytest.raises(ValueError, match="bias"):
-        Int8Linear.from_linear(linear_of(weights(), bias=True))
-    with pytest.raises(ValueError, match="unknown format 'int3'"):
-        quantize_(model(), "int3")
     untouched = model()
-    with pytest.raises(ValueError, match="mlp.down_proj of 96 inputs"):
-        quantize_(untouched, "int4", 64)
+    for words, call in (
+        ("groups of 128 do not divide an input of 704 inputs: use groups of 64", lambda: Int4Linear(704, 8, 128)),
+        ("down_proj of 31232 inputs over 8 GPUs, 3904 each: use groups of 64",
+         lambda: check_group(31232, 128, 8, "down_proj")),
+        ("use int8 or fp8", lambda: Int4Linear(20, 8, 64)),
+        ("bias", lambda: Int8Linear.from_linear(linear_of(weights(), bias=True))),
+        ("unknown format 'int3'", lambda: quantize_(model(), "int3")),
+        ("mlp.down_proj of 96 inputs", lambda: quantize_(untouched, "int4", 64)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            call()
     assert all(type(part) is not Int4Linear for part in untouched.modules())
-
-
-# ---- GPTQ ----
 
 
 def test_gptq_errs_less_where_inputs_are_related():
@@ -199,9 +191,6 @@ def test_a_quantised_model_answers_and_gives_its_weights_back():
 def test_bytes_are_as_planned(name, group):
     found = quantize.n_bytes(quantize_(model(), name, group))
     assert found["linear"] + found["scale"] == memory.linear_bytes(SIZES, name, group)
-
-
-# ---- folders ----
 
 
 def write_release(folder, vision=True, shards=3):
@@ -458,9 +447,6 @@ def test_a_folder_of_aqaa_stays_one(tiny, tiny_folder, tmp_path):
     assert answers[0] == answers[1] and len(answers[0]) > 10
     with pytest.raises(files.ModelError, match="quantised already"):
         convert.convert(out, tmp_path / "again", "int8")
-
-
-# ---- the shipped mini ----
 
 
 @pytest.fixture(scope="module")

@@ -108,9 +108,6 @@ def _few_colours(pixels, colours, apart=10):
     return image
 
 
-# ---- what is handed in --------------------------------------------------------------------------
-
-
 def array(values, dims, name):
     """Tensor, array or nested lists -> float32 array of `dims` dimensions. Raises ValueError."""
     if isinstance(values, torch.Tensor):
@@ -138,9 +135,6 @@ def integers(codes, name):
     if not codes:
         raise ValueError(f"{name} is empty: nothing can be drawn.")
     return [int(code) for code in codes]
-
-
-# ---- waves and maps -----------------------------------------------------------------------------
 
 
 @styled

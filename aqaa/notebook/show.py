@@ -65,9 +65,6 @@ def setup(seed=0):
     matplotlib.rcParams.update(STYLE)
 
 
-# ---- sound --------------------------------------------------------------------------------------
-
-
 class Sound:
     """A player: wav (N,) at `rate` Hz; level=False keeps its loudness, else the peak is put at -3
     dB.
@@ -153,9 +150,6 @@ def compare(*pairs, rate=SAMPLE_RATE, transcript="", level=True):
     return Player(sounds)
 
 
-# ---- words and numbers --------------------------------------------------------------------------
-
-
 table = Table  # as notebooks call it
 
 
@@ -232,9 +226,6 @@ def check(condition, message):
                          "reduce them with .all() or torch.equal.") from None
     assert holds, f"this does not hold: {message}"
     print(f"ok: {message}")
-
-
-# ---- questions ----------------------------------------------------------------------------------
 
 
 def questions(folder=None):

@@ -141,9 +141,6 @@ def _rounded(value):
     return round(value, 5)
 
 
-# ---- the sums -----------------------------------------------------------------------------------
-
-
 def streamed_bytes(backbone, weights, group=None, context=0):
     """Bytes that one decoding step reads: linear layers, lm_head, norms, cache of `context` ids."""
     linear = memory.linear_bytes(backbone, weights, group)
@@ -221,9 +218,6 @@ def plan(setup):
         {seconds: first_sound(setup, seconds, token) for seconds in (3, 10)},
         {seconds: start_delay(1 / token, seconds) for seconds in (5, 10, 20)},
     )  # fmt: skip
-
-
-# ---- what can be divided ------------------------------------------------------------------------
 
 
 def check_ranks(setup):

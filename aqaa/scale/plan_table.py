@@ -19,9 +19,6 @@ COLUMNS = ("GPUs", "weights", "GiB each", "spare", "GB/token", "ms least", "ceil
            "audio", "with text", "first sound", "delay 10 s")  # fmt: skip
 
 
-# ---- from words ---------------------------------------------------------------------------------
-
-
 def parse_gpus(text):
     """From "4xH100-80" to (Gpu, 4); a bare name is one card. Raises ValueError."""
     if re.search(r"[+,;]", text):
@@ -107,9 +104,6 @@ def what_would_fit(setup):
     return f"{problem}: larger GPUs are needed, such as H200."
 
 
-# ---- recorded runs ------------------------------------------------------------------------------
-
-
 def check(folder):
     """Hold the model against every recorded run: rows of {file, what, predicted, measured, ratio,
     possible}.
@@ -153,9 +147,6 @@ def _compared(record):
         predicted, seconds = sums.prefill_seconds(setup(), point["ids"]), point["seconds"]
         possible = seconds >= predicted * sums.PREFILL_SHARE
         yield row(f"prefill of {point['ids']}, s", predicted, seconds, possible)
-
-
-# ---- the command --------------------------------------------------------------------------------
 
 
 def main(args):
