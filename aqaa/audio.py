@@ -1,7 +1,9 @@
-"""Sound in and out: files, sample rates, loudness, and the four spectral front ends.
+"""Sound in and out: files, sample rates, loudness, and the three spectral front ends.
 
-Every front end is plain torch, takes float32 waves of shape (..., N), and reproduces the official one: Kaldi's fbank
-(linguistic tokenizer), Whisper's log-mel (semantic tokenizer), and matcha's mel (vocoder).
+Every front end is plain torch, takes float32 waves of shape (..., N), and reproduces the official
+one: Kaldi's fbank (linguistic tokenizer), Whisper's log-mel (semantic tokenizer), and matcha's mel
+(vocoder). torchaudio's own are not used: its fbank has no batches and would cost every start 0.1 s
+of import; its Slaney bank rounds otherwise, which moves the features that models learnt from.
 """
 
 import io
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from aqaa.config import SAMPLE_RATE
 from aqaa.files import replacing
 from aqaa.sound_files import BLOCK, RATES, bad_rate, called, mono, read
-from aqaa.sound_headers import AudioError, too_long
+from aqaa.sound_headers import AudioError, refusal, too_long
 
 TOO_SHORT = "the question is too short to hear anything in it: 0.2 s are needed."
 
@@ -26,47 +28,43 @@ MIN_SECONDS = 0.06  # below it neither tokenizer gives a code
 MAX_SECONDS = 60  # rows of the mini's semantic positions, and what it was trained to listen to
 SILENCE = 1e-4  # peak of a question that holds nothing to hear, full scale = 1
 QUIET = int(0.75 * SAMPLE_RATE)  # samples of silence that a question keeps at either end
-LOUD, FAINT = 10**-2.0, 10**-2.5  # energies that begin speech and carry it on: 20 and 25 dB below its level
+LOUD, FAINT = 10**-2.0, 10**-2.5  # energies that begin speech and carry it on: -20 and -25 dB
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def write(path, samples, rate):
-    """Write (N,) samples in [-1, 1] (numpy or tensor) as a 16-bit wav, all or nothing: a temporary file is renamed.
+    """Write (N,) samples in [-1, 1] (numpy or tensor) as a 16-bit wav, whole or not at all.
 
-    Raises AudioError when the samples are unusable or the place cannot be written (folder missing, disk full).
+    Raises AudioError when the samples are unusable or the place cannot be written.
     """
     import soundfile
 
     path = Path(path)
     if path.suffix.lower() not in ("", ".wav", ".part"):
-        raise AudioError(f"{path} would be written as wav: give it a name that ends in .wav.")
+        raise refusal(path, "would be written as wav", "give it a name that ends in .wav")
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().float().cpu().numpy()
     samples = np.atleast_1d(np.asarray(samples, dtype=np.float32).squeeze())
     if samples.ndim != 1 or not np.isfinite(samples).all():
-        raise AudioError(f"{path} was not written: the sound must be one channel of finite values.")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(samples, -1, 1), int(rate), format="WAV", subtype="PCM_16")
+        raise refusal(path, "was not written", "the sound must be one channel of finite values")
+    wav = io.BytesIO()
+    soundfile.write(wav, np.clip(samples, -1, 1), int(rate), format="WAV", subtype="PCM_16")
     try:
-        _write_bytes(Path(os.path.realpath(path)), buffer.getbuffer())
+        with replacing(Path(os.path.realpath(path)), parents=False) as part:
+            part.write_bytes(wav.getbuffer())
     except OSError as fault:
-        raise AudioError(f"{path} cannot be written ({fault.strerror}): choose another place or free some.") from None
-
-
-def _write_bytes(path, data):
-    with replacing(path, parents=False) as part:
-        part.write_bytes(data)
+        fact = f"cannot be written ({fault.strerror})"
+        raise refusal(path, fact, "choose another place or free some") from None
 
 
 def load_question(question, max_seconds=MAX_SECONDS):
-    """A question as both tokenizers take it: (N,) float32 tensor, mono, 16 kHz, not yet peak-normalised.
+    """A question as both tokenizers take it: (N,) float32 tensor, mono, 16 kHz, at its own level.
 
-    `question` is a path, "-" for standard input, or (samples, rate) with samples (N,), (N, channels) or (channels, N),
-    floats of any width or 16- or 32-bit integers in any order of bytes: arrays, tensors, memoryviews, lists. Raises
-    AudioError when it is unreadable, silent, shorter than 60 ms or longer than `max_seconds`, or its rate is not among
-    RATES.
+    `question` is a path, "-" for standard input, or (samples, rate); samples (N,), (N, channels) or
+    (channels, N), floats or 16- or 32-bit integers: arrays, tensors, memoryviews, lists.
+    AudioError if it is unreadable, silent, under 60 ms or over `max_seconds`, or beyond RATES.
     """
     if isinstance(question, (str, os.PathLike)):
         name, (samples, rate) = called(question), read(question, max_seconds)
@@ -75,7 +73,8 @@ def load_question(question, max_seconds=MAX_SECONDS):
         try:
             samples, rate = question
         except (TypeError, ValueError):
-            raise AudioError("a question is a path or a pair (samples, rate): pass one of them.") from None
+            fact = "is a path or a pair (samples, rate)"
+            raise refusal("a question", fact, "pass one of them") from None
         samples = mono(_channels_last(samples).split(BLOCK), name)
     if not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
         raise bad_rate(name, rate)
@@ -83,24 +82,29 @@ def load_question(question, max_seconds=MAX_SECONDS):
     if seconds > max_seconds:
         raise too_long(name, seconds, max_seconds)
     if seconds < MIN_SECONDS:
-        raise AudioError(f"{name} lasts {1000 * seconds:.0f} ms, at least {1000 * MIN_SECONDS:.0f} ms are needed.")
+        fact = f"lasts {1000 * seconds:.0f} ms, at least {1000 * MIN_SECONDS:.0f} ms are needed"
+        raise refusal(name, fact, "ask a longer question")
     if samples.abs().max() < SILENCE:
-        raise AudioError(f"{name} is silent: check the microphone or the file.")
+        raise refusal(name, "is silent", "check the microphone or the file")
     return resample(samples, rate)
 
 
 def packet(samples):
-    """Part of a live question, (n,) numbers as `load_question` takes them, n may be 0 -> (n,) float32. AudioError."""
+    """Part of a live question, (n,) numbers as `load_question` takes them -> (n,) float32.
+
+    n may be 0. Raises AudioError for several channels and values that are not finite.
+    """
     samples = _channels_last(samples)
     if not samples.numel():
         return torch.zeros(0)
     if samples.shape[1] > 1 or not torch.isfinite(samples).all():
-        raise AudioError("the packet must be one channel of finite values: leave it out, or send it again.")
+        fact = "must be one channel of finite values"
+        raise refusal("the packet", fact, "leave it out, or send it again")
     return samples[:, 0]
 
 
 def _channels_last(samples):
-    """Whatever a caller has -> float32 (N, channels), integers scaled to [-1, 1]."""
+    """Anything that holds numbers -> float32 (N, channels), integers scaled to [-1, 1]."""
     try:
         if isinstance(samples, torch.Tensor):
             samples = samples.detach().cpu()
@@ -108,23 +112,24 @@ def _channels_last(samples):
         samples = np.asarray(samples)
     except (TypeError, ValueError, RuntimeError):  # ragged lists, sparse tensors
         samples = np.array(None)
-    if samples.dtype.kind == "f" or samples.dtype.name == "bfloat16":
+    dtype, scale = samples.dtype, 0
+    if dtype.kind == "f" or dtype.name == "bfloat16":
         scale = 1
-    elif samples.dtype.kind == "i" and samples.dtype.itemsize in (2, 4):
-        scale = -float(np.iinfo(samples.dtype).min)
-    else:
-        scale = 0
+    elif dtype.kind == "i" and dtype.itemsize in (2, 4):
+        scale = -float(np.iinfo(dtype).min)
     if not scale or samples.ndim not in (1, 2):
-        raise AudioError("the samples must be numbers in one or two dimensions (float, int16 or int32).")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+        raise AudioError(
+            "the samples must be numbers in one or two dimensions (float, int16 or int32)."
+        )
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused later
         samples = samples.astype(np.float64) / scale if scale > 1 else samples
-        samples = torch.from_numpy(samples.astype(np.float32))  # a copy in this machine's order of bytes
+        samples = torch.from_numpy(samples.astype(np.float32))  # in this machine's byte order
     if samples.ndim == 1:
         samples = samples[:, None]
     return samples if samples.shape[0] >= samples.shape[1] else samples.T
 
 
-# ---- rate, loudness, silence ----------------------------------------------------------------------------------------
+# ---- rate, loudness, silence ---------------------------------------------------------------------
 
 
 def full_precision(function):
@@ -144,19 +149,22 @@ def full_precision(function):
 
 @full_precision
 def resample(wav, rate, to=SAMPLE_RATE):
-    """(..., N) at `rate` -> (..., ceil(N to / rate)); windowed sinc, bit for bit torchaudio.transforms.Resample."""
+    """(..., N) at `rate` -> (..., ceil(N to / rate)), by torchaudio's windowed sinc."""
     rate, to = int(rate), int(to)
     if rate == to or wav.shape[-1] == 0:
         return wav
     divisor = math.gcd(rate, to)
     rate, to = rate // divisor, to // divisor
-    length = math.ceil(wav.shape[-1] * to / rate)
-    if rate * to > 2**20:  # rates with hardly a common divisor: their kernel would fill the memory
-        return _resample_directly(wav, rate, to, length)
-    kernel, width = _sinc_kernel(rate, to)
-    padded = F.pad(wav.reshape(-1, 1, wav.shape[-1]), (width, width + rate))
-    phases = F.conv1d(padded, kernel.to(wav), stride=rate)  # (B, to, N / rate)
-    return phases.transpose(1, 2).reshape(*wav.shape[:-1], -1)[..., :length]
+    if rate * to > 2**20:  # hardly a common divisor: torchaudio's kernel would fill the memory
+        return _resample_directly(wav, rate, to, math.ceil(wav.shape[-1] * to / rate))
+    return _resampler(rate, to, wav.device, wav.dtype)(wav)
+
+
+@lru_cache(maxsize=8)
+def _resampler(rate, to, device, dtype):
+    from torchaudio.transforms import Resample  # 0.1 s that questions at 16 kHz save
+
+    return Resample(rate, to).to(device, dtype)
 
 
 def _sinc(time, base, rate):
@@ -164,20 +172,12 @@ def _sinc(time, base, rate):
     time = (time * base).clamp(-6, 6)
     window = torch.cos(time * math.pi / 12) ** 2
     angle = time * math.pi
-    return torch.where(angle == 0, torch.ones_like(angle), angle.sin() / angle) * window * (base / rate)
-
-
-@lru_cache(maxsize=8)
-def _sinc_kernel(rate, to):
-    base = min(rate, to) * 0.99
-    width = math.ceil(6 * rate / base)
-    taps = torch.arange(-width, width + rate, dtype=torch.float64)[None, None] / rate
-    phases = torch.arange(0, -to, -1)[:, None, None] / to
-    return _sinc(phases + taps, base, rate).float(), width
+    sinc = torch.where(angle == 0, torch.ones_like(angle), angle.sin() / angle)
+    return sinc * window * (base / rate)
 
 
 def _resample_directly(wav, rate, to, length, piece=1 << 14, phases=1024):
-    """The same sum, each output sample with weights that lie between those of two of `phases` positions."""
+    """The same sum, with weights between those of the two nearest of `phases` positions."""
     base = min(rate, to) * 0.99
     width = math.ceil(6 * rate / base)
     taps = torch.arange(-width, width + 2, device=wav.device)
@@ -186,30 +186,32 @@ def _resample_directly(wav, rate, to, length, piece=1 << 14, phases=1024):
     padded = F.pad(wav, (width, 2 * width + 2))
     outputs = []
     for start in range(0, length, piece):
-        place = torch.arange(start, min(start + piece, length), device=wav.device, dtype=torch.float64) * rate / to
+        output = torch.arange(start, min(start + piece, length), device=wav.device)
+        place = output.double() * rate / to  # where each output sample lies among the input's
         first = place.long().clamp_max(wav.shape[-1])
         phase = (place - place.long()) * phases
         lower = phase.long()
         share = (phase - lower).to(wav.dtype)[:, None]
-        weight = torch.lerp(weights[lower], weights[lower + 1], share)
+        weight = torch.lerp(weights[lower], weights[lower + 1], share)  # (piece, taps)
         outputs.append((padded[..., first[:, None] + taps + width] * weight).sum(-1))
     return torch.cat(outputs, -1)
 
 
 def endpoints(wav):
-    """Where a question begins and ends in (N,) at 16 kHz: (start, end), with up to 0.75 s of what is quiet around it.
+    """(start, end) of the question in (N,) at 16 kHz, up to 0.75 s of quiet around it kept.
 
-    Its level is that of the tenth loudest 10 ms, so that clicks do not count. Speech begins and ends with 50 ms within
-    20 dB of the level, and goes on in either direction while it stays within 25 dB (hysteresis). Questions that were
-    recorded for themselves stay whole; of a microphone left running, silence and faint noise are cut. The frames' mean
-    is left out: some microphones have an offset.
+    Speech begins and ends with 50 ms within 20 dB of the question's level, and goes on in either
+    direction while it stays within 25 dB (hysteresis). Questions that were recorded for themselves
+    stay whole; of a microphone left running, silence and faint noise are cut.
     """
     n = wav.shape[-1]
     if n < 5 * 160:
         return 0, n
-    energy = wav[: n // 160 * 160].view(-1, 160).var(-1, correction=0)  # of 10 ms each
-    level = energy.topk(min(10, len(energy))).values[-1]
-    runs = (energy > LOUD * level).float().unfold(0, 5, 1).amin(-1).nonzero()[:, 0].tolist()  # first frames of 50 ms
+    # The variance of 10 ms, not the power: some microphones have an offset.
+    energy = wav[: n // 160 * 160].view(-1, 160).var(-1, correction=0)
+    level = energy.topk(min(10, len(energy))).values[-1]  # the tenth loudest: clicks do not count
+    loud = (energy > LOUD * level).float()
+    runs = loud.unfold(0, 5, 1).amin(-1).nonzero()[:, 0].tolist()  # first frames of 50 loud ms
     if not runs:
         return 0, n
     first, last = runs[0], runs[-1] + 4
@@ -220,35 +222,44 @@ def endpoints(wav):
 
 
 def energy_norm(wav):
-    """Scale (..., N) so that its peak is 0.999, at most a hundredfold (Step-Audio's energy_norm_fn)."""
+    """Scale (..., N) to a peak of 0.999, at most a hundredfold (Step-Audio's energy_norm_fn)."""
     return wav / wav.abs().amax(-1, keepdim=True).clamp_min(0.01) * 0.999
 
 
-def trim_silence(wav, top_db=20.0):
-    """(N,) at 16 kHz without its quiet ends, 50 ms of lead-in kept, a whole number of 15 ms steps plus 220 ms long.
+def levelled(wavs, energy_normed, device):
+    """Each of `wavs` (arrays or tensors) as a float32 tensor on `device`, at full level or not."""
+    for wav in wavs:
+        wav = torch.as_tensor(wav, dtype=torch.float32, device=device)
+        yield energy_norm(wav) if energy_normed and len(wav) else wav
 
-    Frames of 512 every 128 count when they are within `top_db` of the loudest (librosa.effects.trim, then Step-Audio's
-    cut); missing ends are zeros.
+
+def trim_silence(wav, top_db=20.0):
+    """(N,) at 16 kHz without its quiet ends: 50 ms of lead-in, whole steps of 15 ms, then 220 ms.
+
+    Frames of 512 every 128 count when they are within `top_db` of the loudest (librosa's trim, then
+    Step-Audio's cut); missing ends are zeros.
     """
     n = wav.shape[-1]
     energy = F.pad(wav, (256, 256)).unfold(-1, 512, 128).square().mean(-1)
-    loud = (10 * torch.log10(energy.clamp_min(1e-10) / energy.max().clamp_min(1e-10)) > -top_db).nonzero()
+    decibels = 10 * torch.log10(energy.clamp_min(1e-10) / energy.max().clamp_min(1e-10))
+    loud = (decibels > -top_db).nonzero()
     first, last = 128 * loud[0].item(), min(n, 128 * (loud[-1].item() + 1))
     start = first - int(0.05 * SAMPLE_RATE)
     length = int(math.ceil((last - first) / 240) * 240 + 0.27 * SAMPLE_RATE)
-    padded = F.pad(wav, (max(0, -start), 0))[max(0, start):][:length]
+    padded = F.pad(wav, (max(0, -start), 0))[max(0, start) :][:length]
     return F.pad(padded, (0, length - len(padded)))
 
 
-# ---- front ends -----------------------------------------------------------------------------------------------------
+# ---- front ends ----------------------------------------------------------------------------------
 
 
 @full_precision
 def fbank(wav, n_mels=80, window="hamming", dither=0.0):
-    """Kaldi filter-bank energies: (..., N) at 16 kHz -> (..., (N - 400) // 160 + 1, n_mels), natural log.
+    """Kaldi filter-bank energies: (..., N) at 16 kHz -> (..., (N - 400) // 160 + 1, n_mels), ln.
 
-    25 ms frames every 10 ms, without padding; fewer than 400 samples give no frame. Scale the wave by 32768 first where
-    the official recipe does. `window` is "hamming" or "povey"; `dither` is the spread of added noise.
+    25 ms frames every 10 ms, without padding; fewer than 400 samples give no frame. Scale the wave
+    by 32768 first where the official recipe does. `window` is "hamming" or "povey"; `dither` is the
+    spread of added noise.
     """
     if wav.shape[-1] < 400:
         return wav.new_zeros(*wav.shape[:-1], 0, n_mels)
@@ -256,10 +267,12 @@ def fbank(wav, n_mels=80, window="hamming", dither=0.0):
     if dither:
         frames = frames + dither * torch.randn_like(frames)
     frames = frames - frames.mean(-1, keepdim=True)
+    # Pre-emphasis inside each frame lifts the high formants, which are weaker in speech.
     frames = frames - 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], -1)
-    frames = F.pad(frames * _window(window).to(wav), (0, 112))
-    power = torch.fft.rfft(frames).abs().square()
-    return (power @ _kaldi_bank(n_mels).to(wav).T).clamp_min(torch.finfo(torch.float32).eps).log()
+    frames = F.pad(frames * _window(window).to(wav), (0, 112))  # 512, for the FFT
+    power = torch.fft.rfft(frames).abs().square()  # (..., T, 257)
+    energies = power @ _kaldi_bank(n_mels).to(wav).T
+    return energies.clamp_min(torch.finfo(torch.float32).eps).log()
 
 
 @lru_cache
@@ -277,20 +290,19 @@ def _kaldi_bank(n_mels, low=20.0, high=8000.0):
     mel_low, mel_high = (1127 * math.log(1 + f / 700) for f in (low, high))
     step = (mel_high - mel_low) / (n_mels + 1)
     index = torch.arange(n_mels)[:, None]
-    centre, right = mel_low + (index + 1.0) * step, mel_low + (index + 2.0) * step
-    left = mel_low + index * step
+    left, centre, right = (mel_low + (index + shift) * step for shift in (0.0, 1.0, 2.0))
     mel = 1127 * (1 + SAMPLE_RATE / 512 * torch.arange(256)[None] / 700).log()
-    bank = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp_min(0)
-    return F.pad(bank, (0, 1))
+    bank = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre))
+    return F.pad(bank.clamp_min(0), (0, 1))
 
 
 @full_precision
 def log_mel(wav, n_mels=128):
     """Whisper's log-mel: (..., N) at 16 kHz, N > 200 -> (..., n_mels, N // 160), about -1 to 1.5.
 
-    The loudest bin of each item sets its floor (8 below, in log10), so items are not to be padded before this.
+    The loudest bin of each item sets its floor (8 below, in log10): do not pad items before this.
     """
-    spectrum = _stft(F.pad(wav[..., None, :], (200, 200), mode="reflect").squeeze(-2), 400, 160, 400)[..., :-1]
+    spectrum = _stft(wav, 400, 160, 400, pad=200)[..., :-1]  # (..., 201, N // 160)
     mels = _slaney_bank(SAMPLE_RATE, 400, n_mels, 0, 8000).to(wav) @ spectrum.abs().square()
     logs = mels.clamp_min(1e-10).log10()
     return (torch.maximum(logs, logs.amax((-2, -1), keepdim=True) - 8) + 4) / 4
@@ -298,17 +310,20 @@ def log_mel(wav, n_mels=128):
 
 @full_precision
 def mel(wav, config):
-    """The vocoder's mel (matcha mel_spectrogram): (..., N) at config.sampling_rate -> (..., num_mels, N // hop)."""
-    pad = (config.n_fft - config.hop_size) // 2
-    padded = F.pad(wav[..., None, :], (pad, pad), mode="reflect").squeeze(-2)
-    spectrum = torch.view_as_real(_stft(padded, config.n_fft, config.hop_size, config.win_size))
-    magnitude = (spectrum.square().sum(-1) + 1e-9).sqrt()
-    bank = _slaney_bank(config.sampling_rate, config.n_fft, config.num_mels, config.fmin, config.fmax)
+    """The vocoder's mel (matcha): (..., N) at config.sampling_rate -> (..., num_mels, N // hop)."""
+    pad = (config.n_fft - config.hop_size) // 2  # frame t is centred on sample (t + 1/2) * hop
+    spectrum = torch.view_as_real(_stft(wav, config.n_fft, config.hop_size, config.win_size, pad))
+    magnitude = (spectrum.square().sum(-1) + 1e-9).sqrt()  # not zero: its gradient is finite
+    bank = _slaney_bank(
+        config.sampling_rate, config.n_fft, config.num_mels, config.fmin, config.fmax
+    )
     return (bank.to(wav) @ magnitude).clamp_min(1e-5).log()
 
 
-def _stft(wav, n_fft, hop, win):
-    flat = wav.reshape(-1, wav.shape[-1])
+def _stft(wav, n_fft, hop, win, pad):
+    """(..., N), reflected by `pad` at both ends -> complex (..., n_fft // 2 + 1, frames)."""
+    flat = wav.reshape(-1, 1, wav.shape[-1])
+    flat = F.pad(flat, (pad, pad), mode="reflect")[:, 0]
     window = torch.hann_window(win, device=wav.device, dtype=wav.dtype)
     spectrum = torch.stft(flat, n_fft, hop, win, window, center=False, return_complex=True)
     return spectrum.reshape(*wav.shape[:-1], *spectrum.shape[-2:])
@@ -325,6 +340,6 @@ def _slaney_bank(rate, n_fft, n_mels, fmin, fmax):
     mels = np.linspace(to_mel(fmin), to_mel(fmax), n_mels + 2)
     hz = np.where(mels >= 15, 1000 * np.exp(step * (mels - 15)), mels * 200 / 3)
     slopes = hz[:, None] - np.linspace(0, rate / 2, n_fft // 2 + 1)
-    gaps = np.diff(hz)
-    bank = np.maximum(0, np.minimum(-slopes[:-2] / gaps[:-1, None], slopes[2:] / gaps[1:, None]))
+    gaps = np.diff(hz)[:, None]
+    bank = np.maximum(0, np.minimum(-slopes[:-2] / gaps[:-1], slopes[2:] / gaps[1:]))
     return torch.from_numpy(bank * (2 / (hz[2:] - hz[:-2]))[:, None]).float()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aqaa import options
 from aqaa.files import WriteError
-from aqaa.options import BENCHES, RELEASED, STAGES  # noqa: F401  (STAGES: the public door)
+from aqaa.options import BENCHES, RELEASED
 
 LONGEST_DIALOGUE = 8192  # ids that the fast engine keeps room for
 UNSURE = 0.5  # confidence below which the printed answer is marked

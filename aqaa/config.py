@@ -1,14 +1,16 @@
 """Sizes of every part, twice: `mini` (trained by this repository) and `full` (as published).
 
-One frozen dataclass a part. The same classes are built from either preset, so whatever a reader learns on the
-mini holds for the published model. Sources are given as paper sections or as the class whose constructor they feed.
+One frozen dataclass a part. The same classes are built from either preset, so what a reader learns
+on the mini holds for the published model. Sources are paper sections, or the class that they feed.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 
-TTS, TQAA, AQTA = 35, 37, 38  # ids of Step-1's control tokens <|TTS|> <|TQAA|> <|AQTA|>
-
-ASR_MARKER = 36  # `<|ASR|>` after bos asks for the words of a recording (Step-1's control token)
+# Step-1's control tokens: one of them right after bos asks for another task than spoken answers.
+TTS = 35  # text -> its speech
+ASR_MARKER = 36  # speech -> its words
+TQAA = 37  # text question -> audio answer
+AQTA = 38  # audio question -> text answer
 
 SAMPLE_RATE = 16_000  # Hz, of everything that is tokenized (AQAA paper 2.1)
 LINGUISTIC_PER_GROUP = 2  # 16.67 Hz
@@ -21,7 +23,7 @@ INT4_GROUPS = (128, 64, 32)  # inputs that share a scale in int4 weights, the pr
 
 @dataclass(frozen=True)
 class LinguisticConfig:
-    """Streaming SANM encoder of Paraformer, then k-means (AQAA paper 2.1; FunASR SANMEncoderChunkOpt)."""
+    """Streaming SANM encoder, then k-means (AQAA paper 2.1; FunASR SANMEncoderChunkOpt)."""
 
     codebook_size: int = 1024
     output_size: int = 512  # width of the encoder
@@ -35,7 +37,7 @@ class LinguisticConfig:
     chunk_rows: int = 4  # new rows in a chunk: 240 ms
     overlap_rows: int = 5  # rows of the past that are run again with each chunk
     look_back: int = 4  # chunks whose keys and values are kept
-    dither: float = 0.0  # noise added by the Kaldi front end; the official tokenizer leaves it at 1.0
+    dither: float = 0.0  # noise added by the front end; the official tokenizer leaves it at 1.0
 
     @property
     def input_size(self):
@@ -56,7 +58,7 @@ class SemanticConfig:
 
 @dataclass(frozen=True)
 class MelConfig:
-    """Mel spectrogram of the vocoder (matcha mel_spectrogram: slaney bank, natural log, floor 1e-5)."""
+    """Mel spectrogram of the vocoder (matcha: Slaney bank, natural log, floor 1e-5)."""
 
     n_fft: int = 1024
     num_mels: int = 80
@@ -69,7 +71,7 @@ class MelConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Token to mel: conformer encoder, length regulator, conditional flow matching (AQAA paper 2.3)."""
+    """Token to mel: conformer, length regulator, conditional flow matching (AQAA paper 2.3)."""
 
     vocab_size: int = 5121  # audio ids, and a pad row in the published file
     input_size: int = 512
@@ -90,7 +92,7 @@ class FlowConfig:
     training_cfg_rate: float = 0.2
     sigma_min: float = 1e-6
     temperature: float = 1.0  # scale of the starting noise
-    mel_mean: float = 0.0  # log-mels are shifted and scaled by these inside the flow; the published one takes them raw
+    mel_mean: float = 0.0  # the flow shifts and scales log-mels; the published one takes them raw
     mel_std: float = 1.0
 
 
@@ -120,7 +122,7 @@ class HiftConfig:
 
 @dataclass(frozen=True)
 class IdsConfig:
-    """Where each kind of token lives in the one vocabulary of the backbone (BOT, EOT … as in Step-1's tokenizer)."""
+    """Where each kind of token lives in the backbone's one vocabulary; markers as in Step-1."""
 
     n_text: int = 65_536
     n_linguistic: int = 1024
@@ -129,7 +131,7 @@ class IdsConfig:
     eot: int = 3
     bot: int = 4
     im_patch: int = 13
-    audio_start: int = 31  # opens a piece of the answer that keeps one manner of speaking (AQAA Table 2)
+    audio_start: int = 31  # opens a piece that keeps one manner of speaking (AQAA Table 2)
     audio_end: int = 32  # closes it
     text_start: int = 33  # the answer's audio is complete; text goes on
     text_end: int = 34  # the answer's text is complete; audio goes on
@@ -189,16 +191,13 @@ class AQAAConfig:
 
 
 def _build(cls, data):
-    known = {f.name: f for f in fields(cls)}
-    unknown = set(data) - set(known)
-    if unknown:
+    parts = {f.name: f.default_factory for f in fields(cls)}
+    if unknown := set(data) - set(parts):
         raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
-    values = {}
-    for name, value in data.items():
-        factory = known[name].default_factory
-        part = factory if is_dataclass(factory) else None
-        values[name] = _build(part, value) if part else _tuples(value)
-    return cls(**values)
+    return cls(**{
+        name: _build(parts[name], value) if is_dataclass(parts[name]) else _tuples(value)
+        for name, value in data.items()
+    })  # fmt: skip
 
 
 def _tuples(value):
@@ -206,34 +205,32 @@ def _tuples(value):
 
 
 def _mini():
-    n_linguistic, n_semantic, n_text = 512, 1024, 512
-    ids = IdsConfig(  # from 42 on: the manner tags are text
-        n_text=n_text, n_linguistic=n_linguistic, n_semantic=n_semantic, first_text=42,
-    )  # fmt: skip
+    ids = IdsConfig(n_text=512, n_linguistic=512, n_semantic=1024, first_text=42)  # tags are text
     return AQAAConfig(
         name="mini",
+        ids=ids,
         linguistic=LinguisticConfig(
-            codebook_size=n_linguistic, output_size=192, attention_heads=4, linear_units=768, num_blocks=5
+            codebook_size=ids.n_linguistic, output_size=192, linear_units=768, num_blocks=5,
         ),
         semantic=SemanticConfig(
-            n_codebook_size=n_semantic, n_audio_state=192, n_audio_head=4, n_audio_layer=4, n_audio_ctx=1500
+            n_codebook_size=ids.n_semantic, n_audio_state=192, n_audio_head=4, n_audio_layer=4,
         ),
-        ids=ids,
         backbone=BackboneConfig(
             vocab_size=ids.end, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
             num_attention_heads=8, num_attention_groups=2, max_seq_len=4096,
         ),
         mel=MelConfig(n_fft=640, sampling_rate=16_000, hop_size=160, win_size=640),
         flow=FlowConfig(
-            vocab_size=ids.n_audio, input_size=160, spk_embed_dim=16, encoder_size=160, encoder_heads=4,
-            encoder_units=640, encoder_blocks=4, channels=(128, 128), attention_head_dim=64, num_heads=2,
-            n_blocks=1, num_mid_blocks=4, inference_cfg_rate=0.0, temperature=0.7, mel_mean=-6.1, mel_std=2.4,
+            vocab_size=ids.n_audio, input_size=160, spk_embed_dim=16, encoder_size=160,
+            encoder_heads=4, encoder_units=640, encoder_blocks=4, channels=(128, 128), num_heads=2,
+            n_blocks=1, num_mid_blocks=4, inference_cfg_rate=0.0, temperature=0.7, mel_mean=-6.1,
+            mel_std=2.4,
         ),
         hift=HiftConfig(
-            base_channels=192, sampling_rate=16_000, upsample_rates=(5, 4), upsample_kernel_sizes=(15, 8),
-            istft_n_fft=32, istft_hop=8, f0_channels=128,
+            base_channels=192, sampling_rate=16_000, upsample_rates=(5, 4), f0_channels=128,
+            upsample_kernel_sizes=(15, 8), istft_n_fft=32, istft_hop=8,
         ),
-    )
+    )  # fmt: skip
 
 
 PRESETS = {"mini": _mini, "full": AQAAConfig}
@@ -248,18 +245,21 @@ def preset(name):
 
 def largest_group(widths, ranks=1):
     """The largest usual int4 group that divides all `widths` / ranks; None if there is none."""
-    fitting = (size for size in INT4_GROUPS if all(width % (ranks * size) == 0 for width in widths))
+    fitting = (g for g in INT4_GROUPS if all(width % (ranks * g) == 0 for width in widths))
     return next(fitting, None)
 
 
 def check_group(in_features, group, ranks=1, what="an input", beside=()):
-    """Raise ValueError if groups of `group` do not fill the in_features / ranks inputs that each GPU holds.
+    """Raise ValueError if groups of `group` do not fill the inputs that each of `ranks` GPUs holds.
 
-    beside: widths of the model's other layers, which the group that is advised has to divide as well.
+    beside: widths of the model's other layers, which the group that is advised has to divide too.
     """
     if group > 0 and in_features % (ranks * group) == 0:
         return
     fitting = largest_group((in_features, *beside), ranks)
     shared = f" over {ranks} GPUs, {in_features / ranks:g} each" if ranks > 1 else ""
-    remedy = f"use groups of {fitting}" if fitting else "use int8 or fp8" + (", or fewer GPUs" if ranks > 1 else "")
-    raise ValueError(f"groups of {group} do not divide {what} of {in_features} inputs{shared}: {remedy}.")
+    remedy = f"use groups of {fitting}" if fitting else "use int8 or fp8"
+    if ranks > 1 and not fitting:
+        remedy += ", or fewer GPUs"
+    fault = f"groups of {group} do not divide {what} of {in_features} inputs{shared}"
+    raise ValueError(f"{fault}: {remedy}.")

@@ -13,7 +13,7 @@ import torch
 from aqaa import audio
 from aqaa.audio import TOO_SHORT
 from aqaa.config import SAMPLE_RATE
-from aqaa.threads import suited_to
+from aqaa.processor import suited_to
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.semantic import FRAME, PIECE
 

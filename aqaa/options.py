@@ -14,10 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aqaa import __version__
+from aqaa.training import stages
 
-STAGES = (
-    "corpus", "features", "linguistic", "semantic", "codes", "hift", "flow", "pretrain", "sft1", "export", "all",
-)  # fmt: skip
 BENCHES = {
     "speed": "aqaa.evaluation.speed",
     "accuracy": "aqaa.evaluation.accuracy",
@@ -181,7 +179,8 @@ def _parsers():
     listen.add_argument("question", metavar="QUESTION", help="a sound file; - is stdin")
 
     train = verb("train", "train a part of the mini, or all of it", "STAGE", where, seed, workers)
-    train.add_argument("stage", type=_one_of(STAGES), metavar="STAGE", help=" ".join(STAGES))
+    train.add_argument("stage", type=_one_of(stages.names()), metavar="STAGE", help="one of those below, or all")
+    train.epilog = f"stages, in the order of all:\n{stages.described()}\n\n{train.epilog}"
     train.add_argument("--out", default="work/mini", type=_name, help="folder of the run (%(default)s)")
     train.add_argument("--corpus", default="work/corpus", type=_name, help="folder of the spoken corpus (%(default)s)")
     train.add_argument("--export", default="data/mini", type=_name, help="folder of the finished model (%(default)s)")

@@ -14,7 +14,7 @@ from aqaa import audio
 from aqaa.answer import Answer, Ledger, Piece
 from aqaa.audio import TOO_SHORT
 from aqaa.config import ASR_MARKER, GROUP_SIZE, TOKENS_PER_SECOND
-from aqaa.threads import suited, suited_to
+from aqaa.processor import suited, suited_to
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.dialogue import TextOnly
 from aqaa.vocoder.streaming import Vocoder
@@ -105,8 +105,7 @@ class AQAA:
 
         marker: one of Step-1's control tokens after bos, as ASR_MARKER, which asks for another kind of answer.
         """
-        ids = dialogue.prompt([*history, ("user", question)], self.text, self.ids)
-        return ids if marker is None else [ids[0], marker, *ids[1:]]
+        return dialogue.prompt([*history, ("user", question)], self.text, self.ids, marker=marker)
 
     def generate(self, prompt, *, layout=None, **sampling):
         """Ids of a dialogue -> Steps (id, kind, logprob), one by one, as the layout allows.

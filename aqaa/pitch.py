@@ -1,8 +1,9 @@
 """Pitch tracking: the target of the f0 predictors and the ruler of every prosody measurement.
 
-Candidates come from the normalised square difference of McLeod & Wyvill ("A smarter way to find pitch", 2005),
-computed for all frames at once with an FFT; a Viterbi search picks one candidate or "unvoiced" per frame, as in
-Boersma (1993) and RAPT (Talkin 1995). About 150 times faster than real time on one core.
+Candidates come from the normalised square difference of McLeod & Wyvill ("A smarter way to find
+pitch", 2005), computed for all frames at once with an FFT; a Viterbi search picks one candidate or
+"unvoiced" per frame, as in Boersma (1993) and RAPT (Talkin 1995). About 150 times faster than real
+time on one core. torchaudio's detect_pitch_frequency knows no unvoiced frames.
 """
 
 import numpy as np
@@ -18,10 +19,10 @@ SILENCE = 1e-3  # a frame this much below the loudest one is silence
 
 
 def f0(wav, hop=160, rate=16_000, low=60.0, high=500.0):
-    """Fundamental frequency per frame, frame t being centred on sample (t + 1/2) * hop as in the mel spectrogram.
+    """Fundamental frequency per frame, centred as in the mel: frame t on sample (t + 1/2) * hop.
 
-    wav (N,) int16 or float samples, numpy or torch. Returns (N // hop,) float32 in Hz, 0 where unvoiced.
-    Raises ValueError if wav is not one-dimensional.
+    wav (N,) int16 or float samples, numpy or torch. Returns (N // hop,) float32 in Hz, 0 where
+    unvoiced. Raises ValueError if wav is not one-dimensional.
     """
     wav = np.asarray(wav)
     if wav.ndim != 1:
@@ -37,13 +38,13 @@ def f0(wav, hop=160, rate=16_000, low=60.0, high=500.0):
     energy = np.square(frames).mean(1)
     score[energy < max(energy.max() * SILENCE**2, 1e-9)] = 0
     pitch = rate / lag
-    pitch[(pitch < low * 0.98) | (pitch > high * 1.02)] = 0  # interpolation may step just over the edge
+    pitch[(pitch < low * 0.98) | (pitch > high * 1.02)] = 0  # interpolation may overstep a little
     score[pitch == 0] = 0
     return _viterbi(score, pitch, low).astype(np.float32)
 
 
 def _candidates(frames, shortest, longest):
-    """The CANDIDATES best local maxima of each frame's normalised square difference: (T, C) heights and lags."""
+    """(T, C) heights and lags of the CANDIDATES best peaks of each frame's square difference."""
     n, length = frames.shape
     frames = frames - frames.mean(1, keepdims=True)
     size = 1 << int(np.ceil(np.log2(length + longest + 1)))
@@ -64,7 +65,7 @@ def _candidates(frames, shortest, longest):
 
 
 def _viterbi(score, pitch, low):
-    """The cheapest path through candidates and one unvoiced state; scores (T, C), pitches (T, C) -> (T,) Hz or 0."""
+    """The cheapest path through candidates (T, C) and one unvoiced state -> (T,) Hz or 0."""
     n, c = score.shape
     local = np.concatenate([1 - score, np.full((n, 1), UNVOICED_COST)], 1)  # (T, C + 1)
     octave = np.log2(np.maximum(pitch, low))

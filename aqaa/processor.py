@@ -1,21 +1,32 @@
-"""What this processor can do, and threads that survive a fork."""
+"""What this processor can do, and how many threads suit a network: one for small ones.
+
+Threads of one operation meet at a barrier and spin there until the last one comes. The mini's
+products last some ten microseconds, so a second thread gains nothing even on an idle machine; and
+when another program wants a core, one thread waits for its turn while the other spins: an answer
+then takes ten times as long (data/runs/speed.json).
+"""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
-# what oneDNN calls the processors without bf16
-NO_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+# oneDNN's names of processors without bf16
+NO_BF16 = "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split()
+LARGE = 15_000_000  # weights from which on more threads pay; the mini's largest part has 6 million
+_counted = WeakKeyDictionary()
 
-# A forked child has no threads but its own, and would wait for ever for those that its parent had started. Without
-# parallel regions it waits for none, so a child computes on one thread, and must not ask for more.
+# A forked child has no threads but its own, and would wait for ever for those that its parent had
+# started. Without parallel regions it waits for none, so a child computes on one thread, and must
+# not ask for more.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def cpuinfo(name):
-    """The entry `name` ("flags", "model name") of the first processor in Linux's /proc/cpuinfo; "" elsewhere."""
+    """The first entry `name` ("flags", "model name") of Linux's /proc/cpuinfo; "" elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -24,15 +35,54 @@ def cpuinfo(name):
 
 
 def has_bf16():
-    """Does this processor multiply in bf16 (AVX512-BF16 or AMX)? Imitated, it is ten times slower than fp32.
+    """Does this processor multiply in bf16 (AVX512-BF16 or AMX)? Imitated, it is ten times slower.
 
-    $ATEN_CPU_CAPABILITY and $ONEDNN_MAX_CPU_ISA, which switch such units off, count as if there were none.
+    $ATEN_CPU_CAPABILITY and $ONEDNN_MAX_CPU_ISA, which switch such units off, count.
     """
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in NO_BF16:
         return False
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return wide and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def precision(device):
-    """torch.bfloat16 where `device` multiplies it (a GPU, or a processor with `has_bf16`), else torch.float32."""
-    return torch.bfloat16 if torch.device(device).type != "cpu" or has_bf16() else torch.float32
+    """torch.bfloat16 where `device` multiplies it (a GPU, or `has_bf16`), else torch.float32."""
+    fast = torch.device(device).type != "cpu" or has_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def count(module):
+    """Weights of a module; counted once, since every step of an answer asks."""
+    if module not in _counted:
+        _counted[module] = sum(x.numel() for x in (*module.parameters(), *module.buffers()))
+    return _counted[module]
+
+
+@contextmanager
+def suited_to(*modules):
+    """Within it torch has the threads that suit `modules`: one if none has LARGE weights.
+
+    A program that uses aqaa keeps its own setting: nothing of this outlives the block, an exception
+    included. Whatever is no nn.Module does not count.
+    """
+    before = torch.get_num_threads()
+    sizes = [count(module) for module in modules if isinstance(module, torch.nn.Module)]
+    if not sizes or max(sizes) >= LARGE or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def suited(iterator, *modules):
+    """The items of `iterator`, each made within `suited_to`; between two the caller's threads."""
+    end = object()
+    while True:
+        with suited_to(*modules):
+            item = next(iterator, end)
+        if item is end:
+            return
+        yield item

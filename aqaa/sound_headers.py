@@ -1,8 +1,8 @@
 """How long a sound file is: the length that its header states against the bytes that are there.
 
-libsndfile believes a header and stays silent when sound is missing. So a length that a killed or streaming writer never
-filled in is filled in here, and one that promises more than there is means that the file is cut off. Everything works
-on the bytes of the whole file and decodes nothing.
+libsndfile believes a header and stays silent when sound is missing. So a length that a killed or
+streaming writer never filled in is filled in here, and one that promises more than there is means
+that the file is cut off. Everything works on the bytes of the whole file and decodes nothing.
 """
 
 import struct
@@ -17,32 +17,36 @@ class AudioError(ValueError):
     """A sound that cannot be used; its one sentence names the sound, the fault and the remedy."""
 
 
+def refusal(name, fact, remedy):
+    return AudioError(f"{name} {fact}: {remedy}.")
+
+
 def too_long(name, seconds, limit, at_least=False):
-    more = "more than " if at_least else ""
-    return AudioError(f"{name} lasts {more}{seconds:.0f} s, the limit is {limit:g} s: cut it into shorter questions.")
+    lasts = f"lasts {'more than ' if at_least else ''}{seconds:.0f} s"
+    return refusal(name, f"{lasts}, the limit is {limit:g} s", "cut it into shorter questions")
 
 
-# ---- sizes that a header states -------------------------------------------------------------------------------------
+def cut_off(name, details):
+    return refusal(name, f"is cut off{details}", "get the whole file")
+
+
+# ---- sizes that a header states ------------------------------------------------------------------
 
 
 class Size(NamedTuple):
-    """Where a header states how many bytes of samples follow: struct code and place of it, and what it counts besides.
+    """Where a header states how many bytes of samples follow."""
 
-    start: of the samples; stated: bytes of samples, negative or huge when the writer did not know.
-    """
-
-    code: str
+    code: str  # of struct
     place: int
-    besides: int
-    start: int
-    stated: int
+    besides: int  # bytes that it counts besides the samples
+    start: int  # of the samples
+    stated: int  # bytes of samples, negative or huge when the writer did not know
 
 
-CHUNKED = (  # magic, place of the form's name, names, first chunk, chunk header, counted besides, alignment, samples
-    (b"RIFF", 8, (b"WAVE",), 12, "<4sI", 0, 2, b"data"),
+CHUNKED = (
+    # magic, place of the form, its names, first chunk, its header, counted besides, alignment, name
+    *((magic, 8, (b"WAVE",), 12, "<4sI", 0, 2, b"data") for magic in (b"RIFF", b"RF64", b"BW64")),
     (b"RIFX", 8, (b"WAVE",), 12, ">4sI", 0, 2, b"data"),
-    (b"RF64", 8, (b"WAVE",), 12, "<4sI", 0, 2, b"data"),
-    (b"BW64", 8, (b"WAVE",), 12, "<4sI", 0, 2, b"data"),
     (b"FORM", 8, (b"AIFF", b"AIFC"), 12, ">4sI", 0, 2, b"SSND"),
     (b"FORM", 8, (b"8SVX", b"16SV"), 12, ">4sI", 0, 2, b"BODY"),
     (b"riff\x2e\x91\xcf\x11", 24, (b"wave",), 40, "<16sQ", 24, 8, b"data"),  # W64
@@ -70,7 +74,8 @@ def _size(data):
         if not (data.startswith(magic) and data[at : at + 4] in forms):
             continue
         long = None  # where RF64 keeps the 64-bit size
-        for name, start, length in islice(_chunks(data, first, code, besides, alignment), 10_000):
+        chunks = _chunks(data, first, code, besides, alignment)
+        for name, start, length in islice(chunks, 10_000):
             if name == b"ds64" and len(data) >= start + 16:
                 long = start + 8
             if name == samples and long and length == 0xFFFFFFFF:
@@ -88,17 +93,17 @@ def _is_open(stated):
 
 def _ends_in_chunks(data, start):
     """Whether all that follows are chunks with names: then a size of 0 is meant."""
-    for name, content, length in islice(_chunks(data, start, "<4sI", 0, 2), 100):
-        if not all(32 <= character < 127 for character in name) or content + length > len(data) + 1:
-            return False
-    return True
+    return all(
+        all(32 <= character < 127 for character in name) and content + length <= len(data) + 1
+        for name, content, length in islice(_chunks(data, start, "<4sI", 0, 2), 100)
+    )
 
 
 def completed(data, name, max_seconds):
-    """The file, its sizes put right where the writer left them open. Raises AudioError when it is cut off.
+    """The file, its sizes put right where the writer left them open. AudioError if it is cut off.
 
-    A size of 0, of all ones or near the largest is no promise: samples go on to the end. One that is too large by at
-    most FEW bytes is a slip of the writer. Beyond that, sound is missing.
+    A size of 0, of all ones or near the largest is no promise: samples go on to the end. One that
+    is too large by at most FEW bytes is a slip of the writer. Beyond that, sound is missing.
     """
     if data[:4] == b"OggS":
         _check_last_page(data, name)
@@ -111,8 +116,10 @@ def completed(data, name, max_seconds):
     missing = size.stated - present
     left_open = _is_open(size.stated)
     if not left_open and missing > FEW:
-        raise AudioError(f"{name} is cut off, {missing} bytes are missing: get the whole file.")
-    if present <= 0 or not (left_open or missing > 0) or (size.stated == 0 and _ends_in_chunks(data, size.start)):
+        raise cut_off(name, f", {missing} bytes are missing")
+    if present <= 0 or not (left_open or missing > 0):
+        return data
+    if size.stated == 0 and _ends_in_chunks(data, size.start):
         return data
     patched = bytearray(data)
     struct.pack_into(size.code, patched, size.place, present + size.besides)
@@ -125,10 +132,10 @@ def _check_last_page(data, name):
     body = page + 27 + data[page + 26] if len(data) > page + 26 else len(data) + 1
     whole = body <= len(data) and body + sum(data[page + 27 : body]) <= len(data)
     if not whole or not data[page + 5] & 4:
-        raise AudioError(f"{name} is cut off, its last page is missing: get the whole file.")
+        raise cut_off(name, ", its last page is missing")
 
 
-# ---- mp3 ------------------------------------------------------------------------------------------------------------
+# ---- mp3 -----------------------------------------------------------------------------------------
 
 KBITS = {  # of layer III by version: 3 is MPEG-1, 2 MPEG-2, 0 MPEG-2.5
     3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -138,20 +145,21 @@ KBITS[0] = KBITS[2]
 
 
 class Frame(NamedTuple):
-    """One frame of an mp3: size in bytes, samples, rate in Hz, and how many frames it says follow it (None: no tag)."""
+    """One frame of an mp3."""
 
     place: int
-    size: int
+    size: int  # bytes
     samples: int
-    rate: int
-    promised: int | None = None
+    rate: int  # Hz
+    promised: int | None = None  # frames that follow it, if it is a tag that counts them
 
 
 def _mp3_header(data, place):
     """The Frame whose header stands at `place`, or None."""
     if place + 4 > len(data) or data[place] != 0xFF or data[place + 1] & 0xE6 != 0xE2:
         return None
-    version, kbits, rate = data[place + 1] >> 3 & 3, data[place + 2] >> 4, data[place + 2] >> 2 & 3
+    version = data[place + 1] >> 3 & 3
+    kbits, rate = data[place + 2] >> 4, data[place + 2] >> 2 & 3
     if version == 1 or kbits in (0, 15) or rate == 3:
         return None
     rate = (44_100, 48_000, 32_000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
@@ -167,7 +175,7 @@ def _side_bytes(data, place):
 
 
 def _promised(data, place):
-    """How many frames a tag at the head of an mp3 (Xing, Info, VBRI) says there are: 0 for one that does not say."""
+    """Frames that a tag at the head of an mp3 (Xing, Info, VBRI) counts: 0 if it does not say."""
     tag = place + 4 + _side_bytes(data, place)
     if data[tag : tag + 4] in (b"Xing", b"Info") and len(data) >= tag + 12:
         flags, count = struct.unpack_from(">II", data, tag + 4)
@@ -186,7 +194,8 @@ def _mp3_frames(data):
             yield frame._replace(promised=_promised(data, place))
             place, sure = place + frame.size, True
         elif data.startswith(b"ID3", place) and place + 10 <= len(data):
-            place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(data[place + 6 : place + 10]))
+            size = data[place + 6 : place + 10]
+            place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(size))
         elif data.startswith(b"TAG", place):
             place += 128
         elif data.startswith(b"APETAGEX", place) and place + 16 <= len(data):
@@ -194,14 +203,17 @@ def _mp3_frames(data):
         elif data.startswith((b"fLaC", b"OggS", b"RIFF"), place):
             return  # a tag before something else
         else:
-            following = data.find(b"\xff", place + 1)
-            lost, sure, place = lost + 1, False, following if following > 0 else len(data)
+            lost, sure = lost + 1, False
+            place = data.find(b"\xff", place + 1)
+            if place < 0:
+                return
 
 
 def _completed_mp3(data, name, max_seconds):
-    """An mp3 with one tag that counts all its frames, since libsndfile guesses the length of one that has none.
+    """An mp3 with one tag that counts all its frames: without, libsndfile guesses the length.
 
-    A tag that counts too few (two files joined) is replaced; one that counts more than there are says that it is cut.
+    A tag that counts too few (two files joined) is replaced; one that counts more than there are
+    says that the file is cut off.
     """
     frames, seconds = [], 0.0
     for frame in _mp3_frames(data):
@@ -216,8 +228,9 @@ def _completed_mp3(data, name, max_seconds):
     whole = len(frames) - cut
     for tag, following in zip(tags, [*tags[1:], whole]):
         count, promised = following - tag - 1, frames[tag].promised
-        if promised - count > (0 if cut and following == whole else 1):  # some encoders count the tag's own frame
-            raise AudioError(f"{name} is cut off after {count} of {promised} frames: get the whole file.")
+        spare = 0 if cut and following == whole else 1  # some encoders count the tag's own frame
+        if promised - count > spare:
+            raise cut_off(name, f" after {count} of {promised} frames")
     if tags == [0] and frames[0].promised >= whole - 1:
         return data
     kept = [frame for frame in frames[:whole] if frame.promised is None]
@@ -226,20 +239,22 @@ def _completed_mp3(data, name, max_seconds):
     first = kept[0].place
     header = bytes((0xFF, data[first + 1] | 1, 0x80 | data[first + 2] & 0x0C, data[first + 3]))
     tag = header + bytes(_side_bytes(data, first)) + struct.pack(">4sII", b"Info", 1, len(kept))
-    return tag.ljust(_mp3_header(header, 0).size, b"\0") + b"".join(data[f.place : f.place + f.size] for f in kept)
+    tag = tag.ljust(_mp3_header(header, 0).size, b"\0")
+    return tag + b"".join(data[frame.place : frame.place + frame.size] for frame in kept)
 
 
-# ---- mp4 ------------------------------------------------------------------------------------------------------------
+# ---- mp4 -----------------------------------------------------------------------------------------
 
 
 def check_boxes(data, name):
     """The boxes of an mp4 follow one another; one that reaches beyond the end has been cut."""
     place = 0
     while place + 16 <= len(data):
-        size = struct.unpack_from(">I", data, place)[0]
-        size = struct.unpack_from(">Q", data, place + 8)[0] if size == 1 else size or len(data) - place
+        size = struct.unpack_from(">I", data, place)[0] or len(data) - place
+        if size == 1:
+            size = struct.unpack_from(">Q", data, place + 8)[0]
         if size < 8:
             return
         place += size
     if place > len(data):
-        raise AudioError(f"{name} is cut off, {place - len(data)} bytes are missing: get the whole file.")
+        raise cut_off(name, f", {place - len(data)} bytes are missing")

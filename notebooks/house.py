@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT, PICTURE = Path(__file__).resolve().parent.parent, Path(__file__).with_suffix(".svg")
 FLOORS = (  # bottom to top; a file imports from floors below its own, and from its own floor without a circle
-    "config files processor threads pitch",
+    "config files processor pitch",
     "sound_headers sound_files audio records",
     "tokenizers backbone vocoder",  # these three never from each other
     "fast",

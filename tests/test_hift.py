@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from aqaa.config import HiftConfig, preset
-from aqaa.fast import spectral
-from aqaa.vocoder.hift import HiFT, SourceState
+from aqaa.fast import prepared, spectral
+from aqaa.vocoder.hift import HiFT, Snake, SourceState, WeightNormConv
 from tests.parity import vocoder_kinds
 from tests.parity.__main__ import check
 
@@ -137,9 +138,15 @@ def test_harmonics_stay_in_tune():
 def test_a_product_of_spectra_is_the_convolution(length, taps, dilation, padding, seed):
     padding += max(0, (taps - 1) * dilation + 1 - length)  # at least one sample comes out
     generator = torch.Generator().manual_seed(seed)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((length, 6), (4, 6, taps), (4,)))
-    got = spectral.convolve(x, spectral.of_kernel(weight), bias, padding, dilation, lambda out, x: out.copy_(x).mul_(2))
-    exact = F.conv1d(2 * x.T.double(), weight.double(), bias.double(), padding=padding, dilation=dilation).T
+    shapes = (length, 6), (4, 6, taps), (4,), (6,)
+    x, weight, bias, alpha = (torch.randn(shape, generator=generator) for shape in shapes)
+    alpha = 0.5 + alpha.abs()
+    conv, snake = WeightNormConv(6, 4, taps, dilation), Snake(6).requires_grad_(False)
+    conv.bias, conv.options["padding"] = nn.Parameter(bias, requires_grad=False), padding
+    snake.alpha.copy_(alpha)
+    got = spectral.convolve(x, spectral.of_kernel(weight), conv, snake)
+    active = snake.double()(x.T.double())
+    exact = F.conv1d(active, weight.double(), bias.double(), padding=padding, dilation=dilation).T
     assert got.shape == exact.shape and (got - exact).abs().max() < 5e-5  # values up to 40
 
 
@@ -147,7 +154,9 @@ WIDE = HiftConfig(in_channels=8, base_channels=64, f0_channels=8)  # 32 and 16 c
 
 
 def spectra(model):
-    return [block.convs1[0].spectrum for block in (*model.source_resblocks, *model.resblocks)]
+    """Whether each ResBlock has spectra."""
+    blocks = (*model.source_resblocks, *model.resblocks)
+    return [getattr(block, "spectra", None) is not None for block in blocks]
 
 
 def test_spectra_are_for_long_kernels_folded_and_without_gradient():
@@ -157,9 +166,10 @@ def test_spectra_are_for_long_kernels_folded_and_without_gradient():
     source = 0.1 * torch.randn(2, 1, 21 * model.hop)
     with torch.no_grad():
         expected = model.decode(mel, source)
-        assert not any(map(bool, spectra(model)))
-        got = model.fold_weight_norm().decode(mel, source)
-        assert [s is not None for s in spectra(model)] == [True, False, False, True, True, False, False, False]
+        spectral.use(model)  # nothing is folded yet
+        assert torch.equal(model.decode(mel, source), expected) and not any(spectra(model))
+        got = prepared.prepare(model).decode(mel, source)
+        assert spectra(model) == [True, False, False, True, True, False, False, False]
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
         model.load_state_dict(other.state_dict())  # other weights: the old spectra must not stay
         torch.testing.assert_close(model.decode(mel, source), other.decode(mel, source), atol=1e-5, rtol=1e-4)
@@ -171,11 +181,11 @@ def test_the_golden_tensors_by_spectra(monkeypatch):
     class Folded(HiFT):
         def load_state_dict(self, state):
             super().load_state_dict(state)
-            made.append(self.fold_weight_norm())
+            made.append(prepared.prepare(self))
 
     made = []
     monkeypatch.setattr(vocoder_kinds, "HiFT", Folded)
     monkeypatch.setattr(spectral, "CHANNELS", 1)  # the golden network is narrow
     lines = list(check("hift", Path(__file__).parent / "parity/golden/speech/hift_edge"))
     assert len(lines) >= 9 and all(passed for *_, passed in lines), lines
-    assert any(map(bool, spectra(made[0])))
+    assert any(spectra(made[0]))

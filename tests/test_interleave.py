@@ -1,3 +1,5 @@
+"""Codes to ids and back, the layouts of an answer, and the machine that allows nothing else."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from aqaa.tokenizers.interleave import from_string, merge, split
 MINI, FULL = preset("mini").ids, IdsConfig()
 codes = st.lists(st.integers(0, 511), max_size=40)
 texts = st.lists(st.integers(68, 511), max_size=40)
+RATIO = LAYOUTS["ratio_10_15"]
 both = pytest.mark.parametrize("ids", [MINI, FULL], ids=["mini", "full"])
 
 
@@ -45,23 +48,25 @@ def test_one_wrong_id_costs_at_most_the_groups_it_touches(n_groups, where, junk,
     where %= len(tokens)
     broken = tokens[:where] + ([] if drop else [junk]) + tokens[where + drop :]
     linguistic, semantic = split(broken, MINI)
-    whole = list(zip(*[iter(tokens)] * 5, strict=True))
-    found = list(zip(*[iter(merge(linguistic, semantic, MINI))] * 5, strict=True))
-    untouched = [group for i, group in enumerate(whole) if i != where // 5]
-    remaining = iter(found)
-    assert all(group in remaining for group in untouched)  # in order
-    assert len(linguistic) % 2 == len(semantic) % 3 == 0 and len(found) <= n_groups
+    before, after = (list(zip(*[iter(ids)] * 5, strict=True)) for ids in (tokens, merge(linguistic, semantic, MINI)))
+    remaining = iter(after)
+    assert all(group in remaining for i, group in enumerate(before) if i != where // 5)  # in order
+    assert len(linguistic) % 2 == len(semantic) % 3 == 0 and len(after) <= n_groups
 
 
-def test_wrong_codes_and_strings_are_refused():
-    with pytest.raises(ValueError, match="semantic codes must lie in 0..1023"):
-        merge([0, 1], [0, 1, 1024], MINI)
-    with pytest.raises(ValueError, match="one row"):
-        merge([[0, 1]], [0, 1, 2], MINI)
-    with pytest.raises(ValueError, match="last one is <audio_1535>"):
-        from_string("<audio_1536>", MINI)
-    with pytest.raises(ValueError, match="not an audio id"):
-        interleave.to_string([3], MINI)
+@pytest.mark.parametrize("call, words", [
+    (lambda: merge([0, 1], [0, 1, 1024], MINI), "semantic codes must lie in 0..1023"),
+    (lambda: merge([[0, 1]], [0, 1, 2], MINI), "one row"),
+    (lambda: from_string("<audio_1536>", MINI), "last one is <audio_1535>"),
+    (lambda: interleave.to_string([3], MINI), "not an audio id"),
+    (lambda: Layout("odd", 10, 12), "multiple of 5"),
+    (lambda: dialogue.layout("ratio_1_1"), "choose one of"),
+    (lambda: RATIO.arrange([3], [], MINI), "not a text id"),
+    (lambda: RATIO.arrange([100], audio_of(2)[1:6], MINI), "whole groups"),
+])  # fmt: skip
+def test_wrong_codes_strings_layouts_and_answers_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_kinds():
@@ -92,12 +97,12 @@ def test_every_layout_can_be_parsed_and_obeys_its_machine(name, marked, text, n_
 
 def test_the_paper_layout_looks_as_in_the_paper():
     text, audio = list(range(100, 112)), audio_of(8)
-    answer = LAYOUTS["ratio_10_15"].arrange(text, audio, MINI)
+    answer = RATIO.arrange(text, audio, MINI)
     assert answer == text[:10] + audio[:15] + text[10:] + [MINI.text_end] + audio[15:] + [MINI.eot]
-    full_block = LAYOUTS["ratio_10_15"].arrange(text[:10], audio, MINI)
+    full_block = RATIO.arrange(text[:10], audio, MINI)
     assert full_block == text[:10] + audio[:15] + [MINI.text_end] + audio[15:] + [MINI.eot]
     assert LAYOUTS["text_cot"].arrange(text, audio, MINI) == text + [MINI.text_end] + audio + [MINI.eot]
-    late = LAYOUTS["ratio_10_15"].arrange(text, audio[:10], MINI)
+    late = RATIO.arrange(text, audio[:10], MINI)
     assert late == text[:10] + audio[:10] + [MINI.text_start] + text[10:] + [MINI.text_end, MINI.eot]
 
 
@@ -120,20 +125,14 @@ def test_any_walk_of_the_machine_parses_into_whole_groups(name, seed):
 
 
 def test_the_machine_refuses_what_the_layout_forbids():
-    machine = LAYOUTS["ratio_10_15"].machine(MINI)
-    for wrong in (MINI.eot, MINI.n_text, MINI.bos):
+    for taken, wrong in (
+        ((), MINI.eot), ((), MINI.n_text), ((), MINI.bos),
+        ([100] * 10, MINI.text_start),  # audio is not over, and never before the text in this layout
+        ([MINI.text_end, *audio_of(1)[:-1]], MINI.eot),  # four ids into a group
+    ):  # fmt: skip
+        machine = dialogue.Resumed(RATIO, tuple(taken)).machine(MINI)
         with pytest.raises(ValueError, match="not legal"):
             machine.advance(wrong)
-    for token in [100] * 10:
-        machine.advance(token)
-    with pytest.raises(ValueError, match="not legal"):
-        machine.advance(MINI.text_start)  # audio is not over, and never before the text in this layout
-    machine = LAYOUTS["ratio_10_15"].machine(MINI)
-    machine.advance(MINI.text_end)
-    for token in audio_of(1)[:-1]:
-        machine.advance(token)
-    with pytest.raises(ValueError, match="not legal"):
-        machine.advance(MINI.eot)  # four ids into a group
 
 
 def test_pieces_of_one_answer_keep_their_markers():
@@ -144,18 +143,7 @@ def test_pieces_of_one_answer_keep_their_markers():
     assert layout.parse_pieces(answer, MINI) == pieces
     text, audio = dialogue.join(pieces)
     assert layout.parse(answer, MINI) == (text, audio)
-    assert LAYOUTS["ratio_10_15"].arrange(text, audio, MINI).count(MINI.text_end) == 1
-
-
-def test_wrong_layouts_and_answers_are_refused():
-    with pytest.raises(ValueError, match="multiple of 5"):
-        Layout("odd", 10, 12)
-    with pytest.raises(ValueError, match="choose one of"):
-        dialogue.layout("ratio_1_1")
-    with pytest.raises(ValueError, match="not a text id"):
-        LAYOUTS["ratio_10_15"].arrange([3], [], MINI)
-    with pytest.raises(ValueError, match="whole groups"):
-        LAYOUTS["ratio_10_15"].arrange([100], audio_of(2)[1:6], MINI)
+    assert RATIO.arrange(text, audio, MINI).count(MINI.text_end) == 1
 
 
 def test_prompt_of_the_mini(tiny_text):

@@ -4,19 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from aqaa.config import ASR_MARKER
+from aqaa.config import AQTA, ASR_MARKER, TQAA, TTS
 from aqaa.corpus.plan import Item
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import FIRST_TEXT, tagged
+from aqaa.training import examples as E
 from aqaa.training import objectives as K
-from aqaa.training.examples import Book
-from aqaa.training.objectives import LanguageTask
+from aqaa.training.loop import Trainer
+from aqaa.training.stages import STAGES
 from tests.conftest import SENTENCES, tiny_config
 
 CONFIG = tiny_config()
 IDS = CONFIG.ids
 LINES = [{"question": SENTENCES[i], "answer": SENTENCES[i + 1], "manner": m} for i, m in ((0, "slow"), (2, "normal"))]
-EXAMPLES = sorted({kind for mixture in K.MIXTURES.values() for kind in mixture})
+MIXTURES = {name: stage.mixture for name, stage in STAGES.items() if stage.mixture}
+EXAMPLES = sorted({kind for mixture in MIXTURES.values() for kind in mixture})
 
 
 def item(number, role, text, intent="", answer="", answer_id="", manner=""):
@@ -41,7 +43,7 @@ def library(tokenizer):
     rng = np.random.default_rng(0)
     groups = [9, 7, 12, 4, 3, 5, 4, 2, 3]
     codes = [(rng.integers(0, 16, 2 * n), rng.integers(0, 32, 3 * n)) for n in groups]
-    return Book(CONFIG, tokenizer, items, codes, LINES)
+    return E.Book(CONFIG, tokenizer, items, codes, LINES)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def book(tiny_text):
 
 def make(book, stage="sft1", **options):
     torch.manual_seed(0)
-    return LanguageTask(book, stage, **{"rows": 3, "length": 300, **options})
+    return K.LanguageTask(book, MIXTURES[stage], **{"rows": 3, "length": 300, **options})
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +61,21 @@ def task(book):
     return make(book)
 
 
-def test_voices_are_not_asked_about_in_writing(tiny_text):
-    """No transcript holds the answer; so such a question is only ever heard."""
-    book = library(tiny_text)
-    for one in book.items:
-        one.category = K.VOICE if one.intent == "person" else "Language Ability"
-    task, asked = make(book), set()
-    for seed in range(40):
-        example(task, "tqaa", seed)
-        asked.add(book.items[task._last].intent)
-    assert asked == {"sum", "echo"} and "person" in {book.items[task._last].intent for seed in range(40)
-                                                     if example(task, "aqtaa", seed)}  # fmt: skip
-
-
 def example(task, kind, seed=0):
-    return getattr(task, f"_{kind}")(np.random.default_rng(seed))
+    return getattr(task.examples, kind)(np.random.default_rng(seed))
 
 
-def answer_of(task, ids):
-    """Where the answer begins: after the header of the assistant's turn."""
-    header = [IDS.bot, *task.assistant]
-    starts = [i for i in range(len(ids)) if ids[i : i + len(header)].tolist() == header]
-    return starts[-1] + len(header)
+def header(task, role):
+    return [IDS.bot, *task.examples.book.encode(f"{role}\n")]
+
+
+def parts_of(task, ids):
+    """(where the question begins, where it ends, where the answer begins) in a list of ids."""
+    asked, opened = header(task, "human"), [IDS.eot, *header(task, "assistant")]
+    first = ids.index(IDS.bot) + len(asked)
+    ends = [i for i in range(len(ids)) if ids[i : i + len(opened)] == opened]
+    assert ids[first - len(asked) : first] == asked and len(ends) == 1
+    return first, ends[0], ends[0] + len(opened)
 
 
 # ---- the book -------------------------------------------------------------------------------------------------------
@@ -89,7 +84,7 @@ def answer_of(task, ids):
 def test_questions_without_a_spoken_answer_are_refused(tiny_text, book):
     items = [one for one in book.items if one.answer_id != "a1" or one.role == "question"]
     with pytest.raises(ValueError, match="1 answers were never spoken, a1 among them"):
-        Book(CONFIG, tiny_text, items, [([], [])] * len(items), LINES)
+        E.Book(CONFIG, tiny_text, items, [([], [])] * len(items), LINES)
 
 
 def test_audio_is_merged_and_text_remembered(book):
@@ -101,24 +96,32 @@ def test_audio_is_merged_and_text_remembered(book):
 # ---- one example ----------------------------------------------------------------------------------------------------
 
 
+def test_voices_are_not_asked_about_in_writing(tiny_text):
+    """No transcript holds the answer; so such a question is only ever heard."""
+    book = library(tiny_text)
+    for one in book.items:
+        one.category = E.VOICE if one.intent == "person" else "Language Ability"
+    drawer, rng = E.Examples(book, {}), np.random.default_rng(0)
+
+    def intents(probs):
+        return {book.items[drawer.pair(rng, probs)[0]].intent for _ in range(40)}
+
+    assert intents(drawer.written_probs) == {"sum", "echo"} and "person" in intents(drawer.probs)
+
+
 @pytest.mark.parametrize("kind", EXAMPLES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_only_the_answer_and_what_was_heard_are_targets(task, kind, seed):
     ids, weights = example(task, kind, seed)
     assert ids[0] == IDS.bos and weights[0] == 0 and len(ids) == len(weights)
     if kind == "next":
-        assert (ids[1:] >= IDS.n_text).all() and (weights[1:] == K.ANSWER_WEIGHT).all()
+        assert (ids[1:] >= IDS.n_text).all() and (weights[1:] == E.ANSWER_WEIGHT).all()
         return
-    start = answer_of(task, ids)
+    first, end, start = parts_of(task, ids.tolist())
     assert ids[-1] == IDS.eot
-    sound = weights[start:][ids[start:] >= IDS.n_text]
-    assert (weights[start:][ids[start:] < IDS.n_text] == K.TEXT_WEIGHT).all()
-    assert (sound == K.ANSWER_WEIGHT).all()
-    header = ids.tolist().index(IDS.bot) + 1 + len(task.human)  # where the question begins
-    end = start - len(task.assistant) - 2
-    assert ids[end] == IDS.eot
-    assert not weights[: header + 1].any() and not weights[end:start].any()
-    assert (weights[header + 1 : end] == np.float32(K.HEARD_WEIGHT)).all()
+    assert (weights[start:] == np.where(ids[start:] < IDS.n_text, E.TEXT_WEIGHT, E.ANSWER_WEIGHT)).all()
+    assert not weights[: first + 1].any() and not weights[end:start].any()
+    assert (weights[first + 1 : end] == np.float32(E.HEARD_WEIGHT)).all()
 
 
 def test_examples_are_what_their_names_say(book):
@@ -127,21 +130,21 @@ def test_examples_are_what_their_names_say(book):
     said = {tuple(book.encode(text)): text for text in SENTENCES}
     said |= {tuple(book.encode(tagged(one.text, one.manner))): one.text for one in book.items}
     answers = {one.text: one.answer for one in book.items if one.role == "question"}
-    markers = {"asr": 36, "tts": 35, "tqaa": 37, "aqta": 38}
+    markers = {"asr": ASR_MARKER, "tts": TTS, "tqaa": TQAA, "aqta": AQTA}
     for kind in set(EXAMPLES) - {"next"}:
         for seed in range(5):
             ids = example(task, kind, seed)[0].tolist()
-            assert (ids[1] == markers[kind]) if kind in markers else (ids[1] == IDS.bot)
-            start = answer_of(task, np.array(ids))
-            question = tuple(ids[ids.index(IDS.bot) + 1 + len(task.human) : start - len(task.assistant) - 2])
-            words, sound = (tuple(part) for part in task.layout.parse(ids[start:], IDS))
+            first, end, start = parts_of(task, ids)
+            assert ids[1] == markers.get(kind, IDS.bot)
+            question = tuple(ids[first:end])
+            words, sound = (tuple(part) for part in task.examples.layout.parse(ids[start:], IDS))
             if kind == "text":
                 manner = book.tokenizer.decode(words[:1])[1:-1] if words[0] < FIRST_TEXT else "normal"
                 assert {"question": said[question], "answer": said[words], "manner": manner} in LINES and not sound
             elif kind == "asr":
                 assert audio[question].text == said[words] and not sound
             elif kind == "tts":
-                assert task.book.tokenizer.decode(question) == tagged(audio[sound].text, audio[sound].manner)
+                assert book.tokenizer.decode(question) == tagged(audio[sound].text, audio[sound].manner)
                 assert not words and audio[sound].role == "answer"
             elif kind == "tqaa":
                 assert answers[said[question]] == said[words] == audio[sound].text
@@ -155,41 +158,36 @@ def test_examples_are_what_their_names_say(book):
 @pytest.mark.parametrize("name", ["ratio_10_15", "ratio_3_5", "text_cot"])
 def test_the_machine_of_the_layout_allows_every_answer(book, kind, name):
     """What generation may say next, id by id, is what the loss lets compete there."""
-    task = make(book, layout=dialogue.layout(name))
-    rows = {index: set(ids.tolist()) for index, ids in task.head_rows().items()}
+    layout = dialogue.layout(name)
+    task = make(book, layout=layout)
+    rows = [set(ids.tolist()) for ids in task.head_rows()]
     for seed in range(4):
         ids = example(task, kind, seed)[0]
-        start, machine = answer_of(task, ids), task.layout.machine(IDS)
+        start, machine = parts_of(task, ids.tolist())[2], layout.machine(IDS)
         for token, index in zip(ids[start:].tolist(), task.kinds(ids)[start - 1 :].tolist(), strict=True):
             may = machine.allowed()
-            assert may.kind == ("text", "linguistic", "semantic")[index]
+            assert may.kind == K.KINDS[index]
             assert {*range(may.start, may.stop), *may.markers} <= rows[index]
             machine.advance(token)
         assert machine.finished
 
 
-def test_prompts_are_those_of_the_pipeline(tiny, book):
+@pytest.mark.parametrize("kind, marker", [("aqtaa", None), ("text", None), ("asr", ASR_MARKER)])
+def test_prompts_are_those_of_the_pipeline(tiny, book, kind, marker):
     task = make(book, noise=0)
-    for kind in ("aqtaa", "text", "asr"):
-        ids = example(task, kind, 3)[0].tolist()
-        start = answer_of(task, np.array(ids))
-        question = ids[ids.index(IDS.bot) + 1 + len(task.human) : start - len(task.assistant) - 2]
-        if kind == "text":
-            question = tiny.text.decode(question)
-        prompt = tiny.prompt(question)
-        if kind == "asr":
-            prompt.insert(1, ASR_MARKER)
-        assert prompt == ids[:start]
+    ids = example(task, kind, 3)[0].tolist()
+    first, end, start = parts_of(task, ids)
+    question = tiny.text.decode(ids[first:end]) if kind == "text" else ids[first:end]
+    assert tiny.prompt(question, marker=marker) == ids[:start]
 
 
 def test_noise_in_a_question_keeps_the_kinds(book):
-    quiet, noisy = make(book, noise=0), make(book, noise=0.5)
-    index = 3
-    clean = book.audio[index]
-    assert np.array_equal(quiet._heard(np.random.default_rng(0), index), clean)
+    quiet, noisy, index = E.Examples(book, {}, noise=0), E.Examples(book, {}, noise=0.5), 3
+    clean = book.audio[index].copy()
+    assert np.array_equal(quiet.noisy(np.random.default_rng(0), index), clean)
     changed = []
     for seed in range(30):
-        heard = noisy._heard(np.random.default_rng(seed), index)
+        heard = noisy.noisy(np.random.default_rng(seed), index)
         assert np.array_equal(interleave.kinds(heard, IDS), interleave.kinds(clean, IDS))
         changed.append((heard != clean).mean())
     assert 0.4 < np.mean(changed) < 0.55
@@ -200,7 +198,7 @@ def test_answers_are_never_noisy(book):
     task = make(book, noise=1.0)
     for seed in range(4):
         ids = example(task, "aqtaa", seed)[0]
-        _, audio = task.layout.parse(ids[answer_of(task, ids) :], IDS)
+        _, audio = task.examples.layout.parse(ids[parts_of(task, ids.tolist())[2] :], IDS)
         assert any(np.array_equal(audio, one) for one in book.audio[:3])
 
 
@@ -220,16 +218,16 @@ def test_an_end_after_audio_competes_with_audio(task):
 
 def test_columns_find_each_target_among_its_rows(task):
     rows = task.head_rows()
-    assert sum(len(ids) for ids in rows.values()) == IDS.end + 3  # eot, text_start and audio_end stand in two of them
-    for kind, ids in rows.items():
+    assert sum(map(len, rows)) == IDS.end + 3  # eot, text_start and audio_end stand in two of them
+    for kind, ids in enumerate(rows):
         assert len(ids.unique()) == len(ids) and torch.equal(task.columns(ids, kind), torch.arange(len(ids)))
 
 
-@pytest.mark.parametrize("stage", K.MIXTURES)
+@pytest.mark.parametrize("stage", MIXTURES)
 def test_every_target_that_counts_is_among_the_rows_that_compete(book, stage):
     task = make(book, stage)
     batch = task.batch(np.random.default_rng(0))
-    for kind, rows in task.head_rows().items():
+    for kind, rows in enumerate(task.head_rows()):
         targets = batch["targets"][(batch["kinds"] == kind) & (batch["weights"] > 0)]
         assert len(targets) and torch.equal(rows[task.columns(targets, kind)], targets)
     assert ((batch["kinds"] >= 0) == (batch["segments"] > 0)).all()
@@ -262,22 +260,21 @@ def test_examples_longer_than_a_row_are_left_out(book):
     assert batch["input_ids"].shape == (2, 60) and (batch["segments"] > 0).any()
 
 
-@pytest.mark.parametrize("stage", K.MIXTURES)
+@pytest.mark.parametrize("stage", MIXTURES)
 def test_the_mixture_is_drawn_by_its_shares(book, stage, monkeypatch):
-    task, rng, drawn = make(book, stage), np.random.default_rng(0), []
+    drawer, rng, drawn = E.Examples(book, MIXTURES[stage]), np.random.default_rng(0), []
     for kind in EXAMPLES:
-        monkeypatch.setattr(task, f"_{kind}", lambda _, kind=kind: drawn.append(kind))
+        monkeypatch.setattr(drawer, kind, lambda _, kind=kind: drawn.append(kind))
     for _ in range(2000):
-        task.example(rng)
-    assert sum(K.MIXTURES[stage].values()) == pytest.approx(1)
+        drawer.draw(rng)
+    assert sum(MIXTURES[stage].values()) == pytest.approx(1)
     for kind in EXAMPLES:
-        assert drawn.count(kind) / 2000 == pytest.approx(K.MIXTURES[stage].get(kind, 0), abs=0.04)
+        assert drawn.count(kind) / 2000 == pytest.approx(MIXTURES[stage].get(kind, 0), abs=0.04)
 
 
-def test_large_intents_lead_but_not_by_their_size(task):
-    chance = dict(zip([1, 2, 3, 4], task.chances, strict=True))  # intents: sum, person, person, echo
-    assert sum(chance.values()) == pytest.approx(1) and chance[2] == chance[3]
-    assert chance[2] < chance[1] == chance[4] < chance[2] + chance[3]
+def test_large_intents_lead_but_not_by_their_size(book):
+    sums, one, two, echo = book.balance()  # intents: sum, person, person, echo
+    assert sums + one + two + echo == pytest.approx(1) and one == two < sums == echo < one + two
 
 
 def separately(task, batch):
@@ -332,8 +329,6 @@ def test_codes_that_sound_alike_begin_alike(book):
 
 
 def test_a_few_steps_already_help(book, tmp_path, monkeypatch):
-    from aqaa.training.loop import Trainer
-
     monkeypatch.setattr(Trainer, "_plot", lambda self: None)
     task = make(book, "pretrain", rows=2, length=200)
     batch = task.batch(np.random.default_rng(0))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aqaa import audio
 from aqaa.config import LinguisticConfig, preset
+from aqaa.fast import fsmn
 from aqaa.tokenizers.linguistic import EPS, STRIDE, LinguisticTokenizer, read_mvn, row_count
 
 SMALL = LinguisticConfig(codebook_size=32, output_size=32, attention_heads=4, linear_units=48, num_blocks=3)
@@ -80,9 +81,8 @@ def test_row_count(n, rows):
 
 
 def test_dither_changes_features_and_none_is_the_default():
-    noisy = build(replace(SMALL, dither=1.0))
-    assert not torch.equal(noisy.features(sound(4000)), noisy.features(sound(4000)))
-    assert torch.equal(MODEL.features(sound(4000)), MODEL.features(sound(4000)))
+    for model, equal in ((build(replace(SMALL, dither=1.0)), False), (MODEL, True)):
+        assert torch.equal(model.features(sound(4000)), model.features(sound(4000))) == equal
 
 
 def test_read_mvn(tmp_path):
@@ -99,7 +99,7 @@ def test_read_mvn(tmp_path):
 
 
 def chunk_by_chunk(model, rows):
-    """The official order of things: every chunk through all layers, caches carried along (SPEECH a)."""
+    """The official order of things: every chunk through all layers, caches carried along."""
     c, outputs = model.config, []
     half = c.input_size // 2
     rates = torch.exp(-torch.arange(half, dtype=rows.dtype) * math.log(10000) / (half - 1))
@@ -139,6 +139,22 @@ def test_all_chunks_at_once_equal_one_after_another(n_rows):
     with torch.no_grad():
         got, _ = model.encoder(rows[None], torch.tensor([n_rows]), past)
         assert (got[0] - chunk_by_chunk(model, rows)).abs().max() < 1e-5  # positions are float32
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_the_fast_memory_is_the_plain_one_with_its_gradients(dtype, error):
+    plain, twin = build().to(dtype), fsmn.use(build().to(dtype))
+    assert {type(layer.self_attn) for layer in twin.encoder.encoders} == {fsmn.ToeplitzSANM}
+    assert plain.state_dict().keys() == twin.state_dict().keys()
+    rows, lengths = torch.randn(2, 13, 560), torch.tensor([13, 6])
+    results = []
+    for model in (plain, twin):
+        hidden = model.encoder(rows.to(dtype), lengths, model.encoder.start(2, "cpu"))[0]
+        hidden[0].square().sum().backward()
+        results.append([hidden.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).abs().max() <= error * one.abs().max().clamp_min(1)
+    assert fsmn.use(twin) is twin
 
 
 @given(lengths=st.lists(st.integers(1, 23), min_size=2, max_size=4), seed=st.integers(0, 9))
@@ -189,13 +205,14 @@ def test_a_stream_in_any_packets_gives_the_codes_of_the_whole(packets, seed):
     wav = sound(sum(packets), seed)
     state, codes, rows = MODEL.start(), [], []
     for i, packet in enumerate(wav.split(packets) if len(wav) else [wav] * len(packets)):
-        hidden, after = MODEL.push_hidden(state, packet, final=i == len(packets) - 1)
-        again, state = MODEL.push(state, packet, final=i == len(packets) - 1)  # the old state still stands
+        final = i == len(packets) - 1
+        hidden, after = MODEL.push_hidden(state, packet, final)
+        again, state = MODEL.push(state, packet, final)  # the old state still stands
         rows.append(hidden)
         codes.append(again)
-        heard = sum(packets[: i + 1])
-        assert state.n_samples == after.n_samples == heard
-        assert sum(map(len, codes)) == (heard // STRIDE * 4 if i < len(packets) - 1 else row_count(heard))
+        pushed = sum(packets[: i + 1])
+        assert state.n_samples == after.n_samples == pushed
+        assert sum(map(len, codes)) == (row_count(pushed) if final else pushed // STRIDE * 4)
     with torch.no_grad():
         whole = MODEL(MODEL.features(wav)[None])[0]
     assert whole.shape == torch.cat(rows).shape

@@ -1,4 +1,4 @@
-"""What the processor has, asked in one place; a forked child that still computes."""
+"""What the processor has, asked in one place; a forked child that still computes; threads that suit a network."""
 
 import re
 import subprocess
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import aqaa
 from aqaa import processor
+from aqaa.pipeline import AQAA
 from aqaa.training import loop
+from tests.conftest import RATE, tone
 
 ROOT = Path(aqaa.__file__).parent
 UNITS = {"avx512_bf16": True}
@@ -82,3 +85,64 @@ def test_workers_of_our_own_are_not_forked():
     found = [match for path in ROOT.rglob("*.py") for match in pools.findall(path.read_text(encoding="utf-8"))]
     assert len(found) >= 3 and {context for _, context in found} == {"context"}
     assert not [path for path in ROOT.rglob("*.py") if 'get_context("fork' in path.read_text(encoding="utf-8")]
+
+
+# ---- threads ----
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """A program that has chosen three threads; the thread counts that torch is given from then on."""
+    before, real, given = torch.get_num_threads(), torch.set_num_threads, []
+    real(3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: (given.append(n), real(n)))
+    yield given
+    real(before)
+
+
+def test_a_small_network_takes_one_thread_and_a_large_one_all(three, monkeypatch):
+    small, large = nn.Linear(8, 8), nn.Linear(8, 8)
+    monkeypatch.setattr(processor, "LARGE", 100)
+    processor._counted[large] = 100
+    for modules, threads, given in (((small,), 1, [1, 3]), ((small, large), 3, []), ((), 3, [])):
+        three.clear()
+        with processor.suited_to(*modules):
+            assert torch.get_num_threads() == threads
+        assert three == given
+
+
+def calls(model):
+    """Each way of asking."""
+    question = (tone(), RATE)
+    chat = model.chat(max_tokens=20)
+    listener = model.listener()
+    yield "listen", lambda: model.listen(question)
+    yield "ask", lambda: model.ask(question, max_tokens=20)
+    yield "stream", lambda: [torch.get_num_threads() for _ in model.stream(question, max_tokens=20)]
+    yield "generate", lambda: [torch.get_num_threads() for _ in model.generate(model.prompt("hot"), max_tokens=9)]
+    yield "transcribe", lambda: model.transcribe(question)
+    first = model.ids.n_text, model.ids.n_text + model.ids.n_linguistic
+    yield "synthesize", lambda: model.synthesize([first[0]] * 2 + [first[1]] * 3)
+    yield "chat", lambda: chat.ask(question)
+    yield "listener", lambda: (listener.push(tone()), listener.finish())
+
+
+def test_the_callers_setting_survives_every_call_and_every_piece(tiny, three):
+    for name, call in calls(tiny):
+        three.clear()
+        result = call()
+        assert torch.get_num_threads() == 3, name
+        assert 1 in three, f"{name} computed with the caller's three threads"
+        if name in ("stream", "generate"):
+            assert set(result) == {3}, f"between two pieces of {name} the caller's setting holds"
+
+
+def test_it_survives_a_fault(tiny, three):
+    class Broken(nn.Module):
+        def encode(self, wav):
+            raise RuntimeError("no")
+
+    model = AQAA(tiny.config, {"linguistic": Broken()}.__getitem__)
+    with pytest.raises(RuntimeError, match="no"):
+        model.listen((tone(), RATE))
+    assert torch.get_num_threads() == 3

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from aqaa import audio
 from aqaa.config import SemanticConfig
-from aqaa.tokenizers.s3_onnx import fields
+from aqaa.tokenizers.protobuf import fields
 from aqaa.tokenizers.semantic import SemanticTokenizer, sinusoids
+from tests.test_text import field, varint
 
 SMALL = SemanticConfig(
     n_codebook_size=48, n_mels=128, n_audio_ctx=800, n_audio_state=32, n_audio_head=2, n_audio_layer=2
@@ -100,22 +101,6 @@ def test_parameters_have_the_published_names_and_sizes():
 
 
 # ---- ONNX ----
-
-
-def field(number, value):
-    """One protobuf field: an int as a varint, anything else as bytes."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def varint(value):
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
 
 
 def consumer(name):

@@ -1,3 +1,5 @@
+"""The published SentencePiece rules on a small file, and the mini's own Unigram model."""
+
 import struct
 from collections import Counter
 
@@ -5,17 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqaa.tokenizers.text import (
-    FIRST_TEXT,
-    MANNERS,
-    MAX_PIECE,
-    ROLES,
-    SPACE,
-    TextTokenizer,
-    read_sentencepiece,
-    tagged,
-    train_unigram,
-)  # fmt: skip
+from aqaa.tokenizers import text as module
+from aqaa.tokenizers.text import FIRST_TEXT, MANNERS, MAX_PIECE, ROLES, SPACE, TextTokenizer, tagged
 
 SENTENCES = ["seven and five is twelve", "don't say the opposite of hot", "what is a zebra", "jump quick over my box"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -32,11 +25,12 @@ def varint(number):
 
 
 def field(number, value):
-    """One protobuf field: int, float or bytes."""
+    """One protobuf field: int, float, str or bytes."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     if isinstance(value, float):
         return varint(number << 3 | 5) + struct.pack("<f", value)
+    value = value.encode() if isinstance(value, str) else value
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
@@ -53,16 +47,16 @@ def sentencepiece_model(model_type=1):
     return pieces, body + field(2, field(3, model_type) + field(35, 1)) + field(3, field(3, 1))
 
 
-@pytest.fixture
-def step1(tmp_path):
-    path = tmp_path / "tokenizer.model"
+@pytest.fixture(scope="module")
+def step1(tmp_path_factory):
+    path = tmp_path_factory.mktemp("step1") / "tokenizer.model"
     path.write_bytes(sentencepiece_model()[1])
     return TextTokenizer.from_sentencepiece(path)
 
 
 def test_reader_sees_every_piece():
     pieces, data = sentencepiece_model()
-    assert read_sentencepiece(data) == (pieces, 1)
+    assert module.read_sentencepiece(data) == (pieces, 1)
 
 
 def test_sentencepiece_rules(step1):
@@ -79,15 +73,9 @@ def test_sentencepiece_rules(step1):
 
 
 @given(text=st.text(alphabet=LETTERS + " \né你👍<|>", max_size=20))
-def test_byte_fallback_loses_nothing(text):
-    step1 = test_byte_fallback_loses_nothing.step1
+def test_byte_fallback_loses_nothing(step1, text):
     assert step1.decode(step1.encode("x" + text, specials=False), skip_specials=False) == "x" + text
     assert not {1, 2, 3, 4} & set(step1.encode(text, specials=False))
-
-
-@pytest.fixture(autouse=True)
-def _step1_for_hypothesis(step1):
-    test_byte_fallback_loses_nothing.step1 = step1
 
 
 def test_saved_and_read_again(step1, mini, tmp_path):
@@ -98,37 +86,34 @@ def test_saved_and_read_again(step1, mini, tmp_path):
         assert again.encode(text, specials=False) == tokenizer.encode(text, specials=False)
 
 
-def test_faults_are_named(tmp_path):
+@pytest.mark.parametrize("content, read, words", [
+    (b"\x0a\xffnot a model", TextTokenizer.from_sentencepiece, "not a SentencePiece model"),
+    (b"\x0a\xffnot a model", TextTokenizer.from_file, "not a tokenizer.json"),
+    (b"", TextTokenizer.from_sentencepiece, "holds no pieces"),
+    (field(1, field(1, b"a" * 1001)), TextTokenizer.from_sentencepiece, "not a SentencePiece model"),
+    (field(1, field(1, 10**9)), TextTokenizer.from_sentencepiece, "not a SentencePiece model"),
+    (field(1, field(1, b"a") + field(2, float("nan"))), TextTokenizer.from_sentencepiece, "not a SentencePiece model"),
+    (sentencepiece_model(model_type=2)[1], TextTokenizer.from_sentencepiece, "only Unigram"),
+])  # fmt: skip
+def test_faults_are_named(tmp_path, content, read, words):
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
-        TextTokenizer.from_file(tmp_path / "nothing.json")
-    bad = tmp_path / "bad"
-    bad.write_bytes(b"\x0a\xffnot a model")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
-        TextTokenizer.from_sentencepiece(bad)
-    with pytest.raises(ValueError, match="not a tokenizer.json"):
-        TextTokenizer.from_file(bad)
-    bad.write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no pieces"):
-        TextTokenizer.from_sentencepiece(bad)
-    bad.write_bytes(sentencepiece_model(model_type=2)[1])
-    with pytest.raises(ValueError, match="only Unigram"):
-        TextTokenizer.from_sentencepiece(bad)
+        read(tmp_path / "model")
+    (tmp_path / "model").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read(tmp_path / "model")
+
+
+def test_the_letters_need_room():
     with pytest.raises(ValueError, match="at least 96"):
         TextTokenizer.train(SENTENCES, n_text=90)
 
 
 @given(words=st.lists(st.text(LETTERS + "'", min_size=1, max_size=8), min_size=1, max_size=6))
-def test_the_mini_reads_any_lower_case_text(words):
-    mini = test_the_mini_reads_any_lower_case_text.mini
+def test_the_mini_reads_any_lower_case_text(mini, words):
     text = " ".join(words)
     tokens = mini.encode(text)
     assert mini.decode(tokens) == text and all(FIRST_TEXT <= t < mini.n_text for t in tokens)
     assert mini.encode(text, prefix=False) == tokens  # a word has one spelling, wherever it stands
-
-
-@pytest.fixture(autouse=True)
-def _mini_for_hypothesis(mini):
-    test_the_mini_reads_any_lower_case_text.mini = mini
 
 
 def test_the_mini_keeps_step1_ids_and_is_reproducible(mini):
@@ -145,6 +130,6 @@ def test_the_mini_keeps_step1_ids_and_is_reproducible(mini):
 
 def test_unigram_prefers_frequent_pieces():
     words = Counter({SPACE + "the": 100, SPACE + "then": 50, SPACE + "cat": 1})
-    pieces = dict(train_unigram(words, 40, [SPACE, *LETTERS]))
+    pieces = dict(module.train_unigram(words, 40, [SPACE, *LETTERS]))
     assert SPACE + "the" in pieces and pieces[SPACE + "the"] > pieces.get(SPACE + "cat", -99)
     assert all(len(piece) <= MAX_PIECE for piece in pieces) and len(pieces) <= 40

@@ -17,7 +17,6 @@ from aqaa.scale.plan_table import setups
 from aqaa.sound_headers import AudioError
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import MANNERS, tagged
-from aqaa.training.objectives import LanguageTask
 
 from .conftest import RATE, tone
 
@@ -301,10 +300,7 @@ def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
     control = explore.VoiceControl(tiny, "the river runs")
     control.speak("slow", temperature=0)
     words = tiny.text.encode(tagged("the river runs", "slow"))
-    task = SimpleNamespace(ids=tiny.ids, layout=tiny.layout, human=tiny.text.encode("human\n"),
-                           assistant=tiny.text.encode("assistant\n"))
-    trained, _ = LanguageTask._turns(task, config.TTS, words, answer_audio=[tiny.ids.n_text])
-    assert asked[0] == trained[:-2].tolist()
+    assert asked[0] == dialogue.prompt([("user", words)], tiny.text, tiny.ids, marker=config.TTS)
     assert tiny.text.encode("(slow)")[-1] in asked[0]
 
 

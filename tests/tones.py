@@ -23,9 +23,9 @@ def spell(text):
     """Phones of a text, one a letter; of neighbouring vowels only the first is said."""
     phones = []
     for word in text.split():
-        said = [LETTERS[ord(letter) - ord("a")] for letter in word if letter.isalpha()]
-        vowels = [phone in speak.VOWELS for phone in said]
-        phones += [phone for i, phone in enumerate(said) if not (i and vowels[i] and vowels[i - 1])]
+        spelt = [LETTERS[ord(letter) - ord("a")] for letter in word if letter.isalpha()]
+        vowels = [phone in speak.VOWELS for phone in spelt]
+        phones += [phone for i, phone in enumerate(spelt) if not (i and vowels[i] and vowels[i - 1])]
     return phones
 
 

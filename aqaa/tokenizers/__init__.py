@@ -1,1 +1,1 @@
-"""Sound and text to ids and back: two speech tokenizers, the text tokenizer, and the 2:3 interleave."""
+"""Sound and text to ids and back: two tokenizers of speech, one of text, and the dialogue."""

@@ -1,30 +1,38 @@
-"""A dialogue as one sequence of ids: chat template, answer layouts, and the machine that follows them."""
+"""A dialogue as one sequence of ids: chat template, answer layouts, and the machine behind them.
+
+A layout decides how the text and the audio of an answer share one sequence. Its machine says which
+ids may come next while the backbone generates, so that every answer can be taken apart again.
+"""
+
+import copy
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 from aqaa.config import GROUP_SIZE, LINGUISTIC_PER_GROUP
 from aqaa.tokenizers.interleave import groups
 
 END_OF_SEQUENCE = 2  # `</s>`: never trained as an answer's end, but a stop wherever it occurs
-def prompt(turns, tokenizer, ids, answer=True):
-    """A dialogue as ids: `<s>`, then `<|BOT|>role\\n content <|EOT|>` a turn, then an open assistant turn.
 
-    turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids, or a list of both.
-    tokenizer: a TextTokenizer; markers spelt out in the content are read as plain text. With answer=False no assistant
-    turn is opened.
+
+def prompt(turns, tokenizer, ids, answer=True, marker=None):
+    """A dialogue as ids: `<s>`, `<|BOT|>role\\n content <|EOT|>` a turn, an open assistant turn.
+
+    turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids,
+    or a list of both. Markers spelt out in a text are read as plain text. With answer=False no
+    assistant turn is opened. marker: one of Step-1's control tokens, after `<s>`: it asks for
+    another kind of answer.
     """
-    result = [ids.bos]
+    result = [ids.bos] if marker is None else [ids.bos, marker]
     for role, content in turns:
         result += [ids.bot, *_turn(role, content, tokenizer), ids.eot]
     return result + [ids.bot, *_turn("assistant", "", tokenizer)] if answer else result
 
 
 def _turn(role, content, tokenizer):
-    """Header and content of a turn; text at its start is encoded in one go with the header, as officially."""
-    parts = content if isinstance(content, (list, tuple)) and any(_nested(p) for p in content) else [content]
+    """Header and content of a turn; text at its start is encoded with the header, as officially."""
+    mixed = isinstance(content, (list, tuple)) and any(_nested(part) for part in content)
     text, encoded = ("human" if role == "user" else role) + "\n", []
-    for part in [*parts, []]:
+    for part in [*content, []] if mixed else [content, []]:
         if isinstance(part, str):
             text += part
             continue
@@ -45,7 +53,7 @@ class Allowed(NamedTuple):
     kind: str  # "text", "linguistic", "semantic", "marker"; "end" after the answer is complete
     start: int
     stop: int
-    markers: tuple  # ids of text_end, text_start, audio_start, audio_end, eot, as far as they are legal here
+    markers: tuple  # those of text_end, text_start, audio_start, audio_end, eot that are legal here
     may_end_text: bool
     may_stop: bool
 
@@ -54,60 +62,64 @@ class Allowed(NamedTuple):
 class Layout:
     """How text and audio of an answer share one sequence (AQAA Table 1).
 
-    Blocks of `text_block` text ids, then `audio_block` audio ids. The id after the last text id is text_end; from there
-    on only audio comes, then eot. If the audio ends first, text_start says so, and the rest of the text follows; where
-    text runs far ahead of speech this never happens, and without `late_text` the machine forbids it.
+    Blocks of `text_block` text ids, then `audio_block` audio ids. The id after the last text id is
+    text_end; from there on only audio comes, then eot. If the audio ends first, text_start says so,
+    and the rest of the text follows: where text runs far ahead of speech this never happens, and
+    without `late_text` the machine forbids it.
     """
 
     name: str
     text_block: int | None  # None: all the text at once; 0: no text
     audio_block: int
-    marked: bool = False  # every piece stands between audio_start and audio_end (Table 2, marker-preserving)
-    late_text: bool = False  # audio may end before the text: then text_start is legal at a group boundary
+    marked: bool = False  # every piece stands between audio_start and audio_end (Table 2)
+    late_text: bool = False  # audio may end before the text
 
     def __post_init__(self):
         if self.audio_block <= 0 or self.audio_block % GROUP_SIZE:
             raise ValueError(f"layout {self.name}: audio_block must be a multiple of {GROUP_SIZE}")
 
     def arrange(self, text, audio, ids):
-        """The answer's ids, eot included. text: ids of words (T,), audio: merged ids (5G,). ValueError for others."""
+        """The answer's ids, eot included; text (T,) ids of words, audio (5 G,) merged ids.
+
+        Raises ValueError for ids of another kind.
+        """
         return self.arrange_pieces([(text, audio)], ids)
 
     def arrange_pieces(self, pieces, ids):
-        """An answer of several pieces, each in a manner of its own: (text, audio) pairs, one after the other.
+        """An answer of several pieces (text, audio), each spoken in one manner.
 
-        With marked=True the pieces keep their markers (Table 2, best); otherwise pieces are interleaved one by one
-        and joined. `join` gives the third row of that table. Only marked pieces can be decoded under constraint.
+        With marked=True the pieces keep their markers (Table 2, best row); otherwise each is
+        interleaved and they are joined. `join` gives the third row of that table. Only marked
+        pieces can be decoded under constraint.
         """
-        result = []
+        answer = []
         for text, audio in pieces:
             text, audio = [int(t) for t in text], [int(a) for a in audio]
             _check_piece(text, audio, ids)
             body = self._interleave(text, audio, ids)
-            result += [ids.audio_start, *body, ids.audio_end] if self.marked else body
-        return result + [ids.eot]
+            answer += [ids.audio_start, *body, ids.audio_end] if self.marked else body
+        return answer + [ids.eot]
 
     def _interleave(self, text, audio, ids):
         if self.text_block == 0:
             return audio
-        size, result = self.text_block or len(text) + 1, []
+        size, body = self.text_block or len(text) + 1, []
         while True:
-            result += text[:size]
-            if len(text) < size:
-                return result + [ids.text_end] + audio
+            body += text[:size]
+            if len(text) < size:  # a block that is not full is the last: the rest is audio
+                return body + [ids.text_end] + audio
             text = text[size:]
-            result += audio[: self.audio_block]
-            if len(audio) < self.audio_block:
-                return result + [ids.text_start, *text, ids.text_end]
+            body += audio[: self.audio_block]
+            if len(audio) < self.audio_block:  # the audio has ended before the text
+                return body + [ids.text_start, *text, ids.text_end]
             audio = audio[self.audio_block :]
 
     def parse(self, tokens, ids):
-        """(text ids, audio ids) of an answer, up to its eot. Audio may be broken in generated answers: see `split`."""
-        pieces = self.parse_pieces(tokens, ids)
-        return [t for text, _ in pieces for t in text], [a for _, audio in pieces for a in audio]
+        """(text ids, audio ids) of an answer, up to its eot; groups may be broken, see `split`."""
+        return join(self.parse_pieces(tokens, ids))
 
     def parse_pieces(self, tokens, ids):
-        """The same, one (text, audio) pair a marked piece; a single pair if there are no markers."""
+        """The same, one (text, audio) pair a marked piece; a single pair without markers."""
         pieces = [([], [])]
         for token in map(int, tokens):
             if token in (ids.eot, END_OF_SEQUENCE):
@@ -119,21 +131,24 @@ class Layout:
         return pieces
 
     def machine(self, ids, min_audio=0):
-        """A fresh Machine for one answer; min_audio is the number of audio ids before which it may not stop."""
+        """A fresh Machine for one answer, which may not stop before `min_audio` audio ids."""
         return Machine(self, ids, min_audio)
 
 
 def _check_piece(text, audio, ids):
     wrong = [t for t in text if not ids.first_text <= t < ids.n_text]
     if wrong:
-        raise ValueError(f"id {wrong[0]} is not a text id: those lie in {ids.first_text}..{ids.n_text - 1}")
+        text_ids = f"{ids.first_text}..{ids.n_text - 1}"
+        raise ValueError(f"id {wrong[0]} is not a text id: those lie in {text_ids}")
     if len(audio) % GROUP_SIZE or groups(audio, ids).size != len(audio):
-        raise ValueError("the audio of an answer must be whole groups of 2 linguistic and 3 semantic ids")
+        raise ValueError(
+            "the audio of an answer must be whole groups of 2 linguistic and 3 semantic ids"
+        )
 
 
 def join(pieces):
-    """One piece out of several: texts joined, audios joined (Table 2, concatenation with marker removal)."""
-    return list(chain.from_iterable(t for t, _ in pieces)), list(chain.from_iterable(a for _, a in pieces))
+    """One piece out of several: texts joined, audios joined (Table 2, marker removal)."""
+    return [t for text, _ in pieces for t in text], [a for _, audio in pieces for a in audio]
 
 
 LAYOUTS = {
@@ -156,22 +171,30 @@ def layout(name="ratio_10_15"):
 
 
 class Machine:
-    """Follows an answer id by id and says what may come next, so that every generated answer can be parsed.
+    """Follows an answer id by id and says what may come next.
 
-    eot is legal only when the text has ended and the audio is at a group boundary. `advance` raises ValueError for an
-    id that `allowed` does not permit.
+    Text and audio take turns, a block each, until text_end; then audio runs on to the end:
+
+        text --block full--> audio --block full--> text ... text --text_end--> audio --eot--> end
+
+    eot is legal only when the text has ended and the audio is at the end of a group. A marked piece
+    waits in "open" for audio_start and rests in "closed" behind audio_end, where another piece may
+    follow. With `late_text`, audio may end first: text_start, the rest of the text, text_end, then
+    "closed".
     """
 
     def __init__(self, layout, ids, min_audio=0):
         self.layout, self.ids, self.min_audio = layout, ids, min_audio
-        self.audio_total = 0
+        self.audio_total = 0  # in all pieces
+        self._stop = ids.audio_end if layout.marked else ids.eot  # ends a piece
         self._begin_piece()
         if layout.marked:
             self.state = "open"
 
     def _begin_piece(self):
-        self.state = "audio" if self.layout.text_block == 0 else "text"
-        self.text_done, self.audio_done = self.layout.text_block == 0, False
+        self.text_done = self.layout.text_block == 0
+        self.audio_done = False
+        self.state = "audio" if self.text_done else "text"
         self.text_used = self.audio_used = 0  # in this block
 
     @property
@@ -180,46 +203,50 @@ class Machine:
 
     def copy(self):
         """An independent machine in the same state."""
-        twin = object.__new__(Machine)
-        twin.__dict__.update(self.__dict__)
-        return twin
+        return copy.copy(self)
 
     def allowed(self):
-        """Allowed: the kind and range of the next id, and the markers that may come in its place."""
+        """Allowed: the kind and range of the next id, and the markers that may come instead."""
         ids, state = self.ids, self.state
         if state == "text":
             return Allowed("text", ids.first_text, ids.n_text, (ids.text_end,), True, False)
         if state == "audio":
-            position = self.audio_used % GROUP_SIZE
-            markers = () if position else self._boundary_markers()
-            if position < LINGUISTIC_PER_GROUP:
-                return Allowed("linguistic", ids.n_text, ids.semantic_start, markers, False, ids.eot in markers)
-            return Allowed("semantic", ids.semantic_start, ids.end, markers, False, False)
-        markers = {"open": (ids.audio_start,), "closed": self._closed_markers(), "end": ()}[state]
-        return Allowed("end" if state == "end" else "marker", 0, 0, markers, False, ids.eot in markers)
+            place = self.audio_used % GROUP_SIZE  # in the group: L L S S S
+            if place >= LINGUISTIC_PER_GROUP:
+                return Allowed("semantic", ids.semantic_start, ids.end, (), False, False)
+            # A marker inside a group would leave codes that the vocoder cannot use.
+            markers = () if place else self._between_groups()
+            start, stop, may_stop = ids.n_text, ids.semantic_start, ids.eot in markers
+            return Allowed("linguistic", start, stop, markers, False, may_stop)
+        markers = {"open": (ids.audio_start,), "closed": self._after_piece(), "end": ()}[state]
+        kind = "end" if state == "end" else "marker"
+        return Allowed(kind, 0, 0, markers, False, ids.eot in markers)
 
-    def _closed_markers(self):
-        """After a marked piece: another one, or the end. After unmarked text that outlived its audio: the end."""
-        return (self.ids.audio_start, self.ids.eot) if self.layout.marked and not self.audio_done else (self._stop,)
+    def _between_groups(self):
+        """Markers that may stand in the place of another group."""
+        if self.audio_total < self.min_audio:
+            return ()  # the answer is too short to stop
+        if self.text_done:
+            return (self._stop,)
+        return (self.ids.text_start,) if self.layout.late_text else ()
 
-    @property
-    def _stop(self):
-        return self.ids.audio_end if self.layout.marked else self.ids.eot
-
-    def _boundary_markers(self):
-        if self.audio_total < self.min_audio or not (self.text_done or self.layout.late_text):
-            return ()
-        return (self._stop,) if self.text_done else (self.ids.text_start,)
+    def _after_piece(self):
+        """Markers in "closed": behind a marked piece, or behind text that outlived its audio."""
+        if self.layout.marked and not self.audio_done:
+            return (self.ids.audio_start, self.ids.eot)
+        return (self._stop,)
 
     def advance(self, token):
         """Take the next id. Raises ValueError if it is not legal here."""
         may = self.allowed()
-        if not (may.start <= token < may.stop or token in may.markers):
-            raise ValueError(f"id {token} is not legal here: {may.kind} {may.start}..{may.stop - 1} or {may.markers}")
         if token in may.markers:
             self._advance_marker(token)
+        elif not may.start <= token < may.stop:
+            legal = f"{may.kind} {may.start}..{may.stop - 1} or {may.markers}"
+            raise ValueError(f"id {token} is not legal here: {legal}")
         elif self.state == "text":
             self.text_used += 1
+            # After audio that has ended (late text), the text goes on in one run.
             if self.text_used == self.layout.text_block and not self.audio_done:
                 self.state, self.audio_used = "audio", 0
         else:
@@ -231,14 +258,17 @@ class Machine:
     def _advance_marker(self, token):
         ids = self.ids
         if token == ids.text_end:
-            self.text_done, self.audio_used = True, 0
+            self.text_done = True
+            self.audio_used = 0
             self.state = "closed" if self.audio_done else "audio"
         elif token == ids.text_start:
-            self.state, self.audio_done = "text", True
+            self.audio_done = True
+            self.state = "text"
         elif token == ids.audio_start:
             self._begin_piece()
         elif token == ids.audio_end:
-            self.state, self.audio_done = "closed", False
+            self.audio_done = False
+            self.state = "closed"
         else:
             self.state = "end"
 
@@ -257,7 +287,8 @@ class TextMachine:
         self.ids, self.finished = ids, False
 
     def allowed(self):
-        return Allowed("text", self.ids.first_text, self.ids.n_text, (self.ids.eot,), False, True)
+        ids = self.ids
+        return Allowed("text", ids.first_text, ids.n_text, (ids.eot,), False, True)
 
     def advance(self, token):
         self.finished = token == self.ids.eot
@@ -265,13 +296,13 @@ class TextMachine:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A Layout whose answer has begun: the prompt ends with the ids in `said`, and the machine knows them."""
+    """A Layout whose answer has begun: the prompt ends with the ids in `said`."""
 
     layout: object
     said: tuple
 
     def machine(self, ids, min_audio=0):
-        """The layout's machine after `said`. Raises ValueError if those are not the beginning of such an answer."""
+        """The layout's machine after `said`. ValueError if those do not begin such an answer."""
         machine = self.layout.machine(ids, min_audio)
         for token in self.said:
             machine.advance(token)

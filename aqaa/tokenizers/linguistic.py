@@ -1,9 +1,11 @@
-"""Linguistic tokenizer: what is said, 16.67 codes a second (AQAA paper 2.1; FunASR SANMEncoderChunkOpt, then k-means).
+"""Linguistic tokenizer: what is said, 16.67 codes a second (AQAA paper 2.1).
 
-The published encoder works in chunks of 240 ms: four new rows, run together with the five rows before them, which may
-look at the keys and values that the four chunks before have left in the same layer. That last fact lets all chunks of
-an utterance go through a layer at once: `SANMEncoder.forward` takes any number of chunks and what came before
-them, so training, offline encoding and live streaming are one computation.
+Paraformer's streaming encoder (FunASR SANMEncoderChunkOpt), then the nearest of k-means' centroids.
+The encoder works in chunks of 240 ms: four new rows, run together with the five rows before them,
+which also look at the keys and values that the four chunks before have left in the same layer. So
+a chunk needs nothing from the chunks beside it in its own layer, and all chunks of an utterance go
+through a layer at once: training, offline encoding and live streaming are one `forward`, which
+takes any number of chunks and the state that earlier ones have left.
 """
 
 import math
@@ -24,75 +26,78 @@ EPS = 1e-12  # of every layer norm
 
 def row_count(n_samples):
     """How many codes a wave of `n_samples` gives; a tail below 55 ms gives none."""
-    q, r = divmod(n_samples, STRIDE)
-    if q:
-        frames = (r - 80) // 160 + 1 if r >= 80 else 0
-        return 4 * q + (math.ceil((frames - 2) / 6) if frames >= 6 else 0)
-    frames = (r - 400) // 160 + 1
+    strides, rest = divmod(n_samples, STRIDE)
+    if strides:  # the front end keeps 320 samples of the stride before: frames of 400 every 160
+        frames = (rest - 80) // 160 + 1 if rest >= 80 else 0
+        return 4 * strides + (math.ceil((frames - 2) / 6) if frames >= 6 else 0)
+    frames = (rest - 400) // 160 + 1
     return math.ceil(frames / 6) if frames >= 4 else 0
 
 
 def read_mvn(path):
-    """(AddShift, Rescale), two tensors, of a Kaldi `am.mvn` text file. Raises ValueError when they are not in it."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    found = {}
-    for tag, line in pairwise(lines):
+    """(AddShift, Rescale), two tensors, of a Kaldi `am.mvn` file. ValueError if one is missing."""
+    vectors = {}
+    for tag, line in pairwise(Path(path).read_text(encoding="utf-8").splitlines()):
         if tag.startswith(("<AddShift>", "<Rescale>")) and line.startswith("<LearnRateCoef>"):
-            found[tag.split(">")[0] + ">"] = torch.tensor([float(v) for v in line.split()[3:-1]])
-    if len(found) != 2:
-        raise ValueError(f"{path} is no Kaldi normalisation file: <AddShift> and <Rescale> are missing.")
-    return found["<AddShift>"], found["<Rescale>"]
+            vectors[tag.split(">")[0]] = torch.tensor([float(v) for v in line.split()[3:-1]])
+    if len(vectors) != 2:
+        raise ValueError(
+            f"{path} is no Kaldi normalisation file: <AddShift> and <Rescale> are missing."
+        )
+    return vectors["<AddShift"], vectors["<Rescale"]
 
 
 class SANMAttention(nn.Module):
-    """Self-attention plus FSMN memory, a depthwise convolution over the values of the chunk itself."""
+    """Self-attention plus FSMN memory, a depthwise convolution over the values of the chunk."""
 
     def __init__(self, config, in_size):
         super().__init__()
-        size = config.output_size
-        self.heads, self.look_back, self.keep = config.attention_heads, config.look_back, config.chunk_rows
+        size, kernel = config.output_size, config.kernel_size
+        self.heads, self.look_back = config.attention_heads, config.look_back
+        self.keep = config.chunk_rows
         self.linear_q_k_v = nn.Linear(in_size, 3 * size)
         self.linear_out = nn.Linear(size, size)
-        self.fsmn_block = nn.Conv1d(size, size, config.kernel_size, groups=size, bias=False)
-        self.pad = (config.kernel_size - 1) // 2, config.kernel_size // 2
+        self.fsmn_block = nn.Conv1d(size, size, kernel, groups=size, bias=False)
+        self.pad = (kernel - 1) // 2, kernel // 2
 
     def forward(self, x, mask, valid, past):
-        """x (B, C, R, in_size), mask (B, C, keys), valid (B, C, R, 1), past two (B, look_back, keep, D).
+        """x (B, C, R, in_size), mask (B, C, keys), valid (B, C, R, 1), past [keys, values].
 
-        Returns (B, C, R, D) and the past for the chunks to come.
+        Returns (B, C, R, D) and the past of the next chunks; each past is (B, look_back, keep, D).
         """
-        q, k, v = self.linear_q_k_v(x).chunk(3, -1)  # (B, C, R, D)
-        kept = [torch.cat([p.to(t), t[:, :, : self.keep]], 1) for p, t in zip(past, (k, v))]
-        keys, values = (torch.cat([*self._windows(kept_t), t], 2) for kept_t, t in zip(kept, (k, v)))
-        y = self._attend(q, keys, values, mask)
-        return self.linear_out(y) + self._memory(v * valid), [t[:, -self.look_back :] for t in kept]
+        q, k, v = self.linear_q_k_v(x).chunk(3, -1)  # each (B, C, R, D)
+        keys, past_keys = self._with_past(k, past[0])
+        values, past_values = self._with_past(v, past[1])
+        y = self.linear_out(self._attend(q, keys, values, mask))
+        # The memory sees only this chunk, so rows beyond the end must be zero there.
+        return y + self.memory(v * valid), [past_keys, past_values]
+
+    def _with_past(self, rows, past):
+        """(B, C, R, D), past -> (B, C, look_back * keep + R, D), every chunk's view; next past."""
+        # A chunk leaves its first four rows behind; the other five are run again by the next one.
+        left = torch.cat([past.to(rows), rows[:, :, : self.keep]], 1)  # (B, look_back + C, keep, D)
+        chunks = rows.shape[1]
+        views = [left[:, i : i + chunks] for i in range(self.look_back)]  # oldest first
+        return torch.cat([*views, rows], 2), left[:, -self.look_back :]
 
     def _attend(self, q, keys, values, mask):
-        """Plain products: with 9 queries and 25 keys a fused kernel has nothing to gain (it is far slower to train)."""
-        q, keys, values = (t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, keys, values))
-        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -1e10).flatten(0, 1)[:, None, None]
-        score = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2) + bias  # (B C, heads, R, keys)
-        y = score.softmax(-1).to(values.dtype) @ values
-        return y.transpose(1, 2).flatten(2).unflatten(0, mask.shape[:2])
+        """Plain products: for 9 queries and 25 keys, a fused kernel is far slower to train."""
+        # Chunks do not see one another here: they become items of the batch.
+        q, keys, values = (
+            t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (q, keys, values)
+        )  # (B C, heads, R or keys, d)
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -1e10)
+        bias = bias.flatten(0, 1)[:, None, None]  # (B C, 1, 1, keys)
+        scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2) + bias  # (B C, heads, R, keys)
+        y = scores.softmax(-1).to(values.dtype) @ values
+        return y.transpose(1, 2).flatten(2).unflatten(0, mask.shape[:2])  # (B, C, R, D)
 
-    def _windows(self, kept):
-        """(B, look_back + C, keep, D) -> look_back views (B, C, keep, D): what each chunk looks back at."""
-        chunks = kept.shape[1] - self.look_back
-        return [kept[:, i : i + chunks] for i in range(self.look_back)]
-
-    def _memory(self, v):
-        """Depthwise convolution over the rows of a chunk, plus the rows themselves.
-
-        Written as one small product per channel: the gradient of a depthwise conv1d over thousands of nine-row
-        signals costs more than the rest of the layer.
-        """
-        rows = v.shape[2]
-        taps = F.pad(self.fsmn_block.weight[:, 0], (rows, rows))  # (D, kernel + 2 R)
-        place = torch.arange(rows, device=v.device)
-        toeplitz = taps[:, place[:, None] - place + self.pad[0] + rows]  # (D, R in, R out)
-        rows_first = v.flatten(0, 1).permute(2, 0, 1).contiguous()  # (D, B C, R); only then the products are one call
-        y = rows_first @ toeplitz.to(v.dtype)
-        return y.permute(1, 2, 0).view_as(v) + v
+    def memory(self, v):
+        """(B, C, R, D) -> the same shape: each channel filtered along its chunk, plus v."""
+        channels = v.flatten(0, 1).transpose(1, 2)  # (B C, D, R): conv1d runs over the last axis
+        filtered = self.fsmn_block(F.pad(channels, self.pad))
+        return filtered.transpose(1, 2).reshape(v.shape) + v
 
 
 class FeedForward(nn.Module):
@@ -106,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm block; without the first residual where the width changes (560 to output_size)."""
+    """Pre-norm block; the first has no first residual, as its width changes (560 to D)."""
 
     def __init__(self, config, in_size):
         super().__init__()
@@ -121,18 +126,29 @@ class EncoderLayer(nn.Module):
         return x + self.feed_forward(self.norm2(x)), past
 
 
+@dataclass
+class EncoderPast:
+    """The encoder's state between two calls."""
+
+    n_rows: int  # rows done since the utterance began
+    rows: torch.Tensor  # (B, 5, 560) the last ones, scaled and with their positions
+    keys: list  # per layer [keys, values], each (B, look_back, 4, D)
+
+
 class SANMEncoder(nn.Module):
-    """Rows of 560 features to rows of `output_size`, chunk by chunk or all chunks together (SPEECH k4)."""
+    """Rows of 560 features to rows of `output_size`, chunk by chunk or all chunks together."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoders0 = nn.ModuleList([EncoderLayer(config, config.input_size)])
-        self.encoders = nn.ModuleList(EncoderLayer(config, config.output_size) for _ in range(config.num_blocks - 1))
+        sizes = [config.input_size] + [config.output_size] * (config.num_blocks - 1)
+        first, *others = (EncoderLayer(config, size) for size in sizes)
+        self.encoders0 = nn.ModuleList([first])  # in a list of its own, as in the published file
+        self.encoders = nn.ModuleList(others)
         self.after_norm = nn.LayerNorm(config.output_size, EPS)
 
     def start(self, batch, device):
-        """The past before the first chunk: zero rows, and no keys (their number is in the mask)."""
+        """The past before the first chunk: zero rows, and keys that the mask will hide."""
         c = self.config
         rows = torch.zeros(batch, c.overlap_rows, c.input_size, device=device)
         empty = torch.zeros(batch, c.look_back, c.chunk_rows, c.output_size, device=device)
@@ -141,35 +157,41 @@ class SANMEncoder(nn.Module):
     def forward(self, rows, lengths, past):
         """rows (B, T, 560), lengths (B,), past -> (B, T, output_size) and the next past.
 
-        T need not be a multiple of four in the last call; rows beyond a length change nothing before it.
+        Only the last call of a stream may have a T that is no multiple of four; rows beyond a
+        length change nothing before it.
         """
         c, (batch, n_rows, _) = self.config, rows.shape
         chunks = math.ceil(n_rows / c.chunk_rows)
-        present = torch.arange(chunks * c.chunk_rows, device=rows.device) < lengths[:, None]  # (B, 4 C)
-        rows = F.pad(rows, (0, 0, 0, chunks * c.chunk_rows - n_rows)).masked_fill(~present[..., None], 0)
-        rows = rows * c.output_size**0.5 + positions(past.n_rows, rows.shape[1], c.input_size, rows.device)
-        stream = torch.cat([past.rows, rows], 1)
+        padded = chunks * c.chunk_rows
+        present = torch.arange(padded, device=rows.device) < lengths[:, None]  # (B, 4 C)
+        rows = F.pad(rows, (0, 0, 0, padded - n_rows)).masked_fill(~present[..., None], 0)
+        rows = rows * c.output_size**0.5 + positions(past.n_rows, padded, c.input_size, rows.device)
+
+        # Windows of nine rows, four apart: five that were there before, four new ones.
+        stream = torch.cat([past.rows, rows], 1)  # (B, 5 + 4 C, 560)
         size = c.overlap_rows + c.chunk_rows
         x = stream.unfold(1, size, c.chunk_rows).transpose(2, 3)  # (B, C, 9, 560)
-        valid = F.pad(present.unflatten(1, (chunks, -1)), (c.overlap_rows, 0), value=True)  # (B, C, 9)
-        behind = torch.arange(chunks, device=rows.device)[:, None] + torch.arange(c.look_back, device=rows.device)
-        behind = (behind >= c.look_back - past.n_rows // c.chunk_rows).repeat_interleave(c.chunk_rows, 1)
-        mask = torch.cat([behind.expand(batch, -1, -1), valid], 2)  # (B, C, 25)
+
+        # Zero rows before the first one count as present, as officially; absent chunks do not.
+        valid = present.unflatten(1, (chunks, -1))
+        valid = F.pad(valid, (c.overlap_rows, 0), value=True)  # (B, C, 9)
+        behind = self._behind(chunks, past.n_rows, rows.device).expand(batch, -1, -1)
+        mask = torch.cat([behind, valid], 2)  # (B, C, 25)
+
         keys = []
         for layer, layer_past in zip((*self.encoders0, *self.encoders), past.keys):
             x, layer_past = layer(x, mask, valid[..., None], layer_past)
             keys.append(layer_past)
-        y = self.after_norm(x[:, :, c.overlap_rows :]).flatten(1, 2)[:, :n_rows]
+        y = self.after_norm(x[:, :, c.overlap_rows :])  # the five rows before were context only
+        y = y.flatten(1, 2)[:, :n_rows]  # (B, T, D)
         return y, EncoderPast(past.n_rows + n_rows, stream[:, -c.overlap_rows :], keys)
 
-
-@dataclass
-class EncoderPast:
-    """What an encoder remembers between two calls."""
-
-    n_rows: int  # rows done since the utterance began
-    rows: torch.Tensor  # (B, 5, 560) the last ones, scaled and with their positions
-    keys: list  # per layer [keys, values], each (B, look_back, 4, D)
+    def _behind(self, chunks, n_rows, device):
+        """(C, look_back * 4): which keys of earlier chunks exist when `n_rows` rows are done."""
+        c = self.config
+        place = torch.arange(c.look_back, device=device)
+        place = place + torch.arange(chunks, device=device)[:, None]  # (C, look_back)
+        return (place >= c.look_back - n_rows // c.chunk_rows).repeat_interleave(c.chunk_rows, 1)
 
 
 def positions(start, count, depth, device):
@@ -185,8 +207,8 @@ class LinguisticState:
     """A listening session; `push` returns a new one and leaves the old one as it was."""
 
     past: EncoderPast
-    n_samples: int = 0  # heard so far
-    samples: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # not yet turned into fbank frames
+    n_samples: int = 0  # pushed so far
+    samples: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # not yet in a frame
     frames: torch.Tensor = None  # fbank frames that the next row still needs
     ended: bool = False
 
@@ -203,35 +225,41 @@ class LinguisticTokenizer(nn.Module):
         self.register_buffer("rescale", torch.ones(c.input_size))
 
     def features(self, wav):
-        """(N,) samples at 16 kHz -> (T, 560): fbank, seven frames stacked every six, normalised (CMVN)."""
-        rows = row_count(wav.shape[-1])
-        return self._rows(self._frames(wav), rows, -(self.config.lfr_m // 2))
+        """(N,) samples at 16 kHz -> (T, 560): fbank, seven frames stacked every six, normalised."""
+        return self._rows(self._frames(wav), row_count(len(wav)), -(self.config.lfr_m // 2))
 
     def _frames(self, wav):
+        """(N,) -> (frames, 80): the official recipe takes samples as 16-bit integers are."""
         return audio.fbank(wav * 32768, self.config.n_mels, dither=self.config.dither)
 
     def _rows(self, frames, rows, start=0):
-        """`rows` windows of the frames, the first at `start`; beyond either end the frame at that end repeats."""
+        """`rows` windows of the frames, the first at `start`; the ends repeat beyond either end."""
         c = self.config
         if rows == 0:
             return frames.new_zeros(0, c.input_size)
         place = torch.arange(rows, device=frames.device)[:, None] * c.lfr_n
-        place = place + torch.arange(start, start + c.lfr_m, device=frames.device)
+        place = place + torch.arange(start, start + c.lfr_m, device=frames.device)  # (T, 7)
         stacked = frames[place.clamp(0, len(frames) - 1)].flatten(1)  # (T, 560)
         return (stacked + self.add_shift) * self.rescale
 
     def forward(self, rows, lengths=None):
-        """(B, T, 560) features, lengths (B,) -> (B, T, output_size); differentiable, padding changes no valid row."""
+        """(B, T, 560) features, lengths (B,) -> (B, T, output_size), differentiable.
+
+        Padding beyond a length changes no valid row.
+        """
+        batch, n_rows, _ = rows.shape
+        if n_rows == 0:
+            return rows.new_zeros(batch, 0, self.config.output_size)
         if lengths is None:
-            lengths = torch.full((rows.shape[0],), rows.shape[1], device=rows.device)
-        if rows.shape[1] == 0:
-            return rows.new_zeros(rows.shape[0], 0, self.config.output_size)
-        return self.encoder(rows, lengths.to(rows.device), self.encoder.start(rows.shape[0], rows.device))[0]
+            lengths = torch.full((batch,), n_rows)
+        past = self.encoder.start(batch, rows.device)
+        return self.encoder(rows, lengths.to(rows.device), past)[0]
 
     def quantize(self, hidden):
         """(..., T, output_size) -> (..., T) codes: the nearest centroid."""
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
-        return torch.cdist(flat, self.centroids.float()).argmin(-1).reshape(hidden.shape[:-1])
+        codes = torch.cdist(flat, self.centroids.float()).argmin(-1)
+        return codes.reshape(hidden.shape[:-1])
 
     @torch.no_grad()
     def encode(self, wav, energy_norm=True):
@@ -241,50 +269,56 @@ class LinguisticTokenizer(nn.Module):
     @torch.no_grad()
     def encode_batch(self, wavs, energy_norm=True):
         """A list of waves -> a list of codes, in one pass and equal to those of `encode`."""
-        wavs = [torch.as_tensor(w, dtype=torch.float32, device=self.centroids.device) for w in wavs]
-        rows = [self.features(audio.energy_norm(w) if energy_norm and len(w) else w) for w in wavs]
+        device = self.centroids.device
+        rows = [self.features(wav) for wav in audio.levelled(wavs, energy_norm, device)]
         if not rows:
             return []
         lengths = torch.tensor([len(r) for r in rows])
-        codes = self.quantize(self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths))
-        return [c[:n] for c, n in zip(codes, lengths)]
+        hidden = self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+        return [codes[:n] for codes, n in zip(self.quantize(hidden), lengths)]
 
     # ---- live ----
 
     def start(self):
         """A new listening session."""
         device = self.centroids.device
-        return LinguisticState(self.encoder.start(1, device), samples=torch.zeros(0, device=device))
+        past = self.encoder.start(1, device)
+        return LinguisticState(past, samples=torch.zeros(0, device=device))
 
     @torch.no_grad()
     def push(self, state, samples, final=False):
-        """Hear more samples (n,): (new codes, new state).
+        """Take more samples (n,): (new codes, new state).
 
-        Codes come every 240 ms; `final` gives the rest. Whatever the packets, the codes of a session are those of
-        `encode(wav, energy_norm=False)`: loudness is not evened out, as the peak is not known yet.
+        Codes come every 240 ms; `final` gives the rest. However the packets are cut, the codes of a
+        session are those of `encode(wav, energy_norm=False)`: the peak is not known yet.
         """
         hidden, state = self.push_hidden(state, samples, final)
         return self.quantize(hidden), state
 
     @torch.no_grad()
     def push_hidden(self, state, samples, final=False):
-        """As `push`, before the centroids: ((T, output_size), state). Raises ValueError after the final packet."""
+        """As `push`, before the centroids: ((T, output_size), state). ValueError after `final`."""
         if state.ended:
             raise ValueError("this session has had its final packet: begin another with start().")
-        heard = torch.cat([state.samples, torch.as_tensor(samples).to(state.samples)])
+        waiting = torch.cat([state.samples, torch.as_tensor(samples).to(state.samples)])
         n_samples = state.n_samples + len(samples)
-        rows = (row_count(n_samples) if final else n_samples // STRIDE * 4) - state.past.n_rows
-        # A frame straddles two strides: only whole strides are turned into frames, as the official session does.
-        usable = len(heard) if final else len(heard) - n_samples % STRIDE
-        fresh = self._frames(heard[:usable])
-        heard = heard[len(fresh) * 160 :]
-        frames = fresh if state.frames is None else torch.cat([state.frames, fresh])
-        if state.frames is None and len(fresh):
-            frames = torch.cat([fresh[:1].expand(self.config.lfr_m // 2, -1), fresh])
+        total = row_count(n_samples) if final else n_samples // STRIDE * 4
+        rows = total - state.past.n_rows
+
+        # A frame straddles two strides: as in the official session, only whole strides are framed.
+        usable = len(waiting) if final else len(waiting) - n_samples % STRIDE
+        frames = self._frames(waiting[:usable])  # (new frames, 80)
+        waiting = waiting[len(frames) * 160 :]
+        if state.frames is not None:
+            frames = torch.cat([state.frames, frames])
+        elif len(frames):  # the first row is centred on the first frame, which repeats before it
+            frames = torch.cat([frames[:1].expand(self.config.lfr_m // 2, -1), frames])
+
         past, hidden = state.past, frames.new_zeros(0, self.config.output_size)
         if rows > 0:
-            features = self._rows(frames, rows)[None]
-            hidden, past = self.encoder(features, torch.tensor([rows], device=frames.device), past)
+            features = self._rows(frames, rows)[None]  # (1, rows, 560)
+            lengths = torch.tensor([rows], device=frames.device)
+            hidden, past = self.encoder(features, lengths, past)
             hidden = hidden[0]
         kept = frames[rows * self.config.lfr_n :] if len(frames) else state.frames
-        return hidden, LinguisticState(past, n_samples, heard, kept, final)
+        return hidden, LinguisticState(past, n_samples, waiting, kept, final)

@@ -1,7 +1,7 @@
-"""Semantic tokenizer: how it is said, 25 codes a second (AQAA paper 2.1; CosyVoice 1.0 section 2.1, S3 tokenizer v1).
+"""Semantic tokenizer: how it is said, 25 codes a second (AQAA paper 2.1, CosyVoice 1.0).
 
-Log-mel, two convolutions that each halve the rate, a transformer that sees the whole piece, and the nearest
-codebook entry on the unit sphere.
+S3 tokenizer v1: log-mel, two convolutions that each halve the rate, a transformer that sees the
+whole piece, and the nearest codebook entry on the unit sphere.
 """
 
 import torch
@@ -21,14 +21,18 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(size, size)
-        self.key = nn.Linear(size, size, bias=False)
+        self.key = nn.Linear(size, size, bias=False)  # a bias would add the same score to every key
         self.value = nn.Linear(size, size)
         self.out = nn.Linear(size, size)
 
     def forward(self, x, mask):
-        """x (B, T, D), mask None or (B, 1, 1, T), true where a key is real."""
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        """x (B, T, D), mask None or (B, 1, 1, T), true where a key is real -> (B, T, D)."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )  # (B, heads, T, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -51,28 +55,31 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        size = config.n_audio_state
+        size, heads = config.n_audio_state, config.n_audio_head
         self.conv1 = nn.Conv1d(config.n_mels, size, 3, stride=2, padding=1)
         self.conv2 = nn.Conv1d(size, size, 3, stride=2, padding=1)
         self.register_buffer("positional_embedding", sinusoids(config.n_audio_ctx, size))
-        self.blocks = nn.ModuleList(
-            ResidualAttentionBlock(size, config.n_audio_head) for _ in range(config.n_audio_layer)
-        )
+        blocks = (ResidualAttentionBlock(size, heads) for _ in range(config.n_audio_layer))
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x, lengths=None):
-        mask = None
+        """x (B, n_mels, T), lengths (B,) or None -> rows and their number, lengths or None."""
         for conv in (self.conv1, self.conv2):
-            if lengths is not None:  # padding is zeroed before each convolution, or it would leak into the last row
+            if lengths is not None:
+                # The kernel of three reaches beyond an item's end: padding would leak into its
+                # last row, so it becomes zero, like the convolution's own padding.
                 x = x.masked_fill(~_present(lengths, x.shape[-1])[:, None], 0)
                 lengths = (lengths + 1) // 2
-            x = F.gelu(conv(x))
+            x = F.gelu(conv(x))  # 100 -> 50 -> 25 rows a second
         x = x.transpose(1, 2)  # (B, T / 4, D)
-        if x.shape[1] > len(self.positional_embedding):
-            limit = len(self.positional_embedding)
-            raise ValueError(f"{x.shape[1]} rows are more than the {limit} positions of this tokenizer: cut the wave.")
-        x = x + self.positional_embedding[: x.shape[1]]
-        if lengths is not None:
-            mask = _present(lengths, x.shape[1])[:, None, None]
+        rows, limit = x.shape[1], len(self.positional_embedding)
+        if rows > limit:
+            raise ValueError(
+                f"{rows} rows are more than the {limit} positions of this tokenizer: cut the wave."
+            )
+        x = x + self.positional_embedding[:rows]
+        # Every row attends to all rows of its item, later ones too: this encoder is not causal.
+        mask = None if lengths is None else _present(lengths, rows)[:, None, None]
         for block in self.blocks:
             x = block(x, mask)
         return x, lengths
@@ -82,26 +89,22 @@ def _present(lengths, size):
     return torch.arange(size, device=lengths.device) < lengths[:, None]  # (B, size)
 
 
-def sinusoids(length, channels, longest=10000):
+def sinusoids(length, channels, longest=10000.0):
     """(length, channels): [sin | cos] table of Whisper."""
     half = channels // 2
-    rates = torch.exp(-torch.arange(half) * (torch.tensor(float(longest)).log() / (half - 1)))
+    rates = torch.exp(-torch.arange(half) * (torch.tensor(longest).log() / (half - 1)))
     angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class Codebook(nn.Module):
-    """`embed`: the entries that the unit vectors are compared with."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.register_buffer("embed", torch.zeros(config.n_codebook_size, config.n_audio_state))
-
-
 class Quantizer(nn.Module):
+    """`_codebook.embed` (K, D), as published: the entries that unit vectors are compared with."""
+
     def __init__(self, config):
         super().__init__()
-        self._codebook = Codebook(config)
+        entries = torch.zeros(config.n_codebook_size, config.n_audio_state)
+        self._codebook = nn.Module()
+        self._codebook.register_buffer("embed", entries)
 
     def forward(self, hidden):
         """(..., D) -> (...) codes."""
@@ -110,14 +113,15 @@ class Quantizer(nn.Module):
 
 @audio.full_precision
 def distances(hidden, embed):
-    """(..., D), (K, D) -> (..., K): squared distance of the L2-normalised rows to every entry."""
+    """(..., D), (K, D) -> (..., K): squared distance of the unit rows to every entry."""
     x, embed = F.normalize(hidden.float(), dim=-1), embed.float()
     lengths = torch.linalg.vector_norm(embed, dim=-1).square()  # in one pass over the codebook
+    # |x - e|^2 written out: one matrix product instead of a difference for every pair.
     return x.square().sum(-1, keepdim=True) - 2 * x @ embed.T + lengths
 
 
 class SemanticTokenizer(nn.Module):
-    """Speech to semantic codes. Parameter names are those of s3tokenizer's `speech_tokenizer_v1_25hz`."""
+    """Speech to semantic codes, with the parameter names of `speech_tokenizer_v1_25hz`."""
 
     def __init__(self, config=None):
         super().__init__()
@@ -139,9 +143,9 @@ class SemanticTokenizer(nn.Module):
         return model.eval()
 
     def hidden(self, logmel, lengths=None):
-        """(B, n_mels, T) log-mels, lengths (B,) in frames -> hidden (B, ceil(T / 4), D), their lengths (B,).
+        """(B, n_mels, T) log-mels, lengths (B,) in frames -> (B, ceil(T / 4), D), row counts (B,).
 
-        Padding beyond a length changes no valid row. Raises ValueError for more rows than there are positions.
+        Padding beyond a length changes no valid row. ValueError for more rows than positions.
         """
         if lengths is not None:
             return self.encoder(logmel, torch.as_tensor(lengths, device=logmel.device))
@@ -158,26 +162,26 @@ class SemanticTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, wav, energy_norm=True):
-        """(N,) samples at 16 kHz -> int64 codes, one for every 40 ms (rounded up) of each 30 s piece."""
+        """(N,) samples at 16 kHz -> codes, one for every 40 ms (rounded up) of each 30 s piece."""
         return self.encode_batch([wav], energy_norm)[0]
 
     @torch.no_grad()
     def encode_batch(self, wavs, energy_norm=True):
-        """A list of waves -> a list of codes, in one pass and equal to those of `encode`."""
+        """A list of waves -> a list of int64 codes, in one pass and equal to those of `encode`."""
         device = self.encoder.conv1.weight.device
-        pieces, owners = [], []
-        for owner, wav in enumerate(wavs):
-            wav = torch.as_tensor(wav, dtype=torch.float32, device=device)
-            wav = audio.energy_norm(wav) if energy_norm and len(wav) else wav
-            parts = wav.split(min(PIECE, FRAME * self.config.n_audio_ctx))
-            mels = [self.features(part) for part in parts if len(part) >= SHORTEST]
-            pieces += mels
-            owners += [owner] * len(mels)
+        size = min(PIECE, FRAME * self.config.n_audio_ctx)
+        mels, owners = [], []  # a piece's wave
+        for owner, wav in enumerate(audio.levelled(wavs, energy_norm, device)):
+            # Before padding: the loudest bin of a piece sets the floor of its log-mel.
+            pieces = [self.features(part) for part in wav.split(size) if len(part) >= SHORTEST]
+            mels += pieces
+            owners += [owner] * len(pieces)
         codes = [torch.zeros(0, dtype=torch.long, device=device)] * len(wavs)
-        if pieces:
-            lengths = torch.tensor([m.shape[1] for m in pieces], device=device)
-            batch = nn.utils.rnn.pad_sequence([m.T for m in pieces], batch_first=True).transpose(1, 2)
-            hidden, rows = self.hidden(batch, lengths if len(pieces) > 1 else None)
-            for owner, piece, n in zip(owners, self.quantize(hidden), rows.tolist()):
-                codes[owner] = torch.cat([codes[owner], piece[:n]])
+        if not mels:
+            return codes
+        lengths = torch.tensor([m.shape[1] for m in mels], device=device)
+        batch = nn.utils.rnn.pad_sequence([m.T for m in mels], batch_first=True).transpose(1, 2)
+        hidden, rows = self.hidden(batch, lengths if len(mels) > 1 else None)
+        for owner, piece, n in zip(owners, self.quantize(hidden), rows.tolist()):
+            codes[owner] = torch.cat([codes[owner], piece[:n]])
         return codes

@@ -1,8 +1,9 @@
-"""Text to ids: Step-1's SentencePiece Unigram model, or a small one trained on the mini's own sentences.
+"""Text to ids: Step-1's SentencePiece Unigram model, or a small one of the mini's sentences.
 
-Both are one `tokenizers.Tokenizer`. The published file is a protobuf of 74,752 pieces; a few fields of it are read here
-by hand, so that no SentencePiece library is needed. (AutoTokenizer of transformers 5 rebuilds it as BPE and gets most
-strings wrong.) The mini keeps Step-1's marker ids 0..67 and has about 3 characters in a piece.
+Both are one `tokenizers.Tokenizer`. The published file is a protobuf of 74,752 pieces; its few
+fields are read here, so that no SentencePiece library is needed. (AutoTokenizer of transformers 5
+rebuilds it as BPE and gets most strings wrong.) The mini keeps Step-1's marker ids 0..67 and has
+about 3 characters in a piece.
 """
 
 import json
@@ -14,36 +15,50 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types of the SentencePiece format
+from aqaa.tokenizers.protobuf import fields
+
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # piece types of the SentencePiece format; 1 is normal
 UNIGRAM = 1  # its model_type
 SPACE = "▁"
 FIRST_TEXT = 68  # ids below are markers
 ROLES = ("human\n", "assistant\n", "system\n")  # ids 39, 40, 41 of the mini, unused in Step-1
 MANNERS = ("slow", "fast", "high", "low", "loud", "soft", "happy", "sad", "angry", "calm")
-TAGS = tuple(f"({manner})" for manner in MANNERS)  # ids 42..51 of the mini: how the words that follow are said
+TAGS = tuple(f"({manner})" for manner in MANNERS)  # ids 42..51 of the mini: how the words are said
 STEP1_MARKERS = (
-    "<unk>", "<s>", "</s>", "<|EOT|>", "<|BOT|>", "<|CALL_START|>", "<|CALL_END|>", "<|THINK_START|>", "<|THINK_END|>",
-    "<|IMG_START|>", "<|IMG_END|>", "<|META_START|>", "<|META_END|>", "<im_patch>", "<im_start>", "<im_end>",
-    *(f"<unused_{i}>" for i in range(16, 31)), "<audio_start>", "<audio_end>", "<text_start>", "<text_end>",
-    "<|TTS|>", "<|ASR|>", "<|TQAA|>", "<|AQTA|>", *ROLES, *TAGS, *(f"<unused_{i}>" for i in range(52, FIRST_TEXT)),
+    "<unk>", "<s>", "</s>", "<|EOT|>", "<|BOT|>", "<|CALL_START|>", "<|CALL_END|>",
+    "<|THINK_START|>", "<|THINK_END|>", "<|IMG_START|>", "<|IMG_END|>", "<|META_START|>",
+    "<|META_END|>", "<im_patch>", "<im_start>", "<im_end>",
+    *(f"<unused_{i}>" for i in range(16, 31)), "<audio_start>", "<audio_end>", "<text_start>",
+    "<text_end>", "<|TTS|>", "<|ASR|>", "<|TQAA|>", "<|AQTA|>", *ROLES, *TAGS,
+    *(f"<unused_{i}>" for i in range(52, FIRST_TEXT)),
 )  # fmt: skip
 MAX_PIECE = 4  # characters, ▁ included: keeps pieces near 3 characters
 LONGEST_PIECE = 1000  # bytes of a published piece: the library cannot take endless ones
 ANCHOR = "<s>"  # stands before a text that must not get a leading space
-AUTO = {  # what AutoTokenizer is told; an answer is generated from its end, hence padding on the left
-    "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "padding_side": "left",
-    "model_input_names": ["input_ids", "attention_mask"],
+AUTO = {  # for AutoTokenizer; an answer is generated from its end, hence padding on the left
+    "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+    "padding_side": "left", "model_input_names": ["input_ids", "attention_mask"],
 }  # fmt: skip
-AUTO_MARKERS = {"bos_token": ANCHOR, "eos_token": "<|EOT|>", "unk_token": "<unk>", "pad_token": "<unk>"}
+AUTO_MARKERS = {
+    "bos_token": ANCHOR, "eos_token": "<|EOT|>", "unk_token": "<unk>", "pad_token": "<unk>",
+}  # fmt: skip
 
 
 def tagged(text, manner):
-    """A text that says how it is said: "(slow) the river runs"; as it is in the normal manner, or in none."""
+    """A text that says how it is said: "(slow) the river runs"; unchanged for any other manner."""
     return f"({manner}) {text}" if manner in MANNERS else text
 
 
+def normalise(text):
+    """The words of a sentence as the judge compares them.
+
+    Lower case, no punctuation but apostrophes, single spaces; "(slow)" is not spoken and left out.
+    """
+    return " ".join(re.sub(r"\([^)]*\)|[^\w' ]", " ", text.lower()).split())
+
+
 class TextTokenizer:
-    """Text ↔ ids. Build it with from_file, from_sentencepiece or train; `n_text` is the number of its ids."""
+    """Text ↔ ids, by from_file, from_sentencepiece or train; `n_text` is the number of its ids."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -64,54 +79,68 @@ class TextTokenizer:
 
     @classmethod
     def from_sentencepiece(cls, path):
-        """Read Step-1's tokenizer.model (Unigram, byte fallback). Raises FileNotFoundError or ValueError."""
+        """Read Step-1's tokenizer.model (Unigram, byte fallback). FileNotFoundError, ValueError."""
         pieces, model_type = read_sentencepiece(_bytes(path), path)
         if model_type != UNIGRAM:
-            raise ValueError(f"{path} holds a SentencePiece model of type {model_type}; only Unigram (1) is supported")
+            raise ValueError(
+                f"{path} holds a SentencePiece model of type {model_type}; "
+                "only Unigram (1) is supported"
+            )
+        # The first three, <unk> <s> </s>, are markers whatever types and scores the file gives.
         vocab = [(piece, 0.0 if i < 3 else score) for i, (piece, score, _) in enumerate(pieces)]
         tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        tokenizer.decoder = _decoder()
-        special = [p for i, (p, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL) or i < 3]
-        plain = [p for i, (p, _, kind) in enumerate(pieces) if kind == USER_DEFINED and i >= 3]
-        return cls(_with_markers(tokenizer, special, plain))
+        special, plain = [], []
+        for i, (piece, _, kind) in enumerate(pieces):
+            if i < 3 or kind in (UNKNOWN, CONTROL):
+                special.append(piece)
+            elif kind == USER_DEFINED:
+                plain.append(piece)
+        return cls(_finished(tokenizer, special, plain))
 
     @classmethod
     def train(cls, texts, n_text=512):
-        """A small Unigram model of lower-case English: letters, apostrophe, space (accents are stripped).
+        """A small Unigram model of lower-case English: letters, apostrophe, space, no accents.
 
-        texts: strings to learn from. Ids: Step-1's markers 0..67, with role headers and manner tags on unused ones,
-        then n_text - 68 pieces of at most MAX_PIECE characters (fewer, and spare ids, if the texts hold too little).
-        Raises ValueError if n_text leaves no room for the letters.
+        texts: strings to learn from. Ids: Step-1's markers 0..67, with role headers and manner tags
+        on unused ones, then n_text - 68 pieces of at most MAX_PIECE characters (fewer, and spare
+        ids, if the texts hold too little). ValueError if n_text leaves no room for the letters.
         """
-        alphabet = [SPACE, "'", *"abcdefghijklmnopqrstuvwxyz"]
-        if n_text < FIRST_TEXT + len(alphabet):
-            raise ValueError(f"n_text must be at least {FIRST_TEXT + len(alphabet)} to hold markers and letters")
-        words, clean = Counter(), _mini_normalizer()
+        alphabet = [SPACE, *"'abcdefghijklmnopqrstuvwxyz"]
+        room = n_text - FIRST_TEXT
+        if room < len(alphabet):
+            least = FIRST_TEXT + len(alphabet)
+            raise ValueError(f"n_text must be at least {least} to hold markers and letters")
+        normalizer, words = _mini_normalizer(), Counter()
         for text in texts:
-            words.update(SPACE + word for word in clean.normalize_str(text).split())
-        pieces = train_unigram(words, n_text - FIRST_TEXT, alphabet)
-        spare = [(f"<SPARE_{i}>", -99.0) for i in range(n_text - FIRST_TEXT - len(pieces))]  # no text can hold these
+            words.update(SPACE + word for word in normalizer.normalize_str(text).split())
+        pieces = train_unigram(words, room, alphabet)
+        spare = [(f"<SPARE_{i}>", -99.0) for i in range(room - len(pieces))]  # in no text
         vocab = [(marker, 0.0) for marker in STEP1_MARKERS] + pieces + spare
         tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0))
-        tokenizer.normalizer, tokenizer.pre_tokenizer = _mini_normalizer(), _mini_pre_tokenizer()
-        tokenizer.decoder = _decoder()
-        return cls(_with_markers(tokenizer, [m for m in STEP1_MARKERS if m not in ROLES + TAGS], [*ROLES, *TAGS]))
+        tokenizer.normalizer = normalizer
+        # Every word begins with ▁, also after a marker: its pieces are the same everywhere.
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+        plain = [*ROLES, *TAGS]
+        return cls(_finished(tokenizer, [m for m in STEP1_MARKERS if m not in plain], plain))
 
     def encode(self, text, *, bos=False, prefix=True, specials=True):
-        """Ids of a text. bos: begin with `<s>`. prefix=False: the text goes on after a marker (no leading space piece
-        in Step-1's model). specials=False: markers spelt out in the text are read letter by letter."""
+        """Ids of a text. bos: begin with `<s>`.
+
+        prefix=False: the text goes on after a marker, without Step-1's leading space piece.
+        specials=False: markers spelt out in the text are read letter by letter.
+        """
         parts = [text] if specials else _break_markers(text, self.markers)
         encoded = [self.anchor] if bos else []
-        for part in parts:
-            if prefix and part is parts[0]:
+        for i, part in enumerate(parts):
+            if prefix and i == 0:
                 encoded += self.tokenizer.encode(part, add_special_tokens=False).ids
-            else:  # a marker in front, taken off again, is how the official code meets such a text
+            else:  # the official code also meets such a text with a marker in front
                 encoded += self.tokenizer.encode(ANCHOR + part, add_special_tokens=False).ids[1:]
         return encoded
 
     def decode(self, ids, skip_specials=True):
-        """Text of ids; a streamed answer decodes its whole text again each time, as pieces do not stand alone."""
+        """Text of ids. A streamed answer decodes all its ids again: pieces do not stand alone."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_specials)
 
     def save(self, path):
@@ -119,178 +148,144 @@ class TextTokenizer:
         self.tokenizer.save(str(path))
 
     def save_pretrained(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, by which AutoTokenizer of transformers gives the same ids."""
-        folder, config = Path(folder), {**AUTO, **{k: v for k, v in AUTO_MARKERS.items() if v in self.specials}}
+        """Write tokenizer.json and tokenizer_config.json: AutoTokenizer then gives the same ids."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder / "tokenizer.json")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        known = {name: marker for name, marker in AUTO_MARKERS.items() if marker in self.specials}
+        config = json.dumps({**AUTO, **known}, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
 
 
 def _break_markers(text, markers):
-    """Cut a text inside each of its markers, so that no part holds one. (Overlapping markers do not occur.)"""
-    cuts = [found.start() + 1 for found in markers.finditer(text)]
-    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    """Cut a text inside each of its markers, so that no part holds one."""
+    cuts = [match.start() + 1 for match in markers.finditer(text)]
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
 
 
-def _with_markers(tokenizer, special, plain):
-    """Make markers of pieces: found in a text before anything else; the special ones can be left out by decode."""
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in plain])
+def _finished(tokenizer, special, plain):
+    """Add the decoder and the markers, which are cut out of a text before all else.
+
+    Only the special ones can be left out by decode.
+    """
+    steps = decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    special = [AddedToken(piece, special=True, normalized=False) for piece in special]
+    plain = [AddedToken(piece, special=False, normalized=False) for piece in plain]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
     return tokenizer
 
 
-def _decoder():
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    return decoders.Sequence(steps)
-
-
 def _mini_normalizer():
-    steps = [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Replace("’", "'")]
-    clean = [normalizers.Replace(Regex("[^a-z']+"), " "), normalizers.Strip()]
-    return normalizers.Sequence(steps + clean)
-
-
-def _mini_pre_tokenizer():
-    """Every word begins with ▁, also after a marker, so that a word has one spelling in pieces wherever it stands."""
-    return pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-
-
-# --- training a Unigram model (Kudo 2018, section 3.2), small enough for plain Python, the same on every machine -----
-
-
-def train_unigram(words, size, alphabet, max_piece=MAX_PIECE):
-    """Pieces of a Unigram model: [(piece, log probability)], at most `size`, the alphabet always among them.
-
-    words: Counter of words. Starts from frequent substrings, then alternates expectation-maximisation with dropping
-    the pieces whose loss costs least.
-    """
-    seeds = Counter()
-    for word, count in sorted(words.items()):
-        for a in range(len(word)):
-            for b in range(a + 2, min(a + max_piece, len(word)) + 1):
-                seeds[word[a:b]] += count
-    kept = sorted(seeds, key=lambda piece: (-seeds[piece] * len(piece), piece))[: 4 * size]
-    weights = {piece: float(seeds[piece]) for piece in kept}
-    letters = Counter()
-    for word, count in words.items():
-        for letter in word:
-            letters[letter] += count
-    weights.update({letter: letters[letter] + 1.0 for letter in alphabet})
-    while True:
-        for _ in range(2):
-            weights = _expected_counts(words, weights, alphabet)
-        if len(weights) <= size:
-            break
-        costs = _removal_costs(weights)
-        longer = sorted((p for p in weights if p not in alphabet), key=lambda piece: (-costs[piece], piece))
-        keep = max(size, int(0.8 * len(weights))) - len(alphabet)
-        weights = {piece: weights[piece] for piece in [*alphabet, *longer[:keep]]}
-    total = sum(weights.values())
-    ranked = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-    return [(piece, round(math.log(weight / total), 6)) for piece, weight in ranked]
-
-
-def _expected_counts(words, weights, alphabet):
-    """One round of EM: how often each piece is used, over all ways to cut each word (forward-backward)."""
-    total = sum(weights.values())
-    chance = {piece: weight / total for piece, weight in weights.items()}
-    longest = max(map(len, chance))
-    counts = dict.fromkeys(alphabet, 1e-3)
-    for word, times in words.items():
-        n = len(word)
-        spans = ((a, b) for b in range(1, n + 1) for a in range(max(0, b - longest), b))
-        edges = [(a, b, chance[word[a:b]]) for a, b in spans if word[a:b] in chance]
-        ahead, behind = [1.0] + [0.0] * n, [0.0] * n + [1.0]
-        for a, b, p in edges:  # ordered by end
-            ahead[b] += ahead[a] * p
-        for a, b, p in sorted(edges, reverse=True):  # ordered by start, last first
-            behind[a] += p * behind[b]
-        for a, b, p in edges:
-            piece = word[a:b]
-            counts[piece] = counts.get(piece, 0.0) + times * ahead[a] * p * behind[b] / ahead[n]
-    return {piece: count for piece, count in counts.items() if count >= 0.5 or piece in alphabet}
-
-
-def _removal_costs(weights):
-    """By how much the log likelihood falls when a piece is replaced by its best cut into others."""
-    total = math.log(sum(weights.values()))
-    score = {piece: math.log(weight) - total for piece, weight in weights.items()}
-    costs = {}
-    for piece in score:
-        best = [0.0] + [-math.inf] * len(piece)
-        for b in range(1, len(piece) + 1):
-            for a in range(b):
-                if b - a < len(piece) and piece[a:b] in score:
-                    best[b] = max(best[b], best[a] + score[piece[a:b]])
-        costs[piece] = weights[piece] * (score[piece] - best[-1])
-    return costs
+    return normalizers.Sequence([
+        normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(),
+        normalizers.Replace("’", "'"), normalizers.Replace(Regex("[^a-z']+"), " "),
+        normalizers.Strip(),
+    ])  # fmt: skip
 
 
 def _bytes(path):
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.json or a tokenizer.model")
+        raise FileNotFoundError(
+            f"no tokenizer at {path}: give a tokenizer.json or a tokenizer.model"
+        )
     return path.read_bytes()
 
 
-# --- a reader for the few protobuf fields that a SentencePiece model needs -------------------------------------------
+# ---- training a Unigram model (Kudo 2018, section 3.2) -------------------------------------------
+# By hand: the UnigramTrainer of `tokenizers` gives other pieces each time, and too few of them.
+
+
+def train_unigram(words, size, alphabet, max_piece=MAX_PIECE):
+    """Pieces of a Unigram model: [(piece, log probability)], at most `size`, all of the alphabet.
+
+    words: Counter of words. Starts from frequent substrings, then alternates two rounds of EM with
+    dropping the fifth of the pieces whose loss costs least.
+    """
+    seeds = Counter()
+    for word, count in sorted(words.items()):
+        for a in range(len(word)):
+            for b in range(a + 1, min(a + max_piece, len(word)) + 1):
+                seeds[word[a:b]] += count
+    longer = [piece for piece in seeds if len(piece) > 1]
+    longer.sort(key=lambda piece: (-seeds[piece] * len(piece), piece))
+    counts = {piece: float(seeds[piece]) for piece in longer[: 4 * size]}
+    counts |= {letter: seeds[letter] + 1.0 for letter in alphabet}
+    while True:
+        for _ in range(2):
+            counts = _expected_counts(words, counts, alphabet)
+        if len(counts) <= size:
+            break
+        costs = _removal_costs(counts)
+        longer = [piece for piece in counts if piece not in alphabet]
+        longer.sort(key=lambda piece: (-costs[piece], piece))
+        keep = max(size, int(0.8 * len(counts))) - len(alphabet)
+        counts = {piece: counts[piece] for piece in [*alphabet, *longer[:keep]]}
+    total = sum(counts.values())
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [(piece, round(math.log(count / total), 6)) for piece, count in ranked]
+
+
+def _expected_counts(words, counts, alphabet):
+    """One round of EM: expected uses of each piece over all ways to cut each word."""
+    total = sum(counts.values())
+    probs = {piece: count / total for piece, count in counts.items()}
+    longest = max(map(len, probs))
+    expected = dict.fromkeys(alphabet, 1e-3)
+    for word, times in words.items():
+        n = len(word)
+        spans = ((a, b) for b in range(1, n + 1) for a in range(max(0, b - longest), b))
+        edges = [(a, b, probs[word[a:b]]) for a, b in spans if word[a:b] in probs]
+        # The forward-backward algorithm: probability of all cuts before and behind each place.
+        forward = [1.0] + [0.0] * n
+        backward = [0.0] * n + [1.0]
+        for a, b, prob in edges:  # ordered by end
+            forward[b] += forward[a] * prob
+        for a, b, prob in sorted(edges, reverse=True):  # ordered by start, last first
+            backward[a] += prob * backward[b]
+        for a, b, prob in edges:
+            use = times * forward[a] * prob * backward[b] / forward[n]
+            expected[word[a:b]] = expected.get(word[a:b], 0.0) + use
+    return {piece: n for piece, n in expected.items() if n >= 0.5 or piece in alphabet}
+
+
+def _removal_costs(counts):
+    """Loss of log likelihood when a piece is replaced by its best cut into others, per piece."""
+    total = math.log(sum(counts.values()))
+    score = {piece: math.log(count) - total for piece, count in counts.items()}
+    costs = {}
+    for piece in score:
+        best = [0.0] + [-math.inf] * len(piece)  # Viterbi over the places in the piece
+        for b in range(1, len(piece) + 1):
+            for a in range(b):
+                if b - a < len(piece) and piece[a:b] in score:
+                    best[b] = max(best[b], best[a] + score[piece[a:b]])
+        costs[piece] = counts[piece] * (score[piece] - best[-1])
+    return costs
+
+
+# ---- the few protobuf fields of a SentencePiece model --------------------------------------------
 
 
 def read_sentencepiece(data, name="model"):
-    """Pieces [(text, score, type)] and model_type of a SentencePiece ModelProto (bytes). Raises ValueError."""
+    """Pieces [(text, score, type)] and model_type of a ModelProto (bytes). Raises ValueError."""
+    pieces, model_type = [], UNIGRAM
     try:
-        pieces, model_type = [], UNIGRAM
-        for number, value in _fields(data):
+        for number, value in fields(memoryview(data)):
             if number == 1:  # repeated SentencePiece: 1 piece, 2 score, 3 type
-                entry = dict(_fields(value))
-                if len(entry[1]) > LONGEST_PIECE or not math.isfinite(entry.get(2, 0.0)):
-                    raise IndexError("a piece is too long, or its score no number")
-                pieces.append((entry[1].decode(), entry.get(2, 0.0), entry.get(3, NORMAL)))
+                entry = dict(fields(value))
+                (score,) = struct.unpack("<f", entry.get(2, bytes(4)))
+                if len(entry[1]) > LONGEST_PIECE or not math.isfinite(score):
+                    raise ValueError("a piece is too long, or its score no number")
+                pieces.append((bytes(entry[1]).decode(), score, entry.get(3, 1)))
             elif number == 2:  # TrainerSpec: 3 model_type
-                model_type = dict(_fields(value)).get(3, UNIGRAM)
-    except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError, struct.error) as error:
-        raise ValueError(f"{name} is not a SentencePiece model: it is cut short or something else") from error
+                model_type = dict(fields(value)).get(3, UNIGRAM)
+    except (LookupError, TypeError, ValueError, struct.error) as fault:
+        raise ValueError(
+            f"{name} is not a SentencePiece model: it is cut short or something else"
+        ) from fault
     if not pieces:
         raise ValueError(f"{name} is not a SentencePiece model: it holds no pieces")
     return pieces, model_type
-
-
-def _fields(data):
-    """(field number, value) pairs of a protobuf message: ints, floats for 32-bit fields, bytes for nested ones."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-        elif wire == 1:
-            (value,), at = struct.unpack_from("<d", data, at), at + 8
-        elif wire == 2:
-            size, at = _varint(data, at)
-            if at + size > len(data):
-                raise IndexError("field longer than the file")
-            value, at = data[at : at + size], at + size
-        elif wire == 5:
-            (value,), at = struct.unpack_from("<f", data, at), at + 4
-        else:
-            raise KeyError(wire)
-        yield tag >> 3, value
-
-
-def _varint(data, at):
-    value = shift = 0
-    while True:
-        if shift >= 70:  # ten bytes hold 64 bits; longer ones would be summed in quadratic time
-            raise IndexError("a number is too long")
-        byte = data[at]
-        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            return value, at
-
-
-def normalise(text):
-    """The words of a sentence as the judge compares them: lower case, no punctuation but apostrophes, single spaces.
-
-    What stands in round brackets, "(slow)", is not spoken and left out.
-    """
-    return " ".join(re.sub(r"\([^)]*\)|[^\w' ]", " ", text.lower()).split())

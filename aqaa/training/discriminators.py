@@ -1,4 +1,4 @@
-"""Small adversaries of the vocoder (HiFi-GAN, UnivNet): they learn to tell real waves from made ones."""
+"""Small adversaries of the vocoder (HiFi-GAN, UnivNet): they learn to tell real waves from made."""
 
 from itertools import pairwise
 
@@ -10,50 +10,54 @@ from torch.nn.utils.parametrizations import weight_norm
 from aqaa.training.loop import autocast
 
 
-def _stack(first, channels, kernel, stride, padding):
-    sizes = [first, *channels]
-    layers = [
-        weight_norm(nn.Conv2d(a, b, kernel, stride if i < len(channels) - 1 else 1, padding))
-        for i, (a, b) in enumerate(pairwise(sizes))
-    ]
-    return nn.ModuleList(layers), weight_norm(nn.Conv2d(channels[-1], 1, 3, padding=1))
+class Discriminator(nn.Module):
+    """Convolutions over a picture of the wave; a subclass has picture(wav (B, N)) -> (B, 1, H, W)."""
 
-
-class PeriodDiscriminator(nn.Module):
-    """Sees the wave folded to rows of `period` samples, so that each column is one phase of that period."""
-
-    def __init__(self, period, channels):
+    def __init__(self, channels, kernel, stride, padding):
         super().__init__()
-        self.period = period
-        self.layers, self.last = _stack(1, channels, (5, 1), (3, 1), (2, 0))
+        pairs = list(pairwise([1, *channels]))
+        strides = [stride] * (len(pairs) - 1) + [1]
+        self.layers = nn.ModuleList(
+            weight_norm(nn.Conv2d(*pair, kernel, step, padding))
+            for pair, step in zip(pairs, strides, strict=True)
+        )
+        self.last = weight_norm(nn.Conv2d(channels[-1], 1, 3, padding=1))
 
     def forward(self, wav):
+        """(score map, features of each layer)"""
+        x = self.picture(wav)
+        features = []
+        with autocast(x.device):
+            for layer in self.layers:
+                x = F.leaky_relu(layer(x), 0.1)
+                features.append(x)
+            return self.last(x).float(), features
+
+
+class PeriodDiscriminator(Discriminator):
+    """Sees the wave folded to rows of `period` samples: each column is one phase of that period."""
+
+    def __init__(self, period, channels):
+        super().__init__(channels, (5, 1), (3, 1), (2, 0))
+        self.period = period
+
+    def picture(self, wav):
         x = F.pad(wav, (0, -wav.shape[-1] % self.period), mode="reflect")
-        return _run(self, x.view(len(x), 1, -1, self.period))  # (B, 1, N / period, period)
+        return x.view(len(x), 1, -1, self.period)  # (B, 1, N / period, period)
 
 
-class SpectrumDiscriminator(nn.Module):
+class SpectrumDiscriminator(Discriminator):
     """Sees the compressed magnitude of one STFT resolution."""
 
     def __init__(self, n_fft, channels):
-        super().__init__()
+        super().__init__(channels, (3, 5), (1, 2), (1, 2))
         self.n_fft = n_fft
-        self.layers, self.last = _stack(1, channels, (3, 5), (1, 2), (1, 2))
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
-    def forward(self, wav):
-        spectrum = torch.stft(wav, self.n_fft, self.n_fft // 4, window=self.window, return_complex=True)
-        return _run(self, (spectrum.real**2 + spectrum.imag**2 + 1e-7).pow(0.15).mT[:, None])  # (B, 1, T, F)
-
-
-def _run(net, x):
-    features = []
-    with autocast(x.device):
-        for layer in net.layers:
-            x = F.leaky_relu(layer(x), 0.1)
-            features.append(x)
-        score = net.last(x)
-    return score.float(), features
+    def picture(self, wav):
+        hop = self.n_fft // 4
+        x = torch.stft(wav, self.n_fft, hop, window=self.window, return_complex=True)
+        return (x.real**2 + x.imag**2 + 1e-7).pow(0.15).mT[:, None]  # (B, 1, T, F)
 
 
 class Discriminators(nn.Module):
@@ -61,8 +65,8 @@ class Discriminators(nn.Module):
 
     def __init__(self, periods=(2, 3, 5, 7), resolutions=(512, 1024), channels=(16, 32, 64)):
         super().__init__()
-        nets = [PeriodDiscriminator(p, channels) for p in periods]
-        nets += [SpectrumDiscriminator(n, channels) for n in resolutions]
+        nets = [PeriodDiscriminator(period, channels) for period in periods]
+        nets += [SpectrumDiscriminator(n_fft, channels) for n_fft in resolutions]
         self.nets = nn.ModuleList(nets)
 
     def forward(self, wav):
@@ -71,12 +75,13 @@ class Discriminators(nn.Module):
 
 def discriminator_loss(real, made):
     """Least squares: real maps to 1, made to 0."""
-    return sum(((1 - r) ** 2).mean() + (m**2).mean() for (r, _), (m, _) in zip(real, made)) / len(real)
+    pairs = zip(real, made, strict=True)
+    return sum(((1 - r) ** 2).mean() + (m**2).mean() for (r, _), (m, _) in pairs) / len(real)
 
 
 def generator_loss(real, made):
     """(adversarial loss, feature matching loss) of the made waves."""
     adversarial = sum(((1 - m) ** 2).mean() for m, _ in made) / len(made)
-    pairs = [(r, m) for (_, rs), (_, ms) in zip(real, made) for r, m in zip(rs, ms)]
+    pairs = [(r, m) for (_, rs), (_, ms) in zip(real, made, strict=True) for r, m in zip(rs, ms)]
     matching = sum(F.l1_loss(m.float(), r.detach().float()) for r, m in pairs) / len(pairs)
     return adversarial, matching

@@ -1,28 +1,150 @@
-"""Examples of the language model's stages."""
+"""Examples from which the language model learns, drawn from a book of utterances.
+
+Stages follow the paper (3.1 and 3.2) at mini size. Every example is one sequence of the one
+vocabulary; an answer's text begins with its manner, "(slow) …", unless that is the normal one:
+  text   written question -> written answer           asr   speech -> its words
+  tts    words (and a manner) -> answer voice          next  speech, continued (audio continuation)
+  tqaa   written question -> spoken answer             aqta  spoken question -> written answer
+  aqtaa  spoken question -> written and spoken answer, in blocks of the layout
+"""
+
 import numpy as np
 
-from aqaa.tokenizers import interleave
+from aqaa.config import AQTA, ASR_MARKER, TQAA, TTS
+from aqaa.corpus.curriculum import VOICE
+from aqaa.tokenizers import dialogue, interleave
+from aqaa.tokenizers.text import tagged
+
+# What a target weighs in the loss: words are few and say all; a question is heard, not to be said.
+TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
 
 
 class Book:
-    """Everything that is said, as ids: one entry an utterance, with its words and its merged audio ids."""
+    """Everything that is said, as ids: one entry an utterance, with its words and its audio ids."""
 
     def __init__(self, config, tokenizer, items, codes, lines):
-        """items: corpus items; codes: list of (linguistic, semantic) arrays; lines: dicts of `corpus.texts`."""
-        self.config, self.tokenizer = config, tokenizer
-        self.items = items
-        self.audio = [np.array(interleave.merge(*pair, config.ids), dtype=np.int64) for pair in codes]
+        """items: of a corpus; codes: list of (linguistic, semantic) arrays; lines: of `plan.texts`.
+
+        Raises ValueError when the answer to a question is missing."""
+        self.config, self.tokenizer, self.items, self.lines = config, tokenizer, items, lines
+        self.audio = [np.array(interleave.merge(*pair, config.ids), np.int64) for pair in codes]
         self.words = {}
-        self.lines = lines
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
-        self.answers = {item.answer_id: i for i, item in enumerate(items) if item.role == "answer" and item.answer_id}
         self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
+        self.answers = {items[i].answer_id: i for i in self.voiced if items[i].answer_id}
         missing = {items[i].answer_id for i in self.questions} - set(self.answers)
         if missing:
-            raise ValueError(f"{len(missing)} answers were never spoken, {sorted(missing)[0]} among them")
+            raise ValueError(f"{len(missing)} answers were never spoken, {min(missing)} among them")
 
     def encode(self, text):
         """Ids of a text, remembered."""
         if text not in self.words:
             self.words[text] = self.tokenizer.encode(text)
         return self.words[text]
+
+    def balance(self):
+        """Probability of each question: equal shares for intents, though large ones still lead."""
+        intents = [self.items[i].intent for i in self.questions]
+        counts = {name: intents.count(name) for name in set(intents)}
+        probs = np.array([counts[name] ** -0.4 for name in intents])
+        return probs / probs.sum()
+
+
+class Examples:
+    """Draws examples of a mixture {kind: share}; each kind is the method of that name.
+
+    noise: share of a question's audio ids that are replaced by others of their kind. layout: how
+    text and audio of an answer share the sequence (by default the released model's).
+    """
+
+    def __init__(self, book, mixture, *, noise=0.05, layout=None):
+        self.book, self.mixture, self.noise, self.ids = book, mixture, noise, book.config.ids
+        self.layout = layout or dialogue.layout()
+        self.open_turn = len(dialogue.prompt([], book.tokenizer, self.ids))
+        self.probs = book.balance()
+        # No voice is heard in writing. A book may hold questions about voices and nothing else.
+        askable = [book.items[i].category != VOICE for i in book.questions]
+        written = self.probs * askable if any(askable) else self.probs
+        self.written_probs = written / written.sum()
+
+    def draw(self, rng):
+        """One example: ids (N,) and the weight of each as a target (N,)."""
+        kind = rng.choice(list(self.mixture), p=np.array(list(self.mixture.values())))
+        return getattr(self, kind)(rng)
+
+    def text(self, rng):
+        line = self.book.lines[rng.integers(len(self.book.lines))]
+        answer = self.book.encode(tagged(line["answer"], line["manner"]))
+        return self.example(None, self.book.encode(line["question"]), answer)
+
+    def asr(self, rng):
+        index = int(rng.integers(len(self.book.items)))
+        words = self.book.encode(self.book.items[index].text)
+        return self.example(ASR_MARKER, self.noisy(rng, index), words)
+
+    def tts(self, rng):
+        index = self.book.voiced[rng.integers(len(self.book.voiced))]
+        words, audio = self.spoken(index)
+        return self.example(TTS, words, audio=audio)
+
+    def next(self, rng):
+        audio = self.book.audio[rng.integers(len(self.book.items))]
+        weights = np.full(len(audio), ANSWER_WEIGHT)
+        return np.concatenate([[self.ids.bos], audio]), np.concatenate([[0], weights])
+
+    def tqaa(self, rng):
+        index, answer = self.pair(rng, self.written_probs)
+        question = self.book.encode(self.book.items[index].text)
+        return self.example(TQAA, question, *self.spoken(answer))
+
+    def aqta(self, rng):
+        index, _ = self.pair(rng, self.probs)
+        item = self.book.items[index]
+        words = self.book.encode(tagged(item.answer, item.manner))
+        return self.example(AQTA, self.noisy(rng, index), words)
+
+    def aqtaa(self, rng):
+        index, answer = self.pair(rng, self.probs)
+        return self.example(None, self.noisy(rng, index), *self.spoken(answer))
+
+    def pair(self, rng, probs):
+        """Places in the book of a question, drawn by `probs`, and of its spoken answer."""
+        index = self.book.questions[rng.choice(len(probs), p=probs)]
+        return index, self.book.answers[self.book.items[index].answer_id]
+
+    def spoken(self, index):
+        """Words, headed by their manner, and audio ids of an answer."""
+        item = self.book.items[index]
+        return self.book.encode(tagged(item.text, item.manner)), self.book.audio[index]
+
+    def noisy(self, rng, index):
+        """Audio ids of an utterance (N,), some of them replaced by others of their kind."""
+        audio = self.book.audio[index]
+        swap = rng.random(len(audio)) < self.noise
+        first, border, end = self.ids.n_text, self.ids.semantic_start, self.ids.end
+        semantic = rng.integers(border, end, len(audio))
+        linguistic = rng.integers(first, border, len(audio))
+        return np.where(swap, np.where(audio >= border, semantic, linguistic), audio)
+
+    def example(self, marker, question, words=None, audio=None):
+        """A question and its answer of words, of audio, or of both in the layout's blocks.
+
+        marker: a control token that asks for this kind of answer, or None. Returns ids (N,) and
+        weights (N,): the chat template is given, so only question and answer are targets.
+        """
+        asked = [("user", question)]
+        prompt = dialogue.prompt(asked, self.book.tokenizer, self.ids, marker=marker)
+        if words is not None and audio is not None:
+            answer = self.layout.arrange(words, audio, self.ids)
+        else:
+            answer = [*(audio if words is None else words), self.ids.eot]
+        ids = np.array([*prompt, *answer], dtype=np.int64)
+        weights = np.zeros(len(ids), dtype=np.float32)
+        # Between the question and the answer stand its eot and the header of the open turn, which
+        # are together as long as a prompt of no turns: bos in place of eot. The question's first id
+        # follows a header that is the same everywhere, so it could only be guessed.
+        end = len(prompt) - self.open_turn
+        weights[end - len(question) + 1 : end] = HEARD_WEIGHT
+        in_words = ids[len(prompt) :] < self.ids.n_text
+        weights[len(prompt) :] = np.where(in_words, TEXT_WEIGHT, ANSWER_WEIGHT)
+        return ids, weights

@@ -1,6 +1,7 @@
-"""What the training stages read: features of every utterance, computed once, and later its codes.
+"""What the audio tokenizers learn from: features of every utterance, computed once, and batches.
 
-Both are plain .npy arrays of concatenated rows with a .json of lengths beside them, written whole or not at all.
+On disk they are plain .npy arrays of concatenated rows with a .json of lengths beside them, written
+whole or not at all.
 """
 
 import multiprocessing
@@ -19,39 +20,53 @@ from aqaa.config import preset
 from aqaa.files import read_object, reading, replacing, write_json
 from aqaa.pitch import f0
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
-from aqaa.training.speech_tokenizers import F0_FLOOR, Utterances, phone_ids
 
 AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question
+F0_FLOOR = 60.0  # Hz; melody is measured in octaves above it
+PHONES = (
+    "aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw "
+    "v w y z zh"
+).split()
+PHONE_IDS = {name: i for i, name in enumerate(PHONES, 1)}  # 0 is the CTC blank
+
+
+def phone_ids(phones):
+    """CMU phone names to 1-based ids. Unknown names, such as pauses, are left out."""
+    return [PHONE_IDS[phone] for phone in phones if phone in PHONE_IDS]
+
+
+# ---- made once and stored --------------------------------------------------------------------
 
 
 def as_heard(item, wav):
-    """The wave as a tokenizer takes it: questions peak-normalised, answers at the level they were spoken at."""
+    """int16 -> float (N,) as a tokenizer takes it: questions peak-normalised, answers as is."""
     wav = torch.from_numpy(np.asarray(wav, dtype=np.float32) / 32768)
     return wav if item.role == "answer" else audio.energy_norm(wav)
 
 
 @cache
 def front_end():
-    """A linguistic tokenizer of one block whose CMVN does nothing: its `features` are raw LFR rows."""
+    """A linguistic tokenizer of one block, whose CMVN does nothing: its features are raw rows."""
     return LinguisticTokenizer(replace(preset("mini").linguistic, num_blocks=1))
 
 
 def _features(wav):
-    """Of one utterance, in fp16: LFR rows (T, 560), log-mel at 25 Hz (T, 512), f0 in octaves above F0_FLOOR (T, 4)."""
+    """fp16 LFR rows (T, 560), log-mel at 25 Hz (T, 512), f0 in octaves above F0_FLOOR (T, 4)."""
     torch.set_num_threads(1)
     rows = front_end().features(wav)
     log_mel = audio.log_mel(wav).T  # (T, 128)
     frames = len(log_mel) // 4 * 4
     pitch = f0(wav.numpy())[:frames]
     pitch = np.pad(pitch, (0, frames - len(pitch)))
-    octaves = np.where(pitch > 0, np.log2(np.maximum(pitch, F0_FLOOR) / F0_FLOOR) + 1e-3, 0)
+    octaves = np.log2(np.maximum(pitch, F0_FLOOR) / F0_FLOOR) + 1e-3
+    octaves = np.where(pitch > 0, octaves, 0).reshape(-1, 4)
     log_mel = log_mel[:frames].reshape(frames // 4, -1)
-    return tuple(x.astype(np.float16) for x in (rows.numpy(), log_mel.numpy(), octaves.reshape(-1, 4)))
+    return tuple(x.astype(np.float16) for x in (rows.numpy(), log_mel.numpy(), octaves))
 
 
 def prepare(corpus, items, folder, workers=2):
-    """Compute and store the features of `items`, unless they are already there. Returns the folder."""
+    """Compute and store the features of `items`, unless they are there. Returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "features.json"
@@ -61,53 +76,111 @@ def prepare(corpus, items, folder, workers=2):
     parts = {"lfr": [], "log_mel": [], "f0": []}
     jobs = (as_heard(item, corpus.wav(item)) for item in items)
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half-alive
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # no traceback at Ctrl-C
-    with ProcessPoolExecutor(workers, context, **quiet) as pool:
-        found = pool.map(_features, jobs, chunksize=32) if workers > 1 else map(_features, jobs)
-        for lfr, log_mel, pitch in tqdm(found, total=len(items), desc="features", unit="utt", mininterval=5):
-            for key, value in zip(parts, (lfr, log_mel, pitch), strict=True):
+    quiet = (signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C
+    with ProcessPoolExecutor(workers, context, signal.signal, quiet) as pool:
+        rows = pool.map(_features, jobs, chunksize=32) if workers > 1 else map(_features, jobs)
+        for utterance in tqdm(rows, "features", len(items), unit="utt", mininterval=5):
+            for key, value in zip(parts, utterance, strict=True):
                 parts[key].append(value)
-    lengths = {key: [len(value) for value in values] for key, values in parts.items()}
     for key, values in parts.items():
-        save_array(folder / f"{key}.npy", np.concatenate(values))
+        with replacing(folder / f"{key}.npy") as part, open(part, "wb") as file:
+            np.save(file, np.concatenate(values))
+    lengths = {key: [len(value) for value in values] for key, values in parts.items()}
     write_json(done, {"ids": names, "lengths": lengths})
     return folder
 
 
+def _load(path, rows):
+    """A stored array of so many rows. Raises ModelError if it is damaged or has another number."""
+    with reading(path, AGAIN):
+        array = np.lib.format.open_memmap(path, mode="r")
+        if len(array) != rows:
+            raise ValueError(f"{len(array)} rows in place of {rows}")
+        return np.array(array)
+
+
+# ---- in memory -------------------------------------------------------------------------------
+
+
+class Utterances:
+    """Feature rows of many utterances (fp16), with phones and, for the semantic part, f0.
+
+    rows: (sum T, D), lengths: (N,), phones: list of N lists of ids, extra: dict of (sum T, ...)
+    arrays, weights: (N,) relative chance of each to be drawn.
+    """
+
+    def __init__(self, rows, lengths, phones, extra=None, weights=None):
+        self.rows, self.lengths = rows, np.asarray(lengths)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.phones, self.extra, self.weights = phones, extra or {}, weights
+
+    def gather(self, indices, data=None):
+        """Zero-padded (B, T, D) float32 of `data` (default the feature rows) and lengths (B,)."""
+        data = self.rows if data is None else data
+        lengths = self.lengths[indices]
+        out = np.zeros((len(indices), lengths.max(), *data.shape[1:]), dtype=np.float32)
+        for row, index in enumerate(indices):
+            out[row, : lengths[row]] = data[self.starts[index] : self.starts[index + 1]]
+        return torch.from_numpy(out), torch.from_numpy(lengths)
+
+    def targets(self, indices):
+        """Concatenated phone ids and their counts, as ctc_loss takes them."""
+        phones = [self.phones[i] for i in indices]
+        flat = torch.tensor([phone for row in phones for phone in row], dtype=torch.long)
+        return flat, torch.tensor([len(row) for row in phones])
+
+
 def utterances(folder, items, kind):
-    """The stored features as `Utterances`: kind "lfr" (with CMVN statistics applied later) or "log_mel" (with f0)."""
+    """Stored features as `Utterances`: kind "lfr" (CMVN comes later) or "log_mel" (with f0).
+
+    Raises ModelError when they are damaged."""
     folder = Path(folder)
     path = folder / "features.json"
     with reading(path, AGAIN):
         lengths = read_object(path, AGAIN)["lengths"][kind]
-    flat = load_array(folder / f"{kind}.npy", sum(lengths))
-    extra = {"f0": np.array(load_array(folder / "f0.npy", sum(lengths)))} if kind == "log_mel" else {}
+    rows = _load(folder / f"{kind}.npy", sum(lengths))
+    extra = {"f0": _load(folder / "f0.npy", sum(lengths))} if kind == "log_mel" else {}
     phones = [phone_ids(item.phones) for item in items]
     weights = [ANSWER_SHARE if item.role == "answer" else 1.0 for item in items]
-    return Utterances(np.array(flat), lengths, phones, extra, np.array(weights))
+    return Utterances(rows, lengths, phones, extra, np.array(weights))
 
 
-def normalise(data, model: LinguisticTokenizer):
-    """Set the CMVN of `model` from the rows of `data`, and apply it to them in place."""
+def normalise(data, model):
+    """Set the CMVN of a LinguisticTokenizer from the rows of `data`; apply it to them in place."""
     rows = data.rows[:: max(1, len(data.rows) // 200_000)].astype(np.float32)
     mean, deviation = rows.mean(0), rows.std(0)
     model.add_shift.copy_(torch.from_numpy(-mean))
     model.rescale.copy_(torch.from_numpy(1 / deviation))
     for start in range(0, len(data.rows), 1 << 16):
-        part = data.rows[start:start + (1 << 16)]
+        part = data.rows[start : start + (1 << 16)]
         part[:] = (part.astype(np.float32) - mean) / deviation
 
 
-def save_array(path, array):
-    """np.save that never leaves half a file."""
-    with replacing(path) as part, open(part, "wb") as file:
-        np.save(file, array)
+class LengthBuckets:
+    """Draws batches of items of similar length, so that little is padded.
 
+    lengths: (N,) frames. budget: frames in a batch. weights: relative chance of each item (equal).
+    """
 
-def load_array(path, rows):
-    """An array of so many rows, mapped. Raises ModelError if it is damaged or has another number."""
-    with reading(path, AGAIN):
-        array = np.lib.format.open_memmap(path, mode="r")
-        if len(array) != rows:
-            raise ValueError(f"{len(array)} rows in place of {rows}")
-        return array
+    def __init__(self, lengths, budget, weights=None):
+        self.lengths, self.budget = np.asarray(lengths), budget
+        self.order = np.argsort(self.lengths, kind="stable")
+        self.rank = np.argsort(self.order)
+        probs = np.ones(len(self.lengths)) if weights is None else np.asarray(weights, dtype=float)
+        self.probs = probs / probs.sum()
+
+    def draw(self, rng):
+        """Indices of one batch: an anchor by weight, then picks from its neighbours in length."""
+        anchor = rng.choice(len(self.lengths), p=self.probs)
+        size = max(1, int(self.budget // max(self.lengths[anchor], 1)))
+        width = min(max(16 * size, 64), len(self.order))
+        low = int(np.clip(self.rank[anchor] - width // 2, 0, len(self.order) - width))
+        near = self.order[low : low + width]
+        probs = self.probs[near] / self.probs[near].sum()
+        count = min(size, np.count_nonzero(probs))
+        picks = rng.choice(near, size=count, replace=False, p=probs)
+        picks = picks[np.argsort(self.lengths[picks], kind="stable")]
+        # The longest sets the padding: it leaves while the padded batch is over the budget.
+        while len(picks) > 1 and len(picks) * self.lengths[picks[-1]] > self.budget:
+            picks = picks[:-1]
+        return picks

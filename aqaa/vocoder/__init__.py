@@ -1,1 +1,1 @@
-"""Audio ids to sound: flow matching makes the mel spectrogram, HiFT the wave, both in one piece or chunk by chunk."""
+"""Audio ids to sound, whole or in chunks: flow matching makes the mel, HiFT the wave."""

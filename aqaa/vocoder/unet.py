@@ -1,10 +1,12 @@
-"""The estimator of the flow: a one-dimensional U-Net of ResNet and transformer blocks (Matcha-TTS, decoder.py).
+"""The estimator of the flow: a one-dimensional U-Net of ResNet and transformer blocks (Matcha-TTS).
 
-Everything is (B, C, T) with a mask (B, 1, T) of valid frames, or None where every frame is valid. Padding never changes
-valid frames: convolutions see zeros there, attention skips it, and normalisation leaves it out of its statistics.
+Tensors are (B, C, T), with a mask (B, 1, T) of valid frames, or None where every frame is valid.
+Padding never changes valid frames: convolutions see zeros there, attention skips it, and
+normalisation leaves it out of its statistics.
 """
 
 import math
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -16,7 +18,7 @@ class MaskedGroupNorm(nn.GroupNorm):
     """GroupNorm over channels and *valid* frames (the official one also counts the padding)."""
 
     def forward(self, x, mask=None):
-        """x (B, C, T), mask (B, 1, T) or None."""
+        """x (B, C, T), mask (B, 1, T) or None -> (B, C, T)."""
         if mask is None:
             return super().forward(x)
         grouped = x.float().unflatten(1, (self.num_groups, -1))  # (B, G, C/G, T)
@@ -34,24 +36,13 @@ def masked(x, mask):
     return x if mask is None else x * mask
 
 
-class Mish(nn.Mish):
-    """x tanh(log(1 + e)), e = exp(x), which is x n / (n + 2) with n = e (e + 2): one exponential, and four times as
-    fast."""
-
-    def forward(self, x):
-        if x.dtype != torch.float32:  # where e would be rounded
-            return super().forward(x)
-        e = x.clamp(max=20).exp()  # beyond, n / (n + 2) is 1, and n might overflow
-        n = e * (e + 2)
-        return x * (n / (n + 2))
-
-
 class Block(nn.Module):
     """Convolution, normalisation, Mish."""
 
     def __init__(self, n_in, n_out, groups=8):
         super().__init__()
-        self.block = nn.Sequential(nn.Conv1d(n_in, n_out, 3, padding=1), MaskedGroupNorm(groups, n_out), Mish())
+        conv = nn.Conv1d(n_in, n_out, 3, padding=1)
+        self.block = nn.Sequential(conv, MaskedGroupNorm(groups, n_out), nn.Mish())
 
     def forward(self, x, mask):
         conv, norm, mish = self.block
@@ -63,18 +54,19 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, n_in, n_out, n_time):
         super().__init__()
-        self.mlp = nn.Sequential(Mish(), nn.Linear(n_time, n_out))
+        self.mlp = nn.Sequential(nn.Mish(), nn.Linear(n_time, n_out))
         self.block1 = Block(n_in, n_out)
         self.block2 = Block(n_out, n_out)
         self.res_conv = nn.Conv1d(n_in, n_out, 1)
 
     def forward(self, x, mask, time):
-        h = self.block1(x, mask) + self.mlp(time)[..., None]
-        return self.block2(h, mask) + self.res_conv(masked(x, mask))
+        """x (B, n_in, T), time (B, n_time) -> (B, n_out, T)."""
+        hidden = self.block1(x, mask) + self.mlp(time)[..., None]  # the same shift in every frame
+        return self.block2(hidden, mask) + self.res_conv(masked(x, mask))
 
 
 class Attention(nn.Module):
-    """Self-attention over frames, without biases on queries, keys and values (diffusers' naming)."""
+    """Self-attention over frames; queries, keys and values have no bias (diffusers' naming)."""
 
     def __init__(self, channels, heads, head_dim):
         super().__init__()
@@ -86,67 +78,38 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def forward(self, x, mask):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))
-        keys = None if mask is None else mask[:, None].bool()  # (B, 1, 1, T)
-        if torch.is_grad_enabled() and x.device.type == "cpu":  # where the fused kernel's backward is slow
-            score = (q * q.shape[-1] ** -0.5) @ k.mT
-            out = (score if keys is None else score.masked_fill(~keys, float("-inf"))).softmax(-1).to(v.dtype) @ v
+        """x (B, T, C), mask (B, 1, T) or None -> (B, T, C)."""
+        q, k, v = (  # (B, H, T, d) each
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        valid = None if mask is None else mask[:, None].bool()  # (B, 1, 1, T): of the keys
+        if torch.is_grad_enabled() and x.device.type == "cpu":
+            # the same by hand: on a CPU the backward of the fused function is slow
+            score = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
+            score = score if valid is None else score.masked_fill(~valid, float("-inf"))
+            out = score.softmax(-1).to(v.dtype) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)  # (B, H, T, d)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid)  # (B, H, T, d)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-class Projection(nn.Module):
-    """Linear, then GELU (its own module only for the name `proj`)."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.proj = nn.Linear(n_in, n_out)
-
-    def forward(self, x):
-        return F.gelu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.net = nn.Sequential(Projection(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward; there is no norm2, which belonged to cross-attention."""
+    """Pre-norm attention and feed-forward; norm2, of cross-attention, is not in use."""
 
     def __init__(self, channels, heads, head_dim):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, heads, head_dim)
         self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        widen = nn.Sequential(OrderedDict(proj=nn.Linear(channels, 4 * channels), gelu=nn.GELU()))
+        # the empty place is the published dropout: names count it
+        net = nn.Sequential(widen, nn.Identity(), nn.Linear(4 * channels, channels))
+        self.ff = nn.Sequential(OrderedDict(net=net))
 
     def forward(self, x, mask):
         x = x + self.attn1(self.norm1(x), mask)
         return x + self.ff(self.norm3(x))
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 3, 2, 1)
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.ConvTranspose1d(channels, channels, 4, 2, 1)
-
-    def forward(self, x):
-        return self.conv(x)
 
 
 class TimeEmbedding(nn.Module):
@@ -158,10 +121,11 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(n_out, n_out)
 
     def forward(self, t):
+        """t (B,) -> (B, n_out)."""
         half = self.linear_1.in_features // 2
-        frequency = torch.exp(torch.arange(half, device=t.device) * -(math.log(10_000) / (half - 1)))
-        # in half precision 1000 t is rounded before the float32 product: the published checkpoint was used that way
-        angle = (1000 * t)[:, None] * frequency[None]
+        exponent = torch.arange(half, device=t.device) * -(math.log(10_000) / (half - 1))
+        # in half precision 1000 t is rounded before the float32 product, as in the published code
+        angle = (1000 * t)[:, None] * torch.exp(exponent)[None]  # (B, n_in / 2)
         wave = torch.cat([angle.sin(), angle.cos()], -1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(wave)))
 
@@ -172,54 +136,77 @@ class UNet(nn.Module):
     channels: width of each stage; between stages time is halved. Sizes as in FlowConfig.
     """
 
-    def __init__(self, in_channels, out_channels, channels, n_blocks, num_mid_blocks, num_heads, attention_head_dim):
+    def __init__(
+        self, in_channels, out_channels, channels, n_blocks, num_mid_blocks, num_heads,
+        attention_head_dim,
+    ):  # fmt: skip
         super().__init__()
         n_time = channels[0] * 4
         self.time_mlp = TimeEmbedding(in_channels, n_time)
 
         def stage(n_in, n_out, *change):
-            blocks = [TransformerBlock(n_out, num_heads, attention_head_dim) for _ in range(n_blocks)]
-            return nn.ModuleList([ResnetBlock(n_in, n_out, n_time), nn.ModuleList(blocks), *change])
+            blocks = nn.ModuleList(
+                TransformerBlock(n_out, num_heads, attention_head_dim) for _ in range(n_blocks)
+            )
+            return nn.ModuleList([ResnetBlock(n_in, n_out, n_time), blocks, *change])
+
+        def change(layer, width, is_last):
+            """Halve or double the frames; the last stage keeps them."""
+            if is_last:
+                return nn.Conv1d(width, width, 3, padding=1)
+            kernel = 3 if layer is nn.Conv1d else 4
+            return nn.Sequential(OrderedDict(conv=layer(width, width, kernel, 2, 1)))
 
         last = len(channels) - 1
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(channels):
-            before = channels[i - 1] if i else in_channels
-            change = Downsample(width) if i < last else nn.Conv1d(width, width, 3, padding=1)
-            self.down_blocks.append(stage(before, width, change))
-        self.mid_blocks = nn.ModuleList(stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks))
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        # initial weights are drawn in the order of these lines, as the recorded trainings drew them
+        for i, (before, width) in enumerate(pairwise([in_channels, *channels])):
+            halve = change(nn.Conv1d, width, i == last)
+            self.down_blocks.append(stage(before, width, halve))
+        self.mid_blocks = nn.ModuleList(
+            stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks)
+        )
         widths = [*channels[::-1], channels[0]]
         for i, (before, width) in enumerate(pairwise(widths)):
-            change = Upsample(width) if i < last else nn.Conv1d(width, width, 3, padding=1)
-            self.up_blocks.append(stage(2 * before, width, change))
+            double = change(nn.ConvTranspose1d, width, i == last)
+            self.up_blocks.append(stage(2 * before, width, double))  # twice: a skip beside it
         self.final_block = Block(widths[-1], widths[-1])
         self.final_proj = nn.Conv1d(widths[-1], out_channels, 1)
 
     def forward(self, x, mask, mu, t, speaker, cond):
-        """x, mu, cond (B, n_mels, T), t (B,), speaker (B, n_mels), mask (B, 1, T) or None -> (B, n_mels, T)."""
-        time = self.time_mlp(t)
-        x = torch.cat([x, mu, speaker[..., None].expand(-1, -1, x.shape[-1]), cond], 1)
-        skips, masks = [], []
+        """x, mu, cond (B, n_mels, T), t (B,), speaker (B, n_mels), mask (B, 1, T) or None ->
+        (B, n_mels, T)."""
+        time = self.time_mlp(t)  # (B, n_time)
+        # everything that is known of a frame stands beside it: the speaker in every frame
+        speaker = speaker[..., None].expand(-1, -1, x.shape[-1])
+        x = torch.cat([x, mu, speaker, cond], 1)  # (B, 4 n_mels, T)
+        skips = []
+        masks = []
         for i, (*stage, change) in enumerate(self.down_blocks):
-            x = _stage(stage, x, mask, time)
+            x = _run(stage, x, mask, time)
             skips.append(x)
             masks.append(mask)
             x = change(masked(x, mask))
             if i < len(self.down_blocks) - 1 and mask is not None:
-                mask = mask[..., ::2]
+                mask = mask[..., ::2]  # the frames that a convolution of stride 2 is centred on
         for stage in self.mid_blocks:
-            x = _stage(stage, x, mask, time)
+            x = _run(stage, x, mask, time)
         for *stage, change in self.up_blocks:
-            skip, mask = skips.pop(), masks.pop()
-            x = torch.cat([x[..., : skip.shape[-1]], skip], 1)
-            x = change(masked(_stage(stage, x, mask, time), mask))
+            skip = skips.pop()
+            mask = masks.pop()
+            x = x[..., : skip.shape[-1]]  # doubling an odd length that was halved gives one more
+            x = torch.cat([x, skip], 1)  # (B, 2 C, T): coarse and fine
+            x = change(masked(_run(stage, x, mask, time), mask))
         x = self.final_block(x, mask)
         return masked(self.final_proj(masked(x, mask)), mask)
 
 
-def _stage(stage, x, mask, time):
+def _run(stage, x, mask, time):
+    """The ResNet block, then the transformer blocks of a stage: (B, C, T) -> (B, C', T)."""
     resnet, transformers = stage
-    x = resnet(x, mask, time).transpose(1, 2).contiguous()  # (B, T, C); sums of two layouts would be slow
+    # copied into (B, T, C), and back: sums of two layouts in memory would be slow
+    x = resnet(x, mask, time).transpose(1, 2).contiguous()
     for block in transformers:
         x = block(x, mask)
     return x.transpose(1, 2).contiguous()

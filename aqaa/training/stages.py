@@ -1,0 +1,65 @@
+"""The table of the training stages, in the order in which `aqaa train all` runs them.
+
+A new stage is an entry here and the file of its task; the command line, the order, the parents,
+what is exported and the keys of record.json follow. Nothing heavy is imported.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the training.
+
+    task: "module:Class" of what is trained; Class.from_run(run, stage) makes it (see loop.py for
+    what a task has). Without a task the work is the method of `run.Run` that has the stage's name.
+    """
+
+    name: str  # also of its checkpoint, its log and its entry in record.json
+    help: str
+    task: str = ""
+    steps: int = 0  # all stages together: about four hours on two cores
+    part: str = ""  # of a model folder; where several stages make it, the last one is exported
+    parent: str = ""  # the stage whose weights this one starts from
+    mixture: dict = field(default_factory=dict)  # share of each kind of example (examples.py)
+    floor: float = 0.02  # share of the learning rate that is left at the end
+
+
+SPEECH = "aqaa.training.speech_tokenizers"
+VOCODER = "aqaa.training.flow_and_hift"
+LANGUAGE = "aqaa.training.objectives:LanguageTask"
+TABLE = (
+    Stage("corpus", "plan every utterance and speak it"),
+    Stage("features", "compute what the audio tokenizers read"),
+    Stage("linguistic", "CTC, then k-means", f"{SPEECH}:LinguisticTask", 4400, "linguistic"),
+    Stage("semantic", "CTC through a quantiser", f"{SPEECH}:SemanticTask", 2700, "semantic"),
+    Stage("codes", "store both code sequences of every utterance"),
+    Stage("hift", "mel to wave", f"{VOCODER}:HiftTask", 2400, "hift"),
+    Stage("flow", "codes to mel", f"{VOCODER}:FlowTask", 6300, "flow"),
+    Stage(
+        "pretrain", "the backbone reads, hears and speaks", LANGUAGE, 1500, "backbone",
+        mixture={"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
+        floor=0.3,  # the next stage goes on from a rate that is still high
+    ),
+    Stage(
+        "sft1", "the backbone answers spoken questions", LANGUAGE, 5000, "backbone", "pretrain",
+        mixture={"aqtaa": 0.50, "aqta": 0.28, "asr": 0.06, "text": 0.03, "tqaa": 0.07, "tts": 0.06},
+    ),
+    Stage("export", "gather the parts into a model folder"),
+)  # fmt: skip
+STAGES = {stage.name: stage for stage in TABLE}
+
+
+def names():
+    """What can be asked for: every stage, and "all" of them in order."""
+    return (*STAGES, "all")
+
+
+def makers():
+    """{part of a model folder: name of the stage whose weights are exported as that part}."""
+    return {stage.part: name for name, stage in STAGES.items() if stage.part}
+
+
+def described():
+    """The stages and what each does, one a line."""
+    return "\n".join(f"  {name:<10}  {stage.help}" for name, stage in STAGES.items())
