@@ -1,4 +1,5 @@
 """What an answer holds, and the times it took."""
+
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from aqaa import audio
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of an answer as it becomes ready: words, and (N,) float32 samples on the CPU; either may be empty."""
+    """A part of an answer: its words and (N,) float32 samples on the CPU; either may be empty."""
 
     text: str
     audio: torch.Tensor
@@ -21,9 +22,10 @@ class Piece:
 class Answer:
     """A finished answer.
 
-    audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text") and codes
-    ("linguistic", "semantic"); timings in seconds, see Ledger; confidence: geometric mean of the probabilities of
-    the text tokens, 0 when there is no text; pieces: (when ready, length) of each part of the sound, in seconds.
+    audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text")
+    and codes ("linguistic", "semantic"); timings in seconds, see Ledger; confidence: geometric mean
+    of the probabilities of the text tokens, 0 without text; pieces: (when ready, length) of each
+    part of the sound, in seconds.
     """
 
     text: str
@@ -55,7 +57,7 @@ class Answer:
 
 
 class Playout(NamedTuple):
-    """delay: seconds after which speech can begin and never stalls; gaps: silence before each piece without waiting."""
+    """delay: s to wait so that speech never stalls; gaps: s of silence before each piece if not."""
 
     delay: float
     gaps: tuple
@@ -64,10 +66,11 @@ class Playout(NamedTuple):
 def playout(pieces):
     """(ready, seconds) of each piece in turn, `ready` counted from the beginning -> Playout.
 
-    Whoever plays each piece as soon as it can be played is silent for the gaps; their sum is the delay that, spent
-    before the first piece, leaves none between the others.
+    A player that starts each piece as soon as it is ready is silent for the gaps. Their sum, waited
+    before the first piece, leaves no gap between the others.
     """
-    end, gaps = 0.0, []
+    end = 0.0  # when the pieces so far have been played
+    gaps = []
     for ready, seconds in pieces:
         gaps.append(max(0.0, ready - end))
         end = max(ready, end) + seconds
@@ -76,10 +79,10 @@ def playout(pieces):
 
 @dataclass
 class Ledger:
-    """Where the time went, in seconds: read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
+    """Seconds of read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
 
-    first_* count from the start; first_audio_share is the share of the answer's ids known when the first sound came
-    (not a time). pieces: (when ready, length) of each part of the sound.
+    first_* count from the start; first_audio_share is the share of the answer's ids known when the
+    first sound came (not a time). pieces: (when ready, length) of each part of the sound.
     """
 
     began: float = field(default_factory=time.perf_counter)

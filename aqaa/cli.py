@@ -1,11 +1,11 @@
-"""The command line: arguments in, package calls, exit code out (0 done, 1 could not, 2 usage, 130 interrupted).
+"""The command line: arguments in, package calls, exit code out.
 
-Nothing heavy is imported before it is known what to do. Whatever goes wrong is one sentence on stderr.
+0: done, 1: could not, 2: wrong usage, 130: interrupted. Nothing heavy is imported before it is
+known what to do. Each fault is one sentence on stderr.
 """
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import stat
@@ -15,19 +15,20 @@ import traceback
 from pathlib import Path
 
 from aqaa import options
-from aqaa.files import WriteError
-from aqaa.options import BENCHES, RELEASED
+from aqaa.files import ModelError, WriteError
+from aqaa.options import RELEASED
 
 LONGEST_DIALOGUE = 8192  # ids that the fast engine keeps room for
 UNSURE = 0.5  # confidence below which the printed answer is marked
-LONGEST_NAME = 240  # bytes: file systems take 255, and an answer's temporary file has a longer name
+LONGEST_NAME = 240  # bytes: file systems take 255, an answer's temporary file has a longer name
 
 
 def main(argv=None):
     """Run `aqaa argv…` and return its exit code."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # no name and no word may be beyond what a console can show
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # names may have letters a console lacks
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
+            errors = "surrogateescape" if stream is sys.stdin else "backslashreplace"
+            stream.reconfigure(errors=errors)
     try:
         args = options.parse(argv)
         code = COMMANDS[args.verb](args) or 0
@@ -44,7 +45,7 @@ def main(argv=None):
 
 
 def _flushed(code):
-    """The exit code, once stdout has taken everything; what it does not take is not tried again at the end."""
+    """The exit code, once stdout has taken everything; python does not try again at the end."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -70,22 +71,25 @@ def _sentence(fault, about=""):
         text = f"{fault.name} is not installed: pip install -e '.[test,train]' brings it"
     elif isinstance(fault, MemoryError):
         text = "there is not enough memory: close other programs, or ask less at once."
-    elif isinstance(fault, WriteError):  # it says all that there is to say
+    elif isinstance(fault, WriteError):  # its sentence is whole
         text = str(fault)
-    elif isinstance(fault, OSError) and fault.strerror and fault.filename is not None:
-        text = f"{os.fsdecode(fault.filename)} cannot be used ({fault.strerror})."
     elif isinstance(fault, OSError) and fault.strerror:
-        text = f"the system refuses ({fault.strerror}): check the disk and where the output goes."
+        if fault.filename is not None:
+            text = f"{os.fsdecode(fault.filename)} cannot be used ({fault.strerror})."
+        else:
+            remedy = "check the disk and where the output goes"
+            text = f"the system refuses ({fault.strerror}): {remedy}."
     elif not isinstance(fault, (ValueError, OSError)):  # nobody foresaw it: say where it was
         frames = traceback.extract_tb(fault.__traceback__)
-        ours = [frame for frame in frames if frame.filename.startswith(os.path.dirname(__file__))] or frames
+        here = os.path.dirname(__file__)
+        ours = [frame for frame in frames if frame.filename.startswith(here)] or frames
         place = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
         text = f"{type(fault).__name__}{place}: {text or 'no reason was given'}"
     text = text or f"{type(fault).__name__} without a reason"
     return text if about in text else f"{about}: {text}"
 
 
-# ---- ask, chat ------------------------------------------------------------------------------------------------------
+# ---- ask, chat ----------------------------------------------------------------------------------
 
 
 def _ask(args):
@@ -104,7 +108,7 @@ def _ask(args):
             fault = faults.get(question)
             if not questions and (fault := options.fault_of_question(question)):
                 _complain(fault)
-            about = "" if len(questions) == 1 else question  # which one it was, where that is not plain
+            about = "" if len(questions) == 1 else question  # a single question needs no name
             if not fault:
                 wav, fault = _try(about, _read, question)
             if not fault:  # only now: a bad question is told at once
@@ -112,11 +116,11 @@ def _ask(args):
                 done, fault = _try(about, _answer, respond, wav, places, question)
             if fault:
                 failed += 1
-                if args.json:
-                    print(json.dumps({"question": question, "error": fault}), flush=True)
-                continue
-            facts = _facts(question, *done, args.stream)
-            print(json.dumps(facts) if args.json else _line(question, *done), flush=True)
+                row, line = {"question": question, "error": fault}, None  # it is on stderr
+            else:
+                row, line = _facts(question, *done, args.stream), _line(question, *done)
+            if args.json or line:
+                print(json.dumps(row) if args.json else line, flush=True)
     return int(failed > 0)
 
 
@@ -132,16 +136,15 @@ def _names_on_stdin():
 
 
 def _try(about, step, *args):
-    """(what step(*args) returns, None), or (None, the sentence that was printed): one odd file does not end the run.
+    """(step(*args), None), or (None, the sentence that was printed): other questions go on.
 
-    Faults of the weights do, and so does the end of whoever reads our output.
+    Faults of the weights end the run, and so does the end of the reader of our output.
     """
     try:
         return step(*args), None
+    except (BrokenPipeError, ModelError):
+        raise
     except Exception as fault:
-        loaded = sys.modules.get("aqaa.weights.model_folder")
-        if isinstance(fault, (BrokenPipeError, *([loaded.ModelError] if loaded else []))):
-            raise
         sentence = _sentence(fault, about)
         _complain(sentence)
         return None, sentence
@@ -162,27 +165,29 @@ def _answer(respond, wav, places, question):
 
 
 def _check(args):
-    """What can be known of the model before it is loaded; a useless option is told and taken away."""
+    """Check the model's options before it is loaded; a useless one is told and taken away."""
     options.check_model(args)
     if args.engine == "fast" and args.device.startswith("cpu"):
-        print("aqaa: note: --engine fast changes nothing on a CPU: its kernels need a GPU.", file=sys.stderr)
+        note = "--engine fast changes nothing on a CPU: its kernels need a GPU."
+        print("aqaa: note:", note, file=sys.stderr)
         args.engine = None
 
 
 def _load(args):
-    """The model of --preset and of the released folders; what was left out of them is told on stderr.
+    """The model of --preset and of the released folders; its notes go to stderr.
 
     All parts are loaded here, so that the timings of an answer are its own.
     """
     from aqaa import loading
 
     engine = None
-    if args.engine and args.engine != "fast":  # first: whether a server answers is known in a moment
+    if args.engine and args.engine != "fast":  # first: a server that is down is known in a moment
         from aqaa.scale.vllm.client import Server
 
         engine = Server(args.engine)
     folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
-    model = loading.load(args.preset, device=args.device, dtype=args.dtype, amx=args.amx, **folders)
+    settings = {"device": args.device, "dtype": args.dtype, "amx": args.amx}
+    model = loading.load(args.preset, **settings, **folders)
     if args.engine == "fast":
         from aqaa.fast.graph_decoder import Engine
 
@@ -190,7 +195,6 @@ def _load(args):
     model.engine = engine
     for part in ("text", "linguistic", "semantic", "vocoder", *(() if engine else ("decoder",))):
         getattr(model, part)
-    importlib.import_module("aqaa.backbone.generation")
     for note in model.notes:
         print("aqaa: note:", note, file=sys.stderr)
     return model
@@ -222,6 +226,7 @@ def _responder(model, args):
 
 
 def _facts(question, place, answer, streamed):
+    """The row of --json."""
     return {
         "question": str(question),
         "text": answer.text,
@@ -236,29 +241,39 @@ def _facts(question, place, answer, streamed):
 
 def _line(question, place, answer):
     doubt = "  (not sure)" if answer.confidence < UNSURE else ""
-    return f"{question} -> {place}  {answer.seconds:.1f} s in {answer.timings['total']:.1f} s  {answer.text!r}{doubt}"
+    times = f"{answer.seconds:.1f} s in {answer.timings['total']:.1f} s"
+    return f"{question} -> {place}  {times}  {answer.text!r}{doubt}"
 
 
 class Places:
-    """Where answers go: one wav, or a folder that is made if need be. Raises OSError before any work is done."""
+    """Where answers go: one wav, or a folder that is made if need be.
+
+    Raises ValueError or OSError before any work is done.
+    """
 
     def __init__(self, output, questions, folder):
         self.path = Path(output or ("answers" if folder else "answer.wav"))
-        self.folder = folder or os.path.isdir(self.path)
+        is_folder, suffix = os.path.isdir(self.path), self.path.suffix.lower()
+        self.folder = folder or is_folder
         self.questions = {os.path.realpath(question) for question in questions}
         self.taken, self.made, self.used = set(), False, False
+        fault = None
         if output == "-":
-            raise ValueError("answers are not written to stdout: name a wav or a folder with -o.")
-        if not self.folder and self.path.suffix.lower() not in ("", ".wav"):
-            raise ValueError(f"{self.path} would be written as wav: give it a name that ends in .wav.")
-        if self.folder and self.path.suffix.lower() == ".wav" and not os.path.isdir(self.path):
-            raise ValueError(f"{self.path} would be one wav, and there may be several answers: name a folder with -o.")
-        if os.path.realpath(self.path) in self.questions:
-            raise ValueError(f"{self.path} is the question itself: choose another place with -o.")
+            fault = "answers are not written to stdout: name a wav or a folder with -o."
+        elif not self.folder and suffix not in ("", ".wav"):
+            fault = f"{self.path} would be written as wav: give it a name that ends in .wav."
+        elif folder and suffix == ".wav" and not is_folder:
+            fault = f"{self.path} would be one wav, and there may be several answers"
+            fault = f"{fault}: name a folder with -o."
+        elif os.path.realpath(self.path) in self.questions:
+            fault = f"{self.path} is the question itself: choose another place with -o."
+        if fault:
+            raise ValueError(fault)
         try:
             self._prepare()
         except OSError as fault:
-            raise OSError(f"{self.path} cannot be written ({fault.strerror}): choose another place with -o.") from None
+            fault = f"{self.path} cannot be written ({fault.strerror})"
+            raise OSError(f"{fault}: choose another place with -o.") from None
 
     def _prepare(self):
         if len(os.fsencode(self.path.name)) > LONGEST_NAME:
@@ -276,7 +291,7 @@ class Places:
         tempfile.TemporaryFile(dir=parent).close()
 
     def of(self, question):
-        """The wav of the answer to `question`; questions of one name get numbers, long names are cut."""
+        """The wav of an answer; questions of one name get numbers, long names are cut."""
         if not self.folder:
             return self.path
         stem, number = "stdin" if question == "-" else Path(question).stem, 1
@@ -297,7 +312,7 @@ class Places:
             self.path.rmdir()
 
 
-# ---- the other commands ---------------------------------------------------------------------------------------------
+# ---- the other commands -------------------------------------------------------------------------
 
 
 def _listen(args):
@@ -308,13 +323,13 @@ def _listen(args):
     model = _load(args)
     from aqaa.tokenizers import interleave
 
-    heard = model.listen((wav, rate))
-    answer = model.ask(heard, **_sampling(args))
-    linguistic, semantic = interleave.split(heard, model.ids)
+    question = model.listen((wav, rate))
+    answer = model.ask(question, **_sampling(args))
+    linguistic, semantic = interleave.split(question, model.ids)
     rows = {
         "linguistic": linguistic,
         "semantic": semantic,
-        "merged": heard,
+        "merged": question,
         "prompt": answer.tokens["prompt"],
         "answer": answer.tokens["answer"],
         "answer_linguistic": answer.tokens["linguistic"],
@@ -328,19 +343,24 @@ def _listen(args):
         return
     print(f"{args.question}: {len(wav) / rate:.2f} s")
     for name, row in rows.items():
-        print(f"{name} ({len(row)}): {' '.join(map(str, row))}" if isinstance(row, list) else f"{name}: {row}")
+        ids = isinstance(row, list)
+        print(f"{name} ({len(row)}): {' '.join(map(str, row))}" if ids else f"{name}: {row}")
 
 
 def _train(args):
     options.check_train(args)
     from aqaa.training import run
 
-    return run.main(args.stage, **{name: value for name, value in vars(args).items() if name not in ("verb", "stage")})
+    own = ("verb", "stage")
+    return run.main(args.stage, **{k: value for k, value in vars(args).items() if k not in own})
 
 
 def _bench(args):
     options.check_bench(args)
-    return importlib.import_module(BENCHES[args.what]).main(args)
+    from aqaa.evaluation import bench
+
+    chosen = {name: value for name, value in vars(args).items() if name not in ("verb", "what", "json")}
+    return bench.main(args.what, as_json=args.json, **chosen)
 
 
 def _plan(args):
@@ -359,10 +379,10 @@ def _convert(args):
 def _doctor(args):
     from aqaa import doctor
 
-    return doctor.main(args)
+    return doctor.main(args.folders, args.preset, args.json)
 
 
 COMMANDS = {
-    "ask": _ask, "chat": _ask, "listen": _listen, "train": _train, "bench": _bench, "plan": _plan, "convert": _convert,
-    "doctor": _doctor,
+    "ask": _ask, "chat": _ask, "listen": _listen, "train": _train, "bench": _bench, "plan": _plan,
+    "convert": _convert, "doctor": _doctor,
 }  # fmt: skip

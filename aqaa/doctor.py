@@ -1,6 +1,6 @@
-"""`aqaa doctor`: what this machine has, and what is missing for asking, for training, for judging.
+"""`aqaa doctor`: what this machine has, and what it lacks for asking, training and judging.
 
-`aqaa doctor FOLDER`: what a folder of weights is good for, from names and headers; weights are not loaded.
+`aqaa doctor FOLDER`: what a folder of weights is good for, by names and headers alone.
 """
 
 import importlib.metadata
@@ -10,74 +10,79 @@ import platform
 import re
 import shutil
 import sys
+from itertools import chain
 
-PACKAGES = ("torch", "torchaudio", "transformers", "soundfile", "safetensors", "numpy", "scipy", "tqdm", "pocketsphinx")
+from aqaa.files import ModelError, fingerprint
+from aqaa.weights.sources import find, roles
+
+PACKAGES = (
+    "torch", "torchaudio", "transformers", "soundfile", "safetensors", "numpy", "scipy", "tqdm",
+    "pocketsphinx",
+)  # fmt: skip
 ENGINES = {  # program: what it is for, and the Debian packages that bring it and its voices
     "espeak-ng": ("questions in many voices", "espeak-ng"),
     "flite": ("questions and the answer voice", "flite"),
     "festival": ("questions", "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"),
 }
-LICENCES = {"Apache License": "Apache-2.0", "MIT License": "MIT"}  # words of a LICENSE file: its short name
-SIGNS = {  # role of a folder: files that tell it
-    "tokenizer": ("linguistic_tokenizer.npy", "dengcunqin"),
-    "backbone": ("*.safetensors", "*.safetensors.index.json", "tokenizer.model"),
-    "vocoder": ("flow.pt", "hift.pt", "cosyvoice.yaml"),
-}
-FIRST_S3 = "56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486"  # CosyVoice-300M-25Hz's own file
+LICENCES = {"Apache License": "Apache-2.0", "MIT License": "MIT"}  # words of a file: its licence
+# sha256 of the tokenizer in CosyVoice-300M-25Hz
+FIRST_S3 = "56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
-def main(args):
-    """Print the report. Returns 0 if `aqaa ask` can work here (or all folders are whole), 1 if not."""
-    if args.folders:
-        return _folders(args)
-    report = {
-        "versions": versions(), "devices": devices(), "speech engines": engines(), "weights": weights(args.preset),
-    }
-    _show(report, args.json)
-    if fault := report["weights"].get("fault"):
-        print("aqaa:", fault, file=sys.stderr)
-    return int(fault is not None)
+def main(folders=(), preset="mini", as_json=False):
+    """Print a report on this machine, or on `folders`, and its faults on stderr.
 
-
-def _show(report, as_json):
-    """Print {title: {name: value}}; a list takes a line for each of its entries."""
-    if as_json:
+    Returns 0 if `aqaa ask` can work here (or all folders are whole and fit), else 1.
+    """
+    report, faults = _folders(folders) if folders else _machine(preset)
+    if as_json and report:
         print(json.dumps(report))
-        return
-    for title, rows in report.items():
+    for title, rows in {} if as_json else report.items():
         print(title)
         for name, value in rows.items():
             for line in value if isinstance(value, list) else [value]:
                 print(f"  {name:14} {line}")
-
-
-def _folders(args):
-    """Report on the folders named and, together, on whether they make a whole system; an odd one stops no other."""
-    lost = [name for name in args.folders if name != "mini" and not os.path.isdir(name)]
-    faults = [f"no folder at {name}: name one that holds weights." for name in lost]
-    report, sources = {}, {}
-    for name in args.folders:
-        try:
-            for path in () if name in lost else _places(name):
-                report[str(path)], found = folder(path)
-                faults += report[str(path)]["faults"]
-                sources |= found
-        except Exception as fault:  # whatever a damaged file raises
-            faults.append(f"{name} cannot be read ({' '.join(str(fault).split())}): get the folder again.")
-    if sources and not faults:
-        faults += _together(sources)
-    if report:
-        _show(report, args.json)
     for fault in faults:
         print("aqaa:", fault, file=sys.stderr)
     return int(bool(faults))
 
 
+def _machine(preset):
+    """({title: {name: value}}, faults) of what is here; a list takes a line for each entry."""
+    report = {
+        "versions": versions(),
+        "devices": devices(),
+        "speech engines": engines(),
+        "weights": weights(preset),
+    }
+    fault = report["weights"].get("fault")
+    return report, [fault] if fault else []
+
+
+def _folders(names):
+    """The same of folders and, if they are whole, of their fit; an odd one stops no other."""
+    lost = [name for name in names if name != "mini" and not os.path.isdir(name)]
+    faults = [f"no folder at {name}: name one that holds weights." for name in lost]
+    report, sources = {}, {}
+    for name in names:
+        try:
+            for path in () if name in lost else _places(name):
+                rows, parts = folder(path)
+                report[str(path)] = rows
+                faults += rows["faults"]
+                sources |= parts
+        except Exception as fault:  # a damaged file may raise anything
+            reason = " ".join(str(fault).split())
+            faults.append(f"{name} cannot be read ({reason}): get the folder again.")
+    if sources and not faults:
+        faults += _together(sources)
+    return report, faults
+
+
 def _together(sources):
-    """Why the parts of several folders make no system; nothing if they do, or if some are not there."""
+    """Why the parts of several folders make no system; [] if they do, or if some are missing."""
     from aqaa.config import AQAAConfig
-    from aqaa.files import ModelError
     from aqaa.weights import released
 
     if len(sources) < sum(map(len, released.PARTS.values())):
@@ -91,34 +96,31 @@ def _together(sources):
 
 def _places(name):
     """A folder, and those in it that hold weights (Step-Audio-TTS-3B brings two vocoders)."""
-    from aqaa.weights import model_folder
-
-    path = model_folder.find(name)
+    path = find(name)
     inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and roles(folder))
     return [path, *inside] if not inside or roles(path) else inside
 
 
-def roles(path):
-    """What a folder can stand in for, by the names of its files."""
-    return [role for role, signs in SIGNS.items() if any(any(path.glob(sign)) for sign in signs)]
-
-
 def folder(path):
-    """What a folder holds: (rows for the report, {part: released.Source} of what is whole). Loads no weights."""
-    from aqaa.files import ModelError, fingerprint
+    """(rows for the report, {part: released.Source} of what is whole) of a folder.
+
+    Loads no weights.
+    """
     from aqaa.weights import model_folder, released
     from aqaa.weights.shards import in_bytes
 
-    files, sources, faults = [file for file in path.rglob("*") if file.is_file()], {}, []
+    files = [file for file in path.rglob("*") if file.is_file()]
     size = f"{in_bytes(sum(file.stat().st_size for file in files))} in {len(files)} files"
     rows = {"roles": roles(path), "size": size, "licence": licence(path)}
+    sources, faults = {}, []
     if any((path / f"{part}.safetensors").is_file() for part in model_folder.PARTS):
         rows |= {"roles": ["model"], **weights(path)}
         faults += [rows.pop("fault")] if "fault" in rows else []
     elif not rows["roles"]:
-        faults.append(f"{path} holds nothing that aqaa knows: name a released folder, or one like data/mini.")
+        remedy = "name a released folder, or one like data/mini"
+        faults.append(f"{path} holds nothing that aqaa knows: {remedy}.")
     else:
-        for part, look in [row for role in rows["roles"] for row in released.PARTS[role].items()]:
+        for part, look in chain(*(released.PARTS[role].items() for role in rows["roles"])):
             try:
                 sources[part] = look(path)
                 rows[part] = sources[part].facts
@@ -140,24 +142,26 @@ def licence(path):
     """What a LICENSE file, or the head of README.md, says; "not stated" if nothing."""
     for file in sorted(path.glob("LICENSE*")):
         text = file.read_text(encoding="utf-8", errors="replace")
-        return next((short for words, short in LICENCES.items() if words in text), f"see {file.name}")
+        names = (short for words, short in LICENCES.items() if words in text)
+        return next(names, f"see {file.name}")
     try:
-        head = (path / "README.md").read_text(encoding="utf-8", errors="replace").split("---")
+        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "not stated"
-    found = re.search(r"^license: *(\S+)", head[1], re.MULTILINE) if len(head) > 2 and not head[0].strip() else None
-    return f"{found[1]} (README.md)" if found else "not stated"
+    head = re.match(r"\s*---(.*?)---", text, re.DOTALL)
+    match = re.search(r"^license: *(\S+)", head[1], re.MULTILINE) if head else None
+    return f"{match[1]} (README.md)" if match else "not stated"
 
 
 def versions():
     """Version of Python and of every package that matters here."""
-    found = {"python": platform.python_version()}
+    rows = {"python": platform.python_version()}
     for name in ("aqaa", *PACKAGES):
         try:
-            found[name] = importlib.metadata.version(name)
+            rows[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            rows[name] = "not installed"
+    return rows
 
 
 def devices():
@@ -169,27 +173,26 @@ def devices():
 
     known = cpuinfo("flags").split()
     flags = [flag for flag in CPU_FLAGS if flag in known]
-    found = {
-        "cpu": f"{cpuinfo('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, {' '.join(flags) or 'no wide vectors'}"
-    }
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    rows = {"cpu": f"{name}, {threads}, {' '.join(flags) or 'no wide vectors'}"}
     try:
         amx.compiled()
-        found["amx"] = "ready: --amx uses it"
+        rows["amx"] = "ready: --amx uses it"
     except ValueError as fault:
-        found["amx"] = f"not usable: {fault}"
-    gpus = range(torch.cuda.device_count())
-    for index in gpus:
+        rows["amx"] = f"not usable: {fault}"
+    for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-        found[f"cuda:{index}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
-    if not gpus:
-        found["cuda"] = "none"
-    return found
+        rows[f"cuda:{index}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
+    return rows if torch.cuda.device_count() else {**rows, "cuda": "none"}
 
 
 def engines():
-    """Where each speech engine is, or how to get it; only `aqaa train corpus` and `aqaa bench accuracy` need them."""
+    """Where each speech engine is, or how to get it.
+
+    Only `aqaa train corpus` and `aqaa bench accuracy` need them.
+    """
     return {
         name: shutil.which(name) or f"missing (for {purpose}): apt-get install {packages}"
         for name, (purpose, packages) in ENGINES.items()
@@ -198,16 +201,16 @@ def engines():
 
 def weights(source):
     """Size and hash of every weight file, or {"fault": one sentence}."""
-    from aqaa.files import ModelError
     from aqaa.weights import model_folder
 
     try:
-        folder = model_folder.find(source)
+        folder = find(source)
         model_folder.read_config(folder)
-        found = {"folder": str(folder)}
+        rows = {"folder": str(folder)}
         for name, facts in model_folder.inspect(folder).items():
             known = "as recorded" if facts["as_recorded"] else "NOT as recorded"
-            found[name] = f"{facts['bytes'] / 1e6:6.1f} MB  sha256 {facts['sha256'][:16]}  {known}"
-        return found
+            size = f"{facts['bytes'] / 1e6:6.1f} MB"
+            rows[name] = f"{size}  sha256 {facts['sha256'][:16]}  {known}"
+        return rows
     except ModelError as fault:
         return {"fault": str(fault)}

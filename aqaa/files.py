@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, and one sentence for whatever is wrong with them. Needs no torch."""
+"""Files on disk, written whole or not at all, and one sentence for each fault. Needs no torch."""
 
 import errno
 import hashlib
@@ -16,17 +16,24 @@ import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 AGAIN = "get the whole folder again"
-
-LFS_POINTER = b"version https://git-lfs"
 TRAIN = f"{AGAIN}, or train it with `aqaa train`"
 
+LFS_POINTER = b"version https://git-lfs"
+JSON_BYTES = 64_000_000  # of the longest JSON file that is read: an index of a million tensors
 MB = 1_000_000
 MEMORY = "/dev/shm"  # files here never reach a disk
 SPARE = 256 * MB  # a container may have far less of it
-ALONE = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | os.O_WRONLY  # a new file, through nobody's link
-LEFT = re.compile(r"(?:^aqaa-|\.)([0-9a-f]{8})-(\d+)(?:-\w+|\.[0-9a-f]{8}\.part)$")  # a name that `process_tag` is in
+NEW_FILE = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | os.O_WRONLY  # through no link
+LEFT = re.compile(  # a name that `process_tag` is in
+    r"(?:^aqaa-|\.)([0-9a-f]{8})-(\d+)(?:-\w+|\.[0-9a-f]{8}\.part)$"
+)
+DAMAGE = (  # what the readers of json, npz, pickle and safetensors raise for a damaged file
+    OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
+    pickle.PickleError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class ModelError(ValueError):
@@ -34,11 +41,12 @@ class ModelError(ValueError):
 
 
 class WriteError(OSError):
-    """A file that cannot be written; its one sentence names the file, the reason and the remedy."""
+    """A file that cannot be written; its one sentence names the file, the reason, the remedy."""
 
     def __init__(self, path, reason, number=None):
         super().__init__(number, reason)
-        self.sentence = f"{path} cannot be written ({reason}): free some room there, or choose another folder."
+        remedy = "free some room there, or choose another folder"
+        self.sentence = f"{path} cannot be written ({reason}): {remedy}."
 
     def __str__(self):
         return self.sentence
@@ -49,17 +57,18 @@ def brief(fault):
     return (str(fault).splitlines() or [type(fault).__name__])[0].strip(" .")
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def replacing(path, parents=True, mode=0o666):
-    """A path to write to, in the same folder, that takes the name `path` if all goes well, and goes away if not.
+    """A path to write to, in the same folder; it takes the name `path` if all goes well.
 
-    This part is a new file with the rights of any new file, never one that somebody laid there, and it is on the disk
-    before it takes the name. A process that is killed leaves it behind, for `sweep`. If `path` is a link, the file that
-    it leads to is replaced; a device or a pipe is written in place. parents: make the folder. mode: the rights, less
-    the umask. Raises WriteError.
+    If not, it goes away. The part is a new file with the rights of any new file, never one that
+    somebody laid there, and it is on the disk before it takes the name. A process that is killed
+    leaves it behind, for `sweep`. If `path` is a link, the file that it leads to is replaced; a
+    device or a pipe is written in place. parents: make the folder. mode: the rights, less the
+    umask. Raises WriteError.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -70,11 +79,12 @@ def replacing(path, parents=True, mode=0o666):
         with writing(path):
             if parents:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            rights = _create(part, mode)
+            os.close(os.open(part, NEW_FILE, mode))
+            rights = part.stat().st_mode
             yield part
             _sync(part, os.O_RDWR)
-            if stat.S_IMODE(part.stat().st_mode) != rights:  # some libraries put a file of their own there
-                part.chmod(rights)
+            if part.stat().st_mode != rights:  # some libraries put a file of their own there
+                part.chmod(stat.S_IMODE(rights))
             os.replace(part, path)
             with suppress(OSError):  # not every file system syncs a folder
                 _sync(path.parent, os.O_RDONLY)
@@ -83,40 +93,32 @@ def replacing(path, parents=True, mode=0o666):
             part.unlink()
 
 
+def _sync(path, flags):
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def writing(path):
-    """Within it a fault of the disk, or of a file beside `path`, becomes a WriteError; other faults pass."""
+    """A fault of the disk or of a file beside `path` becomes a WriteError; other faults pass."""
     folder = Path(os.path.abspath(path)).parent
     try:
         yield
     except WriteError:
         raise
     except OSError as fault:
-        names = [Path(os.path.abspath(name)) for name in (fault.filename, fault.filename2) if isinstance(name, str)]
-        if names and not any(folder == name.parent or folder.is_relative_to(name) for name in names):
+        names = [name for name in (fault.filename, fault.filename2) if isinstance(name, str)]
+        parents = [Path(os.path.abspath(name)) for name in names]
+        if names and not any(folder == p.parent or folder.is_relative_to(p) for p in parents):
             raise  # of a file that was read
         raise WriteError(path, fault.strerror or brief(fault), fault.errno) from None
     except Exception:  # torch and safetensors have faults of their own for a full disk
         if not folder.is_dir() or shutil.disk_usage(folder).free > MB:
             raise
         raise WriteError(path, os.strerror(errno.ENOSPC), errno.ENOSPC) from None
-
-
-def _create(path, mode):
-    """Make an empty file where nothing is; returns its rights."""
-    handle = os.open(path, ALONE, mode)
-    try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
-
-
-def _sync(path, how):
-    handle = os.open(path, how)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path, content):
@@ -126,17 +128,18 @@ def write_json(path, content):
 
 
 def probe(folder, need=0):
-    """Can files be written into `folder` (made if need be), and are `need` bytes free there? Raises WriteError."""
+    """Raise WriteError unless `folder` can be made, takes files, and has `need` bytes free."""
     folder = Path(folder)
     with writing(folder / "probe"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         free = shutil.disk_usage(folder).free
     if free < need:
-        raise WriteError(folder, f"{free // MB} MB are free, {-(-need // MB)} MB are needed", errno.ENOSPC)
+        reason = f"{free // MB} MB are free, {-(-need // MB)} MB are needed"
+        raise WriteError(folder, reason, errno.ENOSPC)
 
 
-# ---- what dead processes leave --------------------------------------------------------------------------------------
+# ---- what dead processes leave ------------------------------------------------------------------
 
 
 def process_tag():
@@ -146,9 +149,10 @@ def process_tag():
 
 @contextmanager
 def scratch():
-    """A folder for files of a moment, in memory where there is room; it goes away at the end (see `sweep`)."""
-    roomy = os.path.isdir(MEMORY) and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > SPARE
-    with tempfile.TemporaryDirectory(prefix=f"aqaa-{process_tag()}-", dir=MEMORY if roomy else None) as folder:
+    """A folder for temporary files, in memory where there is room; removed at the end."""
+    usable = os.path.isdir(MEMORY) and os.access(MEMORY, os.W_OK)
+    place = MEMORY if usable and shutil.disk_usage(MEMORY).free > SPARE else None
+    with tempfile.TemporaryDirectory(prefix=f"aqaa-{process_tag()}-", dir=place) as folder:
         yield Path(folder)
 
 
@@ -156,8 +160,8 @@ def sweep(*folders):
     """Remove unfinished files and scratch folders of processes of ours that have died."""
     for folder in map(Path, folders):
         for path in folder.iterdir() if folder.is_dir() else ():
-            found = LEFT.search(path.name)
-            if not found or found[1] != process_tag()[:8] or _alive(int(found[2])):
+            match = LEFT.search(path.name)
+            if not match or match[1] != process_tag()[:8] or _alive(int(match[2])):
                 continue
             with suppress(OSError):
                 if path.lstat().st_uid != os.getuid():
@@ -180,44 +184,77 @@ def _alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # the process of another user
         pass
     return True
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def reading(path, remedy):
-    """Within it whatever a damaged file makes its reader raise becomes a ModelError about `path`."""
+    """Within it DAMAGE that a reader raises becomes a ModelError about `path`."""
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, pickle.PickleError,
-            zipfile.BadZipFile, zlib.error) as fault:  # fmt: skip
-        why = fault.strerror if isinstance(fault, OSError) and fault.strerror else brief(fault)
-        raise ModelError(f"{path} is cut short or damaged ({why}): {remedy}.") from None
+    except DAMAGE as fault:
+        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else brief(fault)
+        raise ModelError(f"{path} is cut short or damaged ({reason}): {remedy}.") from None
 
 
-def read_object(path, remedy):
-    """The object of a JSON file. Raises ModelError if it holds none."""
+def parse_json(text, nan=False):
+    """The value of a JSON text. Raises ValueError; for NaN and infinities too unless `nan`."""
+    try:
+        return json.loads(text, parse_constant=float if nan else _refuse)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
+
+
+def _refuse(name):
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_json(path, nan=False):
+    """The value of a JSON file. Raises ValueError, or OSError."""
+    if (size := Path(path).stat().st_size) > JSON_BYTES:
+        raise ValueError(f"it has {size:,} bytes, at most {JSON_BYTES:,} are expected")
+    return parse_json(Path(path).read_text(encoding="utf-8"), nan)
+
+
+def read_object(path, remedy, nan=True):
+    """The object of a JSON file; records of ours may hold NaN. Raises ModelError."""
     with reading(path, remedy):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path, nan)
         if not isinstance(content, dict):
-            raise ValueError("it is not an object of names and values")
+            raise ValueError(f"it holds a {type(content).__name__}, not names and values")
         return content
 
 
 def fingerprint(path):
     """{"bytes", "sha256"} of a file."""
     with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": os.path.getsize(path), "sha256": digest}
+
+
+def check_file(path, remedy=TRAIN):
+    """Raise ModelError unless there is a file, and not a Git LFS pointer, at path."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: {remedy}.")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(
+                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`."
+            )
+
+
+# ---- names and places ---------------------------------------------------------------------------
 
 
 def data_folder():
-    """The folder that holds `mini/` and `questions/`: $AQAA_DATA, the clone's `data`, or where pip put it."""
+    """The folder of `mini/` and `questions/`: $AQAA_DATA, the clone's `data`, or pip's place."""
     if named := os.environ.get("AQAA_DATA"):
         return Path(named)
     clone = Path(__file__).resolve().parents[1] / "data"
@@ -229,10 +266,15 @@ def named(names):
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
-def check_file(path, remedy=TRAIN):
-    """Is there a file, and not a Git LFS pointer, at path? Raises ModelError."""
-    if not path.is_file():
-        raise ModelError(f"{path} is missing: {remedy}.")
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ModelError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
+def server_address(url, other=""):
+    """urlsplit of a server's address, by default http. Raises ValueError, ending in `other`."""
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"{url!r} is no address of a server: write it as http://127.0.0.1:8000{other}."
+        )
+    return parts

@@ -1,4 +1,4 @@
-"""Where a recorded number comes from: date, commit, hardware and command. The ground floor: no audio, no training."""
+"""Where a recorded number comes from: date, commit, hardware and command."""
 
 import datetime
 import json
@@ -22,7 +22,7 @@ def cpu_name():
 
 
 def commit():
-    """Short hash of the code's commit: git's own, or $AQAA_COMMIT where the code was copied without its history."""
+    """Short hash of the code's commit: $AQAA_COMMIT (for a copy without history), or git's."""
     if named := os.environ.get("AQAA_COMMIT"):
         return named
     try:
@@ -41,16 +41,9 @@ def provenance(device="cpu"):
     return {"date": today, "commit": commit(), "hardware": name, "torch": torch.__version__}
 
 
-def about(what, device="cpu"):
+def about(name, device="cpu"):
     """The head of a recorded result: its name, its provenance and the command that made it."""
-    return {"what": what, **provenance(device), "command": " ".join(["aqaa", *sys.argv[1:]])}
-
-
-def report(args, result, lines, details=None):
-    """Print a result, as JSON or as lines, and write it with its details to args.out if there is one."""
-    print(json.dumps(result) if args.json else "\n".join(lines))
-    if args.out:
-        write_json(args.out, {**result, **(details or {})})
+    return {"what": name, **provenance(device), "command": " ".join(["aqaa", *sys.argv[1:]])}
 
 
 class Record:
@@ -60,10 +53,10 @@ class Record:
         self.path, self.data = path and Path(path), {**head, "faults": {}}
         self.write()
 
-    def add(self, **found):
-        self.data |= found
+    def add(self, **values):
+        self.data |= values
         self.write()
-        for name, value in found.items():
+        for name, value in values.items():
             print(f"{name:24} {json.dumps(value)}", flush=True)
 
     def write(self):
@@ -75,8 +68,8 @@ class Record:
         """A fault inside is noted, and the measurements that follow are still made."""
         try:
             yield
-        except Exception as fault:  # whatever it is: time on such a GPU is rare
-            text = (str(fault).splitlines() or [""])[0]
-            self.data["faults"][name] = f"{type(fault).__name__}: {text}"
+        except Exception as fault:  # of any kind: time on such a GPU is rare
+            text = f"{type(fault).__name__}: {(str(fault).splitlines() or [''])[0]}"
+            self.data["faults"][name] = text
             self.write()
-            print(f"aqaa: {name} was not measured ({self.data['faults'][name]})", file=sys.stderr, flush=True)
+            print(f"aqaa: {name} was not measured ({text})", file=sys.stderr, flush=True)

@@ -5,11 +5,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only get in each other's way
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton asks once, when it is first imported
 
+import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
+
+from aqaa.files import ModelError
 
 RATE = 16_000
 SENTENCES = [
@@ -86,6 +90,22 @@ def tiny_folder(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "tiny"
     model_folder.save(tiny, folder)
     return folder
+
+
+@pytest.fixture
+def copy(tiny_folder, tmp_path):
+    """A folder of weights that a test may break."""
+    return shutil.copytree(tiny_folder, tmp_path / "copy")
+
+
+@contextmanager
+def fails(*words, error=ModelError):
+    """Within it an error is raised whose message is one sentence that holds all the words."""
+    with pytest.raises(error) as fault:
+        yield
+    text = str(fault.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 500, text
+    assert all(word in text for word in words), text
 
 
 def sharp_step1(gain, seed=0, double=False, **sizes):

@@ -125,9 +125,13 @@ def write_s3(path, state, stride=2):
         strides = [stride if conv == "conv1" else 2]
         nodes.insert(0, helper.make_node("Conv", inputs, [conv], name=f"/{conv}/Conv", strides=strides, pads=[1, 1]))
     tensors.append(numpy_helper.from_array(np.array([1, 2]), "onnx::Reshape_9"))
-    feats = helper.make_tensor_value_info("feats", onnx.TensorProto.FLOAT, [1, 128, None])
     codes = helper.make_tensor_value_info("indices", onnx.TensorProto.INT32, [1, None])
-    onnx.save(helper.make_model(helper.make_graph(nodes, "s3", [feats], [codes], tensors)), path)
+    graph = helper.make_graph(nodes, "s3", [floats("feats", 1, 128, None)], [codes], tensors)
+    onnx.save(helper.make_model(graph), path)
+
+
+def floats(name, *shape):
+    return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
 
 # ---- language model ----
@@ -178,6 +182,13 @@ def sentencepiece(n_text):
 # ---- vocoder ----
 
 
+def normed(name):
+    """torch's newer name of a factor of weight norm."""
+    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        name = name.replace(old, f"parametrizations.weight.{new}")
+    return name
+
+
 def write_vocoder(folder, config, parts):
     torch.save(parts["flow"], folder / "flow.pt")
     torch.save(parts["hift"], folder / "hift.pt")
@@ -194,11 +205,8 @@ def write_campplus(path):
         helper.make_node("ReduceMean", ["loud"], ["mean"], axes=[1], keepdims=0),
         helper.make_node("MatMul", ["mean", "weight"], ["output"]),
     ]
-    ends = [
-        helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1, None, 80]),
-        helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, [1, 192]),
-    ]
-    graph = helper.make_graph(nodes, "campplus", ends[:1], ends[1:], [numpy_helper.from_array(weight, "weight")])
+    tensors = [numpy_helper.from_array(weight, "weight")]
+    graph = helper.make_graph(nodes, "campplus", [floats("input", 1, None, 80)], [floats("output", 1, 192)], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
 
 
@@ -214,10 +222,8 @@ flow: !new:cosyvoice.flow.flow.MaskedDiffWithXvec
     input_size: 16
     output_size: 80
     spk_embed_dim: !ref <spk_embed_dim>
-    output_type: 'mel'
     vocab_size: 5121
     input_frame_rate: 41.67
-    only_mask_loss: True
     encoder: !new:cosyvoice.transformer.encoder.ConformerEncoder
         output_size: 16
         attention_heads: 2
@@ -226,26 +232,19 @@ flow: !new:cosyvoice.flow.flow.MaskedDiffWithXvec
         use_cnn_module: False
     length_regulator: !new:cosyvoice.flow.length_regulator.InterpolateRegulator
         channels: 80
-        sampling_ratios: [1, 1, 1, 1]
     decoder: !new:cosyvoice.flow.flow_matching.ConditionalCFM
-        in_channels: 240
         cfm_params: !new:omegaconf.DictConfig
             content:
                 sigma_min: 1e-06
                 solver: 'euler'
-                t_scheduler: 'cosine'
                 training_cfg_rate: 0.2
                 inference_cfg_rate: 0.7
         estimator: !new:cosyvoice.flow.decoder.ConditionalDecoder
-            in_channels: 320
-            out_channels: 80
             channels: [16, 16]
-            dropout: 0
             attention_head_dim: 8
             n_blocks: 1
             num_mid_blocks: 2
             num_heads: 2
-            act_fn: 'gelu'
 
 hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
     in_channels: 80
@@ -267,7 +266,6 @@ hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
     lrelu_slope: 0.1
     audio_limit: 0.99
     f0_predictor: !new:cosyvoice.hifigan.f0_predictor.ConvRNNF0Predictor
-        num_class: 1
         in_channels: 80
         cond_channels: 16
 

@@ -1,27 +1,23 @@
 """The bench counts what it should: right, wrong, silent and unsayable answers, each cell for itself."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
+from aqaa import batching
+from aqaa.backbone import step1
 from aqaa.batching import ask_all
 from aqaa.config import preset
 from aqaa.corpus.plan import Item
-from aqaa.evaluation import accuracy
-from aqaa.evaluation.accuracy import CELLS, METRICS, Row, evaluate, make_judge, questions, share, summarise
+from aqaa.evaluation import accuracy, bench
+from aqaa.evaluation.accuracy import CELLS, METRICS, Row, make_judge, measure, questions, share
 from aqaa.pipeline import AQAA
-
-SAID = ["seven plus five is equal to twelve", "the capital of france is paris", "the opposite of hot is cold"]
-PATHS = [Path(__file__).parent / "data" / f"{text.replace(' ', '_')}.flac" for text in SAID]
-SOUNDS = [soundfile.read(path, dtype="float32")[0] for path in PATHS]
+from tests.test_judges import SAID, SOUNDS
 
 
 class Shelf:
@@ -37,8 +33,9 @@ class Shelf:
         self._add(slow, "a3", "train", "", "answer", SAID[1], answer=SAID[1], manner="slow", answer_id="a3")
         for number, cell in enumerate(CELLS):
             i = (number + 1) % 3  # seen_new, one of the two cells of new voices, asks for the third answer
-            asked = dict(answer=SAID[i], manner="slow" if i == 1 else "normal", answer_id="a3" if i == 1 else f"a{i}")
-            asked["category"] = "Voice Understanding" if i == 2 else "Language Ability"
+            manner, answer_id = ("slow", "a3") if i == 1 else ("normal", f"a{i}")
+            category = "Voice Understanding" if i == 2 else "Language Ability"
+            asked = dict(answer=SAID[i], manner=manner, answer_id=answer_id, category=category)
             self._add(np.full(800, i / 10), f"q{i}", "eval", cell, "question", "?", **asked)
 
     def _add(self, wav, name, split, cell, role, text, **fields):
@@ -55,37 +52,27 @@ class Shelf:
         return {item.answer_id: item for item in self.items(role="answer")}
 
 
-class Parrot:
-    """Knows which of the three questions was asked, and answers by playing the recording."""
-
-    def __init__(self, texts, sounds):
-        self.texts, self.played = texts, sounds
-        self.config = preset("mini")
-
-    def generate(self, prompt, *, temperature=0.5, top_p=0.9, seed=0):
-        raise NotImplementedError
-
-    def synthesize(self, ids, seed=0):
-        return torch.from_numpy(self.played[ids[0]])
-
-    def batch(self, model, wavs, seed=0, **sampling):
-        which = [round(float(wav[0]) * 10) for wav in wavs]
-        return [(self.texts[i], [] if self.played[i] is None else [i]) for i in which]
-
-
 @pytest.fixture
 def ask(monkeypatch):
+    """A parrot knows which of the three questions was asked, and answers by playing the recording."""
+
     def ask(texts=SAID, sounds=SOUNDS, **options):
-        parrot = Parrot(texts, sounds)
-        monkeypatch.setattr(accuracy, "answer_batch", parrot.batch)
-        return evaluate(parrot, Shelf(), workers=1, progress=False, **options)
+        def batch(model, wavs, seed=0, **sampling):
+            asked = [round(float(wav[0]) * 10) for wav in wavs]
+            return [(texts[i], [] if sounds[i] is None else [i]) for i in asked]
+
+        parrot = SimpleNamespace(config=preset("mini"), synthesize=lambda ids, seed: torch.from_numpy(sounds[ids[0]]))
+        monkeypatch.setattr(batching, "answer_batch", batch)
+        result = measure(parrot, Shelf(), workers=1, **options)
+        return [Row(**row) for row in result["rows"]], result
 
     return ask
 
 
 def test_a_perfect_model(ask):
-    rows, summary, facts = ask(sounds=[SOUNDS[0], np.repeat(SOUNDS[1], 2), SOUNDS[2]])
-    assert len(rows) == facts["questions"] == len(CELLS) and facts["answers"] > 500
+    rows, result = ask(sounds=[SOUNDS[0], np.repeat(SOUNDS[1], 2), SOUNDS[2]])
+    summary = result["summary"]
+    assert len(rows) == result["questions"] == len(CELLS) and result["answers"] > 500
     others = [row for row in rows if row.manner == "normal"]
     assert all(row.text for row in rows) and all(r.lenient and r.agrees and r.teacher_lenient for r in others)
     assert all(row.strict == row.teacher_strict for row in others) and any(row.strict for row in others)
@@ -94,11 +81,11 @@ def test_a_perfect_model(ask):
         assert summary[name]["text"]["n"] == 1 and summary[name]["text"]["share"] == 1
     assert summary["Voice Understanding, new voices"]["text"]["n"] == 1
     assert summary["manner: slow"]["manner_ok"]["share"] == 1
-    json.dumps([vars(row) for row in rows])
+    json.dumps(result)
 
 
 def test_wrong_words_wrong_sound_and_silence(ask):
-    rows, _, facts = ask(["seven plus five is equal to ten", SAID[1], "xqzt"], [SOUNDS[0], SOUNDS[2], None])
+    rows, facts = ask(["seven plus five is equal to ten", SAID[1], "xqzt"], [SOUNDS[0], SOUNDS[2], None])
     wrong, swapped, silent = ([row for row in rows if row.expected == text] for text in SAID)
     assert wrong and all((row.text, row.lenient, row.agrees) == (False, True, False) for row in wrong)
     assert all((row.text, row.lenient, row.agrees, row.manner_ok) == (True, False, False, False) for row in swapped)
@@ -107,9 +94,9 @@ def test_wrong_words_wrong_sound_and_silence(ask):
 
 
 def test_text_only_measures_text_only(ask):
-    rows, summary, _ = ask(text_only=True)
+    rows, result = ask(text_only=True)
     assert all(row.text and row.lenient is None and row.teacher_lenient is None for row in rows)
-    assert summary["all"]["lenient"]["share"] is None and "-" in accuracy.table(summary)
+    assert result["summary"]["all"]["lenient"]["share"] is None and "-" in accuracy.table(result)
 
 
 def test_the_grammar_has_all_answers_and_what_was_written():
@@ -126,7 +113,7 @@ def test_limit_spreads_over_a_cell():
     assert len(questions(corpus)) == len(questions(corpus, 50)) == 10
     corpus.folder, made[:] = "here", []
     with pytest.raises(ValueError, match="here holds no evaluation questions"):
-        evaluate(None, corpus)
+        measure(None, corpus)
 
 
 def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
@@ -151,7 +138,7 @@ def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
 
 def test_a_place_that_does_not_exist_is_told_before_the_work(tmp_path):
     with pytest.raises(FileNotFoundError, match="folder does not exist"):
-        accuracy.main(SimpleNamespace(out=str(tmp_path / "no" / "x.json")))
+        bench.main("accuracy", out=tmp_path / "no" / "x.json")
 
 
 @given(st.lists(st.sampled_from([True, False, None])))
@@ -159,52 +146,44 @@ def test_shares(values):
     counted = [value for value in values if value is not None]
     result = share(values)
     assert result["n"] == len(counted)
-    if counted:
-        assert result["share"] == pytest.approx(sum(counted) / len(counted))
-        assert 0 < result["error"] <= 0.25
-    else:
+    if not counted:
         assert result["share"] is result["error"] is None
+        return
+    assert result["share"] == pytest.approx(sum(counted) / len(counted)) and 0 < result["error"] <= 0.25
 
 
 def test_the_table_has_a_line_a_group():
     rows = [Row("q", cell, "Language Ability", "plural", "v", "?", "x", text=True) for cell in CELLS]
-    lines = accuracy.table(summarise(rows)).splitlines()
+    result = {"summary": accuracy.summarise(rows), "questions": 6, "minutes": 1, "answers": 3}
+    *lines, facts, _, warning = accuracy.table(result).splitlines()
     assert all(heading in lines[0] for heading in METRICS.values())
     assert [line.split("  ")[0] for line in lines[1:]] == ["all", *CELLS.values(), "Language Ability"]
     assert "100.0 ±" in lines[1] and len({len(line) for line in lines}) == 1
+    assert "6 questions in 1 min" in facts and "only 3 answers" in warning
 
 
-class Codes:
+def codes(each):
     """A tokenizer that gives so many codes a group."""
-
-    def __init__(self, each):
-        self.each = each
-
-    def encode_batch(self, wavs):
-        return [torch.arange(self.each * (len(wav) // 1920)) for wav in wavs]
+    return SimpleNamespace(encode_batch=lambda wavs: [torch.arange(each * (len(wav) // 1920)) for wav in wavs])
 
 
-class Letters:
-    """A text tokenizer of the special pieces and one text id a byte."""
-
-    def encode(self, text, **_):
-        return [68 + byte for byte in text.encode()]
-
-    def decode(self, ids):
-        return " ".join(f"t{token}" for token in ids)
+LETTERS = SimpleNamespace(  # a text tokenizer of the special pieces and one text id a byte
+    encode=lambda text, **_: [68 + byte for byte in text.encode()],
+    decode=lambda ids: " ".join(f"t{token}" for token in ids),
+)
 
 
 def test_questions_are_answered_in_batches_by_a_real_backbone():
     """Untrained, so what it says is noise; but it is whole groups of legal codes, and each question keeps its place."""
     config = preset("mini")
     torch.manual_seed(0)
-    backbone = Step1ForCausalLM(Step1Config(**vars(config.backbone))).eval()
-    parts = {"backbone": backbone, "linguistic": Codes(2), "semantic": Codes(3), "text": Letters()}
+    backbone = step1.build(config.backbone).eval()
+    parts = {"backbone": backbone, "linguistic": codes(2), "semantic": codes(3), "text": LETTERS}
     model = AQAA(config, parts.__getitem__)
     model.synthesize = lambda ids, seed: torch.full((len(ids),), 0.1)
     wavs = [np.zeros(1920 * n, np.float32) for n in (4, 2, 3)]
-    found = list(ask_all(model, wavs, batch=2, max_tokens=45))
-    assert [i for i, _, _ in found] == [1, 2, 0]
-    assert all(text.startswith("t") and len(sound) % 5 == 0 and len(sound) for _, text, sound in found)
-    assert [text for _, text, _ in found] == [text for _, text, _ in ask_all(model, wavs, batch=2, max_tokens=45)]
+    first, again = (list(ask_all(model, wavs, batch=2, max_tokens=45)) for _ in range(2))
+    assert [i for i, _, _ in first] == [1, 2, 0]
+    assert all(text.startswith("t") and len(sound) % 5 == 0 and len(sound) for _, text, sound in first)
+    assert [text for _, text, _ in first] == [text for _, text, _ in again]
     assert all(sound is None for _, _, sound in ask_all(model, wavs, speak=False, max_tokens=12))

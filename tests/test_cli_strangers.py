@@ -23,6 +23,8 @@ SILLY = [  # words after `aqaa`, exit code, what the sentence says
     # no command, or hardly one
     ([], 2, ["commands:", "For a start", "aqaa ask"]),
     (["help"], 0, ["commands"]),
+    (["--help"], 0, ["commands"]),
+    (["--version"], 0, ["aqaa 0.1"]),
     (["help", "plan"], 0, ["--gpus"]),
     (["aks", Q], 2, ["'aks'", "did you mean ask"]),
     (["docter"], 2, ["did you mean doctor"]),
@@ -91,6 +93,8 @@ SILLY = [  # words after `aqaa`, exit code, what the sentence says
     (["ask", Q, "-o", LONG], 1, ["cannot be written", "longer than"]),
     (["ask", Q, "-o", "w" * 250], 1, ["longer than 240 bytes"]),
     (["ask", Q, "-o", "file/a.wav"], 1, ["file/a.wav cannot be written"]),
+    (["ask", Q, "-o", "no/such/folder/a.wav"], 1, ["no/such/folder/a.wav cannot be written"]),
+    (["ask", Q, "-o", "/proc/a.wav"], 1, ["/proc/a.wav cannot be written"]),
     (["ask", Q, Q, "-o", "both.wav"], 1, ["both.wav would be one wav"]),
     (["ask", Q, Q, "-o", "file"], 1, ["file cannot be written"]),
     (["bench", "--out", "file/x.json"], 1, ["file/x.json cannot be written"]),
@@ -102,6 +106,7 @@ SILLY = [  # words after `aqaa`, exit code, what the sentence says
     (["ask", Q, "--preset", "maxi"], 1, ["unknown preset 'maxi'"]),
     (["ask", Q, "--preset", "full"], 1, ["--tokenizer and --backbone and --vocoder names none"]),
     (["ask", Q, "--preset", "folder"], 1, ["config.json is missing"]),
+    (["ask", Q, "--preset", "/no/such/folder"], 1, ["/no/such/folder"]),
     (["ask", Q, "--tokenizer", "folder"], 1, ["folder holds nothing of Step-Audio-Tokenizer"]),
     (["ask", Q, "--backbone", "folder"], 1, ["folder holds nothing of Step-Audio-AQAA"]),
     (["ask", Q, "--vocoder", "nowhere"], 1, ["no folder at nowhere"]),
@@ -123,6 +128,7 @@ SILLY = [  # words after `aqaa`, exit code, what the sentence says
     (["doctor", "file"], 1, ["no folder at file"]),
 ]
 
+CHILD = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 TRY_ALL = """
 import contextlib, io, json, sys, time
 from aqaa import cli
@@ -140,19 +146,19 @@ def tried(tmp_path_factory):
     """What each of SILLY gives, all in one fresh process: [exit code, stdout, stderr, seconds, heavy modules]."""
     place = tmp_path_factory.mktemp("strangers")
     soundfile.write(place / Q, tone(), RATE)
-    for name in ("empty.wav", "file"):
-        (place / name).touch()
+    (place / "empty.wav").touch()
+    (place / "file").write_text("mine", encoding="utf-8")
     (place / "folder").mkdir()
     (place / "loop.wav").symlink_to("loop.wav")
     os.mkfifo(place / "fifo")
     before = sorted(os.listdir(place))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", TRY_ALL], input=json.dumps([args for args, *_ in SILLY]), cwd=place, env=env,
+        [sys.executable, "-c", TRY_ALL], input=json.dumps([args for args, *_ in SILLY]), cwd=place, env=CHILD,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(place)) == before  # nothing was left behind
+    assert (place / "file").read_text(encoding="utf-8") == "mine"
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -168,6 +174,8 @@ def test_a_silly_use_gets_its_sentence_at_once(tried, number):
     told = err if code and args else out
     assert all(word in told for word in words), told
     assert "Traceback" not in err and heavy == [] and seconds < 2  # 0.01 s where nobody else is at work
+    if code == 0:
+        assert err == ""
     if code == 1:
         assert err.startswith("aqaa: ") and err.count("\n") == 1 and err.endswith(".\n") and out == ""
     if code == 2 and args:
@@ -182,7 +190,7 @@ def test_help_has_an_example_that_can_be_parsed_and_the_defaults(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     example = text.split("example: ")[1]
-    assert example == options.EXAMPLES[verb] and example.startswith(f"aqaa {verb} ")
+    assert example == options.COMMANDS[verb]["example"] and example.startswith(f"aqaa {verb} ")
     args = vars(options.parse(example.split()[1:]))
     least = {"ask": ["q"], "chat": [], "listen": ["q"], "train": ["flow"], "convert": ["a", "b"]}.get(verb, [])
     for name, value in vars(options.parse([verb, *least])).items():
@@ -368,7 +376,7 @@ def test_widgets_load_whatever_the_locale(script, monkeypatch):
 
 
 def start(*args, unbuffered="", **pipes):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": unbuffered}
+    env = {**CHILD, "PYTHONUNBUFFERED": unbuffered}
     return subprocess.Popen([sys.executable, "-m", "aqaa", *args], env=env, text=True, **pipes)
 
 
@@ -413,8 +421,7 @@ def test_a_full_disk_under_stdout_is_one_sentence(args, unbuffered):
 
 
 def test_closed_streams_are_no_fault():
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -m aqaa plan >&- 2>&- <&-"], env=env)
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m aqaa plan >&- 2>&- <&-"], env=CHILD)
     assert done.returncode == 0
 
 

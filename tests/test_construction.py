@@ -10,7 +10,8 @@ from aqaa.backbone import step1
 from aqaa.config import AQAAConfig, BackboneConfig
 from aqaa.files import ModelError
 from aqaa.tokenizers import s3_onnx
-from aqaa.weights import model_folder, released, shards
+from aqaa.weights import model_folder, readers, shards
+from tests.release import normed
 from tests.test_semantic import consumer
 
 SMALL = BackboneConfig(  # Step-Audio-TTS-3B and EditX
@@ -87,14 +88,17 @@ VISION = (
 )  # fmt: skip
 
 
+def entries(listed):
+    return {name: shards.Entry(Path("x"), "BF16", shape, 0) for name, shape in listed.items()}
+
+
 @pytest.mark.parametrize("prefix, head", [
     ("model.", "lm_head.weight"), ("language_model.model.", "language_model.lm_head.weight"),
     ("model.language_model.", "lm_head.weight"), ("", "lm_head.weight"),
 ])  # fmt: skip
 def test_every_key_of_a_language_model_is_mapped_and_the_others_are_dropped(prefix, head):
     keys = step1_keys(BackboneConfig(), prefix, head)
-    tensors = {name: shards.Entry(Path("x"), "BF16", tuple(t.shape), 0) for name, t in keys.items()}
-    tensors |= {name: shards.Entry(Path("x"), "BF16", (8, 8), 0) for name in VISION}
+    tensors = entries(shapes(keys) | dict.fromkeys(VISION, (8, 8)))
     names, others = shards.language_model(tensors, "folder")
     assert sorted(others) == sorted(VISION) and sorted(names.values()) == sorted(keys)
     with torch.device("meta"):
@@ -104,38 +108,26 @@ def test_every_key_of_a_language_model_is_mapped_and_the_others_are_dropped(pref
 
 @pytest.mark.parametrize("vision", [VISION[:1], ()])
 def test_a_folder_without_a_language_model_is_named(vision):
-    tensors = {name: shards.Entry(Path("x"), "BF16", (8, 8), 0) for name in vision}
     with pytest.raises(ModelError, match="no language models"):
-        shards.language_model(tensors, "folder")
-
-
-def wrapped(state, outer, prefix):
-    state = {prefix + name: tensor for name, tensor in state.items()}
-    return {outer: state} if outer else state
+        shards.language_model(entries(dict.fromkeys(vision, (8, 8))), "folder")
 
 
 @pytest.mark.parametrize("outer, prefix", [("", ""), ("state_dict", ""), ("state_dict", "module."), ("model", "")])
 def test_the_linguistic_loader_takes_every_wrapping(monkeypatch, outer, prefix, tmp_path):
-    monkeypatch.setattr("torch.load", lambda *_, **__: wrapped(KEYS["linguistic"], outer, prefix))
+    state = {prefix + name: tensor for name, tensor in KEYS["linguistic"].items()}
+    monkeypatch.setattr("torch.load", lambda *_, **__: {outer: state} if outer else state)
     (tmp_path / "model.pt").write_bytes(b"PK\3\4")
-    assert shapes(released.pickled(tmp_path / "model.pt")) == shapes(KEYS["linguistic"])
-
-
-def normed(name):
-    """torch's newer names of weight norm."""
-    for old, new in ((".weight_g", "original0"), (".weight_v", "original1")):
-        name = name.replace(old, f".parametrizations.weight.{new}")
-    return name
+    assert shapes(readers.pickled(tmp_path / "model.pt")) == shapes(KEYS["linguistic"])
 
 
 @pytest.mark.parametrize("rename", [str, normed, "generator.{}".format, lambda name: "generator." + normed(name)])
 def test_the_hift_loader_takes_every_naming(rename):
     state = {rename(name): tensor for name, tensor in KEYS["hift"].items()}
     model_folder.fit(built("hift"), state, "hift.pt")
-    with pytest.raises(ModelError, match="lacks"):
-        model_folder.fit(built("hift"), dict(list(state.items())[1:]), "hift.pt")
-    with pytest.raises(ModelError, match="no place for"):
-        model_folder.fit(built("hift"), state | {"more": torch.empty(1, device="meta")}, "hift.pt")
+    fewer, more = dict(list(state.items())[1:]), state | {"more": torch.empty(1, device="meta")}
+    for other, fault in ((fewer, "lacks"), (more, "no place for")):
+        with pytest.raises(ModelError, match=fault):
+            model_folder.fit(built("hift"), other, "hift.pt")
 
 
 def test_the_flow_loader_takes_the_published_keys():

@@ -1,28 +1,14 @@
 """Measures agree with how a sound was made; directions follow the rules and nothing else."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqaa.evaluation.controls import (
-    MARGIN,
-    MOODS,
-    RULES,
-    Measures,
-    changes,
-    compare,
-    direction,
-    envelope_peaks,
-    measure,
-    syllables,
-)
-
-RATE = 16_000
-SPOKEN = Path(__file__).parent / "data" / "the_capital_of_france_is_paris.flac"
+from aqaa.evaluation import controls
+from aqaa.evaluation.controls import RULES, Measures, changes, compare, direction, measure
+from tests.conftest import RATE
+from tests.test_judges import SOUNDS
 
 
 def hum(seconds=1.0, pitch=150.0, sway=0.0, level=0.1, beats=4, pad=0.2):
@@ -51,12 +37,11 @@ def test_nothing_measures_nothing():
         assert measure(wav) == Measures()
     assert compare(np.zeros(RATE), hum())["seconds"] == 0
     assert not any(direction(manner, np.zeros(RATE), hum()) for manner in RULES if manner != "soft" and manner != "sad")
+    assert measure(np.random.default_rng(0).normal(0, 0.1, RATE)).f0 == 0  # noise has no pitch
     with pytest.raises(ValueError, match="mono"):
         measure(np.zeros((2, 9)))
-
-
-def test_noise_has_no_pitch():
-    assert measure(np.random.default_rng(0).normal(0, 0.1, RATE)).f0 == 0
+    with pytest.raises(ValueError, match="'normal'.*slow"):
+        direction("normal", hum(), hum())
 
 
 @settings(deadline=None, max_examples=15)
@@ -78,17 +63,16 @@ MADE = {
 
 @pytest.mark.parametrize("manner", RULES)
 def test_direction(manner):
-    normal = hum(sway=2)
-    assert set(MADE) == set(RULES) and set(MOODS) <= set(RULES)
-    assert direction(manner, hum(**{"sway": 2, **MADE[manner]}), normal)
-    assert not direction(manner, normal, normal)
+    normal, made = hum(sway=2), hum(**{"sway": 2, **MADE[manner]})
+    assert set(MADE) == set(RULES)
+    assert direction(manner, made, normal) and not direction(manner, normal, normal)
     opposite = {name: -sign for name, sign in RULES[manner].items()}
     against = [other for other, rule in RULES.items() if rule == opposite]
-    assert not any(direction(other, hum(**{"sway": 2, **MADE[manner]}), normal) for other in against)
+    assert not any(direction(other, made, normal) for other in against)
 
 
 def test_speech_played_faster_is_shorter_and_higher():
-    wav, rate = soundfile.read(SPOKEN, dtype="float32")
+    wav = SOUNDS[1]
     faster = np.interp(np.arange(0, len(wav) - 1, 1.25), np.arange(len(wav)), wav)
     change = compare(faster, wav)
     assert change["seconds"] == pytest.approx(1 / 1.25 - 1, abs=0.03)
@@ -100,13 +84,8 @@ def test_speech_played_faster_is_shorter_and_higher():
 def test_changes_are_signed_and_zero_without_a_measure():
     one, other = Measures(2.0, 4, 200, 3, -20), Measures(1.0, 4, 100, 5, -23)
     assert changes(one, other) == {"seconds": 1.0, "f0": 12.0, "f0_range": -2, "energy": 3}
-    assert set(changes(one, other)) == set(MARGIN)
+    assert set(changes(one, other)) == set(controls.MARGIN)
     assert changes(Measures(), other)["f0"] == changes(one, Measures())["seconds"] == 0
-
-
-def test_a_manner_without_a_rule():
-    with pytest.raises(ValueError, match="'normal'.*slow"):
-        direction("normal", hum(), hum())
 
 
 @pytest.mark.parametrize("text, count", [
@@ -114,8 +93,8 @@ def test_a_manner_without_a_rule():
     ("seven plus five is equal to twelve", 9), ("whole houses called wanted apples", 8), ("the bees", 2),
 ])
 def test_syllables(text, count):
-    assert abs(syllables(text) - count) <= (1 if "every" in text or "whole" in text else 0)
+    assert abs(controls.syllables(text) - count) <= (1 if "every" in text or "whole" in text else 0)
 
 
 def test_envelope_peaks():
-    assert envelope_peaks(hum(2.0, beats=5)) in (9, 10, 11)
+    assert controls.envelope_peaks(hum(2.0, beats=5)) in (9, 10, 11)

@@ -1,7 +1,6 @@
 """A question heard while it is spoken: the ids of offline listening, whatever the packets, and an early answer."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from hypothesis import strategies as st
 
 from aqaa import audio, files, loading
 from aqaa.backbone.generation import Prefill
-from aqaa.evaluation import streaming
+from aqaa.evaluation import bench, streaming
 from aqaa.tokenizers.linguistic import STRIDE, row_count
 from aqaa.tokenizers.semantic import PIECE
-from aqaa.weights import model_folder
 from tests.conftest import RATE, tone
 from tests.test_linguistic import MODEL as PUBLISHED_STYLE
 
@@ -41,6 +39,13 @@ def swell(seconds=1.5):
 def cut(wav, sizes):
     """Packets of these sizes, then the rest."""
     return wav.split([*sizes, len(wav) - sum(sizes)]) if sum(sizes) <= len(wav) else wav[: sum(sizes)].split(640)
+
+
+def pushed(listener, wav, size):
+    """The listener, after a sound in packets of `size` samples."""
+    for packet in wav.split(size):
+        listener.push(packet)
+    return listener
 
 
 # ---- linguistic packets ----
@@ -87,9 +92,7 @@ def test_whatever_the_packets_the_ids_are_those_of_listening_afterwards(tiny, si
 
 
 def test_a_shipped_question_with_shipped_weights(mini, spoken):
-    listener = mini.listener(prefill=False)
-    for packet in spoken.split(320):
-        listener.push(packet)
+    listener = pushed(mini.listener(prefill=False), spoken, 320)
     assert listener.finish() == mini.listen((spoken, RATE))
     assert listener.restarts > 0
 
@@ -98,15 +101,11 @@ def test_finished_pieces_stay_until_a_louder_sample(tiny, monkeypatch):
     wav, encoded, encode = torch.from_numpy(tone(34)), [], tiny.semantic.encode
     monkeypatch.setattr(tiny.semantic, "encode", lambda wav, **how: (encoded.append(len(wav)), encode(wav, **how))[1])
     wav[0] = 0.9
-    listener = tiny.listener(every=2, prefill=False)
-    for packet in wav.split(RATE):
-        listener.push(packet)
+    listener = pushed(tiny.listener(every=2, prefill=False), wav, RATE)
     assert max(encoded) == PIECE and encoded[-1] == len(wav) - PIECE and listener.restarts == 0
     assert tiny.listen((wav, RATE)) == listener.finish()
     louder = torch.cat([wav, wav.new_tensor([0.99]), wav[:RATE]])
-    again = tiny.listener(every=2, prefill=False)
-    again.push(wav)
-    again.push(louder[len(wav) :])
+    again = pushed(tiny.listener(every=2, prefill=False), louder, len(wav))
     assert again.finish() == tiny.listen((louder, RATE)) and again.restarts == 1
 
 
@@ -117,11 +116,11 @@ def test_faults_are_those_of_a_question_in_a_file(tiny):
         listener.push(wav)
         with pytest.raises(audio.AudioError, match=fault):
             listener.finish()
-    with pytest.raises(audio.AudioError, match="more than 60 s"):
-        tiny.listener(prefill=False).push(torch.ones(61 * RATE))
     ended = tiny.listener()
     ended.push(swell())
-    ended.finish()
+    with pytest.raises(audio.AudioError, match="more than 60 s"):
+        ended.push(torch.ones(60 * RATE))
+    assert ended.finish() == tiny.listen((swell(), RATE))
     with pytest.raises(ValueError, match="has ended"):
         ended.push([0.1])
 
@@ -150,12 +149,9 @@ def test_silence_is_left_out_alike_live_and_afterwards(tiny, lead, tail, level):
 
 def test_a_pause_in_a_question_is_heard_and_restarts_nothing(tiny):
     wav = torch.cat([torch.from_numpy(tone(1)), torch.zeros(2 * RATE), torch.from_numpy(tone(1)), torch.zeros(RATE)])
-    listener = tiny.listener(every=0.3, prefill=False)
-    for packet in wav.split(500):
-        listener.push(packet)
+    listener = pushed(tiny.listener(every=0.3, prefill=False), wav, 500)
     before = listener.restarts
-    for _ in range(20):
-        listener.push(torch.zeros(1000))
+    pushed(listener, torch.zeros(20_000), 1000)
     assert listener.finish() == tiny.listen((wav, RATE)) and listener.restarts == before
 
 
@@ -207,11 +203,6 @@ def test_a_question_too_short_may_go_on(tiny):
             listener.finish()
     listener.push(wav[1100:])
     assert listener.finish() == tiny.listen((wav, RATE))
-    long = tiny.listener(prefill=False)
-    long.push(wav)
-    with pytest.raises(audio.AudioError, match="more than 60 s"):
-        long.push(torch.ones(60 * RATE))
-    assert long.finish() == tiny.listen((wav, RATE))
 
 
 class Interrupts:
@@ -298,33 +289,22 @@ def test_an_interrupted_reading_of_a_prompt_changes_no_answer(tiny, after):
 
 
 @pytest.mark.parametrize("history", [(), (("user", "seven"), ("assistant", "twelve"))])
-def test_reading_while_listening_changes_no_answer(tiny, history):
-    wav, short = swell(), {"seed": 2, "max_tokens": 80}
-    listener = tiny.listener(history=history)
-    for packet in wav.split(320):
-        listener.push(packet)
-    expected = tiny.ask((wav, RATE), history=history, **short)
-    assert listener.stream(**short).answer.tokens == expected.tokens
-
-
-@pytest.mark.parametrize("history", [(), (("user", "seven"), ("assistant", "twelve"))])
-def test_what_has_been_read_is_not_read_again(tiny, monkeypatch, history):
-    wav, fed = torch.from_numpy(tone(2)), []
+def test_reading_while_listening_changes_no_answer_and_is_not_repeated(tiny, monkeypatch, history):
+    wav, short, fed = swell(), {"seed": 2, "max_tokens": 80}, []
     listener = tiny.listener(history=history)
     feed = listener.prefill.decoder.feed
     monkeypatch.setattr(listener.prefill.decoder, "feed", lambda x: (fed.append(x.shape[1]), feed(x))[1])
-    for packet in wav.split(320):
-        listener.push(packet)
-    ids = listener.finish()
-    next(tiny.generate(tiny.prompt(ids, history), prefill=listener.prefill))
+    prompt = tiny.prompt(pushed(listener, wav, 320).finish(), history)
+    next(tiny.generate(prompt, prefill=listener.prefill))
     assert fed[-1] == 1 and len(fed) > 5
+    assert listener.stream(**short).answer.tokens == tiny.ask((wav, RATE), history=history, **short).tokens
 
 
 def test_the_bench_reports_what_it_found(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(model_folder, "load", lambda *args, **options: tiny)
+    monkeypatch.setattr(loading, "load", lambda *args, **options: tiny)
     monkeypatch.setattr(streaming, "STEPS", (0.24,))
     out = tmp_path / "streaming.json"
-    streaming.main(SimpleNamespace(preset="tiny", device="cpu", limit=1, seed=0, json=False, out=str(out)))
+    bench.main("streaming", preset="tiny", limit=1, out=out)
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["what"] == "streaming" and found["questions"] == 1 and found["every 0.24 s"]["equal"] == 1
     assert found["answers"]["first_id"] > 0 and "semantic_changed" in capsys.readouterr().out

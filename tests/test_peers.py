@@ -8,15 +8,16 @@ from aqaa.config import preset
 from aqaa.evaluation import peers
 from aqaa.fast import prepared
 from aqaa.weights import model_folder
+from tests.conftest import RATE
 
 HIDDEN = 3e-5  # what rounding makes of a hidden row, whatever the order of the work
 MARGIN = 1e-4  # a code may differ where the second nearest entry is this close
 SEED = 5
 
 
-def peer_or_skip(package):
-    if not peers.installed(package):
-        pytest.skip(f"{package} is not installed: pip install 'aqaa[peers]'")
+def needs(package):
+    why = f"{package} is not installed: pip install 'aqaa[peers]'"
+    return pytest.mark.skipif(not peers.installed(package), reason=why)
 
 
 def build(name):
@@ -43,13 +44,13 @@ def check(hidden, wanted, entries, codes, wanted_codes, scale=lambda rows: rows)
     assert torch.equal(codes[clear], wanted_codes[clear])
 
 
+@needs("funasr")
 @pytest.mark.parametrize("seconds", [2.4, 5.13])  # whole chunks, and a tail
 def test_linguistic_is_funasr(seconds):
-    peer_or_skip("funasr")
-    model, wav = build("linguistic"), sound(int(seconds * 16_000))
+    model, wav = build("linguistic"), sound(int(seconds * RATE))
     model.add_shift.uniform_(-12, -8)
     model.rescale.uniform_(0.1, 0.3)
-    wanted = peers.funasr(model)(wav)
+    wanted, _ = peers.funasr(model)(wav)
     model.centroids.copy_(wanted.mean(0) + wanted.std(0) * torch.randn(1024, 512))
     wanted_codes = model.quantize(wanted)
     with torch.inference_mode():
@@ -58,10 +59,10 @@ def test_linguistic_is_funasr(seconds):
             check(hidden, wanted, ready.centroids, ready.encode(wav, energy_norm=False), wanted_codes)
 
 
+@needs("s3tokenizer")
 @pytest.mark.parametrize("seconds", [0.5, 11.77])
 def test_semantic_is_s3tokenizer(seconds):
-    peer_or_skip("s3tokenizer")
-    model, wav = build("semantic"), sound(int(seconds * 16_000))
+    model, wav = build("semantic"), sound(int(seconds * RATE))
     model.quantizer._codebook.embed.copy_(F.normalize(torch.randn(4096, 1280), dim=1))
     wanted, wanted_codes = peers.s3tokenizer(model)(wav)
     with torch.inference_mode():
@@ -70,8 +71,8 @@ def test_semantic_is_s3tokenizer(seconds):
             check(hidden, wanted, ready.quantizer._codebook.embed, codes, wanted_codes, F.normalize)
 
 
+@needs("matcha-tts")
 def test_the_estimator_is_matcha():
-    peer_or_skip("matcha-tts")
     flow, frames = build("flow"), 62  # matcha takes even numbers only
     noise, mu, cond = torch.randn(3, 1, 80, frames)
     told = mu, torch.randn(1, 80), cond

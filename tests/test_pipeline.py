@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import soundfile
 import torch
 
 from aqaa.answer import Answer, Ledger, Piece, playout
 from aqaa.config import IdsConfig
-from aqaa.pipeline import MIN_AUDIO, Chat
+from aqaa.pipeline import AQAA, MIN_AUDIO, Chat
 from aqaa.sound_headers import AudioError
 from aqaa.tokenizers import dialogue, interleave
 from tests.conftest import RATE, tone
@@ -25,6 +26,14 @@ def answer(tiny, sound):
     return tiny.ask(sound, seed=3, **SHORT)
 
 
+@pytest.fixture(scope="module")
+def long(tiny, sound):
+    """One answer asked, and streamed: (Answer, finished Talk, its Pieces, ids known at the first one)."""
+    talk, known = tiny.stream(sound, seed=3, max_tokens=200), []
+    pieces = [(known.append(len(talk.steps)), piece)[1] for piece in talk]
+    return tiny.ask(sound, seed=3, max_tokens=200), talk, pieces, known[0]
+
+
 def test_an_answer_is_whole(tiny, answer):
     assert isinstance(answer, Answer) and isinstance(answer.text, str)
     assert answer.audio.dtype == torch.float32 and answer.audio.device.type == "cpu" and answer.audio.ndim == 1
@@ -38,10 +47,10 @@ def test_an_answer_is_whole(tiny, answer):
 
 
 def test_the_question_is_in_the_prompt(tiny, sound, answer):
-    heard = tiny.listen(sound)
-    assert len(heard) % 5 == 0 and interleave.merge(*interleave.split(heard, tiny.ids), tiny.ids) == heard
-    assert answer.tokens["prompt"] == tiny.prompt(heard)
-    assert tiny.ask(heard, seed=3, **SHORT).tokens == answer.tokens
+    ids = tiny.listen(sound)
+    assert len(ids) % 5 == 0 and interleave.merge(*interleave.split(ids, tiny.ids), tiny.ids) == ids
+    assert answer.tokens["prompt"] == tiny.prompt(ids)
+    assert tiny.ask(ids, seed=3, **SHORT).tokens == answer.tokens and tiny.listen(ids) is ids
 
 
 def test_the_ledger_adds_up(answer):
@@ -62,8 +71,8 @@ def test_the_same_seed_gives_the_same_answer(tiny, sound, answer):
 
 def test_confidence_is_the_mean_probability_of_the_text(tiny, answer, sound):
     steps = list(tiny.generate(answer.tokens["prompt"], seed=3, **SHORT))
-    chances = [math.exp(step.logprob) for step in steps if step.kind == "text"]
-    assert answer.confidence == pytest.approx(math.prod(chances) ** (1 / len(chances)))
+    probs = [math.exp(step.logprob) for step in steps if step.kind == "text"]
+    assert answer.confidence == pytest.approx(math.prod(probs) ** (1 / len(probs)))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -83,15 +92,31 @@ def test_an_answer_cut_in_a_group_is_still_spoken(tiny, sound, limit):
         assert one.seconds == pytest.approx(0.06 * len(one.tokens["linguistic"]), abs=0.011)
 
 
-def test_streaming_says_the_same(tiny, sound):
-    asked = tiny.ask(sound, seed=3, max_tokens=200)
-    talk = tiny.stream(sound, seed=3, max_tokens=200)
-    pieces = list(talk)
+def test_streaming_says_the_same(long):
+    asked, talk, pieces, _ = long
     assert all(isinstance(piece, Piece) for piece in pieces) and len(pieces) > 1
     assert "".join(piece.text for piece in pieces).strip() == asked.text
     assert torch.equal(torch.cat([piece.audio for piece in pieces]), talk.answer.audio)
-    assert talk.answer.tokens == asked.tokens
-    assert len(talk.answer.audio) == len(asked.audio)
+    assert talk.answer.tokens == asked.tokens and len(talk.answer.audio) == len(asked.audio)
+    # The chunks see less of the future than the whole does, so this bounds the difference and does not deny it.
+    assert (asked.audio - talk.answer.audio).square().mean() < 0.25 * asked.audio.square().mean()
+
+
+def test_sound_begins_with_the_first_block(long):
+    """After 10 text and 15 audio ids, or sooner where the text is shorter: 0.24 s, and a group to look ahead."""
+    _, talk, pieces, known = long
+    audio_steps = [step for step in talk.steps[:known] if step.kind in ("linguistic", "semantic")]
+    assert len(audio_steps) == 15 and known <= 25 and len(pieces[0].audio) == 0.24 * RATE
+
+
+def test_an_answer_knows_when_its_pieces_were_ready(answer, long):
+    streamed = long[1].answer
+    for one in (answer, streamed):
+        assert sum(seconds for _, seconds in one.pieces) == pytest.approx(one.seconds)
+        assert one.pieces[0][0] == pytest.approx(one.timings["first_audio"], abs=0.01)
+        assert one.timings["first_audio"] - 0.01 <= one.playout.delay <= one.timings["total"]
+    assert len(answer.pieces) == 1 < len(streamed.pieces)
+    assert [ready for ready, _ in streamed.pieces] == sorted(ready for ready, _ in streamed.pieces)
 
 
 def test_streaming_gives_sound_before_the_answer_is_finished(tiny, sound):
@@ -99,22 +124,9 @@ def test_streaming_gives_sound_before_the_answer_is_finished(tiny, sound):
     first = next(iter(talk))
     known = len(talk.steps)
     assert len(first.audio) > 0
-    assert known < len(talk.answer.tokens["answer"]) / 2
+    assert known < len(talk.answer.tokens["answer"]) / 2  # `answer` finishes what was not listened to
     assert talk.answer.timings["first_audio_share"] < 0.5
-
-
-def test_answer_finishes_what_was_not_listened_to(tiny, sound):
-    talk = tiny.stream(sound, seed=3, **SHORT)
-    next(iter(talk))
-    assert talk.answer is talk.answer
-    assert list(talk) == []
-
-
-def test_flow_and_hift_streamed_are_close_to_one_piece(tiny, sound):
-    """The chunks see less of the future than the whole does, so this bounds the difference and does not deny it."""
-    asked = tiny.ask(sound, seed=3, max_tokens=200).audio
-    streamed = tiny.stream(sound, seed=3, max_tokens=200).answer.audio
-    assert (asked - streamed).square().mean() < 0.25 * asked.square().mean()
+    assert talk.answer is talk.answer and list(talk) == []
 
 
 def test_every_step_can_be_called_alone(tiny, sound):
@@ -137,22 +149,14 @@ def test_written_questions_are_answered_too(tiny):
 
 
 def test_a_chat_keeps_its_history_as_text(tiny, sound):
-    chat = tiny.chat(seed=1, **SHORT)
+    chat, other = tiny.chat(seed=1, **SHORT), tiny.chat(seed=1, **SHORT)
     first = chat.ask(sound)
-    assert [role for role, _ in chat.history] == ["user", "assistant"]
-    assert chat.history[1][1] == first.text
-    assert all(isinstance(text, str) for _, text in chat.history)
+    assert chat.history == [("user", tiny.transcribe(sound)), ("assistant", first.text)]
+    assert "".join(piece.text for piece in other.stream(sound)).strip() == first.text
+    assert chat.history == other.history
     second = chat.ask(sound)
     assert len(second.tokens["prompt"]) > len(first.tokens["prompt"])
     assert second.tokens["prompt"] == tiny.prompt(tiny.listen(sound), chat.history[:2])
-    assert chat.history[0][1] == tiny.transcribe(sound)
-
-
-def test_a_chat_streams(tiny, sound):
-    chat, other = tiny.chat(seed=1, **SHORT), tiny.chat(seed=1, **SHORT)
-    pieces = list(chat.stream(sound))
-    assert "".join(piece.text for piece in pieces).strip() == other.ask(sound).text
-    assert chat.history == other.history
 
 
 def test_a_long_chat_forgets_its_beginning(tiny, sound):
@@ -171,8 +175,6 @@ def test_a_sound_too_short_for_a_group_is_an_error(tiny):
 
 
 def test_other_layouts_are_selectable(tiny, sound):
-    from aqaa.pipeline import AQAA
-
     model = AQAA(tiny.config, lambda name: getattr(tiny, name), layout="audio_only")
     answer = model.ask(sound, **SHORT)
     assert answer.text == "" and answer.confidence == 0 and answer.seconds > 0
@@ -192,8 +194,6 @@ def test_a_ledger_keeps_first_marks_and_adds_steps():
 
 
 def test_an_answer_is_saved_as_wav(answer, tmp_path):
-    import soundfile
-
     answer.save(tmp_path / "a.wav")
     wave, rate = soundfile.read(tmp_path / "a.wav")
     assert rate == answer.sample_rate and len(wave) == len(answer.audio)
@@ -230,21 +230,3 @@ def test_playout_begins_as_early_as_it_can():
     late = [start - ready for start, (ready, _) in zip(starts, pieces, strict=True)]
     assert min(late) == pytest.approx(0)  # never late, and no sooner would do
     assert playout([]) == (0, ())
-
-
-def test_an_answer_knows_when_its_pieces_were_ready(tiny, sound, answer):
-    streamed = tiny.stream(sound, seed=3, max_tokens=200).answer
-    for one in (answer, streamed):
-        assert sum(seconds for _, seconds in one.pieces) == pytest.approx(one.seconds)
-        assert one.pieces[0][0] == pytest.approx(one.timings["first_audio"], abs=0.01)
-        assert one.timings["first_audio"] - 0.01 <= one.playout.delay <= one.timings["total"]
-    assert len(answer.pieces) == 1 < len(streamed.pieces)
-    assert [ready for ready, _ in streamed.pieces] == sorted(ready for ready, _ in streamed.pieces)
-
-
-def test_sound_begins_with_the_first_block(tiny, sound):
-    """After 10 text and 15 audio ids, or sooner where the text is shorter: 0.24 s, and a group to look ahead."""
-    talk = tiny.stream(sound, seed=3, max_tokens=200)
-    first = next(iter(talk))
-    heard = [step for step in talk.steps if step.kind in ("linguistic", "semantic")]
-    assert len(heard) == 15 and len(talk.steps) <= 25 and len(first.audio) == 0.24 * RATE

@@ -487,7 +487,7 @@ def test_the_quantised_mini_answers_as_the_mini_does(mini, asked):
     """A sample; the whole is `aqaa bench quantize`, whose record is held to its promise below."""
     plain, calibration = mini.backbone, dialogues.dialogues("mini", "train", 24)
     variants = {name: quantization.VARIANTS[name] for name in ("int4 g64 rtn", "int4 g64 gptq")}
-    found = quantization.measure(mini, asked[:3], asked, calibration, variants, recordings=False)
+    found = quantization.compare_formats(mini, asked[:3], asked, calibration, variants, recordings=False)
     assert mini.backbone is plain and found["none"]["scores"]["kl"] == 0
     for name in variants:
         facts = found[name]

@@ -1,7 +1,9 @@
 """The benchmark of the full-scale model, rehearsed at a small size: what it writes, and when."""
 
+import contextlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from aqaa.evaluation import gpu_speed, kernel_bench
 from aqaa.fast import triton_kernels
 from aqaa.scale import random_model
 from tests.conftest import tiny_config
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -29,21 +33,20 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
     monkeypatch.setattr(triton_kernels, "SUMS", 1024)
     monkeypatch.setattr(triton_kernels, "CANDIDATES", ((128, 32, 1, 1), (64, 8, 1, 1)))
     path = tmp_path / "run.json"
-    bench, seen = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16, 64, 2000)), {}
-    real = {}
-    found = bench.record(path)
+    bench, seen = gpu_speed.Bench(config, CPU, contexts=(16, 64, 2000)), {}
+    record = bench.record(path)
     assert list(json.loads(path.read_text(encoding="utf-8")))[:2] == ["what", "date"]
-    for name in ("copy", "check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
-        real[name] = getattr(bench, name)
+    for name in gpu_speed.STEPS:
+        real = getattr(bench, name)
 
-        def measure(gpu_speed, name=name):
+        def step(record, name=name, real=real):
             seen[name] = set(json.loads(path.read_text(encoding="utf-8")))
-            real[name](gpu_speed)
+            real(record)
 
-        monkeypatch.setattr(bench, name, measure)
-    bench.run(found)
+        monkeypatch.setattr(bench, name, step)
+    bench.run(record)
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data == found.data and data["faults"] == {} and data["what"] == "scale-rehearsal"
+    assert data == record.data and data["faults"] == {} and data["what"] == "scale-rehearsal"
     assert {"command", "commit", "versions", "hardware", "setup", "build_s", "host_peak_gib"} <= set(data)
     assert data["setup"]["sizes"]["hidden_size"] == 128 and data["setup"]["weights"] == "int4"
     linear = memory.linear_bytes(config.backbone, "int4", 64)  # the rest is fp32 here and bf16 in the plan
@@ -60,16 +63,13 @@ def test_every_measurement_is_made_and_written_as_it_is_made(config, tmp_path, m
 
 
 def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkeypatch):
-    class Pool:  # the interpreter cannot run two kernels at a time
-        __init__ = lambda self, workers: None  # noqa: E731
-        __enter__, __exit__, map = (lambda self: self), (lambda *_: None), staticmethod(map)
-
     good, broken = [(128, 32, 1, 1), (128, 16, 1, 1)], (128, 32, 1, 9)
     monkeypatch.setattr(triton_kernels, "CANDIDATES", (broken, *good))
     monkeypatch.setattr(triton_kernels, "SUMS", 1024)
     monkeypatch.setattr(triton_kernels, "TILES", {})
-    monkeypatch.setattr(kernel_bench, "ThreadPoolExecutor", Pool)
-    bench = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,), fast=True)
+    pool = contextlib.nullcontext(SimpleNamespace(map=map))  # the interpreter runs one kernel at a time
+    monkeypatch.setattr(kernel_bench, "ThreadPoolExecutor", lambda workers: pool)
+    bench = gpu_speed.Bench(config, CPU, contexts=(16,), fast=True)
     bench.build("int4", 64, records.Record(None, {}))
 
     def seconds(launch, layers):
@@ -79,17 +79,17 @@ def test_every_tile_of_every_kernel_is_timed_and_the_fastest_kept(config, monkey
         return 1e-3 if good[0] in triton_kernels.TILES.values() else 1e-6
 
     with torch.inference_mode():
-        found = kernel_bench.tune(bench.engine, 2, seconds)
+        tuned = kernel_bench.tune(bench.engine, 2, seconds)
         others = kernel_bench.others(bench.engine, lambda launch, layers: launch(layers[0]) is None or 1e-6)
-    rates = {name: value for name, value in found.items() if isinstance(value, dict)}
+    rates = {name: value for name, value in tuned.items() if isinstance(value, dict)}
     assert list(rates) == ["heads 128 to 192", "added 128 to 128", "gated 128 to 384", "added 192 to 128"]
     assert all(set(rate["tiles"]) == {"128 32 1 1", "128 16 1 1"} and rate["gb_per_s"] > 0 for rate in rates.values())
-    assert rates["heads 128 to 192"]["tile"] == good[1] and "MemoryError: shared" in found["gated (128, 32, 1, 9)"]
+    assert rates["heads 128 to 192"]["tile"] == good[1] and "MemoryError: shared" in tuned["gated (128, 32, 1, 9)"]
     assert set(triton_kernels.TILES.values()) == {good[1]} and min(others.values()) == 1
 
 
 def test_bytes_of_a_step_are_those_of_the_planner(config):
-    bench, backbone = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,)), config.backbone
+    bench, backbone = gpu_speed.Bench(config, CPU, contexts=(16,)), config.backbone
     bench.build("int4", 64, records.Record(None, {}))
     linear = memory.linear_bytes(backbone, "int4", 64)
     wide = memory.norm_bytes(backbone) + 300 * memory.cache_bytes(backbone)  # fp32 here, bf16 in the plan
@@ -97,28 +97,28 @@ def test_bytes_of_a_step_are_those_of_the_planner(config):
 
 
 def test_a_fault_is_named_and_the_rest_still_measured(config, tmp_path, monkeypatch, capsys):
-    bench = gpu_speed.Bench(config, torch.device("cpu"), contexts=(16,))
-    for name in ("check_kernels", "check_layer", "prefill", "decode", "vocoder", "ask", "fp8"):
+    bench = gpu_speed.Bench(config, CPU, contexts=(16,))
+    for name in gpu_speed.STEPS:
         monkeypatch.setattr(bench, name, lambda record: None)
     monkeypatch.setattr(bench, "copy", lambda record: 1 / 0)
-    monkeypatch.setattr(bench, "vocoder", lambda record: gpu_speed.add(vocoder=1))
-    found = bench.record(tmp_path / "run.json")
-    bench.run(found)
-    assert found.data["faults"] == {"copy": "ZeroDivisionError: division by zero"} and found.data["vocoder"] == 1
+    monkeypatch.setattr(bench, "vocoder", lambda record: record.add(vocoder=1))
+    record = bench.record(tmp_path / "run.json")
+    bench.run(record)
+    assert record.data["faults"] == {"copy": "ZeroDivisionError: division by zero"} and record.data["vocoder"] == 1
     assert "copy was not measured" in capsys.readouterr().err
 
 
 def test_random_weights_are_as_wide_as_they_should_be(config):
     for weights, group in (("int4", 64), ("int8", None), ("fp8", None)):
-        model = random_model.random_backbone(config.backbone, weights, group, torch.device("cpu"), torch.float32)
+        model = random_model.random_backbone(config.backbone, weights, group, CPU, torch.float32)
         matrix = model.model.layers[1].mlp.down_proj.dequantized()
         assert matrix.isfinite().all() and matrix.std().item() == pytest.approx(random_model.STD, rel=0.1)
 
 
 def test_the_command(monkeypatch, capsys):
     class Small(gpu_speed.Bench):
-        def run(self, found):
-            found.add(layers=self.config.backbone.num_hidden_layers, group=self.group)
+        def run(self, record):
+            record.add(layers=self.config.backbone.num_hidden_layers, group=self.group)
 
     monkeypatch.setattr(gpu_speed, "Bench", Small)
     assert cli.main(["bench", "scale", "--preset", "full", "--layers", "3", "--json"]) == 0

@@ -1,6 +1,7 @@
 """Chunked synthesis: exact lengths, no drift, no seams, and no dependence on how the ids arrive."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,31 +44,38 @@ def smooth_mel(frames):
     return torch.nn.functional.interpolate(torch.randn(1, 8, frames // 10), size=frames, mode="linear")
 
 
+def pushed(stream, ids, cuts):
+    """What a stream says of ids that arrive in pieces cut at these places; silent pieces left out."""
+    ends = [0, *cuts, len(ids)]
+    pieces = [stream.push(ids[a:b]) for a, b in pairwise(ends)] + [stream.finish()]
+    return [piece for piece in pieces if len(piece)]
+
+
+def joins(pieces):
+    return np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
+
+
 @settings(max_examples=8, deadline=None)
 @given(cuts=st.lists(st.integers(0, 60), max_size=6))
 def test_pushes_of_any_size_give_the_same_sound(cuts):
-    stream, pieces, start = StreamingVocoder(FLOW, HIFT, seed=2), [], 0
-    for end in [*sorted(cuts), 60]:
-        pieces.append(stream.push(IDS[start:end]))
-        start = end
-    made = torch.cat([*pieces, stream.finish()])
-    once = StreamingVocoder(FLOW, HIFT, seed=2)
-    torch.testing.assert_close(made, torch.cat([once.push(IDS[:60]), once.finish()]))
+    made, once = (
+        torch.cat(pushed(StreamingVocoder(FLOW, HIFT, seed=2), IDS[:60], at)) for at in (sorted(cuts), ())
+    )
+    torch.testing.assert_close(made, once)
     assert len(made) == 12 * 12 * 160
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2, 3, 7, 40])
 def test_length_streamed_and_whole(groups):
     vocoder = Vocoder(FLOW, HIFT)
-    stream = vocoder.stream()
-    streamed = torch.cat([stream.push(IDS[: 5 * groups]), stream.finish()])
-    assert len(streamed) == len(vocoder.synthesize(IDS[: 5 * groups])) == groups * 12 * 160
+    streamed = pushed(vocoder.stream(), IDS[: 5 * groups], ())
+    assert sum(map(len, streamed)) == len(vocoder.synthesize(IDS[: 5 * groups])) == groups * 12 * 160
 
 
 def test_published_rate_does_not_drift():
     flow, hift = build(FULL, MelConfig(num_mels=8))
-    stream = StreamingVocoder(flow, hift, chunks=(1, 2, 3))
-    made = sum(len(stream.push(IDS[i : i + 5])) for i in range(0, 200, 5)) + len(stream.finish())
+    pieces = pushed(StreamingVocoder(flow, hift, chunks=(1, 2, 3)), IDS, range(5, 200, 5))
+    made = sum(map(len, pieces))
     assert made == flow.frames(200) * 256 == int(40 * 0.12 * 22050 / 256) * 256
 
 
@@ -132,9 +140,9 @@ def test_a_voice_prompt_reaches_every_chunk():
     seen = []
     hook = FLOW.encoder.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
     stream = StreamingVocoder(FLOW, HIFT, look_back=2, **voice)
-    made = torch.cat([stream.push(IDS[:100]), stream.finish()])
+    made = pushed(stream, IDS[:100], ())
     hook.remove()
-    assert len(made) == 20 * 12 * 160
+    assert sum(map(len, made)) == 20 * 12 * 160
     assert seen == [10 + 15, 10 + 10 + 25, 10 + 10 + 45, 10 + 10 + 30]  # prompt, past, chunk with what lies ahead
 
 
@@ -158,11 +166,9 @@ def roughness(wave, joins, window=80):
     blocks = wave[: len(wave) // window * window].reshape(-1, window)
     power = np.log(np.abs(np.fft.rfft(blocks * np.hanning(window), axis=1)) + 1e-4)
     flux = np.maximum(np.diff(power, axis=0), 0).sum(1)  # between block i and i + 1
-    near = np.zeros(len(bend), bool)
+    near, border = np.zeros(len(bend), bool), np.zeros(len(flux), bool)
     for j in joins:
         near[j - window : j + window] = True
-    border = np.zeros(len(flux), bool)
-    for j in joins:
         border[j // window - 2 : j // window + 1] = True
     return (bend[near].max(), bend[~near].max()), (flux[border].max(), flux[~border].max())
 
@@ -174,27 +180,19 @@ def test_joins_of_waves_are_not_heard(ahead):
     for a in range(0, 480, step):
         guess = mel[..., a + step : a + step + ahead] if ahead else None
         pieces.append(stream.push(mel[..., a : a + step], guess, final=a + step == 480))
-    joins = np.cumsum([len(p) for p in pieces])[:-1]
-    for at_joins, elsewhere in roughness(torch.cat(pieces), joins.tolist()):
-        assert at_joins <= elsewhere
+    assert all(at_joins <= elsewhere for at_joins, elsewhere in roughness(torch.cat(pieces), joins(pieces)))
 
 
 def test_joins_of_chunks_are_not_heard():
-    stream, pieces = StreamingVocoder(FLOW, HIFT, seed=1, temperature=0.4), []
-    for i in range(0, 200, 15):
-        pieces.append(stream.push(IDS[i : i + 15]))
-    pieces.append(stream.finish())
-    joins = np.cumsum([len(p) for p in pieces if len(p)])[:-1]
-    for at_joins, elsewhere in roughness(torch.cat(pieces), joins.tolist()):
-        assert at_joins <= elsewhere
+    pieces = pushed(StreamingVocoder(FLOW, HIFT, seed=1, temperature=0.4), IDS, range(15, 200, 15))
+    assert all(at_joins <= elsewhere for at_joins, elsewhere in roughness(torch.cat(pieces), joins(pieces)))
 
 
 def test_the_measure_hears_a_break():
     """Chunks made without knowledge of each other are found out by the same measure."""
     mel = smooth_mel(480)
     cut = [WaveStream(HIFT, seed=s).push(mel[..., a : a + 48], final=True) for s, a in enumerate(range(0, 480, 48))]
-    joins = np.cumsum([len(p) for p in cut])[:-1]
-    (bend, elsewhere), _ = roughness(torch.cat(cut), joins.tolist())
+    (bend, elsewhere), _ = roughness(torch.cat(cut), joins(cut))
     assert bend > elsewhere
 
 
@@ -248,11 +246,10 @@ def test_no_join_of_any_chunking_is_heard(mini, spoken):
         stream = StreamingVocoder(
             mini.flow, mini.hift, seed=seed, chunks=chunks, look_ahead=ahead, look_back=int(rng.integers(1, 11))
         )
-        pieces = [stream.push(spoken[i : i + GROUP_SIZE]) for i in range(0, len(spoken), GROUP_SIZE)]
-        pieces = [piece for piece in [*pieces, stream.finish()] if len(piece)]
-        joins, found = np.cumsum([len(piece) for piece in pieces])[:-1], roughest(torch.cat(pieces))
-        plain.append(ranks(found, joins))
-        added.append(ranks(found - roughest(mini.vocoder.synthesize(spoken, seed=seed)), joins))
+        pieces = pushed(stream, spoken, range(GROUP_SIZE, len(spoken), GROUP_SIZE))
+        rough = roughest(torch.cat(pieces))
+        plain.append(ranks(rough, joins(pieces)))
+        added.append(ranks(rough - roughest(mini.vocoder.synthesize(spoken, seed=seed)), joins(pieces)))
     plain, added = np.concatenate(plain), np.concatenate(added)  # (J, 3)
     assert len(plain) > 25
     assert (plain < 0.995).all() and (added < 1).all() and (added.mean(0) < 0.63).all()
@@ -261,7 +258,7 @@ def test_no_join_of_any_chunking_is_heard(mini, spoken):
 def test_the_ranks_hear_two_renderings_spliced(mini, spoken):
     """Same voice, same words, cut without a fade: the joins stand out."""
     one, other = (mini.vocoder.synthesize(spoken, seed=seed) for seed in (1, 2))
-    joins = np.arange(4000, len(one) - 4000, 4000)
-    parts = [(one, other)[i % 2].tensor_split(joins.tolist())[i] for i in range(len(joins) + 1)]
-    assert ranks(roughest(torch.cat(parts)) - roughest(one), joins).mean(0).max() > 0.75
-    assert (ranks(roughest(other) - roughest(one), joins).mean(0) < 0.6).all()
+    cuts = np.arange(4000, len(one) - 4000, 4000)
+    parts = [(one, other)[i % 2].tensor_split(cuts.tolist())[i] for i in range(len(cuts) + 1)]
+    assert ranks(roughest(torch.cat(parts)) - roughest(one), cuts).mean(0).max() > 0.75
+    assert (ranks(roughest(other) - roughest(one), cuts).mean(0) < 0.6).all()

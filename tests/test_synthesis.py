@@ -1,16 +1,16 @@
 """Distances are zero for equal sounds, grow with the damage, and copy-synthesis counts what the judge hears."""
 
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqaa.evaluation.synthesis import copy_synthesis, f0_error, mel_cepstral_distance
+from tests.test_judges import SOUNDS
 
-WAV = soundfile.read(Path(__file__).parent / "data" / "the_opposite_of_hot_is_cold.flac", dtype="float32")[0]
+WAV = SOUNDS[2]
 
 
 def faster(factor):
@@ -42,16 +42,10 @@ def test_nothing_to_compare_is_not_a_number():
     assert np.isnan(f0_error(np.zeros(99), np.zeros(99))["semitones"])
 
 
-class Ear:
-    """Hears the text whose number is the first sample."""
-
-    def hear_all(self, wavs, strict=False, workers=1, progress=None):
-        return [["one", "two", ""][int(wav[0])] for wav in wavs]
-
-
 def test_copy_synthesis_counts():
-    codes, teacher = [[0], [2]], [np.r_[0, WAV], np.r_[1, WAV]]
-    result = copy_synthesis(lambda ids: np.r_[float(ids[0]), WAV], codes, teacher, ["One", "two"], Ear())
+    codes, teacher = [[0], [2]], [np.r_[0, WAV], np.r_[1, WAV]]  # the first sample is the number of a text
+    judge = SimpleNamespace(hear_all=lambda wavs, *_: [["one", "two", ""][int(wav[0])] for wav in wavs])
+    result = copy_synthesis(lambda ids: np.r_[float(ids[0]), WAV], codes, teacher, ["One", "two"], judge)
     assert result["n"] == 2 and result["lenient"] == result["strict"] == 0.5
     assert result["teacher_lenient"] == result["teacher_strict"] == 1
     assert result["misheard"] == [{"said": "two", "heard": ""}]

@@ -1,7 +1,6 @@
 """What is checked before weights are used: that they are numbers, have their hash, and fit settings that make sense."""
 
 import json
-import shutil
 import time
 
 import pytest
@@ -15,21 +14,9 @@ from aqaa.fast import prepared
 from aqaa.files import ModelError
 from aqaa.scale import convert
 from aqaa.weights import model_folder, verify
-from tests.conftest import tiny_config
+from tests.conftest import fails, tiny_config
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture
-def copy(tiny_folder, tmp_path):
-    """A folder of weights that a test may break."""
-    return shutil.copytree(tiny_folder, tmp_path / "copy")
-
-
-def one_sentence(caught, *words):
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 500, text
-    assert all(word in text for word in words), text
 
 
 def rewrite(path, name, place, value):
@@ -68,18 +55,16 @@ def test_the_first_value_that_is_no_number_is_named(dtype, value):
 def test_a_folder_with_a_value_that_is_no_number(copy, tmp_path, part, name, place, value):
     rewrite(copy / f"{part}.safetensors", name, place, value)
     words = (f"{part}.safetensors holds {value} at {name}{list(place)}", "finite number")
-    with pytest.raises(ModelError) as fault:
+    with fails(*words):
         getattr(aqaa.load(copy), part)
-    one_sentence(fault, *words)
     (copy / "record.json").unlink()
     config, parts = model_folder.read_config(copy), {name: copy / f"{name}.safetensors" for name in model_folder.PARTS}
     for spoil in (
         lambda: convert.convert(copy, tmp_path / "out", "int8", quiet=True),
         lambda: model_folder.gather(tmp_path / "out", config, copy / "tokenizer.json", parts, {}),
     ):
-        with pytest.raises(ModelError) as fault:
+        with fails(*words):
             spoil()
-        one_sentence(fault, *words)
         assert not (tmp_path / "out").exists()
 
 
@@ -104,9 +89,8 @@ def test_a_weight_too_large_for_a_dtype(copy):
     rewrite(copy / "backbone.safetensors", "model.norm.weight", (3,), 1e6)
     (copy / "record.json").unlink()
     aqaa.load(copy, dtype="bfloat16").backbone  # noqa: B018
-    with pytest.raises(ModelError) as fault:
+    with fails("too large for float16", "inf at model.norm.weight[3]", "choose bfloat16"):
         aqaa.load(copy, dtype="float16").backbone  # noqa: B018
-    one_sentence(fault, "too large for float16", "inf at model.norm.weight[3]", "choose bfloat16")
 
 
 # ---- hashes ---------------------------------------------------------------------------------------------------------
@@ -118,9 +102,8 @@ def test_one_flipped_bit_is_found(copy, tmp_path, part):
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ModelError) as fault:
+    with fails(f"{part}.safetensors does not have the hash that record.json says"):
         getattr(aqaa.load(copy), part)
-    one_sentence(fault, f"{part}.safetensors does not have the hash that record.json says")
     with pytest.raises(ModelError, match="does not have the hash"):
         convert.convert(copy, tmp_path / "out", "int8", quiet=True)
     (copy / "record.json").unlink()
@@ -135,22 +118,23 @@ def test_one_flipped_bit_is_found(copy, tmp_path, part):
 def test_a_damaged_record(copy, record, capsys):
     (copy / "record.json").write_text(record, encoding="utf-8")
     for look in (lambda: aqaa.load(copy).flow, lambda: model_folder.inspect(copy)):
-        with pytest.raises(ModelError) as fault:
+        with fails("record.json does not list files"):
             look()
-        one_sentence(fault, "record.json does not list files")
     assert cli.main(["doctor", "--preset", str(copy)]) == 1 and "record.json" in capsys.readouterr().err
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
-def with_setting(data, place, value):
-    data, inner = json.loads(json.dumps(data)), None
+def with_setting(folder, place, value, write=False):
+    """What config.json of a folder holds, with another value at a place such as "flow.channels"."""
+    data = inner = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     *above, name = place.split(".")
-    inner = data
     for step in above:
         inner = inner[step]
     inner[name] = value
+    if write:
+        (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
     return data
 
 
@@ -169,7 +153,7 @@ def test_settings_that_are_right_are_taken(name):
 
 @pytest.mark.parametrize("place", [*WHOLE, *REAL, *LISTS, "ids", "flow", "name"])
 def test_a_wrong_setting_is_named(tiny_folder, place):
-    data, kind = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8")), place.partition(".")[0]
+    kind = place.partition(".")[0]
     for value in WRONG:
         if (place, value) in (("name", "x"), ("hift.nb_harmonics", 0)):
             continue
@@ -178,7 +162,7 @@ def test_a_wrong_setting_is_named(tiny_folder, place):
         if place == kind and value == {} or place in LISTS[:2] and value == [1]:
             continue  # all its settings as published; a list
         with pytest.raises(ValueError) as fault:
-            verify.settings(with_setting(data, place, value))
+            verify.settings(with_setting(tiny_folder, place, value))
         text = str(fault.value)
         assert text.startswith(place) and " expected" in text and len(text) < 250, (value, text)
 
@@ -189,19 +173,16 @@ def test_a_wrong_setting_is_named(tiny_folder, place):
     ("ids.eot", 1), ("ids.first_text", 20), ("backbone.vocab_size", 100), ("flow.input_frame_rate", 50.0),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(copy, place, value):
-    data = with_setting(json.loads((copy / "config.json").read_text(encoding="utf-8")), place, value)
-    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(ModelError) as fault:
+    with_setting(copy, place, value, write=True)
+    with fails("config.json", "expected"):
         aqaa.load(copy)
-    one_sentence(fault, "config.json", "expected")
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, '{"name": NaN}', '{"ids": [[[[[]]]]]}'])
 def test_json_of_endless_depth_or_without_numbers(copy, text):
     (copy / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ModelError) as fault:
+    with fails("config.json is not a configuration"):
         aqaa.load(copy)
-    one_sentence(fault, "config.json is not a configuration")
 
 
 @pytest.mark.parametrize("place, value, part", [
@@ -212,14 +193,12 @@ def test_json_of_endless_depth_or_without_numbers(copy, text):
     ("hift.base_channels", 50_000, "hift"), ("linguistic.output_size", 50_000, "linguistic"),
 ])  # fmt: skip
 def test_settings_beyond_the_file_are_refused_before_it_costs(copy, place, value, part):
-    data = with_setting(json.loads((copy / "config.json").read_text(encoding="utf-8")), place, value)
-    (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
+    with_setting(copy, place, value, write=True)
     model = aqaa.load(copy)
     began = time.process_time()
-    with pytest.raises(ModelError) as fault:
+    with fails(f"{part}.safetensors does not fit", "use matching files"):
         getattr(model, part)
     assert time.process_time() - began < 2
-    one_sentence(fault, f"{part}.safetensors does not fit", "use matching files")
 
 
 @pytest.mark.parametrize("how", ["{", "[1]", "5", "null", '{"evil": 1}', '{"weights": "int3"}', '{"weights": ["int4"]}',
@@ -228,9 +207,8 @@ def test_a_quantisation_that_is_none(copy, how):
     path = copy / "backbone.safetensors"
     save_file(load_file(path), path, {"quantization": how})
     (copy / "record.json").unlink()
-    with pytest.raises(ModelError) as fault:
+    with fails("backbone.safetensors is quantised in no way that is known"):
         aqaa.load(copy).backbone  # noqa: B018
-    one_sentence(fault, "backbone.safetensors is quantised in no way that is known")
 
 
 # ---- saved as it was read -------------------------------------------------------------------------------------------

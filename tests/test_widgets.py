@@ -11,6 +11,7 @@ from scipy import stats
 
 from aqaa import config
 from aqaa.answer import Piece
+from aqaa.evaluation.mos import interval
 from aqaa.notebook import base, explore, planner, talk, widgets
 from aqaa.scale import plan as sums
 from aqaa.scale.plan_table import setups
@@ -409,7 +410,7 @@ def test_the_stepper_shows_and_sounds_every_state(page):
 
 @pytest.mark.parametrize("marks", [[3, 4, 5, 4, 2, 5], [3, 3, 4, 3, 2, 3], [1, 5], [4, 5, 5], [1, 2, 1], [4, 4, 4]])
 def test_the_interval_is_students(marks):
-    mean, low, high = explore.interval(marks)
+    mean, low, high = interval(marks)
     assert mean == np.mean(marks)
     if np.std(marks):
         assert 1 <= low < mean < high <= 5  # no mean of marks lies outside their scale
@@ -417,7 +418,7 @@ def test_the_interval_is_students(marks):
         assert (low, high) == pytest.approx(tuple(students))
     else:
         assert low == high == 4
-    assert explore.interval(marks[:1]) == (marks[0], None, None)
+    assert interval(marks[:1]) == (marks[0], None, None)
 
 
 def test_a_listener_is_asked_in_random_order_without_names(page):
@@ -433,7 +434,7 @@ def test_a_listener_is_asked_in_random_order_without_names(page):
         front.says("again")
         assert not front.state["done"] and sorted(front.state["order"]) == [0, 1, 2]
     result = form.result()
-    assert result["teacher"] == dict(zip(("n", "mean", "low", "high"), (4, *explore.interval([5, 4, 5, 4]))))
+    assert result["teacher"] == dict(zip(("n", "mean", "low", "high"), (4, *interval([5, 4, 5, 4]))))
     assert result["mini"]["mean"] == 2 and result["all"]["n"] == 6
     for scores in ([1, 2], [1, 2, 6], [1, 2, 2.5], [0, 1, 2]):
         front.says("submit", scores=scores)

@@ -1,5 +1,4 @@
 """Bytes that a backbone of a given size takes: weights, cache, buffers."""
-import torch
 
 from aqaa.files import ModelError
 
@@ -57,6 +56,8 @@ def buffer_bytes(backbone, weights, context, ranks):
 
 def free_bytes(device):
     """Bytes of a GPU that tensors can still take: what is free, and what torch keeps for them."""
+    import torch  # `aqaa plan` does without
+
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 

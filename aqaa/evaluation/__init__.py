@@ -1,1 +1,1 @@
-"""Measuring: what the answers say (judges), how they say it (controls), and what the codes and the vocoder keep."""
+"""Measuring: what answers say, how they say it, what codes and vocoder keep, and how fast."""

@@ -1,11 +1,12 @@
 """How an answer is said, measured: length, rate, pitch level, pitch range, loudness.
 
-A manner is judged against the same sentence said normally. The four moods are rules over these measures, the same
-rules by which the curriculum's moods were made; they are not a measurement of emotion.
+A manner is judged against the same sentence said normally. The four moods are rules over these
+measures, the same rules by which the curriculum's moods were made; they are not a measurement of
+emotion.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
@@ -15,12 +16,11 @@ from aqaa.config import SAMPLE_RATE
 from aqaa.pitch import f0
 
 HOP = 160  # samples between measuring frames: 10 ms
-FLOOR = 25  # dB under the loudest frame: quieter frames (final stops, breath, noise) are not counted as speech
+FLOOR = 25  # dB under the loudest frame: quieter frames (stops, breath, noise) are no speech
 OUTLIER = 9  # semitones from the median: farther ones are errors of the tracker
-MARGIN = {"seconds": 0.05, "f0": 0.5, "f0_range": 0.0, "energy": 1.0}  # relative, semitones, semitones, dB
-
-# What must have gone up (+1) or down (-1) against the normal manner, by more than MARGIN; all of a row's must hold.
-RULES = {
+# Smallest changes that count: relative, semitones, semitones, dB.
+MARGIN = {"seconds": 0.05, "f0": 0.5, "f0_range": 0.0, "energy": 1.0}
+RULES = {  # what goes up (+1) or down (-1) against the normal manner; all of a row's must hold
     "slow": {"seconds": 1},
     "fast": {"seconds": -1},
     "high": {"f0": 1},
@@ -32,15 +32,15 @@ RULES = {
     "angry": {"seconds": -1, "energy": 1},
     "calm": {"seconds": 1, "f0": -1, "energy": -1},
 }
-MOODS = ("happy", "sad", "angry", "calm")
 
 
 @dataclass(frozen=True)
 class Measures:
     """Of one recording; all zero when it holds no speech.
 
-    seconds: from the first to the last frame of speech. rate: syllables per second of that. f0: median in Hz, 0 when
-    nothing is voiced. f0_range: 10th to 90th percentile in semitones. energy: rms of the speech frames in dBFS.
+    seconds: from the first to the last frame of speech. rate: syllables per second of that. f0:
+    median in Hz, 0 when nothing is voiced. f0_range: 10th to 90th percentile in semitones. energy:
+    rms of the speech frames in dBFS.
     """
 
     seconds: float = 0.0
@@ -49,17 +49,16 @@ class Measures:
     f0_range: float = 0.0
     energy: float = -120.0
 
-    def to_dict(self):
-        return {name: round(value, 3) for name, value in asdict(self).items()}
-
 
 def measure(wav, text=None):
-    """Measures of wav (N,) float at 16 kHz. The rate counts the syllables of `text`, or without a text the energy's
-    peaks (good to about a syllable in six). Raises ValueError if wav is not one-dimensional."""
+    """Measures of wav (N,) float at 16 kHz. The rate counts the syllables of `text`, or without a
+    text the energy's peaks (good to about a syllable in six). Raises ValueError if wav is not
+    one-dimensional."""
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1:
         raise ValueError(f"measure takes one mono wav (N,), got shape {wav.shape}")
-    power = np.square(wav[: len(wav) // HOP * HOP].reshape(-1, HOP), dtype=np.float64).mean(1)  # (T,)
+    frames = wav[: len(wav) // HOP * HOP].reshape(-1, HOP)  # (T, HOP)
+    power = np.square(frames, dtype=np.float64).mean(1)  # (T,)
     speech = np.flatnonzero(power > max(power.max(initial=0) * 10 ** (-FLOOR / 10), 1e-10))
     if not len(speech):
         return Measures()
@@ -81,17 +80,18 @@ def measure(wav, text=None):
 
 
 def syllables(text):
-    """How many syllables an English text has, by its groups of vowel letters; each word has one at least."""
+    """Syllables of an English text, by its groups of vowel letters; each word has one at least."""
     count = 0
     for word in re.findall(r"[a-z]+", text.lower()):
         groups = len(re.findall(r"[aeiouy]+", word))
-        silent = re.search(r"([^aeiouyl]|[aeiouy]l)es?$|[^aeioutd]ed$", word) and not re.search(r"[cgsxzh]es$", word)
+        silent = re.search(r"([^aeiouyl]|[aeiouy]l)es?$|[^aeioutd]ed$", word)
+        silent = silent and not re.search(r"[cgsxzh]es$", word)
         count += max(1, groups - bool(silent))
     return count
 
 
 def envelope_peaks(wav):
-    """Syllables of wav (N,) as a listener without words would count them: peaks of the energy from 300 to 3000 Hz."""
+    """Syllables of wav (N,) counted without words: peaks of the energy from 300 to 3000 Hz."""
     band = sosfilt(butter(2, (300, 3000), "bandpass", fs=SAMPLE_RATE, output="sos"), wav)
     frames = band[: len(band) // HOP * HOP].reshape(-1, HOP)
     level = 10 * np.log10(gaussian_filter1d(np.square(frames).mean(1), 3) + 1e-10)  # dB, 70 ms wide
@@ -100,24 +100,25 @@ def envelope_peaks(wav):
 
 def compare(answer_wav, normal_wav):
     """{measure: change}: seconds as a ratio minus 1, f0 and f0_range in semitones, energy in dB."""
-    answer, normal = measure(answer_wav), measure(normal_wav)
-    return changes(answer, normal)
+    return changes(measure(answer_wav), measure(normal_wav))
 
 
 def changes(answer, normal):
-    """The differences of two Measures as `compare` gives them; a measure that one of the two lacks does not change."""
+    """As `compare`, of two Measures; one that either of the two lacks does not change."""
+    longer = answer.seconds / normal.seconds if answer.seconds and normal.seconds else 1.0
+    higher = answer.f0 / normal.f0 if answer.f0 and normal.f0 else 1.0
     return {
-        "seconds": answer.seconds / normal.seconds - 1 if answer.seconds and normal.seconds else 0.0,
-        "f0": 12 * float(np.log2(answer.f0 / normal.f0)) if answer.f0 and normal.f0 else 0.0,
+        "seconds": longer - 1,
+        "f0": 12 * float(np.log2(higher)),
         "f0_range": answer.f0_range - normal.f0_range,
         "energy": answer.energy - normal.energy,
     }
 
 
 def direction(manner, answer_wav, normal_wav):
-    """Whether answer_wav differs from the same sentence said normally in the way that `manner` asks for (RULES).
+    """Whether answer_wav differs from the same sentence said normally as RULES[manner] asks.
 
-    Raises ValueError for a manner without a rule ("normal" has none: there is nothing to compare).
+    Raises ValueError for a manner without a rule, as "normal" is: there is nothing to compare.
     """
     if manner not in RULES:
         raise ValueError(f"no rule for the manner {manner!r}: choose one of {', '.join(RULES)}")

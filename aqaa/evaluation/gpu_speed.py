@@ -1,32 +1,34 @@
-"""`aqaa bench scale`: what the full-scale model does on this GPU, with random weights of its true size.
+"""`aqaa bench scale`: what the full-scale model does on this GPU, with random weights of its true
+size.
 
-Speed depends on sizes and not on values, so nothing has to be downloaded: weights are drawn on the GPU itself. Every
-number is written to the record as soon as it is measured; what could not be measured is named there with the reason.
-On a CPU with the mini's sizes the same is rehearsed.
+Speed depends on sizes and not on values, so nothing has to be downloaded: weights are drawn on the
+GPU itself. Every number is written to the record as soon as it is measured; what could not be
+measured is named there with the reason. On a CPU with the mini's sizes the same is rehearsed.
 """
 
 import gc
 import itertools
-import json
 import platform
 import resource
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from statistics import median
 
 import torch
 
+from aqaa import config as presets
 from aqaa import files, loading
 from aqaa.backbone import memory
 from aqaa.backbone.generation import Vocabulary, generate
-from aqaa.backbone.memory import check_room, free_bytes
-from aqaa.config import GROUP_SIZE, SAMPLE_RATE, TOKENS_PER_SECOND, preset
+from aqaa.config import GROUP_SIZE, SAMPLE_RATE, TOKENS_PER_SECOND
 from aqaa.evaluation import kernel_bench
+from aqaa.evaluation.speed import turns
 from aqaa.fast import triton_kernels
 from aqaa.fast.graph_decoder import Engine
 from aqaa.files import ModelError
 from aqaa.pipeline import AQAA
-from aqaa.records import Record
+from aqaa.records import Record, about
 from aqaa.scale import plan
 from aqaa.scale.random_model import Words, random_backbone
 from aqaa.tokenizers import dialogue
@@ -34,30 +36,34 @@ from aqaa.weights import model_folder
 
 CONTEXTS = (512, 2048, 8192)  # ids
 QUESTION = 520  # ids of a prompt with a question of 10 s
-TOKENS, SETTLING = 100, 5  # ids generated for a rate, and how many of the first do not count
-ASKED, ANSWER = 3.0, 250  # s of the question that is asked; ids of its answer: 10 blocks, 3.6 s of sound
+TOKENS = 100  # ids generated for a rate
+SETTLING = 5  # of the first of them do not count
+ASKED = 3.0  # s of the question that is asked
+ANSWER = 250  # ids of its answer: 10 blocks, 3.6 s of sound
 SPOKEN = 5.0  # s of sound that the vocoder is timed with
 REPEATS = 5
 TUNED = 8  # layers whose weights a kernel is tuned on: more than any cache holds
 COPIED = 4 << 30  # bytes
 PARTS = ("linguistic", "semantic", "flow", "hift")
+STEPS = (  # methods of a Bench, in order: what later ones build upon comes first
+    "copy", "check_kernels", "check_layer", "tune", "prefill", "decode", "vocoder", "ask", "fp8",
+)  # fmt: skip
 
 
-def main(args):
-    """Measure and record. args: preset (mini or full), device, seed, layers (fewer than there are), out.
+def measure(preset="full", device="cuda", seed=0, layers=None, out=None):
+    """The record as a dict, which also grows in the file `out`; on a GPU it has a place of its own.
 
-    Returns 1 if something could not be measured. Raises ModelError beforehand if the model does not fit.
+    layers: fewer than there are. Its "faults" name what could not be measured. Raises ModelError
+    beforehand if the model does not fit.
     """
-    config, device = preset(args.preset), loading.device_of(args.device)
+    config, device = presets.preset(preset), loading.device_of(device)
     whole = config.backbone.num_hidden_layers
-    if args.layers and args.layers < whole:
-        config = replace(config, backbone=replace(config.backbone, num_hidden_layers=args.layers))
-    bench = Bench(config, device, args.seed, whole=whole)
-    record = bench.record(args.out)
+    if layers and layers < whole:
+        config = replace(config, backbone=replace(config.backbone, num_hidden_layers=layers))
+    bench = Bench(config, device, seed, whole=whole)
+    record = bench.record(out)
     bench.run(record)
-    if args.json:
-        print(json.dumps(record.data))
-    return int(bool(record.data["faults"]))
+    return record.data
 
 
 class Bench:
@@ -66,74 +72,81 @@ class Bench:
     def __init__(self, config, device, seed=0, contexts=CONTEXTS, whole=None, fast=None):
         self.config, self.device, self.seed, self.fast = config, device, seed, fast
         self.gpu, self.group = device.type == "cuda", plan.largest_group(config.backbone, 1)
+        self.whole = whole or config.backbone.num_hidden_layers
+        self.bandwidth, self.engine, self.parts = None, None, {}
         self.contexts = [n for n in contexts if n + TOKENS < config.backbone.max_seq_len]
         asked = int(ASKED * TOKENS_PER_SECOND) + plan.PROMPT + ANSWER
         self.size = max(asked, QUESTION, max(self.contexts) + TOKENS) + 1  # slots of the cache
-        self.whole, self.bandwidth, self.engine = whole or config.backbone.num_hidden_layers, None, None
 
     def record(self, out=None):
         """A Record with its head: what is measured, on what, by which versions and command."""
-        from aqaa.records import about
-
         layers, card = self.config.backbone.num_hidden_layers, self.card() if self.gpu else None
-        complete = self.gpu and card and layers == self.whole and self.config.name == "full"
         model = "130b" if self.config.name == "full" else self.config.name
-        name = f"{(card or 'gpu').split('-')[0].lower() if self.gpu else 'cpu'}-{model}-int4"
-        name += "" if layers == self.whole else f"-{layers}-layers"
+        complete = card and layers == self.whole and self.config.name == "full"
         if out is None and self.gpu:
+            name = f"{(card or 'gpu').split('-')[0].lower()}-{model}-int4"
+            name += "" if layers == self.whole else f"-{layers}-layers"
             out = files.data_folder() / "runs" / f"{name}.json"
-        return Record(out, {
-            **about("scale" if complete else "scale-rehearsal", str(self.device)),
-            "versions": versions(),
-            "setup": {"model": model, "layers": layers, "gpus": f"1x{card}" if card else str(self.device),
-                      "weights": "int4", "group": self.group, "sizes": asdict(self.config.backbone)},
-        })  # fmt: skip
+        setup = {
+            "model": model, "layers": layers, "gpus": f"1x{card}" if card else str(self.device),
+            "weights": "int4", "group": self.group, "sizes": asdict(self.config.backbone),
+        }  # fmt: skip
+        head = about("scale" if complete else "scale-rehearsal", str(self.device))
+        return Record(out, {**head, "versions": versions(), "setup": setup})
 
     def card(self):
         """The name that `plan` knows this GPU by, or None."""
         properties = torch.cuda.get_device_properties(self.device)
-        near = [gpu.name for gpu in plan.GPUS.values() if gpu.name.split("-")[0] in properties.name.split()
-                and abs(gpu.memory * memory.GIB - properties.total_memory) < 4 * memory.GIB]  # fmt: skip
-        return near[0] if near else None
+        for gpu in plan.GPUS.values():
+            near = abs(gpu.memory * memory.GIB - properties.total_memory) < 4 * memory.GIB
+            if near and gpu.name.split("-")[0] in properties.name.split():
+                return gpu.name
+        return None
 
     def run(self, record):
         """All of it. Raises ModelError if not even the int4 model fits."""
         self.build("int4", self.group, record)
-        steps = ("copy", "check_kernels", "check_layer", "tune", "prefill", "decode", "vocoder", "ask", "fp8")
-        for name in steps:
+        for name in STEPS:
             with record.measuring(name), torch.inference_mode():
                 getattr(self, name)(record)
             if self.gpu:
-                record.add(peak_memory_gib=round(torch.cuda.max_memory_allocated(self.device) / memory.GIB, 2))
+                peak = torch.cuda.max_memory_allocated(self.device) / memory.GIB
+                record.add(peak_memory_gib=round(peak, 2))
 
-    # ---- the model --------------------------------------------------------------------------------------------------
+    # ---- the model ------------------------------------------------------------------------------
 
     def build(self, weights, group, record):
+        """Draw the model, and an engine with a cache of `size` slots. Raises ModelError."""
         if self.gpu:
             self.check_fits(weights, group)
         began = time.perf_counter()
         dtype = torch.bfloat16 if self.gpu else torch.float32
-        self.model = random_backbone(self.config.backbone, weights, group, self.device, dtype, self.seed)
+        sizes = self.config.backbone
+        self.model = random_backbone(sizes, weights, group, self.device, dtype, self.seed)
         self.clock()
-        resident = sum(x.numel() * x.element_size() for x in (*self.model.parameters(), *self.model.buffers()))
+        tensors = (*self.model.parameters(), *self.model.buffers())
         self.engine = Engine(self.model, self.size, self.fast)
         if weights == "int4":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
             record.add(
-                build_s=round(time.perf_counter() - began, 2), resident_bytes=resident,
-                host_peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-            )  # fmt: skip
+                build_s=round(time.perf_counter() - began, 2),
+                resident_bytes=sum(x.nbytes for x in tensors),
+                host_peak_gib=round(peak / 2**20, 2),
+            )
 
     def check_fits(self, weights, group):
-        """Raise ModelError, with the number of layers that would fit, before anything is allocated."""
-        free, backbone = free_bytes(self.device), self.config.backbone
+        """Raise ModelError, before anything is allocated, with how many layers would fit."""
+        sizes, free = self.config.backbone, memory.free_bytes(self.device)
         free -= plan.SPEECH_PARTS["full"] + plan.RESERVED * memory.GIB
         try:
-            check_room(backbone, self.size, free, weights, group)
+            memory.check_room(sizes, self.size, free, weights, group)
         except ModelError as fault:
-            layer = (memory.linear_bytes(backbone, weights, group) + self.size * memory.cache_bytes(backbone))
-            layer /= backbone.num_hidden_layers
-            room = free - 2 * memory.table_bytes(backbone) - memory.buffer_bytes(backbone, weights, 0, 1)
-            raise ModelError(f"{fault} Or take part of it: --layers {max(0, int(room / layer))}.") from None
+            linears = memory.linear_bytes(sizes, weights, group)
+            cache = self.size * memory.cache_bytes(sizes)
+            layer = (linears + cache) / sizes.num_hidden_layers
+            fixed = 2 * memory.table_bytes(sizes) + memory.buffer_bytes(sizes, weights, 0, 1)
+            fitting = max(0, int((free - fixed) / layer))
+            raise ModelError(f"{fault} Or take part of it: --layers {fitting}.") from None
 
     def clock(self):
         """Seconds, once the device has done all it was given."""
@@ -141,52 +154,54 @@ class Bench:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def time(self, work, repeats=REPEATS):
+    def time(self, work, repeats=None):
         """Median seconds of work(), after one run that does not count."""
-        work()
-        times = []
-        for _ in range(repeats):
-            began = self.clock()
-            work()
-            times.append(self.clock() - began)
-        return median(times)
+        return median(turns({"": work}, repeats or REPEATS, self.clock)[""])
 
-    # ---- measurements -----------------------------------------------------------------------------------------------
+    # ---- measurements ---------------------------------------------------------------------------
 
     def copy(self, record):
         """Bytes read and written a second by a plain copy: what memory really gives."""
-        size = min(COPIED, free_bytes(self.device) // 4) if self.gpu else 1 << 26
+        size = min(COPIED, memory.free_bytes(self.device) // 4) if self.gpu else 1 << 26
         source = torch.empty(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         self.bandwidth = 2 * size / self.time(lambda: target.copy_(source))
         record.add(copy_gb_per_s=round(self.bandwidth / 1e9, 1))
 
     def check_kernels(self, record):
-        """Each kernel by itself against fp64."""
+        """Each kernel by itself against fp64. Raises ValueError for those that differ."""
         if not triton_kernels.usable(self.device):
             return
         dtype = self.model.model.norm.weight.dtype
-        found, failed = kernel_bench.errors(self.config.backbone, self.group, self.device, dtype)
-        record.add(kernel_errors=found)
-        if failed:
-            raise ValueError(f"these kernels differ from fp64 by more than rounding does: {', '.join(failed)}")
+        errors, wrong = kernel_bench.errors(self.config.backbone, self.group, self.device, dtype)
+        record.add(kernel_errors=errors)
+        if wrong:
+            names = ", ".join(wrong)
+            raise ValueError(f"these kernels differ from fp64 by more than rounding does: {names}")
 
     def check_layer(self, record):
-        """A layer, read as a prompt, by a few ids, and id by id, by kernels and by unpacked weights and plain torch."""
-        small, usable, found = replace(self.config.backbone, num_hidden_layers=1), triton_kernels.usable(self.device), []
-        small, x = replace(small, vocab_size=64), self.embeddings(41)
+        """A layer by kernels beside unpacked weights and plain torch: a prompt, a few ids, single
+        ids.
+
+        Raises ValueError if the two differ by more than 5 % of the largest value.
+        """
+        usable, x = triton_kernels.usable(self.device), self.embeddings(41)  # (1, 41, D)
+        small = replace(self.config.backbone, num_hidden_layers=1, vocab_size=64)
         model = random_backbone(small, "int4", self.group, self.device, x.dtype, self.seed)
+        hidden = []
         for fast in (False, usable):
             engine = Engine(model, 64, fast)
-            found.append(torch.cat([engine.feed(part).float() for part in x.split([33, 5, 1, 1, 1], 1)]))
-        plain, quick = found
+            rows = [engine.feed(part).float() for part in x.split([33, 5, 1, 1, 1], 1)]
+            hidden.append(torch.cat(rows))
+        plain, quick = hidden
         error = ((quick - plain).abs().max() / plain.abs().max()).item()
         record.add(layer_error=error, kernels=usable)
         if not error < 0.05:
-            raise ValueError(f"the kernels differ from plain torch by {error:.3g} of the largest value")
+            share = f"{error:.3g} of the largest value"
+            raise ValueError(f"the kernels differ from plain torch by {share}")
 
     def tune(self, record):
-        """The best tile of each int4 kernel, and the bandwidth that it reaches alone, over several layers' weights."""
+        """The best tile of each int4 kernel, and the bandwidth that it reaches alone."""
         if self.gpu and self.engine.fused:
             record.add(kernel_rates=kernel_bench.tune(self.engine, TUNED, self.time_graph))
             record.add(kernel_us=kernel_bench.others(self.engine, self.time_graph))
@@ -204,64 +219,63 @@ class Bench:
     def embeddings(self, count):
         """Of `count` text ids: (1, count, D)."""
         ids = self.config.ids
-        words = torch.arange(count, device=self.device) % (ids.n_text - ids.first_text) + ids.first_text
-        return self.model.model.embed_tokens(words[None])
+        tokens = torch.arange(count, device=self.device) % (ids.n_text - ids.first_text)
+        return self.model.model.embed_tokens(tokens[None] + ids.first_text)
 
     def prefill(self, record):
-        """Reading the prompt of a question of 10 s."""
-        count = min(QUESTION, self.size - 1)
-        found = []
-        for x in map(self.embeddings, (count, triton_kernels.FEW)):
+        """Reading the prompt of a question of 10 s, and of as many ids as kernels take at once."""
+        rows = []
+        for count in (min(QUESTION, self.size - 1), triton_kernels.FEW):
+            seconds = self.time(partial(self.feed_at, 0, self.embeddings(count)), 3)
+            rows.append({"ids": count, "seconds": round(seconds, 4)})
+            record.add(prefill=rows)
 
-            def work(x=x):
-                self.engine.cache.length = 0
-                self.engine.feed(x)
-
-            found.append({"ids": x.shape[1], "seconds": round(self.time(work, 3), 4)})
-            record.add(prefill=found)
+    def feed_at(self, length, x):
+        """Feed x (1, Q, D) to the engine as if `length` ids stood in its cache."""
+        self.engine.cache.length = length
+        self.engine.feed(x)
 
     def decode(self, record):
         """Ids a second with so much context, the whole loop, and the step alone."""
-        found = []
+        rows = []
         for context in self.contexts:
-            found.append(self.rate(context))
-            record.add(decode=found)
+            rows.append(self.rate(context))
+            record.add(decode=rows)
 
     def rate(self, context):
-        """Generate after a context whose keys and values are there already: only their number matters."""
-        engine, ids = self.engine, self.config.ids
-        prompt = list(itertools.islice(itertools.cycle(range(ids.first_text, ids.n_text)), context))
-        reader, times, rows, layout = engine.reader(), [], [], dialogue.layout()
-        reader.ids, machine, vocabulary = list(prompt), layout.machine(ids), Vocabulary(self.model)
-        options = {"prefill": reader, "max_tokens": TOKENS, "min_audio": TOKENS, "seed": self.seed}
-        for step in generate(self.model, prompt, ids, layout, **options):
+        """Generate after a context that is in the cache already: only its length matters."""
+        ids, layout = self.config.ids, dialogue.layout()
+        words = itertools.cycle(range(ids.first_text, ids.n_text))
+        prompt = list(itertools.islice(words, context))
+        reader = self.engine.reader()
+        reader.ids = list(prompt)  # as if they had been read
+        machine, vocabulary = layout.machine(ids), Vocabulary(self.model)
+        options = {"max_tokens": TOKENS, "min_audio": TOKENS, "seed": self.seed}
+        times, legal = [], []  # of each id: when it came, rows of the output layer that were read
+        for step in generate(self.model, prompt, ids, layout, prefill=reader, **options):
             times.append(self.clock())
-            rows.append(len(vocabulary.legal(machine.allowed())))
+            legal.append(len(vocabulary.legal(machine.allowed())))
             machine.advance(step.id)
         counted = len(times) - 1 - min(SETTLING, len(times) // 2)
         rate = counted / (times[-1] - times[-1 - counted])
-        x = self.embeddings(1)
-
-        def step():
-            engine.cache.length = context
-            engine.feed(x)
-
-        alone = self.time(step, 20)
-        row = self.model.lm_head.weight[0]
-        read, head = self.step_bytes(context), sum(rows) / len(rows) * row.numel() * row.element_size()
-        found = {"context": context, "tokens_per_s": round(rate, 2), "step_ms": round(1000 * alone, 3)}
-        found |= {"step_gb": round(read / 1e9, 3), "head_gb": round(head / 1e9, 3)}
+        alone = self.time(partial(self.feed_at, context, self.embeddings(1)), 20)
+        read, head = self.step_bytes(context), self.model.lm_head.weight[0].nbytes
+        head *= sum(legal) / len(legal)
+        row = {
+            "context": context, "tokens_per_s": round(rate, 2), "step_ms": round(1000 * alone, 3),
+            "step_gb": round(read / 1e9, 3), "head_gb": round(head / 1e9, 3),
+        }  # fmt: skip
         if self.bandwidth:
-            found["share_of_copy"] = round((read + head) * rate / self.bandwidth, 4)
-            found["step_share_of_copy"] = round(read / alone / self.bandwidth, 4)
-        return found
+            row["share_of_copy"] = round((read + head) * rate / self.bandwidth, 4)
+            row["step_share_of_copy"] = round(read / alone / self.bandwidth, 4)
+        return row
 
     def step_bytes(self, context):
-        """Bytes that one step reads: the layers with their norms, the last norm, keys and values."""
+        """Bytes that one step reads: layers and norms, the last norm, keys and values."""
         model, cache = self.model.model, self.engine.cache
-        parts = (*model.layers.parameters(), *model.layers.buffers(), model.norm.weight)
-        slots = (cache.keys[..., 0, :].numel() + cache.values[..., 0, :].numel()) * cache.keys.element_size()
-        return sum(x.numel() * x.element_size() for x in parts) + context * slots
+        weights = (*model.layers.parameters(), *model.layers.buffers(), model.norm.weight)
+        slot = cache.keys[..., 0, :].nbytes + cache.values[..., 0, :].nbytes
+        return sum(x.nbytes for x in weights) + context * slot
 
     def vocoder(self, record):
         """The real-time factor of flow and HiFT, in one go."""
@@ -269,29 +283,32 @@ class Bench:
         group = [0, 1, *(ids.n_linguistic + i for i in range(3))]
         spoken = group * int(SPOKEN * TOKENS_PER_SECOND / GROUP_SIZE)
         seconds = len(spoken) / TOKENS_PER_SECOND
-        work = self.time(lambda: system.vocoder.synthesize(spoken), 3)
-        record.add(vocoder={"seconds": round(seconds, 2), "work_s": round(work, 4), "rtf": round(work / seconds, 4)})
+        work = self.time(partial(system.vocoder.synthesize, spoken), 3)
+        row = {"seconds": round(seconds, 2), "work_s": round(work, 4)}
+        record.add(vocoder={**row, "rtf": round(work / seconds, 4)})
 
     def ask(self, record):
-        """A spoken question of 3 s, answered by all parts, sound as soon as there is any; the second answer counts."""
-        system = self.system()
-        question = torch.randn(int(ASKED * SAMPLE_RATE), generator=torch.Generator().manual_seed(self.seed)) / 10
+        """A spoken question, answered by all parts as a stream; the second answer counts."""
+        system, generator = self.system(), torch.Generator().manual_seed(self.seed)
+        question = torch.randn(int(ASKED * SAMPLE_RATE), generator=generator) / 10
+        options = {"max_tokens": ANSWER, "min_audio": ANSWER, "seed": self.seed}
         for _ in range(2):
-            options = {"prefill": self.engine.reader(), "max_tokens": ANSWER, "min_audio": ANSWER}
-            answer = system.stream((question, SAMPLE_RATE), seed=self.seed, **options).answer
+            talk = system.stream((question, SAMPLE_RATE), prefill=self.engine.reader(), **options)
+            answer = talk.answer
         times = {name: round(value, 4) for name, value in answer.timings.items()}
         record.add(ask={
-            "question_s": ASKED, "answer_s": round(answer.seconds, 2), "ids": len(answer.tokens["answer"]),
-            "prompt_ids": len(answer.tokens["prompt"]), "first_audio_s": times["first_audio"],
-            "delay_s": round(answer.playout.delay, 4), "real_time_factor": round(answer.real_time_factor, 4),
-            "timings": times,
+            "question_s": ASKED, "answer_s": round(answer.seconds, 2),
+            "ids": len(answer.tokens["answer"]), "prompt_ids": len(answer.tokens["prompt"]),
+            "first_audio_s": times["first_audio"], "delay_s": round(answer.playout.delay, 4),
+            "real_time_factor": round(answer.real_time_factor, 4), "timings": times,
         })  # fmt: skip
 
     def system(self):
-        """All parts at the size of the preset with random weights, but for words, of which there are none."""
-        if not hasattr(self, "parts"):
+        """All parts at the preset's size with random weights; words are left out."""
+        if not self.parts:
             torch.manual_seed(self.seed)
-            self.parts = {name: model_folder.build(name, self.config).eval().to(self.device) for name in PARTS}
+            for name in PARTS:
+                self.parts[name] = model_folder.build(name, self.config).eval().to(self.device)
             self.parts["linguistic"].centroids.normal_()
             self.parts["semantic"].quantizer._codebook.embed.normal_()
         parts = {**self.parts, "backbone": self.model, "text": Words(self.config.ids)}
@@ -303,7 +320,7 @@ class Bench:
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
-        self.contexts = self.contexts[:1] if not self.gpu else self.contexts[:2]
+        self.contexts = self.contexts[: 2 if self.gpu else 1]
         self.size = max(self.contexts) + TOKENS + 1
         try:
             self.build("fp8", None, record)
@@ -314,9 +331,12 @@ class Bench:
 
 
 def versions():
-    """Of what the numbers depend on."""
+    """Library versions, for the record."""
     import transformers
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    found["triton"] = triton_kernels.triton.__version__ if triton_kernels.triton else None
-    return {**found, "cuda": torch.version.cuda}
+    return {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton_kernels.triton.__version__ if triton_kernels.triton else None,
+        "cuda": torch.version.cuda,
+    }  # fmt: skip

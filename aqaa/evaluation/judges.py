@@ -1,11 +1,12 @@
 """An independent ear: pocketsphinx with its bundled English model hears what a spoken answer says.
 
-Lenient: a forced choice among all possible answers (give it 500 or more, so that it cannot guess). Strict: a bigram
-language model over the words of the answers, which may hear any mixture of them. A score means little without the
-judge's ceiling, its score on the teacher's own recordings; `aqaa.evaluation.accuracy` reports both.
+Lenient: a forced choice among all possible answers (give it 500 or more, so that it cannot guess).
+Strict: a bigram language model over the words of the answers, which may hear any mixture of them. A
+score means little without the judge's ceiling, its score on the teacher's own recordings;
+`aqaa.evaluation.accuracy` reports both.
 
-The possible answers are folded into one word graph in which equal ends are shared: on 556 answers this is seven times
-faster than a list of alternatives, and it is the same search.
+The possible answers are folded into one word graph in which equal ends are shared: on 556 answers
+this is seven times faster than a list of alternatives, and it is the same search.
 """
 
 import contextlib
@@ -20,24 +21,25 @@ from pathlib import Path
 
 import numpy as np
 
+from aqaa.config import SAMPLE_RATE
 from aqaa.tokenizers.text import normalise
 
 PAD = 0.2  # seconds of silence on both sides: the model expects some
 DITHER = 1e-4  # digital silence has no logarithm
 PEAK = 0.7  # loudness must not matter
 SILENCE = 1e-4  # peak under which there is nothing to hear
-RATE = 16_000
 CHUNK = 4  # wavs a worker takes at a time
 
 
 class Judge:
     """Hears which of the possible `answers` a recording speaks.
 
-    answers: texts; equal ones count once. bigrams: the texts whose word pairs the strict ear knows, if not those.
-    pronunciations: {word: phones of the CMU set} for words that the bundled dictionary lacks, for example
-    {"oink": "OY NG K"}. seed: of the dither; the same recording is always heard alike, whatever was heard before.
-    Raises ValueError naming the first word that has no pronunciation, ImportError when pocketsphinx is not installed.
-    Copies can be sent to other processes.
+    answers: texts; equal ones count once. bigrams: the texts whose word pairs the strict ear knows,
+    if not those. pronunciations: {word: phones of the CMU set} for words that the bundled
+    dictionary lacks, for example {"oink": "OY NG K"}. seed: of the dither; the same recording is
+    always heard alike, whatever was heard before. Raises ValueError naming the first word that has
+    no pronunciation, ImportError when pocketsphinx is not installed. Copies can be sent to other
+    processes.
     """
 
     def __init__(self, answers, *, bigrams=None, pronunciations=None, seed=0):
@@ -54,11 +56,11 @@ class Judge:
         return {**self.__dict__, "_decoders": {}}
 
     def hear(self, wav, strict=False):
-        """The sentence heard in wav (N,) float at 16 kHz; "" when it is silent or fits no sentence."""
+        """The sentence heard in wav (N,) float at 16 kHz; "" for silence and for no sentence."""
         pcm = self._prepare(wav)
         if pcm is None:
             return ""
-        decoder = self._decoders.get(strict) or self._decoders.setdefault(strict, self._build(strict))
+        decoder = self._decoder(strict)
         decoder.reinit_feat()  # forgets the cepstral mean and the noise of the recording before
         decoder.start_utt()
         decoder.process_raw(pcm, no_search=False, full_utt=True)
@@ -74,8 +76,8 @@ class Judge:
         wavs = list(wavs)
         pool = None
         if workers > 1 and len(wavs) > CHUNK:
-            context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half-alive
-            pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(self, strict))
+            context = multiprocessing.get_context("spawn")  # a fork copies threads half-alive
+            pool = ProcessPoolExecutor(workers, context, _start, (self, strict))
             heard = pool.map(_hear, wavs, chunksize=CHUNK)
         else:
             heard = (self.hear(wav, strict) for wav in wavs)
@@ -87,7 +89,7 @@ class Judge:
             return list(heard)
 
     def _prepare(self, wav):
-        """(N,) float samples -> 16-bit bytes at one level, padded and dithered; None for silence."""
+        """(N,) float -> 16-bit bytes at one level, padded and dithered; None for silence."""
         wav = np.asarray(wav, dtype=np.float32)
         if wav.ndim != 1:
             raise ValueError(f"the judge hears one mono wav (N,), got shape {wav.shape}")
@@ -96,13 +98,14 @@ class Judge:
         peak = np.abs(wav).max(initial=0)
         if peak < SILENCE:
             return None
-        wav = np.pad(wav * (PEAK / peak), int(PAD * RATE))
+        wav = np.pad(wav * (PEAK / peak), int(PAD * SAMPLE_RATE))
         wav = wav + np.random.default_rng(self.seed).normal(0, DITHER, len(wav))
         return (wav * 32767).clip(-32768, 32767).astype(np.int16).tobytes()
 
-    def _build(self, strict):
-        """A decoder with a dictionary of only the needed words: it is there in 10 ms, the whole one takes a second."""
-        pocketsphinx = _pocketsphinx()
+    def _decoder(self, strict):
+        """Made once, with only the needed words: 10 ms, where the whole dictionary takes 1 s."""
+        if strict in self._decoders:
+            return self._decoders[strict]
         with tempfile.TemporaryDirectory() as folder:
             words = Path(folder, "words.dict")
             words.write_text("\n".join(self._entries) + "\n", encoding="utf-8")
@@ -110,11 +113,14 @@ class Judge:
             if strict:
                 model = Path(folder, "bigram.lm")
                 model.write_text(bigram_arpa(self.bigrams), encoding="utf-8")
-                return pocketsphinx.Decoder(**{**options, "lm": str(model)})
-            decoder = pocketsphinx.Decoder(**options)
-        start, end, _, edges = word_graph(self.answers)
-        decoder.add_fsg("answers", decoder.create_fsg("answers", start, end, [(a, b, 1.0, w) for a, b, w in edges]))
-        decoder.activate_search("answers")
+                options["lm"] = str(model)
+            decoder = _pocketsphinx().Decoder(**options)
+        if not strict:
+            start, end, _, edges = word_graph(self.answers)
+            weighted = [(a, b, 1.0, word) for a, b, word in edges]
+            decoder.add_fsg("answers", decoder.create_fsg("answers", start, end, weighted))
+            decoder.activate_search("answers")
+        self._decoders[strict] = decoder
         return decoder
 
 
@@ -126,7 +132,8 @@ def missing_words(texts):
 def word_graph(sentences):
     """The smallest acyclic graph whose paths are exactly the sentences (strings of words).
 
-    Returns (start, end, number of states, edges [(from, to, word)]). Raises ValueError if a sentence is empty.
+    Returns (start, end, number of states, edges [(from, to, word)]). Raises ValueError if a
+    sentence is empty.
     """
     root = {}
     for sentence in sentences:
@@ -140,23 +147,26 @@ def word_graph(sentences):
 
     def fold(node):
         """The state that continues as `node` does; made if there is none yet."""
-        key = tuple(sorted((word, fold(child)) for word, child in node.items() if word is not None)), None in node
+        words = sorted((word, fold(child)) for word, child in node.items() if word is not None)
+        key = tuple(words), None in node
         if key not in states:
             states[key] = len(states)
-            edges.extend((states[key], to, word) for word, to in key[0])
+            edges.extend((states[key], to, word) for word, to in words)
         return states[key]
 
     start = fold(root)
     stops = {state for (_, stop), state in states.items() if stop} - {0}
-    edges += [(a, 0, word) for a, b, word in edges if b in stops]  # one sentence ends where another goes on
+    # A state where one sentence ends and another goes on: its incoming words also lead to the end.
+    edges += [(a, 0, word) for a, b, word in edges if b in stops]
     return start, 0, len(states), edges
 
 
 def bigram_arpa(sentences):
-    """A bigram language model over sentences (strings of words), interpolated with unigrams, as ARPA text.
+    """ARPA text of a bigram language model over sentences, interpolated with unigrams.
 
-    Witten-Bell smoothing (Witten & Bell 1991): after a word seen with many different successors more is left for
-    unseen ones. Interpolation is written out as back-off, so any reader of ARPA files computes the same numbers.
+    Witten-Bell smoothing (Witten & Bell 1991): after a word seen with many different successors
+    more is left for unseen ones. Interpolation is written out as back-off, so any reader of ARPA
+    files computes the same numbers.
     """
     pairs, words = Counter(), Counter()
     for sentence in sentences:
@@ -170,10 +180,11 @@ def bigram_arpa(sentences):
         successors[before] += 1
     single = {w: (count + 0.5) / (total + 0.5 * kinds) for w, count in words.items()}
     left = {w: successors[w] / (successors[w] + seen[w]) for w in seen}  # the share of the unigram
-    log = {w: f"{math.log10(p):.5f}" for w, p in single.items()}
     lines = ["\\data\\", f"ngram 1={kinds + 1}", f"ngram 2={len(pairs)}", "", "\\1-grams:"]
     lines.append(f"-99 <s> {math.log10(left['<s>']):.5f}")
-    lines += [f"{log[w]} {w}" + (f" {math.log10(left[w]):.5f}" if w in left else "") for w in sorted(single)]
+    for word in sorted(single):
+        backoff = f" {math.log10(left[word]):.5f}" if word in left else ""
+        lines.append(f"{math.log10(single[word]):.5f} {word}{backoff}")
     lines += ["", "\\2-grams:"]
     for (before, word), count in sorted(pairs.items()):
         p = (1 - left[before]) * count / seen[before] + left[before] * single[word]
@@ -205,29 +216,30 @@ def _dictionary():
 
 
 def _entries(answers, pronunciations):
-    """Dictionary lines for all words of the answers. Raises ValueError for a word, or a phone, that is not known."""
-    known = _dictionary()
-    lines = {}
+    """Dictionary lines for all words of the answers. Raises ValueError for unknown ones."""
+    known, lines = _dictionary(), {}
     for answer in answers:
         for word in answer.split():
             if word in pronunciations:
-                lines[word] = [f"{word} {_checked(word, pronunciations[word])}"]
+                phones = pronunciations[word]
+                _check(word, phones)
+                lines[word] = [f"{word} {phones}"]
             elif word in known:
                 lines[word] = known[word]
             else:
                 raise ValueError(
-                    f"the judge has no pronunciation of {word!r} (in the answer {answer!r}): choose another word, or "
-                    f"pass pronunciations={{{word!r}: 'its phones'}}"
+                    f"the judge has no pronunciation of {word!r} (in the answer {answer!r}): "
+                    f"choose another word, or pass pronunciations={{{word!r}: 'its phones'}}"
                 )
     return [line for word in sorted(lines) for line in lines[word]]
 
 
-def _checked(word, phones):
-    known = {phone for lines in _dictionary().values() for line in lines for phone in line.split()[1:]}
-    wrong = set(phones.split()) - known
-    if wrong or not phones.split():
-        raise ValueError(f"the pronunciation {phones!r} of {word!r} is not made of CMU phones such as OY NG K")
-    return phones
+def _check(word, phones):
+    known = {phone for lines in _dictionary().values() for x in lines for phone in x.split()[1:]}
+    if not phones.split() or set(phones.split()) - known:
+        raise ValueError(
+            f"the pronunciation {phones!r} of {word!r} is not made of CMU phones such as OY NG K"
+        )
 
 
 def _start(judge, strict):

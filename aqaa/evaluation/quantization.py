@@ -1,23 +1,26 @@
-"""`aqaa bench quantize`: what fewer bits do to the mini: to its scores, to its answers, and to its bytes.
+"""`aqaa bench quantize`: what fewer bits do to the mini: to its scores, its answers and its bytes.
 
-Two comparisons with the unquantised model. Teacher-forced: over the answers of evaluation dialogues, how far the scores
-of legal ids are off, and how often the likeliest id stays. Free: greedy answers to evaluation questions, and to the
-shipped recordings; are their words the same, and are they right?
+Two comparisons with the unquantised model. Teacher-forced: over the answers of evaluation
+dialogues, how far the scores of legal ids are off, and how often the likeliest id stays. Free:
+greedy answers to evaluation questions, and to the shipped recordings; are their words the same, and
+are they right?
 """
 
 import copy
 import json
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from aqaa import files, loading
+from aqaa import audio, files
+from aqaa.backbone.generation import Vocabulary, generate_batch
 from aqaa.backbone.memory import linear_bytes
 from aqaa.batching import MAX_ANSWER, answer_batch
 from aqaa.corpus.dialogues import dialogues
-from aqaa.records import report
 from aqaa.scale.quantize import dequantized, n_bytes, quantize_
+from aqaa.tokenizers.dialogue import Machine
 from aqaa.tokenizers.text import normalise
 
 VARIANTS = {  # what is compared: format, group, method
@@ -33,18 +36,84 @@ QUESTIONS = 930  # evaluation questions answered: all of them
 BATCH = 64
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+def measure(model, preset="mini", seed=0, limit=QUESTIONS, progress=True):
+    """`compare_formats` of an AQAA, with `limit` evaluation questions beside its weights."""
+    asked = dialogues(preset, "eval", limit, seed)
+    forced = asked[:: max(1, len(asked) // FORCED)][:FORCED]
+    calibration = dialogues(preset, "train", CALIBRATION, seed)
+    formats = compare_formats(model, forced, asked, calibration, progress=progress)
+    positions = sum(len(dialogue.ids) - dialogue.start for dialogue in forced)
+    return {"calibration": len(calibration), "scored_positions": positions, "formats": formats}
+
+
+def table(result):
+    """A result as text, a line a format."""
+    lines = [
+        f"{'':15}{'MB':>7}{'same id':>9}{'error':>8}{'KL':>9}"
+        f"{'right':>8}{'of right':>10}{'kept':>8}{'same':>8}"
+    ]
+    for name, facts in result["formats"].items():
+        size = sum(facts["bytes"][part] for part in ("linear", "scale", "other")) / 1e6
+        score, answers = facts["scores"], facts["questions"]
+        error, kl = score["relative_error"], score["kl"]
+        right, of, kept, same = (answers[key] for key in ("right", "of_right", "kept", "same"))
+        lines.append(
+            f"{name:15}{size:7.2f}{score['agreement']:9.4f}{error:8.4f}{kl:9.5f}"
+            f"{right:8.4f}{of:10.4f}{kept:8.4f}{same:8.4f}"
+        )
+    return "\n".join(lines)
+
+
+def compare_formats(
+    model, forced, asked, calibration, variants=VARIANTS, *, recordings=True, progress=False
+):
+    """{name: facts} of the unquantised backbone of an AQAA ("none") and of each variant of it.
+
+    forced, asked: Dialogues for scores and for answers; calibration: Dialogues for gptq. bytes: see
+    n_bytes; planned: of the linear layers with their scales, as aqaa/scale/plan.py counts them.
+    scores: see `compare`; questions, recordings: see `compare_answers`.
+    """
+    plain, prompts = model.backbone, [dialogue.prompt for dialogue in asked]
+    expected = [dialogue.answer for dialogue in asked]
+    results, reference = {}, None
+    try:
+        for name in tqdm(["none", *variants], desc="formats", disable=not progress):
+            size = n_bytes(plain)
+            if name != "none":
+                weights, group, method = variants[name]
+                rows = [dialogue.ids for dialogue in calibration] if method == "gptq" else None
+                model.backbone = quantize_(copy.deepcopy(plain), weights, group, rows=rows)
+                size = n_bytes(model.backbone)
+                size["planned"] = linear_bytes(model.config.backbone, weights, group)
+                dequantized(model.backbone)  # the same numbers, sooner
+            logits = scores(model.backbone, forced, model.ids, model.layout)
+            texts = words(model, prompts)
+            spoken, wanted = shipped(model) if recordings else ([], [])
+            reference = reference or (logits, texts, spoken)
+            results[name] = {
+                "bytes": size,
+                "scores": compare(reference[0], logits),
+                "questions": compare_answers(reference[1], texts, expected),
+            }
+            if recordings:
+                results[name]["recordings"] = compare_answers(reference[2], spoken, wanted)
+    finally:
+        model.backbone = plain
+    return results
+
+
+# ---- scores -------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def scores(model, found, ids, layout):
-    """Logits of the legal ids at every position of the answers: a list of (R,) fp32, in order."""
-    from aqaa.backbone.generation import Vocabulary
-
+def scores(model, forced, ids, layout):
+    """Logits of the legal ids, a list of (R,) fp32, at every position of Dialogues' answers."""
     rows, vocabulary = [], Vocabulary(model)
-    for dialogue in found:
-        hidden = model.model(input_ids=torch.tensor([dialogue.ids], device=model.device)).last_hidden_state[0]
+    for dialogue in forced:
+        tokens = torch.tensor([dialogue.ids], device=model.device)
+        hidden = model.model(input_ids=tokens).last_hidden_state[0]  # (T, D)
         machine = layout.machine(ids)
+        # The id at a position is predicted by the hidden state before it.
         for position, token in enumerate(dialogue.ids[dialogue.start :], dialogue.start - 1):
             rows.append(vocabulary.scores(hidden[position], machine.allowed()).cpu())
             machine.advance(token)
@@ -52,141 +121,62 @@ def scores(model, found, ids, layout):
 
 
 def compare(reference, others):
-    """{"agreement", "relative_error", "kl"} of two lists of scores: the share of positions with the same likeliest id,
-    the error's size over that of the centred scores, and the mean divergence in nats."""
-    same = [int(a.argmax() == b.argmax()) for a, b in zip(reference, others, strict=True)]
-    centred = [(a - a.mean(), b - b.mean()) for a, b in zip(reference, others, strict=True)]
-    error, size = sum((a - b).square().sum() for a, b in centred), sum(a.square().sum() for a, _ in centred)
-    pairs = ((a.log_softmax(0), b.log_softmax(0)) for a, b in zip(reference, others, strict=True))
-    divergence = [float((p.exp() * (p - q)).sum()) for p, q in pairs]
-    n = len(same)
-    return {"agreement": sum(same) / n, "relative_error": float(error / size) ** 0.5, "kl": sum(divergence) / n}
+    """{"agreement", "relative_error", "kl"} of two lists of scores: the share of positions with the
+    same likeliest id, the error's size over that of the centred scores, the mean divergence in
+    nats."""
+    pairs = list(zip(reference, others, strict=True))
+    same = [int(a.argmax() == b.argmax()) for a, b in pairs]
+    # A constant added to all scores changes no probability: both are centred.
+    centred = [(a - a.mean(), b - b.mean()) for a, b in pairs]
+    error = sum((a - b).square().sum() for a, b in centred)
+    size = sum(a.square().sum() for a, _ in centred)
+    logs = ((a.log_softmax(0), b.log_softmax(0)) for a, b in pairs)
+    divergence = [float((p.exp() * (p - q)).sum()) for p, q in logs]
+    error, n = float(error / size) ** 0.5, len(same)
+    return {"agreement": sum(same) / n, "relative_error": error, "kl": sum(divergence) / n}
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- answers ------------------------------------------------------------------------------------
 
 
-class WordsOnly:
-    """A layout whose answers are cut off when their text is complete: the words are as they would be, in less time."""
-
-    def __init__(self, layout):
-        self.layout = layout
-
-    def machine(self, ids, min_audio=0):
-        return _WordsMachine(self.layout.machine(ids, min_audio))
-
-
-class _WordsMachine:
-    """Stands in for interleave.Machine."""
-
-    def __init__(self, machine):
-        self.inner, self.allowed, self.advance = machine, machine.allowed, machine.advance
+class WordsMachine(Machine):
+    """Ends an answer when its text is complete: the same words, without the sound's time."""
 
     @property
     def finished(self):
-        return self.inner.finished or self.inner.text_done
+        return super().finished or self.text_done
 
 
 def words(model, prompts):
-    """The words of greedy answers to prompts (lists of ids), as they are judged. model: an AQAA."""
-    from aqaa.backbone.generation import generate_batch
-
-    answered = generate_batch(
-        model.backbone, prompts, model.ids, WordsOnly(model.layout), max_tokens=MAX_ANSWER, batch_size=BATCH
-    )
-    texts = ([step.id for step in steps if step.kind == "text"] for steps in answered)
+    """The words of greedy answers of an AQAA to prompts (lists of ids), as they are judged."""
+    layout = SimpleNamespace(machine=partial(WordsMachine, model.layout))
+    options = {"max_tokens": MAX_ANSWER, "batch_size": BATCH}
+    answers = generate_batch(model.backbone, prompts, model.ids, layout, **options)
+    texts = ([step.id for step in steps if step.kind == "text"] for steps in answers)
     return [normalise(model.text.decode(ids)) for ids in texts]
 
 
 def shipped(model):
-    """[(words of the model's answer, expected words)] of the recordings in data/questions."""
-    from aqaa import audio
-
+    """(words of the model's answers, expected words) of the recordings in data/questions."""
     folder = files.data_folder() / "questions"
     rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     wavs = [audio.load_question(folder / row["file"]) for row in rows]
-    answers = answer_batch(model, wavs, temperature=0.0)
-    return [(text, normalise(row["answer"])) for (text, _), row in zip(answers, rows, strict=True)]
+    texts = [text for text, _ in answer_batch(model, wavs, temperature=0.0)]
+    return texts, [normalise(row["answer"]) for row in rows]
 
 
-# ---- the whole ------------------------------------------------------------------------------------------------------
+def compare_answers(before, after, expected):
+    """{"n", "right", "of_right", "kept", "same"} of answers after a change, against those before
+    it.
 
-
-def measure(model, forced, asked, calibration, variants=VARIANTS, *, recordings=True, progress=False):
-    """{name: facts} of the unquantised backbone of an AQAA ("none") and of each variant of it.
-
-    forced, asked: Dialogues for scores and for answers; calibration: Dialogues for gptq. right: share of answers that
-    are the expected ones; kept: of the answers that the unquantised model has right, how many are still so; of_right:
-    right / right of the unquantised; same: share of answers word for word the same. bytes: see n_bytes; planned: of
-    the linear layers with their scales, as aqaa/scale/plan.py counts them.
+    right: share of answers that are the expected ones; of_right: over the same share before; kept:
+    share of those right before that still are; same: share of answers that are word for word as
+    before.
     """
-    plain, prompts = model.backbone, [dialogue.prompt for dialogue in asked]
-    expected, rows = [dialogue.answer for dialogue in asked], [dialogue.ids for dialogue in calibration]
-    found, reference = {}, None
-    try:
-        for name in tqdm(["none", *variants], desc="formats", disable=not progress):
-            size = n_bytes(plain)
-            if name != "none":
-                weights, group, method = variants[name]
-                heard = rows if method == "gptq" else None
-                model.backbone = quantize_(copy.deepcopy(plain), weights, group, rows=heard)
-                size = n_bytes(model.backbone) | {"planned": linear_bytes(model.config.backbone, weights, group)}
-                dequantized(model.backbone)  # the same numbers, sooner
-            now = (
-                scores(model.backbone, forced, model.ids, model.layout), words(model, prompts),
-                shipped(model) if recordings else [],
-            )  # fmt: skip
-            reference = reference or now
-            found[name] = {"bytes": size, **_facts(reference, now, expected)}
-    finally:
-        model.backbone = plain
-    return found
-
-
-def _facts(reference, now, expected):
-    (first, before, said_before), (others, after, said_after) = reference, now
-    facts = {"scores": compare(first, others), "questions": _answers(before, after, expected)}
-    if said_after:
-        texts = ([text for text, _ in said] for said in (said_before, said_after))
-        facts["recordings"] = _answers(*texts, [answer for _, answer in said_after])
-    return facts
-
-
-def _answers(before, after, expected):
-    was = [text == answer for text, answer in zip(before, expected, strict=True)]
-    now = [text == answer for text, answer in zip(after, expected, strict=True)]
-    n, both = len(expected), sum(a and b for a, b in zip(was, now, strict=True))
-    same = sum(a == b for a, b in zip(before, after, strict=True))
-    return {
-        "n": n, "right": sum(now) / n, "of_right": sum(now) / max(sum(was), 1), "kept": both / max(sum(was), 1),
-        "same": same / n,
-    }  # fmt: skip
-
-
-def main(args):
-    """`aqaa bench quantize`; args: preset, device, seed, limit (how many questions), json, out."""
-    from aqaa.records import about
-
-    if args.out and not Path(args.out).resolve().parent.is_dir():  # said now, not after minutes of work
-        raise FileNotFoundError(f"{args.out} cannot be written, its folder does not exist: make it first")
-    model = loading.load(args.preset, device=args.device)
-    asked = dialogues(args.preset, "eval", args.limit or QUESTIONS, args.seed)
-    step = max(1, len(asked) // FORCED)
-    calibration = dialogues(args.preset, "train", CALIBRATION, args.seed)
-    found = measure(model, asked[::step][:FORCED], asked, calibration, progress=not args.json)
-    positions = sum(len(dialogue.ids) - dialogue.start for dialogue in asked[::step][:FORCED])
-    facts = {"calibration": len(calibration), "scored_positions": positions}
-    report(args, {**about("quantize", args.device), **facts, "formats": found}, table(found))
-
-
-def table(found):
-    """The result as lines of text."""
-    lines = [f"{'':15}{'MB':>7}{'same id':>9}{'error':>8}{'KL':>9}{'right':>8}{'of right':>10}{'kept':>8}{'same':>8}"]
-    for name, facts in found.items():
-        size = sum(facts["bytes"][part] for part in ("linear", "scale", "other")) / 1e6
-        score, answers = facts["scores"], facts["questions"]
-        lines.append(
-            f"{name:15}{size:7.2f}{score['agreement']:9.4f}{score['relative_error']:8.4f}{score['kl']:9.5f}"
-            f"{answers['right']:8.4f}{answers['of_right']:10.4f}{answers['kept']:8.4f}{answers['same']:8.4f}"
-        )
-    return lines
+    rows, n = list(zip(before, after, expected, strict=True)), len(expected)
+    was = sum(old == wanted for old, _, wanted in rows)
+    now = sum(new == wanted for _, new, wanted in rows)
+    both = sum(old == new == wanted for old, new, wanted in rows)
+    same = sum(old == new for old, new, _ in rows)
+    of = {"of_right": now / max(was, 1), "kept": both / max(was, 1)}
+    return {"n": n, "right": now / n, **of, "same": same / n}

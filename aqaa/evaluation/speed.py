@@ -1,4 +1,5 @@
-"""`aqaa bench speed`: how long each part takes, and when the first sound comes; with --busy also on a busy machine."""
+"""`aqaa bench speed`: how long each part takes, and when the first sound comes; --busy also under
+load."""
 
 import os
 import platform
@@ -8,35 +9,31 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 REPEATS = 5
 COLD = 3  # fresh processes of each kind, in turns
-SIDE_BY_SIDE = ("total_s", "real_time_factor", "stream_first_audio_s", "stream_real_time_factor", "tokens_per_s")
+SIDE_BY_SIDE = (  # numbers that are measured on a busy machine too
+    "total_s", "real_time_factor", "stream_first_audio_s", "stream_real_time_factor",
+    "tokens_per_s",
+)  # fmt: skip
 
 
-def main(args):
-    """Measure and report. args: preset, device, seed, busy, json, out, limit (how many questions are asked)."""
-    from aqaa.records import about, report
+def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
+    """A dict of numbers; times are medians over `limit` questions, in seconds.
 
-    found = speed(args.preset, args.device, args.limit or REPEATS, args.seed, args.busy)
-    results = {**about("speed", args.device), **found}
-    report(args, results, [f"{name:28} {value}" for name, value in results.items()])
-
-
-def speed(source="mini", device="cpu", repeats=REPEATS, seed=0, busy=False):
-    """A dict of numbers; times are medians over `repeats` questions, in seconds.
-
-    busy: measure again while every core also runs somebody else's endless loop; "busy" then holds those numbers, and
-    "busy_over_idle" how many times as long an answer takes.
+    busy: measure again while every core also runs somebody else's endless loop; "busy" then holds
+    those numbers, and "busy_over_idle" how many times as long an answer takes.
     """
     from aqaa import loading
     from aqaa.weights import model_folder
 
-    questions = _questions(repeats)
-    cold = _cold(questions[0], source, device) if isinstance(questions[0], str) else {}
+    questions = _questions(limit)
+    # Fresh processes are started first, before this one takes memory and caches.
+    cold = _cold(questions[0], preset, device) if isinstance(questions[0], str) else {}
     began = time.perf_counter()
-    model = loading.load(source, device=device)
+    model = loading.load(preset, device=device)
     model.ask(questions[0], seed=seed)
     cold["load_and_first_answer_s"] = round(time.perf_counter() - began, 3)
     results = {"hardware": _hardware(device), **cold, **answering(model, questions, seed)}
@@ -46,34 +43,50 @@ def speed(source="mini", device="cpu", repeats=REPEATS, seed=0, busy=False):
         results["busy"] = {name: loaded[name] for name in SIDE_BY_SIDE}
         results["busy_loops"] = os.cpu_count()
         results["busy_over_idle"] = round(loaded["total_s"] / results["total_s"], 2)
-    networks = {name: getattr(model, "decoder" if name == "backbone" else name) for name in model_folder.PARTS}
-    parts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    return {**results, "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "parameters": parts}  # fmt: skip
+    results["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    results["parameters"] = {}
+    for name in model_folder.PARTS:
+        network = getattr(model, "decoder" if name == "backbone" else name)
+        results["parameters"][name] = sum(p.numel() for p in network.parameters())
+    return results
+
+
+def turns(runs, rounds, clock=time.perf_counter, warm_up=1):
+    """{name: its times} of runs {name: function}, which take turns: a machine that slows down slows
+    all.
+
+    The first `warm_up` rounds do not count.
+    """
+    times = {name: [] for name in runs}
+    for turn in range(rounds + warm_up):
+        for name, run in runs.items():
+            began = clock()
+            run()
+            if turn >= warm_up:
+                times[name].append(clock() - began)
+    return times
 
 
 def answering(model, questions, seed=0):
     """Medians over questions, each answered in one go and as a stream."""
     asked = [model.ask(question, seed=seed) for question in questions]
     streamed = [model.stream(question, seed=seed).answer for question in questions]
-    return {
-        "answer_s": _median(a.seconds for a in asked),
-        "linguistic_s": _median(a.timings["linguistic"] for a in asked),
-        "semantic_s": _median(a.timings["semantic"] for a in asked),
-        "generate_s": _median(a.timings["generate"] for a in asked),
-        "vocode_s": _median(a.timings["vocode"] for a in asked),
-        "total_s": _median(a.timings["total"] for a in asked),
-        "real_time_factor": _median(a.real_time_factor for a in asked),
-        "tokens_per_s": _median(len(a.tokens["answer"]) / a.timings["generate"] for a in asked),
-        "stream_first_audio_s": _median(a.timings["first_audio"] for a in streamed),
-        "stream_first_audio_share": _median(a.timings["first_audio_share"] for a in streamed),
-        "stream_real_time_factor": _median(a.real_time_factor for a in streamed),
+    parts = ("linguistic", "semantic", "generate", "vocode", "total")
+    values = {
+        "answer_s": [a.seconds for a in asked],
+        **{f"{part}_s": [a.timings[part] for a in asked] for part in parts},
+        "real_time_factor": [a.real_time_factor for a in asked],
+        "tokens_per_s": [len(a.tokens["answer"]) / a.timings["generate"] for a in asked],
+        "stream_first_audio_s": [a.timings["first_audio"] for a in streamed],
+        "stream_first_audio_share": [a.timings["first_audio_share"] for a in streamed],
+        "stream_real_time_factor": [a.real_time_factor for a in streamed],
     }
+    return {name: round(median(row), 3) for name, row in values.items()}
 
 
 @contextmanager
 def busy_machine(loops=None):
-    """Every core also has another program to run: `loops` endless loops (one a core) in processes of their own."""
+    """`loops` endless loops (one a core) run in processes of their own, until the end."""
     command = [sys.executable, "-S", "-c", "while True: pass"]
     others = [subprocess.Popen(command) for _ in range(loops or os.cpu_count())]
     try:
@@ -91,39 +104,34 @@ def _questions(count):
 
     from aqaa import files
 
-    found = sorted((files.data_folder() / "questions").glob("*.wav"))
-    if found:
-        return [str(found[i % len(found)]) for i in range(count)]
+    paths = sorted((files.data_folder() / "questions").glob("*.wav"))
+    if paths:
+        return [str(paths[i % len(paths)]) for i in range(count)]
     phase = torch.arange(48_000) / 16_000 * 150
     return [(0.5 * (phase % 1 - 0.5), 16_000)] * count
 
 
-def _median(values):
-    return round(median(values), 3)
+def _cold(question, preset, device):
+    """Fresh processes, in turns: medians in seconds.
 
-
-def _cold(question, source, device):
-    """Fresh processes, in turns so that a machine that slows down slows all of them: medians in seconds.
-
-    "ask_cold_to_wav_s" is the whole command, from the shell's view; the imports are measured the same way.
+    "ask_cold_to_wav_s" is the whole command, as the shell sees it; imports are measured the same
+    way.
     """
     with tempfile.TemporaryDirectory() as folder:
         wav = f"{folder}/answer.wav"
+        options = ["--preset", preset, "--device", device, "-o", wav]
         commands = {
             "import_nothing_s": ["-c", "pass"],
             "import_aqaa_s": ["-c", "import aqaa"],
             "import_torch_s": ["-c", "import torch"],
-            "ask_cold_to_wav_s": ["-m", "aqaa", "ask", question, "--preset", source, "--device", device, "-o", wav],
+            "ask_cold_to_wav_s": ["-m", "aqaa", "ask", question, *options],
         }
-        times = {name: [] for name in commands}
-        for _ in range(COLD):
-            for name, command in commands.items():
-                began = time.perf_counter()
-                subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-                times[name].append(time.perf_counter() - began)
-    start = median(times["import_nothing_s"])
-    found = {name: round(median(seconds), 3) for name, seconds in times.items()}
-    return found | {"import_aqaa_s": round(max(0.0, found["import_aqaa_s"] - start), 3)}
+        start = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+        runs = {name: partial(start, [sys.executable, *words]) for name, words in commands.items()}
+        times = turns(runs, COLD, warm_up=0)
+    results = {name: round(median(seconds), 3) for name, seconds in times.items()}
+    own = results["import_aqaa_s"] - median(times["import_nothing_s"])
+    return results | {"import_aqaa_s": round(max(0.0, own), 3)}
 
 
 def _hardware(device):

@@ -1,8 +1,9 @@
 """`aqaa bench streaming`: how early can an answer begin, when listening begins with the question?
 
-Every shipped question is played to a Listener in packets of 20 ms. Counted are the codes that are taken back later, by
-their distance from the end of what had been heard; timed are listening itself, and the way from the end of the question
-to the first id and the first sound. On a CPU the times are work of one thread, not time of the clock.
+Every shipped question is played to a Listener in packets of 20 ms. Counted are the codes that are
+taken back later, by their distance from the end of what had been heard; timed are listening itself,
+and the way from the end of the question to the first id and the first sound. On a CPU the times are
+work of one thread, not time of the clock.
 """
 
 import time
@@ -12,7 +13,7 @@ from statistics import mean, median
 
 import torch
 
-from aqaa import audio
+from aqaa import audio, files
 from aqaa.config import SAMPLE_RATE
 
 PACKET = 320  # samples
@@ -21,22 +22,29 @@ BINS = tuple(pairwise((0, 0.12, 0.24, 0.5, 1, 2, 60)))  # seconds from the end o
 CODE_SECONDS = {"linguistic": 0.06, "semantic": 0.04}
 
 
-def main(args):
-    """Measure and print. args: preset, device, seed, json, out, limit (how many questions). ValueError without any."""
-    from aqaa import files, loading
-    from aqaa.records import about, report
+def measure(model, seed=0, limit=None):
+    """Listening and answering with `limit` shipped questions; of torch's threads one is left.
 
+    Raises ValueError if there are no questions.
+    """
     folder = files.data_folder() / "questions"
-    wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[: args.limit]]
+    wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[:limit]]
     if not wavs:
-        raise ValueError(f"{folder} holds no wav files: set AQAA_DATA to the `data` folder of a clone of aqaa.")
+        raise ValueError(
+            f"{folder} holds no wav files: set AQAA_DATA to the `data` folder of a clone of aqaa."
+        )
     torch.set_num_threads(1)
-    model = loading.load(args.preset, device=args.device)
-    model.ask((wavs[0], SAMPLE_RATE), seed=args.seed)  # the first call is slower
+    model.ask((wavs[0], SAMPLE_RATE), seed=seed)  # the first call is slower
     rows = {f"every {every} s": listening(model, wavs, every) for every in STEPS}
-    rows["answers"] = answering(model, wavs, args.seed)
-    lines = [f"{title:13} {name:22} {value}" for title, row in rows.items() for name, value in row.items()]
-    report(args, {**about("streaming", args.device), "questions": len(wavs), **rows}, lines)
+    return {"questions": len(wavs), **rows, "answers": answering(model, wavs, seed)}
+
+
+def table(result):
+    """A result as text, a line a value."""
+    rows = {title: row for title, row in result.items() if isinstance(row, dict)}
+    return "\n".join(
+        f"{title:13} {name:22} {value}" for title in rows for name, value in rows[title].items()
+    )
 
 
 def timer(model):
@@ -45,31 +53,38 @@ def timer(model):
 
 
 def heard(model, wav, looks=None, **options):
-    """A listener that has heard (N,), packet by packet. looks: a list that receives what every look found."""
+    """A listener that has heard (N,), packet by packet. looks: a list for each look's codes."""
     listener = model.listener(**options)
     for packet in wav.split(PACKET):
         before = listener.heard
         listener.push(packet)
         if looks is not None and listener.heard != before:
-            looks.append((listener.heard, listener.peak, {kind: getattr(listener, kind) for kind in CODE_SECONDS}))
+            codes = {kind: getattr(listener, kind) for kind in CODE_SECONDS}
+            looks.append((listener.heard, listener.peak, codes))
     return listener
 
 
 def listening(model, wavs, every):
-    """Listening with a look every so many seconds: a dict of means over questions, seconds of work as medians.
+    """Listening with a look every so many seconds: means over questions, seconds of work as
+    medians.
 
-    equal: share of questions whose ids are those of offline listening; prompt_known: share of the prompt that stands in
-    the cache before the last look; work: of both encoders, for a second of question; *_changed: shares of codes taken
-    back; *_after_peak: counted in looks after the loudest sample only.
+    equal: share of questions whose ids are those of offline listening; prompt_known: share of the
+    prompt that stands in the cache before the last look; work: of both encoders, for a second of
+    question; *_changed: shares of codes taken back; *_after_peak: counted in looks after the
+    loudest sample only.
     """
     counts = {(kind, after): Counter() for kind in CODE_SECONDS for after in ("", "_after_peak")}
     rows = [_listen(model, wav, every, counts) for wav in wavs]
-    values = {name: [row[name] for row in rows] for name in rows[0]}
-    middle = {name: median if name.startswith("work") else mean for name in values}
-    return {
-        **{name: round(middle[name](found), 4) for name, found in values.items()},
-        **{f"{kind}_changed{after}": _shares(count) for (kind, after), count in counts.items()},
-    }
+    result = {}
+    for name in rows[0]:
+        middle = median if name.startswith("work") else mean
+        result[name] = round(middle([row[name] for row in rows]), 4)
+    for (kind, after), count in counts.items():
+        totals = {pair: count[pair, True] + count[pair, False] for pair in BINS}
+        result[f"{kind}_changed{after}"] = {
+            f"{a}-{b} s": round(count[(a, b), True] / n, 4) for (a, b), n in totals.items() if n
+        }
+    return result
 
 
 def _listen(model, wav, every, counts):
@@ -77,6 +92,7 @@ def _listen(model, wav, every, counts):
     began = clock()
     expected = model.listen((wav, SAMPLE_RATE))
     offline = clock() - began
+    # The encoders alone are timed; a second listener also reads the prompt, and shows its codes.
     heard(model, wav, every=every, prefill=False).finish()
     live = clock() - began - offline
     listener = heard(model, wav, looks, every=every)
@@ -86,31 +102,28 @@ def _listen(model, wav, every, counts):
     for (kind, after), count in counts.items():
         for (samples, _, codes), final in zip(looks, settled, strict=True):
             if final or not after:
-                count.update(changes(codes[kind], getattr(listener, kind), samples / SAMPLE_RATE, kind))
+                now = samples / SAMPLE_RATE
+                count.update(changes(codes[kind], getattr(listener, kind), now, kind))
     return {
-        "equal": ids == expected, "prompt_known": known / len(prompt), "restarts": listener.restarts,
-        "looks_after_peak": mean(settled or [0]), "work": live / seconds, "work_offline": offline / seconds,
+        "equal": ids == expected, "prompt_known": known / len(prompt),
+        "restarts": listener.restarts, "looks_after_peak": mean(settled or [0]),
+        "work": live / seconds, "work_offline": offline / seconds,
     }  # fmt: skip
 
 
 def changes(codes, settled, seconds, kind):
-    """Of each code of a look: (bin of its distance from the end at `seconds`, whether it became another one)."""
+    """Of each code of a look: (bin of its distance from the end, whether it changed)."""
     for i, (code, final) in enumerate(zip(codes, settled, strict=False)):
         distance = seconds - i * CODE_SECONDS[kind]
         yield next(pair for pair in BINS if distance <= pair[1]), code != final
 
 
-def _shares(count):
-    """{bin: share of its codes that changed}."""
-    found = {pair: count[pair, True] + count[pair, False] for pair in BINS}
-    return {f"{a}-{b} s": round(count[(a, b), True] / n, 4) for (a, b), n in found.items() if n}
-
-
 def answering(model, wavs, seed):
-    """Medians, in seconds from the end of the question: to the first id and sound, with listening and without.
+    """Medians, in seconds from the end of the question: to the first id and sound, live and
+    offline.
 
-    start_delay and stalls are by the clock on any device, from the last id of the question on: how long to wait so that
-    speech never stalls, and how long it would stall if played at once.
+    start_delay and stalls are by the clock on any device, from the last id of the question on: how
+    long to wait so that speech never stalls, and how long it would stall if played at once.
     """
     rows = [_answer(model, wav, seed) for wav in wavs]
     return {name: round(median(row[name] for row in rows), 4) for name in rows[0]}
@@ -119,16 +132,23 @@ def answering(model, wavs, seed):
 def _answer(model, wav, seed):
     sound, clock, times = (wav, SAMPLE_RATE), timer(model), {}
 
-    def spent(name, call):
+    def timed(name, call):
         began = clock()
         result = call()
         times[name] = clock() - began
         return result
 
+    def start(talk):  # a stream, once its first sound is made
+        next(iter(talk))
+        return talk
+
+    def first_id(ids, **options):
+        return next(model.generate(model.prompt(ids), seed=seed, **options))
+
     one, other = heard(model, wav), heard(model, wav)
-    spent("first_id", lambda: next(model.generate(model.prompt(one.finish()), prefill=one.prefill, seed=seed)))
-    spent("first_id_offline", lambda: next(model.generate(model.prompt(model.listen(sound)), seed=seed)))
-    spent("first_sound_offline", lambda: next(iter(model.stream(sound, seed=seed))))
-    talk, _ = spent("first_sound", lambda: (talk := other.stream(seed=seed), next(iter(talk))))
+    timed("first_id", lambda: first_id(one.finish(), prefill=one.prefill))
+    timed("first_id_offline", lambda: first_id(model.listen(sound)))
+    timed("first_sound_offline", lambda: start(model.stream(sound, seed=seed)))
+    talk = timed("first_sound", lambda: start(other.stream(seed=seed)))
     delay, gaps = talk.answer.playout
     return {**times, "start_delay": delay, "stalls": sum(gaps[1:])}

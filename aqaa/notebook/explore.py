@@ -3,7 +3,6 @@ manners."""
 
 import threading
 from itertools import groupby
-from statistics import fmean, stdev
 
 import matplotlib
 import numpy as np
@@ -19,7 +18,6 @@ from aqaa.pipeline import SAMPLING, SPOKEN
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import MANNERS, tagged
 
-SCALE = (1.0, 5.0)  # of a mark
 FIRST = 3 * GROUP_SIZE  # audio tokens before the first sound: two groups, and one looked ahead
 STEPS = {  # s a code
     "linguistic": GROUP_SECONDS / config.LINGUISTIC_PER_GROUP,
@@ -249,18 +247,6 @@ class Ode(Widget):
         sounds = [(f"step {k}, t = {self.times[k]:.2f}", self.sound(k)) for k in chosen]
         return [show.trajectory(self.states, self.times, title, hop_seconds=self.hop_seconds),
                 show.compare(*sounds, rate=self.rate)]  # fmt: skip
-
-
-def interval(marks, level=0.95):
-    """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two. No mean of marks can
-    lie outside their scale, 1 to 5, so the interval ends there."""
-    from scipy.stats import t
-
-    mean = fmean(marks)
-    if len(marks) < 2:
-        return mean, None, None
-    reach = float(t.ppf((1 + level) / 2, len(marks) - 1)) * stdev(marks) / len(marks) ** 0.5
-    return mean, max(mean - reach, SCALE[0]), min(mean + reach, SCALE[1])
 
 
 class VoiceControl(Widget):

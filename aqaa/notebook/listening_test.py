@@ -3,9 +3,9 @@
 import numpy as np
 
 from aqaa.config import SAMPLE_RATE
+from aqaa.evaluation.mos import opinions
 from aqaa.notebook import show
 from aqaa.notebook.base import Widget, pcm16
-from aqaa.notebook.explore import interval
 from aqaa.notebook.figures import array
 
 
@@ -58,11 +58,7 @@ class Listening(Widget):
         for row in self.marks:
             for (name, *_), mark in zip(self.pairs, row):
                 marks.setdefault(name, []).append(mark)
-        if len(marks) > 1:
-            marks["all"] = [mark for row in self.marks for mark in row]
-        keys = ("n", "mean", "low", "high")
-        return {name: dict(zip(keys, (len(given), *interval(given))))
-                for name, given in marks.items()}  # fmt: skip
+        return opinions(marks)
 
     def _on_submit(self, message, _):
         scores = dict(zip(self._state["order"], message["scores"]))

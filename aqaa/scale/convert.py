@@ -25,7 +25,7 @@ from aqaa.backbone.memory import resident_bytes
 from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
 from aqaa.config import BackboneConfig
-from aqaa.files import AGAIN, ModelError, check_file, fingerprint, replacing, write_json
+from aqaa.files import AGAIN, ModelError, check_file, fingerprint, read_json, replacing, write_json
 from aqaa.scale.quantize import Calibration, group_for, replace_linears
 from aqaa.weights import model_folder, released, shards, verify
 
@@ -146,7 +146,7 @@ def _released(folder):
 def read_quantization(folder):
     """The "quantization" of a folder's config.json, or None."""
     try:
-        return verify.read_json(Path(folder) / "config.json").get("quantization")
+        return read_json(Path(folder) / "config.json").get("quantization")
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -300,7 +300,7 @@ def _resume(out, started):
             raise ModelError(f"{out} holds weights of something else: name another folder.")
         return {}
     try:
-        record = verify.read_json(path)
+        record = read_json(path)
         begun = {"source": str(record["source"]), "recipe": dict(record["recipe"])}
         files = dict(record["files"])
         files = {name: facts for name, facts in files.items() if Path(name).name == name}
@@ -373,7 +373,7 @@ def main(args):
 def read_rows(path):
     """Dialogues of a JSON file: a list of lists of ids. Raises ValueError."""
     try:
-        rows = verify.read_json(Path(path))
+        rows = read_json(Path(path))
         whole = bool(rows) and all(type(i) is int and i >= 0 for row in rows for i in row)
     except (ValueError, TypeError):
         whole = False

@@ -35,15 +35,11 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x, positions, mask):
         """x (B, T, D), positions (2T - 1, D), mask (B, T) bool or None -> (B, T, D)."""
-        def heads(tensor):
-            return tensor.unflatten(-1, (self.heads, -1))
-
-        q = heads(self.linear_q(x))  # (B, T, H, d), as k and v
-        k = heads(self.linear_k(x))
-        v = heads(self.linear_v(x))
-        p = heads(self.linear_pos(positions)).transpose(0, 1)  # (H, 2T - 1, d)
-        # u and v stand in for the query where it does not matter: a key, or a distance, that
-        # attracts every query alike
+        q = self.linear_q(x).unflatten(-1, (self.heads, -1))  # (B, T, H, d), as k and v
+        k = self.linear_k(x).unflatten(-1, (self.heads, -1))
+        v = self.linear_v(x).unflatten(-1, (self.heads, -1))
+        p = self.linear_pos(positions).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        # u and v are queries that all positions share: some keys and distances always attract
         content = (q + self.pos_bias_u).transpose(1, 2) @ k.permute(0, 2, 3, 1)  # (B, H, T, T)
         distance = shift((q + self.pos_bias_v).transpose(1, 2) @ p.mT)  # (B, H, T, T)
         score = (content + distance) / math.sqrt(q.shape[-1])

@@ -1,8 +1,7 @@
 """Audio ids to mel by conditional flow matching (AQAA paper 2.3; CosyVoice 1.0 section 2.3).
 
-Ids are embedded, read by a conformer, and stretched to mel frames (mu); a U-Net carries noise to
-speech along mu in a few Euler steps. A prompt (ids and their mel) is continued, which is also how
-chunks of one answer are joined.
+Ids are read by a conformer and stretched to mel frames (mu); a U-Net carries noise to speech along
+mu in a few Euler steps. A prompt (ids and their mel) is continued: so chunks of an answer join.
 """
 
 from itertools import pairwise
@@ -71,13 +70,11 @@ class ConditionalCFM(nn.Module):
         if not rate:
             return self.estimator(x, mask, mu, t.expand(len(x)), speaker, cond)
         # classifier-free guidance: one batch holds each row with its conditions and without
-        def with_zeros(condition):
-            return torch.cat([condition, torch.zeros_like(condition)])
-
         x = x.repeat(2, 1, 1)  # (2 B, n_mels, T)
         mask = None if mask is None else mask.repeat(2, 1, 1)
-        told = with_zeros(mu), t.expand(len(x)), with_zeros(speaker), with_zeros(cond)
-        conditional, unconditional = self.estimator(x, mask, *told).chunk(2)
+        mu, speaker, cond = (torch.cat([c, torch.zeros_like(c)]) for c in (mu, speaker, cond))
+        v = self.estimator(x, mask, mu, t.expand(len(x)), speaker, cond)
+        conditional, unconditional = v.chunk(2)
         return (1 + rate) * conditional - rate * unconditional
 
     def forward(self, noise, mask, mu, speaker, cond, n_timesteps, rate):
@@ -96,9 +93,9 @@ class ConditionalCFM(nn.Module):
         path = (1 - shrink * t) * noise + t * x1  # a straight line from noise to mel
         # some rows lose their conditions, so that guidance has an unconditional field
         keep = torch.rand(b, 1, 1, device=x1.device) >= self.config.training_cfg_rate
-        keep = keep.to(x1.dtype)  # (B, 1, 1)
-        told = mu * keep, t.flatten(), speaker * keep[..., 0], cond * keep
-        v = self.estimator(path, mask, *told)
+        keep = keep.to(x1.dtype)
+        speaker = speaker * keep[..., 0]
+        v = self.estimator(path, mask, mu * keep, t.flatten(), speaker, cond * keep)
         return _mean((v.float() - (x1 - shrink * noise)).square(), mask)
 
 
@@ -132,11 +129,10 @@ class Flow(nn.Module):
     def encode(self, token, token_len=None):
         """token (B, N) -> features (B, N, n_mels) before stretching. Negative ids count as 0, as
         published. Raises ValueError for an id that the embedding does not have."""
-        if token.numel() and int(token.max()) >= self.config.vocab_size:
-            raise ValueError(
-                f"audio id {int(token.max())} is outside the flow's vocabulary of "
-                f"{self.config.vocab_size}: take tokens and vocoder from one model"
-            )
+        size = self.config.vocab_size
+        if token.numel() and (largest := int(token.max())) >= size:
+            fault = f"audio id {largest} is outside the flow's vocabulary of {size}"
+            raise ValueError(f"{fault}: take tokens and vocoder from one model")
         if token.shape[1] == 0:
             return self.encoder_proj.weight.new_zeros(len(token), 0, self.config.output_size)
         mask = None if token_len is None else _before(token_len, token.shape[1])
@@ -176,9 +172,8 @@ class Flow(nn.Module):
         """token (B, N) -> log-mel (B, n_mels, T), T = frames(N); zeros follow frames(token_len).
 
         prompt_token (B, P) and prompt_feat (B, T_p, n_mels), its log-mel, are continued and not
-        returned. embedding (B, spk_embed_dim). noise (B, n_mels, T_p + T) standard normal. The
-        rest defaults to the config. first: tokens of the utterance before `token`, so that the
-        frames of chunks add up to those of the whole.
+        returned. embedding (B, spk_embed_dim). noise (B, n_mels, T_p + T) standard normal. first:
+        tokens of the utterance before `token`: frames of chunks add up to those of the whole.
         """
         config = self.config
         weight = self.encoder_proj.weight

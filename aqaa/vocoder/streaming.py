@@ -25,19 +25,19 @@ class WaveStream:
         self.context = context
         self.fade = fade
         self.state = hift.m_source.start(seed)
-        self.mel = None  # (1, n_mels, <= context + fade) frames that must be seen again
+        empty = hift.window.new_zeros(1, hift.config.in_channels, 0)
+        self.mel = empty  # (1, n_mels, <= context + fade) frames that must be seen again
         self.past = 0  # how many of them have been spoken
-        self.source = None  # (1, 1, past * hop) what the source gave for those
-        self.held = None  # (fade * hop,) a first version of the samples that come next
+        self.source = empty[:, :1]  # (1, 1, past * hop) what the source gave for those
+        self.held = empty[0, 0]  # (fade * hop,) a first version of the samples that come next
 
     @torch.inference_mode()
     def push(self, mel, ahead=None, final=False):
-        """mel (1, n_mels, T) final frames; ahead (1, n_mels, P) a guess at those that follow ->
-        samples (N,).
+        """mel (1, n_mels, T) final frames; ahead (1, n_mels, P) a guess at the next -> (N,) sound.
 
         Without enough `ahead` the last `fade` frames wait for the next call. `final` speaks all.
         """
-        mel = mel if self.mel is None else torch.cat([self.mel, mel], 2)
+        mel = torch.cat([self.mel, mel], 2)
         settled = mel.shape[2]
         seen = mel if ahead is None or final else torch.cat([mel, ahead.to(mel)], 2)
         past = self.past
@@ -48,8 +48,7 @@ class WaveStream:
             return mel.new_zeros(0)
         hop = self.hift.hop
         f0 = self.hift.f0_predictor(seen)  # (1, T + P)
-        source = [] if self.source is None else [self.source]
-        source.append(self.hift.source(f0[:, past:end], self.state))
+        source = [self.source, self.hift.source(f0[:, past:end], self.state)]
         if seen.shape[2] > end:  # the next call makes this part anew: the state must not move
             source.append(self.hift.source(f0[:, end:], self.state.copy()))
         source = torch.cat(source, 2)  # (1, 1, (T + P) * hop)
@@ -65,17 +64,14 @@ class WaveStream:
 
     def _blend(self, wave):
         """Fade from the samples that were held back to the same ones made with more ahead."""
-        n = 0 if self.held is None else min(len(self.held), len(wave))
-        if n:
-            rise = torch.sin(torch.linspace(0, torch.pi / 2, n, device=wave.device)) ** 2
-            faded = self.held[:n] + rise * (wave[:n] - self.held[:n])
-            wave = torch.cat([faded, wave[n:]])
-        return wave
+        n = min(len(self.held), len(wave))
+        rise = torch.sin(torch.linspace(0, torch.pi / 2, n, device=wave.device)) ** 2
+        faded = self.held[:n] + rise * (wave[:n] - self.held[:n])
+        return torch.cat([faded, wave[n:]])
 
 
 class StreamingVocoder:
-    """One utterance: `push(ids)` returns the samples that are ready (often none), `finish()` the
-    rest.
+    """One utterance: `push(ids)` returns samples that are ready (often none), `finish()` the rest.
 
     chunks: groups spoken in the first, second … chunk, the last number repeating; look_ahead:
     groups that must be known beyond a chunk; look_back: groups of the past that the flow
@@ -91,9 +87,8 @@ class StreamingVocoder:
         cfg_rate=None,
     ):  # fmt: skip
         if not chunks or min(chunks) < 1 or min(look_ahead, look_back) < 0:
-            raise ValueError(
-                "chunks must be one or more groups each, look_ahead and look_back 0 or more."
-            )
+            limits = "chunks must be one or more groups each, look_ahead and look_back 0 or more"
+            raise ValueError(f"{limits}.")
         self.flow = flow
         self.chunks = chunks
         self.look_ahead = look_ahead
@@ -139,14 +134,12 @@ class StreamingVocoder:
             return self.wave.push(self.mel[:, :0].mT.float(), None, final)
         waiting = self.waiting[: n + ahead * GROUP_SIZE]
         token = torch.tensor([waiting], device=self.device)  # (1, N)
-        made = self.flow.inference(
-            token,
-            prompt_token=torch.cat([self.prompt[0], self.past], 1),
-            prompt_feat=torch.cat([self.prompt[1], self.mel], 1),
-            noise=self._noise(token.shape[1]),
-            first=self.spoken,
-            **self.options,
-        )  # (1, n_mels, frames)
+        past = torch.cat([self.prompt[0], self.past], 1)
+        past_mel = torch.cat([self.prompt[1], self.mel], 1)
+        made = self.flow.inference(  # (1, n_mels, frames)
+            token, prompt_token=past, prompt_feat=past_mel, noise=self._noise(token.shape[1]),
+            first=self.spoken, **self.options,
+        )  # fmt: skip
         frames = self._frames(self.spoken, self.spoken + n)
         mel = made[..., :frames]
         guess = made[..., frames:]

@@ -1,8 +1,7 @@
 """The estimator of the flow: a one-dimensional U-Net of ResNet and transformer blocks (Matcha-TTS).
 
-Tensors are (B, C, T), with a mask (B, 1, T) of valid frames, or None where every frame is valid.
-Padding never changes valid frames: convolutions see zeros there, attention skips it, and
-normalisation leaves it out of its statistics.
+Tensors are (B, C, T), with a mask (B, 1, T) of valid frames, or None where all are valid. Padding
+never changes valid frames: convolutions see zeros, attention and statistics leave it out.
 """
 
 import math
@@ -79,10 +78,9 @@ class Attention(nn.Module):
 
     def forward(self, x, mask):
         """x (B, T, C), mask (B, 1, T) or None -> (B, T, C)."""
-        q, k, v = (  # (B, H, T, d) each
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, d)
+        k = self.to_k(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.to_v(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         valid = None if mask is None else mask[:, None].bool()  # (B, 1, 1, T): of the keys
         if torch.is_grad_enabled() and x.device.type == "cpu":
             # the same by hand: on a CPU the backward of the fused function is slow
@@ -145,16 +143,14 @@ class UNet(nn.Module):
         self.time_mlp = TimeEmbedding(in_channels, n_time)
 
         def stage(n_in, n_out, *change):
-            blocks = nn.ModuleList(
-                TransformerBlock(n_out, num_heads, attention_head_dim) for _ in range(n_blocks)
-            )
+            sizes = (n_out, num_heads, attention_head_dim)
+            blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(n_blocks))
             return nn.ModuleList([ResnetBlock(n_in, n_out, n_time), blocks, *change])
 
-        def change(layer, width, is_last):
+        def change(layer, width, kernel, is_last):
             """Halve or double the frames; the last stage keeps them."""
             if is_last:
                 return nn.Conv1d(width, width, 3, padding=1)
-            kernel = 3 if layer is nn.Conv1d else 4
             return nn.Sequential(OrderedDict(conv=layer(width, width, kernel, 2, 1)))
 
         last = len(channels) - 1
@@ -162,24 +158,21 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         # initial weights are drawn in the order of these lines, as the recorded trainings drew them
         for i, (before, width) in enumerate(pairwise([in_channels, *channels])):
-            halve = change(nn.Conv1d, width, i == last)
+            halve = change(nn.Conv1d, width, 3, i == last)
             self.down_blocks.append(stage(before, width, halve))
-        self.mid_blocks = nn.ModuleList(
-            stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks)
-        )
+        middle = [stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks)]
+        self.mid_blocks = nn.ModuleList(middle)
         widths = [*channels[::-1], channels[0]]
         for i, (before, width) in enumerate(pairwise(widths)):
-            double = change(nn.ConvTranspose1d, width, i == last)
+            double = change(nn.ConvTranspose1d, width, 4, i == last)
             self.up_blocks.append(stage(2 * before, width, double))  # twice: a skip beside it
         self.final_block = Block(widths[-1], widths[-1])
         self.final_proj = nn.Conv1d(widths[-1], out_channels, 1)
 
     def forward(self, x, mask, mu, t, speaker, cond):
-        """x, mu, cond (B, n_mels, T), t (B,), speaker (B, n_mels), mask (B, 1, T) or None ->
-        (B, n_mels, T)."""
+        """x, mu, cond (B, n_mels, T), t (B,), speaker (B, n_mels) -> (B, n_mels, T)."""
         time = self.time_mlp(t)  # (B, n_time)
-        # everything that is known of a frame stands beside it: the speaker in every frame
-        speaker = speaker[..., None].expand(-1, -1, x.shape[-1])
+        speaker = speaker[..., None].expand(-1, -1, x.shape[-1])  # the same beside every frame
         x = torch.cat([x, mu, speaker, cond], 1)  # (B, 4 n_mels, T)
         skips = []
         masks = []

@@ -1,22 +1,37 @@
-"""Small readers for files that others wrote: json, yaml and pickles, taken as plain data and never executed.
-
-Whatever is wrong with a file is one sentence (ModelError).
-"""
+"""Small readers for files that others wrote: json, yaml and pickles, taken as plain data and never
+executed. Whatever is wrong with a file is one sentence (ModelError)."""
 
 import math
 import pickle
 import re
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 import yaml
 
-from aqaa.files import AGAIN, ModelError, brief, check_file
+from aqaa.files import AGAIN, ModelError, brief, check_file, read_object
 from aqaa.weights import verify
 
 BROKEN = (pickle.UnpicklingError, EOFError, OSError, AttributeError, *verify.BROKEN)
 YAML_BYTES = 1_000_000  # of the longest yaml that is read; published ones have a few thousand
+
+
+def unusable(sentence):
+    """The ModelError that says so, and to get the whole folder again."""
+    return ModelError(f"{sentence}: {AGAIN}.")
+
+
+@contextmanager
+def refusing(sentence, *kinds):
+    """Within it an exception of these kinds becomes a ModelError that says `sentence`, and why."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except kinds as fault:
+        raise unusable(f"{sentence} ({brief(fault)})") from None
 
 
 def file_in(folder, name):
@@ -29,19 +44,14 @@ def file_in(folder, name):
 def read_json(path):
     """A mapping. Raises ModelError."""
     check_file(path, AGAIN)
-    try:
-        data = verify.read_json(path)
-    except ValueError as fault:
-        raise ModelError(f"{path} is no JSON that can be read ({brief(fault)}): {AGAIN}.") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} holds a {type(data).__name__}, not names and values: {AGAIN}.")
-    return data
+    return read_object(path, AGAIN, nan=False)
 
 
 def pickled(path):
-    """{name: tensor} of a torch.save file, mapped where its format allows; its wrappings are taken off.
+    """{name: tensor} of a torch.save file, mapped where its format allows, out of its wrappings.
 
-    Raises ModelError for a file that is cut, foreign, or holds anything but tensors, which is never executed.
+    Raises ModelError for a file that is cut, foreign, or holds anything but tensors, which is
+    never executed.
     """
     check_file(path, AGAIN)
     with open(path, "rb") as file:
@@ -50,15 +60,18 @@ def pickled(path):
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except BROKEN as fault:
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(fault)):
-            raise ModelError(f"{path} wants to run {foreign[1]} when read: take a file of tensors only.") from None
-        raise ModelError(f"{path} is cut short or no file of torch.save: {AGAIN}.") from None
-    while isinstance(data, dict) and (inner := data.get("state_dict", data.get("model"))) is not None:
+            fault = f"{path} wants to run {foreign[1]} when read"
+            raise ModelError(f"{fault}: take a file of tensors only.") from None
+        raise unusable(f"{path} is cut short or no file of torch.save") from None
+    inner = data
+    while isinstance(inner, dict):
         data = inner
-    data = data if isinstance(data, dict) else {}
-    tensors = {str(name).removeprefix("module."): t for name, t in data.items() if isinstance(t, torch.Tensor)}
+        inner = data.get("state_dict", data.get("model"))
+    named = data.items() if isinstance(data, dict) and inner is None else ()
+    tensors = {str(name): value for name, value in named if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise ModelError(f"{path} holds no named tensors: {AGAIN}.")
-    return tensors
+        raise unusable(f"{path} holds no named tensors")
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
 class Ref(str):
@@ -66,7 +79,7 @@ class Ref(str):
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Every tag (`!new:`, `!name:`, `!apply:`, python's own) is passed over and its content kept as data."""
+    """Every tag (`!new:`, `!name:`, `!apply:`, python's own) is passed over, its content kept."""
 
     def plain(self, tag, node):
         if isinstance(node, yaml.MappingNode):
@@ -82,20 +95,24 @@ PlainLoader.add_multi_constructor("", PlainLoader.plain)
 def read_yaml(path):
     """A mapping of plain data. Raises ModelError."""
     check_file(path, AGAIN)
-    try:
+    faults = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+    with refusing(f"{path} is no yaml that can be read", *faults):
         if (size := path.stat().st_size) > YAML_BYTES:
             raise ValueError(f"it has {size:,} bytes, at most {YAML_BYTES:,} are expected")
         data = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as fault:
-        raise ModelError(f"{path} is no yaml that can be read ({brief(fault)}): {AGAIN}.") from None
     if not isinstance(data, dict):
-        raise ModelError(f"{path} is no yaml of names and values: {AGAIN}.")
+        raise unusable(f"{path} is no yaml of names and values")
     return data
 
 
 def pick(cls, tree, names, path, below):
-    """{field of cls: value} of what a yaml's entry `below` says by the table `names`, as the type of the default."""
-    found, defaults = {}, {field.name: field.default for field in fields(cls)}
+    """{field of cls: value} of what a yaml's entry `below` says, as the type of the default.
+
+    names: fields, or {field: where it stands}. Raises ModelError for what is no number.
+    """
+    names = names if isinstance(names, dict) else dict(zip(names, names))
+    defaults = {field.name: field.default for field in fields(cls)}
+    values = {}
     for name, where in names.items():
         value = tree
         for step in f"{below}.{where}".split("."):
@@ -105,15 +122,15 @@ def pick(cls, tree, names, path, below):
         if value is None:
             continue
         try:
-            found[name] = _like(defaults[name], value)
+            values[name] = _like(defaults[name], value)
         except (ValueError, TypeError, OverflowError):
             value = verify.shown(value)  # aliases of aliases would be endless
-            raise ModelError(f"{path} gives {below}.{where} as {value}, which is no number: {AGAIN}.") from None
-    return found
+            raise unusable(f"{path} gives {below}.{where} as {value}, which is no number") from None
+    return values
 
 
 def _like(default, value):
-    """value (yaml reads 1e-06 as text) as the type of a default: a number, or tuples of numbers."""
+    """value (yaml reads 1e-06 as text) as the type of a default: a number, or tuples of them."""
     if isinstance(default, tuple):
         return tuple(_like(default[0], one) for one in value)
     number = type(default)(value)

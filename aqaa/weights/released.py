@@ -1,7 +1,7 @@
-"""The published folders as parts of the system: what each file is, whether it fits, and how it is read.
+"""The published folders as parts of the system: what each file is, whether it fits, how it is read.
 
-Opening a folder looks at headers and small files only, and raises at once whatever is wrong (ModelError, one sentence).
-Weights are read when a part is first used.
+Opening a folder looks at headers and small files only, and raises at once whatever is wrong
+(ModelError, one sentence). Weights are read when a part is first used.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from aqaa import audio
+from aqaa.backbone.quantized_linear import empty_linears, format_in
 from aqaa.config import (
     AQAAConfig,
     BackboneConfig,
@@ -26,44 +27,45 @@ from aqaa.files import AGAIN, ModelError, brief, check_file
 from aqaa.tokenizers import s3_onnx
 from aqaa.tokenizers.linguistic import read_mvn
 from aqaa.tokenizers.text import TextTokenizer
-from aqaa.weights import model_folder, shards, verify
+from aqaa.weights import model_folder, readers, shards, verify
 from aqaa.weights.model_folder import ROLES, build, fit
-from aqaa.weights.readers import file_in, pick, pickled, read_json, read_yaml
+from aqaa.weights.readers import file_in, pick, pickled, refusing, unusable
 from aqaa.weights.verify import all_finite, as_recorded, skip_init
 
 NPY, ONNX, YAML = "linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx", "cosyvoice.yaml"
-STREAMING = "SANMEncoderChunkOpt"  # FunASR's class; the offline encoder has the same tensors and gives other codes
+STREAMING = "SANMEncoderChunkOpt"  # the offline encoder has the same tensors, and other codes
 STEP1 = ("step1", "mmgpt_step1", "mmgpt_step1_v2", "step1o")  # model_type of the family
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_attention_groups", "max_seq_len",
-)  # fmt: skip
+BACKBONE = {field.name: field for field in fields(BackboneConfig)}
+SIZES = [name for name, field in BACKBONE.items() if field.type is int and name[-3:] != "_id"]
 SPEAKER_SECONDS = 30  # of a recording whose voice is taken
+ONE = "take both from one release."
+OTHER = "take the tokenizer.model of Step-Audio."
 
-# our field: where the yaml has it; what it leaves out is as published
-ENCODER = {name: name for name in ("output_size", "attention_heads", "linear_units", "num_blocks", "kernel_size")}
-FRONTEND = {name: name for name in ("n_mels", "lfr_m", "lfr_n")}
+# our fields, or {our field: where the yaml has it}; what it leaves out is as published
+ENCODER = ("output_size", "attention_heads", "linear_units", "num_blocks", "kernel_size")
+FRONTEND = ("n_mels", "lfr_m", "lfr_n")
+ESTIMATOR = ("channels", "attention_head_dim", "n_blocks", "num_mid_blocks", "num_heads")
+CFM = ("inference_cfg_rate", "training_cfg_rate", "sigma_min")
 FLOW = {
     **{name: name for name in ("input_size", "output_size", "spk_embed_dim", "input_frame_rate")},
     "encoder_size": "encoder.output_size", "encoder_heads": "encoder.attention_heads",
     "encoder_units": "encoder.linear_units", "encoder_blocks": "encoder.num_blocks",
-    **{name: f"decoder.estimator.{name}"
-       for name in ("channels", "attention_head_dim", "n_blocks", "num_mid_blocks", "num_heads")},
-    **{name: f"decoder.cfm_params.content.{name}" for name in ("inference_cfg_rate", "training_cfg_rate", "sigma_min")},
+    **{name: f"decoder.estimator.{name}" for name in ESTIMATOR},
+    **{name: f"decoder.cfm_params.content.{name}" for name in CFM},
 }  # fmt: skip
 HIFT = {field.name: field.name for field in fields(HiftConfig)} | {
     "istft_n_fft": "istft_params.n_fft", "istft_hop": "istft_params.hop_len",
     "f0_channels": "f0_predictor.cond_channels",
 }  # fmt: skip
-MEL = {field.name: field.name for field in fields(MelConfig)}
+MEL = [field.name for field in fields(MelConfig)]
 
 
 @dataclass(frozen=True)
 class Source:
     """A part of a released folder that has been looked at.
 
-    sizes: fields of AQAAConfig that its files decide; facts: a line on it; load(device, dtype) reads the weights; note:
-    what is left out of it, if anything.
+    sizes: fields of AQAAConfig that its files decide; facts: a line on it; load(device, dtype)
+    reads the weights; note: what is left out of it, if anything.
     """
 
     sizes: dict
@@ -72,102 +74,109 @@ class Source:
     note: str = ""
 
 
-# ---- whole folders --------------------------------------------------------------------------------------------------
+# ---- whole folders ------------------------------------------------------------------------------
 
 
 def open_folders(folders):
-    """{role: folder} -> {part: Source}, for the roles tokenizer, backbone and vocoder. Raises ModelError."""
-    return {part: look(place(folder, role)) for role, folder in folders.items() for part, look in PARTS[role].items()}
+    """{role: folder} -> {part: Source}, for tokenizer, backbone and vocoder. Raises ModelError."""
+    places = {role: place(folder, role) for role, folder in folders.items()}
+    return {part: look(places[role]) for role in folders for part, look in PARTS[role].items()}
 
 
 def place(folder, role):
-    """Where the files of a role lie: the folder, or the one folder in it that has a flow.pt. Raises ModelError."""
+    """Where a role's files lie: the folder, or the one in it with a flow.pt. Raises ModelError."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ModelError(f"no folder at {folder}: --{role} names the folder that holds the released files.")
+        raise ModelError(f"no folder at {folder}: --{role} names the folder of the released files.")
     inside = sorted(path.parent for path in folder.glob("*/flow.pt")) if role == "vocoder" else []
     if (folder / "flow.pt").exists() or not inside:
         recorded(folder)
         return folder
     if len(inside) > 1:
-        raise ModelError(f"{folder} holds {len(inside)} vocoders, {' and '.join(p.name for p in inside)}: name one.")
+        names = " and ".join(path.name for path in inside)
+        raise ModelError(f"{folder} holds {len(inside)} vocoders, {names}: name one.")
     return place(inside[0], role)
 
 
 def recorded(folder, hashes=False):
-    """Are files as a record.json of the folder says, in size and, if asked, in hash? Raises ModelError."""
+    """Raise ModelError if record.json gives a file another size or, if asked, another hash."""
     for name in verify.recorded(folder):
         if (file := Path(folder) / name).is_file():
             as_recorded(file, hashes)
 
 
 def combine(config, sources, folder=None):
-    """The AQAAConfig in which parts of `config` (of the model in `folder`) are replaced. ModelError if ids differ."""
+    """AQAAConfig: `config` (of the model in `folder`) with parts replaced. Raises ModelError."""
     for source in sources.values():
         config = replace(config, **source.sizes)
-    ids, model = config.ids, "the language model" + (f" in {folder}" if folder and "backbone" not in sources else "")
+    ids = config.ids
+    own = folder and "backbone" not in sources
+    model = f"the language model in {folder}" if own else "the language model"
     for name, size, wanted in (
         ("linguistic", config.linguistic.codebook_size, ids.n_linguistic),
         ("semantic", config.semantic.n_codebook_size, ids.n_semantic),
     ):
         if size != wanted:
-            raise ModelError(f"the {name} tokenizer has {size:,} codes, {model} knows {wanted:,}: they are no pair.")
-    if config.backbone.vocab_size < ids.end:
-        raise ModelError(f"{model} has {config.backbone.vocab_size:,} rows, audio ids go up to {ids.end - 1:,}: the "
-                         "tokenizer.model is of another model.")
-    if not ids.n_audio <= config.flow.vocab_size <= ids.n_audio + 1:  # the published one may have a row for padding
-        raise ModelError(f"the flow has {config.flow.vocab_size:,} audio ids, {model} speaks {ids.n_audio:,}: "
-                         "they are no pair.")
+            sizes = f"{size:,} codes, {model} expects {wanted:,}"
+            raise ModelError(f"the {name} tokenizer has {sizes}: {ONE}")
+    if (rows := config.backbone.vocab_size) < ids.end:
+        sizes = f"{rows:,} rows, audio ids go up to {ids.end - 1:,}"
+        raise ModelError(f"{model} has {sizes}: {ONE}")
+    n_flow = config.flow.vocab_size
+    if not ids.n_audio <= n_flow <= ids.n_audio + 1:  # the published one may have a padding row
+        raise ModelError(f"the flow has {n_flow:,} audio ids, {model} has {ids.n_audio:,}: {ONE}")
     return config
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
+# ---- tokenizer ----------------------------------------------------------------------------------
 
 
 def linguistic(folder):
-    """Source of Step-Audio-Tokenizer's Paraformer encoder (model.pt, am.mvn, config.yaml) and centroids (npy)."""
+    """Source of a Paraformer encoder (model.pt, am.mvn, config.yaml) and centroids (npy)."""
     npy = file_in(folder, NPY)
-    found = sorted(folder.rglob("model.pt"), key=lambda file: (not file.with_name("am.mvn").is_file(), file))
-    model = found[0] if found else folder / "model.pt"
+    models = sorted(folder.rglob("model.pt")) or [folder / "model.pt"]
+    model = max(models, key=lambda file: file.with_name("am.mvn").is_file())  # the first of those
     check_file(model, AGAIN)
-    mvn, path = file_in(model.parent, "am.mvn"), file_in(model.parent, "config.yaml")
-    given = read_yaml(path)
+    mvn = file_in(model.parent, "am.mvn")
+    path = file_in(model.parent, "config.yaml")
+    given = readers.read_yaml(path)
     if (kind := given.get("encoder", STREAMING)) != STREAMING:
         kind = kind if isinstance(kind, str) else verify.shown(kind)
-        raise ModelError(f"{path} is of an encoder {kind}: the streaming one, {STREAMING}, is needed.")
+        raise ModelError(f"{path} is of an encoder {kind}: {STREAMING} is needed, which streams.")
     sizes = pick(LinguisticConfig, given, ENCODER, path, "encoder_conf")
     sizes |= pick(LinguisticConfig, given, FRONTEND, path, "frontend_conf")
     centroids = _centroids(npy)
     config = LinguisticConfig(codebook_size=len(centroids), **sizes)
-    if centroids.shape[1] != config.output_size:
-        raise ModelError(f"{npy} has rows of {centroids.shape[1]}, {path.name} says {config.output_size}: {AGAIN}.")
+    if (width := centroids.shape[1]) != config.output_size:
+        raise unusable(f"{npy} has rows of {width}, {path.name} says {config.output_size}")
     try:
         shift, rescale = read_mvn(mvn)
     except UnicodeDecodeError as fault:
-        raise ModelError(f"{mvn} is no text ({brief(fault)}): {AGAIN}.") from None
+        raise unusable(f"{mvn} is no text ({brief(fault)})") from None
     except ValueError as fault:
         raise ModelError(f"{brief(fault)}; {AGAIN}.") from None
     all_finite({"shift": shift, "rescale": rescale}, mvn)
-    if {len(shift), len(rescale)} != {config.input_size}:
-        raise ModelError(f"{mvn} normalises {len(shift)} values, {path.name} says {config.input_size}: {AGAIN}.")
-    rest = {"centroids": torch.from_numpy(centroids), "add_shift": shift, "rescale": rescale}
+    if {len(shift), len(rescale)} != {size := config.input_size}:
+        raise unusable(f"{mvn} normalises {len(shift)} values, {path.name} says {size}")
 
     def state():
-        return {name: t for name, t in pickled(model).items() if name.startswith("encoder.")} | rest
+        weights = {name: t for name, t in pickled(model).items() if name.startswith("encoder.")}
+        return weights | {"centroids": centroids, "add_shift": shift, "rescale": rescale}
 
-    return _module("linguistic", {"linguistic": config}, state, model, path.name, f"{len(centroids):,} codes")
+    facts = f"{len(centroids):,} codes"
+    return _module("linguistic", {"linguistic": config}, state, model, path.name, facts)
 
 
 def _centroids(path):
     """(codes, width) float32."""
-    try:
+    faults = (ValueError, EOFError, OSError, OverflowError, MemoryError)
+    with refusing(f"{path} is no whole npy file", *faults):
         table = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as fault:
-        raise ModelError(f"{path} is no whole npy file ({brief(fault)}): {AGAIN}.") from None
     if table.ndim != 2 or table.dtype.kind != "f":
-        raise ModelError(f"{path} holds {table.dtype} of shape {table.shape}, not a table of centroids: {AGAIN}.")
-    table = table.astype(np.float32)
-    all_finite({"centroids": torch.from_numpy(table)}, path)
+        form = f"{table.dtype} of shape {table.shape}"
+        raise unusable(f"{path} holds {form}, not a table of centroids")
+    table = torch.from_numpy(table.astype(np.float32))
+    all_finite({"centroids": table}, path)
     return table
 
 
@@ -179,10 +188,14 @@ def semantic(folder):
     except ValueError as fault:
         raise ModelError(str(fault)) from None
     facts = f"{config.n_codebook_size:,} codes"
-    return _module("semantic", {"semantic": config}, lambda: s3_onnx.read(path)[1], path, "the S3 tokenizer", facts)
+
+    def state():
+        return s3_onnx.read(path)[1]
+
+    return _module("semantic", {"semantic": config}, state, path, "the S3 tokenizer", facts)
 
 
-# ---- language model -------------------------------------------------------------------------------------------------
+# ---- language model -----------------------------------------------------------------------------
 
 
 def text(folder):
@@ -194,43 +207,46 @@ def text(folder):
         raise ModelError(f"{brief(fault)}; {AGAIN}.") from None
     find = tokenizer.tokenizer.token_to_id
     if (n_text := find("<audio_0>")) is None:
-        raise ModelError(f"{path} knows no <audio_0>: it is the tokenizer of a model without sound.")
+        raise ModelError(f"{path} has no <audio_0>, it belongs to a text model: {OTHER}")
     ids = replace(IdsConfig(), n_text=n_text)
-    markers = {"<s>": ids.bos, "<|EOT|>": ids.eot, "<|BOT|>": ids.bot, f"<audio_{ids.n_audio - 1}>": ids.end - 1}
-    for piece, wanted in markers.items():
-        if find(piece) != wanted:
-            raise ModelError(f"{path} has {piece} at {find(piece)}, not at {wanted}: it is of another model.")
+    markers = {"<s>": ids.bos, "<|EOT|>": ids.eot, "<|BOT|>": ids.bot}
+    for piece, wanted in (markers | {f"<audio_{ids.n_audio - 1}>": ids.end - 1}).items():
+        if (at := find(piece)) != wanted:
+            raise ModelError(f"{path} has {piece} at {at}, Step-1 at {wanted}: {OTHER}")
     facts = f"{tokenizer.n_text:,} pieces, {n_text:,} of them text"
     return Source({"ids": ids}, facts, lambda device, dtype: tokenizer)
 
 
 def backbone(folder):
-    """Source of a Step-1 language model in shards (config.json says `step1` or `mmgpt_step1_v2`)."""
+    """Source of a Step-1 language model in shards (config.json: `step1`, `mmgpt_step1_v2` …)."""
     from huggingface_hub.errors import StrictDataclassError
 
-    from aqaa.backbone import step1
-    from aqaa.backbone.quantized_linear import empty_linears, format_in
+    from aqaa.backbone import step1  # transformers takes seconds to import
 
     path = file_in(folder, "config.json")
     config, kind = _step1_config(path)
     tensors = shards.scan(folder)
     names, others = shards.language_model(tensors, folder)
+    used = [tensors[theirs] for theirs in names.values()]
+    size = sum(entry.bytes for entry in used)
     try:
-        with verify.Room(len(names), sum(tensors[name].bytes for name in names.values())), torch.device("meta"):
+        with verify.Room(len(names), size), torch.device("meta"):
             model = step1.build(config)
-        if quantization := read_json(path).get("quantization"):
+        if quantization := readers.read_json(path).get("quantization"):
             empty_linears(model, **format_in(quantization))
     except (*verify.BROKEN, AttributeError, StrictDataclassError) as fault:
         why = str(fault).splitlines()[-1].strip(" .")
-        raise ModelError(f"{path} describes no Step-1 model ({why}): {AGAIN}.") from None
+        raise unusable(f"{path} describes no Step-1 model ({why})") from None
     shards.check(model, tensors, names, folder)
-    count = sum(tensors[theirs].numel for theirs in names.values())
-    used = sum(tensors[theirs].bytes for theirs in names.values())
-    files = len({tensor.path for tensor in tensors.values()})
-    note, dropped = "", sum(tensors[name].numel for name in others)
+    count = sum(entry.numel for entry in used)
+    files = len({entry.path for entry in tensors.values()})
+    room = f"{shards.in_bytes(size)} in {files} shards"
+    facts = f"{kind}, {len(names):,} tensors, {count:,} parameters, {room}"
+    note = ""
     if others:
-        note = f"{len(others):,} tensors ({dropped:,} values) of {folder} see pictures and are not loaded."
-    facts = f"{kind}, {len(names):,} tensors, {count:,} parameters, {shards.in_bytes(used)} in {files} shards"
+        values = sum(tensors[name].numel for name in others)
+        dropped = f"{len(others):,} tensors ({values:,} values) of {folder}"
+        note = f"{dropped} see pictures and are not loaded."
 
     def load(device, dtype):
         return shards.fill(model, tensors, names, device, dtype)
@@ -239,28 +255,27 @@ def backbone(folder):
 
 
 def _step1_config(path):
-    """(BackboneConfig, model_type) of a released config.json, whose sizes are at its top or in a text_config."""
-    data = read_json(path)
+    """(BackboneConfig, model_type) of a config.json: sizes at its top, or in text_config."""
+    data = readers.read_json(path)
     if (kind := data.get("model_type")) not in STEP1:
-        kind = verify.shown(kind)
-        raise ModelError(f"{path} is of model_type {kind}, not of Step-1 ({', '.join(STEP1)}): name another folder.")
+        kinds = f"{verify.shown(kind)}, not of Step-1 ({', '.join(STEP1)})"
+        raise ModelError(f"{path} is of model_type {kinds}: name another folder.")
     inner = data.get("text_config") or {}
     if not isinstance(inner, dict):
-        raise ModelError(f"{path} gives text_config as {verify.shown(inner)}, not names and values: {AGAIN}.")
+        raise unusable(f"{path} gives text_config as {verify.shown(inner)}, not names and values")
     given = data | inner
-    if lost := [name for name in SIZES if type(given.get(name)) is not int or given[name] < 1]:
-        raise ModelError(f"{path} gives no {lost[0]}: {AGAIN}.")
-    sizes = {name: given[name] for name in SIZES} | {"rms_norm_eps": given.get("rms_norm_eps", 1e-5)}
-    try:
-        for setting in fields(BackboneConfig):
-            if setting.name in sizes:
-                verify.check_setting(setting, sizes[setting.name], setting.name)
-    except ValueError as fault:
-        raise ModelError(f"{path} describes no Step-1 model ({fault}): {AGAIN}.") from None
+    for name in SIZES:
+        if type(given.get(name)) is not int or given[name] < 1:
+            raise unusable(f"{path} gives no {name}")
+    sizes = {name: given[name] for name in SIZES}
+    sizes["rms_norm_eps"] = given.get("rms_norm_eps", 1e-5)
+    with refusing(f"{path} describes no Step-1 model", ValueError):
+        for name, value in sizes.items():
+            verify.check_setting(BACKBONE[name], value, name)
     return BackboneConfig(**sizes), kind
 
 
-# ---- vocoder --------------------------------------------------------------------------------------------------------
+# ---- vocoder ------------------------------------------------------------------------------------
 
 
 def flow(folder):
@@ -268,44 +283,51 @@ def flow(folder):
     path = file_in(folder, "flow.pt")
     state = pickled(path)
     if any(name.startswith("encoder.up_layer.") or "estimator.blocks." in name for name in state):
-        raise ModelError(f"{path} is the DiT flow of Step-Audio-EditX, which reads two streams at 24 kHz: take "
-                         "CosyVoice-300M-25Hz of Step-Audio-TTS-3B.")
+        other = "the DiT flow of Step-Audio-EditX, which reads two streams at 24 kHz"
+        raise ModelError(f"{path} is {other}: take CosyVoice-300M-25Hz of Step-Audio-TTS-3B.")
     if "input_embedding.weight" not in state:
-        raise ModelError(f"{path} holds no input_embedding, so it is no flow of CosyVoice: {AGAIN}.")
+        raise unusable(f"{path} holds no input_embedding, so it is no flow of CosyVoice")
     config, mel, _ = vocoder_sizes(folder / YAML)
     config = replace(config, vocab_size=len(state["input_embedding.weight"]))
     facts = f"{config.vocab_size:,} ids at {config.input_frame_rate:.2f} a second"
-    return _module("flow", {"flow": config, "mel": mel}, lambda: pickled(path), path, YAML, facts)
+    sizes = {"flow": config, "mel": mel}
+    return _module("flow", sizes, lambda: pickled(path), path, YAML, facts)
 
 
 def hift(folder):
-    """Source of hift.pt, sized by cosyvoice.yaml; either naming of weight norm, with or without `generator.`."""
+    """Source of hift.pt, sized by cosyvoice.yaml; HiFT reads every naming of its weights."""
     path = file_in(folder, "hift.pt")
     config = vocoder_sizes(folder / YAML)[2]
-    return _module("hift", {"hift": config}, lambda: pickled(path), path, YAML, f"{config.sampling_rate:,} Hz")
+    facts = f"{config.sampling_rate:,} Hz"
+    return _module("hift", {"hift": config}, lambda: pickled(path), path, YAML, facts)
 
 
 def vocoder_sizes(path):
     """(FlowConfig, MelConfig, HiftConfig) of a cosyvoice.yaml. Raises ModelError."""
-    given = read_yaml(path)
+    given = readers.read_yaml(path)
+    mel = MelConfig(**(
+        pick(MelConfig, given, MEL, path, "feat_extractor")
+        | pick(MelConfig, given, MEL, path, "flow.mel_feat_conf")
+    ))  # fmt: skip
     flow = FlowConfig(**pick(FlowConfig, given, FLOW, path, "flow"))
-    mel = MelConfig(**(pick(MelConfig, given, MEL, path, "feat_extractor")
-                       | pick(MelConfig, given, MEL, path, "flow.mel_feat_conf")))  # fmt: skip
     hift = HiftConfig(**pick(HiftConfig, given, HIFT, path, "hift"))
     hop = prod(hift.upsample_rates) * hift.istft_hop
     for name, a, b in (
-        ("samples a frame", mel.hop_size, hop), ("sample rates", mel.sampling_rate, hift.sampling_rate),
-        ("mel bands", mel.num_mels, flow.output_size), ("mel bands", mel.num_mels, hift.in_channels),
-    ):  # fmt: skip
+        ("samples a frame", mel.hop_size, hop),
+        ("sample rates", mel.sampling_rate, hift.sampling_rate),
+        ("mel bands", mel.num_mels, flow.output_size),
+        ("mel bands", mel.num_mels, hift.in_channels),
+    ):
         if a != b:
-            raise ModelError(f"{path} contradicts itself, {name} are {a} and {b}: {AGAIN}.")
+            raise unusable(f"{path} contradicts itself, {name} are {a} and {b}")
     return flow, mel, hift
 
 
 def voice(folder, wav):
-    """A function from an AQAA to the options of its Vocoder that give it the voice of a recording. Raises ModelError.
+    """A function from an AQAA to the options of its Vocoder that give it the voice of a recording.
 
-    The recording's own ids and mel are the prompt, and the CAM++ network of campplus.onnx tells who speaks.
+    The recording's own ids and mel are the prompt, and the CAM++ network of campplus.onnx tells
+    who speaks. Raises ModelError.
     """
     network = file_in(place(folder, "vocoder"), "campplus.onnx")
     try:
@@ -313,41 +335,48 @@ def voice(folder, wav):
 
         session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
         samples, rate = audio.read(wav, SPEAKER_SECONDS)
-        heard = audio.load_question((samples, rate))
+        at_16k = audio.load_question((samples, rate))
     except ModuleNotFoundError:
-        raise ModelError("a speaker's voice needs onnxruntime: pip install it, or leave --speaker out.") from None
+        fix = "pip install it, or leave --speaker out"
+        raise ModelError(f"a speaker's voice needs onnxruntime: {fix}.") from None
     except audio.AudioError as fault:
         raise ModelError(str(fault)) from None
     except Exception as fault:  # the library has a dozen kinds of its own
-        raise ModelError(f"{network} is no network that onnxruntime can run ({brief(fault)}): {AGAIN}.") from None
+        why = brief(fault)
+        raise unusable(f"{network} is no network that onnxruntime can run ({why})") from None
 
     def options(model):
         token = model.codes(model.listen((samples, rate)))
-        mel = audio.mel(audio.resample(samples, rate, model.config.mel.sampling_rate), model.config.mel)
-        bank = audio.fbank(heard, window="povey")
-        (vector,) = session.run(None, {session.get_inputs()[0].name: (bank - bank.mean(0))[None].numpy()})
-        feat = mel[None, :, : model.flow.frames(len(token))].mT  # (1, T, n_mels)
-        return {"prompt_token": torch.tensor([token]), "prompt_feat": feat, "embedding": torch.from_numpy(vector)}
+        mel = model.config.mel
+        feat = audio.mel(audio.resample(samples, rate, mel.sampling_rate), mel)
+        feat = feat[None, :, : model.flow.frames(len(token))].mT  # (1, T, n_mels)
+        bank = audio.fbank(at_16k, window="povey")
+        name = session.get_inputs()[0].name
+        (vector,) = session.run(None, {name: (bank - bank.mean(0))[None].numpy()})
+        embedding = torch.from_numpy(vector)
+        return {"prompt_token": torch.tensor([token]), "prompt_feat": feat, "embedding": embedding}
 
     return options
 
 
 PARTS = dict(zip(ROLES, (
-    {"linguistic": linguistic, "semantic": semantic}, {"text": text, "backbone": backbone}, {"flow": flow, "hift": hift}
+    {"linguistic": linguistic, "semantic": semantic},
+    {"text": text, "backbone": backbone},
+    {"flow": flow, "hift": hift},
 )))  # fmt: skip
 
 
-# ---- modules -------------------------------------------------------------------------------------------------------
+# ---- modules ------------------------------------------------------------------------------------
 
 
 def _module(name, sizes, state, path, told_by, facts):
-    """Source of one of our modules whose weights state() gives; `told_by` is named where they do not fit."""
-    config, given = replace(AQAAConfig(), **sizes), state()
-    try:
-        with verify.Room(len(given), sum(tensor.nbytes for tensor in given.values())), torch.device("meta"):
+    """Source of a module of ours with the weights of state(); `told_by` gave its sizes."""
+    config = replace(AQAAConfig(), **sizes)
+    given = state()
+    size = sum(tensor.nbytes for tensor in given.values())
+    with refusing(f"{told_by} describes no network for {path}", *verify.BROKEN):
+        with verify.Room(len(given), size), torch.device("meta"):
             module = build(name, config)
-    except verify.BROKEN as fault:
-        raise ModelError(f"{told_by} describes no network for {path} ({brief(fault)}): {AGAIN}.") from None
     fit(module, {key: tensor.to("meta") for key, tensor in given.items()}, path, told_by)
 
     def load(device, dtype):

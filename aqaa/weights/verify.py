@@ -1,6 +1,5 @@
-"""What is checked before something that was read is used: settings, sizes, hashes, numbers."""
+"""Checks of what was read, before it is used: settings, sizes, hashes, numbers."""
 
-import json
 import math
 import reprlib
 from dataclasses import asdict, fields, is_dataclass
@@ -10,18 +9,19 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from aqaa.config import TOKENS_PER_SECOND, AQAAConfig
-from aqaa.files import AGAIN, ModelError, fingerprint
+from aqaa.files import AGAIN, ModelError, fingerprint, read_json
 
-AT_MOST = 100  # times the published value (or 1, where that is less): the largest that a setting may be
+AT_MOST = 100  # times the published value (or 1, if that is less): the largest legal setting
 LONGEST = 16  # values of a tuple
 MAY_BE_ZERO = {  # all other settings are sizes, or divide something
-    "fmin", "pad_token_id", "num_mid_blocks", "nb_harmonics", "lrelu_slope", "dither", "nsf_alpha", "nsf_sigma",
-    "nsf_voiced_threshold", "inference_cfg_rate", "training_cfg_rate", "temperature",
+    "fmin", "pad_token_id", "num_mid_blocks", "nb_harmonics", "lrelu_slope", "dither", "nsf_alpha",
+    "nsf_sigma", "nsf_voiced_threshold", "inference_cfg_rate", "training_cfg_rate", "temperature",
 }  # fmt: skip
-JSON_BYTES = 64_000_000  # of the longest JSON file that is read: an index of a million tensors
 SMALL = 4096  # values of a tensor that is looked at together with others
-SPARE_TENSORS, SPARE_VALUES = 64, 1 << 20  # what a module may have beyond twice what its file holds
-BROKEN = (ValueError, RuntimeError, TypeError, ArithmeticError, AssertionError, LookupError, MemoryError)  # no module
+SPARE_TENSORS, SPARE_VALUES = 64, 1 << 20  # what a module may have beyond twice its file
+BROKEN = (  # what building a module of impossible settings raises
+    ValueError, RuntimeError, TypeError, ArithmeticError, AssertionError, LookupError, MemoryError,
+)  # fmt: skip
 
 
 def shown(value):
@@ -32,35 +32,14 @@ def shown(value):
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# ---- json -----------------------------------------------------------------------------------------------------------
-
-
-def parse(text):
-    """The value of a JSON text. Raises ValueError also for NaN, and for brackets so deep that the parser gives up."""
-    def refuse(name):
-        raise ValueError(f"{name} is no number of JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("its brackets are nested too deep") from None
-
-
-def read_json(path):
-    """The value of a JSON file. Raises ValueError, or OSError."""
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"it has {size:,} bytes, at most {JSON_BYTES:,} are expected")
-    return parse(path.read_text(encoding="utf-8"))
-
-
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings -----------------------------------------------------------------------------------
 
 
 def settings(data):
     """AQAAConfig of what a config.json holds.
 
-    Raises ValueError, which names the setting, for an unknown one, for a value of another type or out of range, and
-    for two that contradict each other.
+    Raises ValueError, which names the setting, for an unknown one, for a value of another type or
+    out of range, and for two that contradict each other.
     """
     config = AQAAConfig.from_dict(_checked(AQAAConfig, data))
     for fault in contradictions(config):
@@ -75,21 +54,31 @@ def _checked(cls, data, where=""):
     if unknown := sorted(set(data) - set(known)):
         raise ValueError(f"{cls.__name__} has no field {', '.join(map(shown, unknown[:3]))}")
     for name, value in data.items():
-        part, place = known[name].type, f"{where}.{name}" if where else name
-        _checked(part, value, place) if is_dataclass(part) else check_setting(known[name], value, place)
+        setting, place = known[name], f"{where}.{name}" if where else name
+        if is_dataclass(setting.type):
+            _checked(setting.type, value, place)
+        else:
+            check_setting(setting, value, place)
     return data
 
 
 def check_setting(setting, value, place):
-    """Is `value` of the type of the dataclass field `setting`, and in the range that its default suggests? ValueError
-    if not, which calls it `place`."""
+    """Raise ValueError unless `value` has the type of a dataclass field and a plausible size.
+
+    The range follows from the field's default; the sentence calls the value `place`.
+    """
     if setting.type is str:
-        wanted, usable = "a short name", isinstance(value, str) and value.isprintable() and len(value) < 100
+        wanted = "a short name"
+        usable = isinstance(value, str) and value.isprintable() and len(value) < 100
     else:
-        whole, tuples = setting.type is not float, setting.type is tuple
+        whole = setting.type is not float
         most = AT_MOST * max(1, *_flat(setting.default))
-        least = -most if setting.name == "mel_mean" else 0 if setting.name in MAY_BE_ZERO else 1 if whole else 1e-12
-        kind = "a list of whole numbers" if tuples else "a whole number" if whole else "a number"
+        if setting.name == "mel_mean":
+            least = -most
+        else:
+            least = 0 if setting.name in MAY_BE_ZERO else 1 if whole else 1e-12
+        kind = "a whole number" if whole else "a number"
+        kind = "a list of whole numbers" if setting.type is tuple else kind
         wanted = f"{kind} from {least:,} to {most:,}"
         usable = _fits(value, setting.default, (int,) if whole else (int, float), least, most)
     if not usable:
@@ -97,7 +86,7 @@ def check_setting(setting, value, place):
 
 
 def _fits(value, default, types, least, most):
-    """Is it a number of these types (which true is not) in this range (which NaN is not), or lists of them?"""
+    """Is it a number of these types (not a bool) in this range (not NaN), or lists of them?"""
     if isinstance(default, tuple):
         usable = isinstance(value, (list, tuple)) and 0 < len(value) <= LONGEST
         return usable and all(_fits(one, default[0], types, least, most) for one in value)
@@ -110,58 +99,66 @@ def _flat(value):
 
 def contradictions(config):
     """Sentences on settings of an AQAAConfig that do not fit one another."""
-    ids, linguistic, semantic, backbone, flow = (
-        config.ids, config.linguistic, config.semantic, config.backbone, config.flow)  # fmt: skip
-    mel, hift = config.mel, config.hift
-    for name, size, heads in (
-        ("linguistic.output_size", linguistic.output_size, linguistic.attention_heads),
-        ("semantic.n_audio_state", semantic.n_audio_state, semantic.n_audio_head),
-        ("flow.encoder_size", flow.encoder_size, flow.encoder_heads),
-        ("backbone.hidden_size", backbone.hidden_size, backbone.num_attention_heads),
-        ("backbone.num_attention_heads", backbone.num_attention_heads, backbone.num_attention_groups),
+
+    def get(path):
+        part, name = path.split(".")
+        return getattr(getattr(config, part), name)
+
+    for name, divisor in (
+        ("linguistic.output_size", "linguistic.attention_heads"),
+        ("semantic.n_audio_state", "semantic.n_audio_head"),
+        ("flow.encoder_size", "flow.encoder_heads"),
+        ("backbone.hidden_size", "backbone.num_attention_heads"),
+        ("backbone.num_attention_heads", "backbone.num_attention_groups"),
     ):
-        if size % heads:
-            yield f"{name} is {size}, a multiple of its {heads} heads or groups is expected"
-    for name, value, wanted in (
-        ("linguistic.codebook_size", linguistic.codebook_size, ids.n_linguistic),
-        ("semantic.n_codebook_size", semantic.n_codebook_size, ids.n_semantic),
-        ("mel.hop_size", mel.hop_size, math.prod(hift.upsample_rates) * hift.istft_hop),
-        ("mel.sampling_rate", mel.sampling_rate, hift.sampling_rate),
-        ("mel.num_mels", mel.num_mels, flow.output_size),
-        ("hift.in_channels", hift.in_channels, flow.output_size),
+        if get(name) % get(divisor):
+            parts = f"its {get(divisor)} heads or groups"
+            yield f"{name} is {get(name)}, a multiple of {parts} is expected"
+    ids, flow, hift = config.ids, config.flow, config.hift
+    for name, wanted in (
+        ("linguistic.codebook_size", ids.n_linguistic),
+        ("semantic.n_codebook_size", ids.n_semantic),
+        ("mel.hop_size", math.prod(hift.upsample_rates) * hift.istft_hop),
+        ("mel.sampling_rate", hift.sampling_rate),
+        ("mel.num_mels", flow.output_size),
+        ("hift.in_channels", flow.output_size),
     ):
-        if value != wanted:
-            yield f"{name} is {value}, {wanted} is expected by other parts"
-    if backbone.vocab_size < ids.end:
-        yield f"backbone.vocab_size is {backbone.vocab_size}, a row for each of the {ids.end} ids is expected"
-    if not ids.n_audio <= flow.vocab_size <= ids.n_audio + 1:  # the published one may have a row for padding
+        if get(name) != wanted:
+            yield f"{name} is {get(name)}, {wanted} is expected by other parts"
+    if (size := config.backbone.vocab_size) < ids.end:
+        yield f"backbone.vocab_size is {size}, a row for each of the {ids.end} ids is expected"
+    if not ids.n_audio <= flow.vocab_size <= ids.n_audio + 1:  # published: one row for padding
         yield f"flow.vocab_size is {flow.vocab_size}, the {ids.n_audio} audio ids are expected"
-    if abs(flow.input_frame_rate - TOKENS_PER_SECOND) > 0.1:
-        yield f"flow.input_frame_rate is {flow.input_frame_rate}, about {TOKENS_PER_SECOND:.2f} is expected"
+    if abs((rate := flow.input_frame_rate) - TOKENS_PER_SECOND) > 0.1:
+        yield f"flow.input_frame_rate is {rate}, about {TOKENS_PER_SECOND:.2f} is expected"
     sizes = ("n_text", "n_linguistic", "n_semantic", "first_text")
     markers = [value for name, value in asdict(ids).items() if name not in sizes]
     if len(set(markers)) < len(markers) or not max(markers) < ids.first_text < ids.n_text:
-        yield f"ids has the markers {markers}, different ones below first_text {ids.first_text} are expected"
+        wanted = f"different ones below first_text {ids.first_text}"
+        yield f"ids has the markers {markers}, {wanted} are expected"
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights ------------------------------------------------------------------------------------
 
 
 class Room(TorchFunctionMode):
-    """Within it modules are built that hold no more than a file of `tensors` tensors and `size` bytes can fill.
+    """Within it modules are built that a file of `tensors` tensors and `size` bytes can fill.
 
-    A module that asks for more stops with a ValueError before that much memory is taken. Without a file: any.
+    A module that asks for more stops with a ValueError before that much memory is taken. Without a
+    file: any.
     """
 
     def __init__(self, tensors=math.inf, size=math.inf):
         super().__init__()
-        # half a byte a value at least (int4); the layers that those codes replace are built first
-        self.tensors, self.values = 2 * tensors + SPARE_TENSORS, 4 * size + SPARE_VALUES
+        self.tensors = 2 * tensors + SPARE_TENSORS
+        # Half a byte a value at least (int4); the layers that those codes replace are built first.
+        self.values = 4 * size + SPARE_VALUES
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.empty:  # as every layer begins
             sizes = args[0] if args and not isinstance(args[0], int) else args
-            self.tensors, self.values = self.tensors - 1, self.values - math.prod(sizes)
+            self.tensors -= 1
+            self.values -= math.prod(sizes)
             if min(self.tensors, self.values) < 0:
                 raise ValueError("the settings ask for more weights than the file holds")
         made = function(*args, **(kwargs or {}))
@@ -170,30 +167,45 @@ class Room(TorchFunctionMode):
         return made
 
 
+class skip_init(Room):
+    """Within it modules are built without random weights, which are about to be overwritten."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
 def not_finite(state):
-    """"nan at name[3, 5]" of the first value in {name: tensor} that is no finite number; "" if there is none."""
-    state = {name: t for name, t in state.items() if t.is_floating_point() and t.numel() and not t.is_meta}
-    for dtype in {t.dtype for t in state.values()}:
-        if not _finite([t for t in state.values() if t.dtype == dtype]):
-            break
-    else:
+    """"nan at name[3, 5]" of the first value that is no finite number; "" if there is none.
+
+    state: {name: tensor}.
+    """
+    floats = {
+        name: t for name, t in state.items()
+        if t.is_floating_point() and t.numel() and not t.is_meta
+    }  # fmt: skip
+    dtypes = {t.dtype for t in floats.values()}
+    if all(_finite([t for t in floats.values() if t.dtype == dtype]) for dtype in dtypes):
         return ""
-    name, tensor = next((name, t) for name, t in state.items() if not _finite([t]))
+    name, tensor = next((name, t) for name, t in floats.items() if not _finite([t]))
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
     place = tensor.isfinite().logical_not().nonzero()[0].tolist()
     return f"{float(tensor[tuple(place)])} at {name}{place or ''}"
 
 
 def _finite(tensors):
-    """Whether all values of these tensors of one dtype are finite numbers, in one pass that copies no large tensor.
+    """Are all values of tensors of one dtype finite? One pass, without a copy of a large tensor.
 
-    NaN is both the least and the largest of the values around it. Most tensors are small: they are looked at together.
+    NaN is both the least and the largest of the values around it. Most tensors are small: they are
+    looked at together.
     """
     if tensors[0].element_size() == 1:  # fp8 has no order
         tensors = [t.float() for t in tensors]
-    large = [t for t in tensors if t.numel() > SMALL]
-    small = [torch.cat([t.flatten() for t in tensors if t.numel() <= SMALL])] if len(large) < len(tensors) else []
-    bounds = [bound for t in [*large, *small] for bound in torch.aminmax(t)]
+    groups = [t for t in tensors if t.numel() > SMALL]
+    if small := [t.flatten() for t in tensors if t.numel() <= SMALL]:
+        groups.append(torch.cat(small))
+    bounds = [bound for t in groups for bound in torch.aminmax(t)]
     return bool(torch.stack(bounds).isfinite().all())
 
 
@@ -203,24 +215,19 @@ def all_finite(state, path):
         raise ModelError(f"{path} holds {fault}, where a finite number is expected: {AGAIN}.")
 
 
-class skip_init(Room):
-    """Within it modules are built without drawing random weights, which are about to be overwritten."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return (kwargs or {}).get("tensor", args[0] if args else None)
-        return super().__torch_function__(function, types, args, kwargs)
-
-
-# ---- hashes ---------------------------------------------------------------------------------------------------------
+# ---- hashes -------------------------------------------------------------------------------------
 
 
 def recorded(folder):
-    """{file name: what record.json of a folder says of it: "bytes", "sha256"}; {} without one. Raises ModelError."""
+    """{file name: its "bytes" and "sha256"} of a folder's record.json; {} without one.
+
+    Raises ModelError.
+    """
     path = Path(folder) / "record.json"
     try:
         files = read_json(path).get("files", {}) if path.is_file() else {}
-        kinds = {(type(facts.get("bytes", 0)), type(facts.get("sha256", ""))) for facts in files.values()}
+        rows = files.values()
+        kinds = {(type(row.get("bytes", 0)), type(row.get("sha256", ""))) for row in rows}
         whole = kinds <= {(int, str)} and all(Path(name).name == name for name in files)
     except (ValueError, AttributeError):
         whole = False
@@ -230,9 +237,10 @@ def recorded(folder):
 
 
 def as_recorded(path, hashed=True):
-    """Raise ModelError if record.json beside the file `path` gives another size or, if asked, another hash."""
+    """Raise ModelError unless the file has the size and hash that record.json beside it gives."""
     facts = recorded(path.parent).get(path.name, {})
     if (size := path.stat().st_size) != facts.get("bytes", size):
-        raise ModelError(f"{path} has {size:,} bytes, record.json says {facts['bytes']:,}: {AGAIN}.")
+        expected = f"record.json says {facts['bytes']:,}"
+        raise ModelError(f"{path} has {size:,} bytes, {expected}: {AGAIN}.")
     if hashed and "sha256" in facts and fingerprint(path)["sha256"] != facts["sha256"]:
         raise ModelError(f"{path} does not have the hash that record.json says: {AGAIN}.")

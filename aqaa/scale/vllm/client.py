@@ -20,9 +20,9 @@ from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from importlib import metadata
 from math import inf
-from urllib.parse import urlsplit
 
 from aqaa.backbone.generation import Step, check_sampling, room_for
+from aqaa.files import parse_json, server_address
 from aqaa.scale.vllm.rules import KEY, Rules
 from aqaa.weights import verify
 
@@ -138,13 +138,7 @@ class Server(Engine):
     def __init__(
         self, url, *, answer_time=ANSWER_TIME, connect_time=CONNECT_TIME, total_time=TOTAL_TIME
     ):
-        try:
-            parts = urlsplit(url if "//" in url else f"http://{url}")
-            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-        except ValueError:  # a port that is no number
-            usable = False
-        if not usable:
-            raise ValueError(f"{url!r} is no address of a server: write it as http://127.0.0.1:8000.")
+        parts = server_address(url)
         self.kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self.place = parts.netloc.rpartition("@")[2]
         self.path = parts.path.rstrip("/").removesuffix("/v1")
@@ -254,7 +248,7 @@ def _tokens(chunk, name):
 
 def _json(data, name):
     try:
-        return verify.parse(data)
+        return parse_json(data)
     except ValueError:
         raise _stranger(name, f"{data[:60]!r}, which is no JSON") from None
 
@@ -273,7 +267,7 @@ def _message(body):
     """vLLM's message in an error, bytes or read from JSON, or the beginning of whatever it is."""
     raw = isinstance(body, bytes)
     try:
-        fault = verify.parse(body) if raw else body
+        fault = parse_json(body) if raw else body
         fault = fault.get("error", fault)
         text = str(fault["message"] if "message" in fault else fault["detail"])
     except (ValueError, LookupError, TypeError, AttributeError):

@@ -4,10 +4,10 @@ import json
 import shlex
 from pathlib import Path
 
+from aqaa.files import read_json
 from aqaa.scale.plan import Setup, check_ranks
 from aqaa.scale.plan_table import MODELS, parse_gpus, read_model
 from aqaa.scale.vllm.client import ATTENTION, MODEL_CLASS, PROCESSOR
-from aqaa.weights import verify
 
 # Made while loading:
 FORMATS = {"bf16": None, "fp8": "fp8_per_channel", "int8": "int8_per_channel_weight_only"}
@@ -27,7 +27,7 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
         fact = f"{folder} is in aqaa's own format" if ours else f"{folder!r} is no folder"
         raise ValueError(f"{fact}: name that of a released language model, 16 bits or packed "
                          f"({packed}).")
-    config = verify.read_json(Path(folder) / "config.json")
+    config = read_json(Path(folder) / "config.json")
     if "backbone" in config:
         raise ValueError(f"{folder} is a whole system of aqaa: save its backbone alone, with "
                          "save_pretrained.")

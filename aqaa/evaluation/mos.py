@@ -1,0 +1,27 @@
+"""Mean opinion scores: what listeners' marks from 1 (bad) to 5 (excellent) say, and how surely."""
+
+from statistics import fmean, stdev
+
+SCALE = (1.0, 5.0)  # marks that a listener can give
+
+
+def interval(marks, level=0.95):
+    """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two.
+
+    No mean of marks lies outside their scale, so the interval ends there.
+    """
+    from scipy.stats import t  # here: it is slow to import, and few notebooks need it
+
+    mean = fmean(marks)
+    if len(marks) < 2:
+        return mean, None, None
+    reach = float(t.ppf((1 + level) / 2, len(marks) - 1)) * stdev(marks) / len(marks) ** 0.5
+    return mean, max(mean - reach, SCALE[0]), min(mean + reach, SCALE[1])
+
+
+def opinions(marks):
+    """{name: [marks]} -> {name: {"n", "mean", "low", "high"}}, and "all" over several names."""
+    if len(marks) > 1:
+        marks = {**marks, "all": [mark for row in marks.values() for mark in row]}
+    keys = ("mean", "low", "high")
+    return {name: {"n": len(row), **dict(zip(keys, interval(row)))} for name, row in marks.items()}
