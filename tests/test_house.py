@@ -12,26 +12,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from notebooks.house import APART, FLOORS, PICTURE, draw, graph, part_of, rooms, texts
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
-FLOORS = (  # bottom to top; a file imports from floors below its own, and from its own floor where no circle comes of it
-    "config files processor threads pitch",
-    "sound_headers sound_files audio records",
-    "tokenizers backbone vocoder",  # these three never from each other
-    "fast",
-    "answer listening pipeline",
-    "weights loading doctor",
-    "corpus",
-    "batching lineage",
-    "scale",
-    "evaluation",
-    "training",
-    "notebook",
-    "cli options",
-    "__main__",
-)
 BUDGET = {  # lines; what a reader reads to understand the model comes first
-    "config threads audio tokenizers backbone vocoder answer listening pipeline": 4_930,
+    "config audio tokenizers backbone vocoder answer listening pipeline": 4_930,
     "fast": 1_100,
     "sound_files sound_headers": 520,  # whatever files people have
     "aqaa __main__ cli options doctor records loading weights": 2_560,
@@ -40,40 +26,12 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "scale": 2_150,
     "notebook": 2_020,
 }
-APART = {"tokenizers", "backbone", "vocoder"}
 PIP_SECTION = re.compile(r"^ +- pip:\n((?: {6}.*\n?)+)", re.MULTILINE)
-
-
-def module_name(path):
-    """The dotted name of a file of the package."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-def part_of(name):
-    """config, audio, tokenizers, …: the first name below `aqaa`, or `aqaa` itself."""
-    return (name.split(".") + ["aqaa"])[1] if "." in name else name
 
 
 def floor_of(name):
     (floor,) = [i for i, parts in enumerate(FLOORS) if part_of(name) in parts.split()]
     return floor
-
-
-def imported(text, modules):
-    """Names of those `modules` that a text imports, also inside its functions."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in modules)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            for alias in node.names:
-                deeper = f"{node.module}.{alias.name}"
-                yield from [name for name in (deeper, node.module) if name in modules][:1]
-
-
-def graph(texts):
-    """{module: set of the modules that it imports} of {module: text}; the package itself, which is lazy, left out."""
-    return {name: set(imported(text, texts)) - {"aqaa", name} for name, text in texts.items() if name != "aqaa"}
 
 
 def misplaced(edges):
@@ -93,10 +51,6 @@ def circle(edges):
         list(graphlib.TopologicalSorter(edges).static_order())
     except graphlib.CycleError as fault:
         return fault.args[1]
-
-
-def texts():
-    return {module_name(path): path.read_text(encoding="utf-8") for path in FILES}
 
 
 def test_imports_lead_downwards_and_no_two_files_import_each_other():
@@ -119,6 +73,19 @@ def test_a_planted_import_is_seen(name, line, found):
         assert found in misplaced(edges)
     else:
         assert misplaced(edges) == [] and name in circle(edges)
+
+
+def test_the_picture_of_the_house_is_of_today():
+    """Rooms and arrows as they are; lines, which move with every commit, within a hundred."""
+    def read(svg):
+        words = re.search(r"<desc>\n(.*)\n</desc>", svg, re.DOTALL)[1]
+        return {room: (int(lines), below) for room, lines, below in re.findall(r"(\w+), (\d+) lines: (.*)", words)}
+
+    drawn, today = read(PICTURE.read_text(encoding="utf-8")), read(draw(rooms(texts())))
+    renew = "stale: run `python -m notebooks.house`"
+    assert {room: below for room, (_, below) in drawn.items()} == {room: b for room, (_, b) in today.items()}, renew
+    assert all(abs(drawn[room][0] - lines) <= 100 for room, (lines, _) in today.items()), renew
+    assert PICTURE.stat().st_size < 60_000
 
 
 def test_every_module_has_its_place():

@@ -20,9 +20,8 @@ from aqaa.config import BackboneConfig, check_group, largest_group
 from aqaa.corpus import dialogues
 from aqaa.evaluation import quantization
 from aqaa.scale import convert, quantize
-from aqaa.scale import plan as sums
 from aqaa.scale.quantize import quantize_
-from aqaa.weights import model_folder, shards
+from aqaa.weights import model_folder, released, shards
 
 SIZES = BackboneConfig(
     vocab_size=48, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -43,9 +42,6 @@ def model(seed=0):
 
 def error(found, wanted):
     return float((found - wanted).detach().norm() / wanted.detach().norm())
-
-
-# ---- layers ----
 
 
 @settings(max_examples=20, deadline=None)
@@ -123,23 +119,19 @@ def linear_of(w, bias=False):
 
 
 def test_what_a_layer_cannot_be():
-    with pytest.raises(ValueError, match="groups of 128 do not divide an input of 704 inputs: use groups of 64"):
-        Int4Linear(704, 8, 128)
-    with pytest.raises(ValueError, match="down_proj of 31232 inputs over 8 GPUs, 3904 each: use groups of 64"):
-        sums.check_group(31232, 128, 8, "down_proj")
-    with pytest.raises(ValueError, match="use int8 or fp8"):
-        Int4Linear(20, 8, 64)
-    with pytest.raises(ValueError, match="bias"):
-        Int8Linear.from_linear(linear_of(weights(), bias=True))
-    with pytest.raises(ValueError, match="unknown format 'int3'"):
-        quantize_(model(), "int3")
     untouched = model()
-    with pytest.raises(ValueError, match="mlp.down_proj of 96 inputs"):
-        quantize_(untouched, "int4", 64)
+    for words, call in (
+        ("groups of 128 do not divide an input of 704 inputs: use groups of 64", lambda: Int4Linear(704, 8, 128)),
+        ("down_proj of 31232 inputs over 8 GPUs, 3904 each: use groups of 64",
+         lambda: check_group(31232, 128, 8, "down_proj")),
+        ("use int8 or fp8", lambda: Int4Linear(20, 8, 64)),
+        ("bias", lambda: Int8Linear.from_linear(linear_of(weights(), bias=True))),
+        ("unknown format 'int3'", lambda: quantize_(model(), "int3")),
+        ("mlp.down_proj of 96 inputs", lambda: quantize_(untouched, "int4", 64)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            call()
     assert all(type(part) is not Int4Linear for part in untouched.modules())
-
-
-# ---- GPTQ ----
 
 
 def test_gptq_errs_less_where_inputs_are_related():
@@ -201,9 +193,6 @@ def test_bytes_are_as_planned(name, group):
     assert found["linear"] + found["scale"] == memory.linear_bytes(SIZES, name, group)
 
 
-# ---- folders ----
-
-
 def write_release(folder, vision=True, shards=3):
     """A released language model: three shards, nested names, tensors that see pictures among them."""
     folder.mkdir(parents=True)
@@ -228,6 +217,10 @@ def release(tmp_path_factory):
     return write_release(tmp_path_factory.mktemp("release") / "lm")
 
 
+def load_converted(folder):
+    return released.backbone(folder).load("cpu", None)
+
+
 def go(source, out, *arguments):
     return cli.main(["convert", str(source), str(out), "--json", *arguments])
 
@@ -242,7 +235,7 @@ def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, c
     assert len(record["files"]) == 2 + SIZES.num_hidden_layers
     assert all(files.fingerprint(out / file) == facts for file, facts in record["files"].items())
     assert convert.read_quantization(out)["weights"] == name
-    found, wanted = convert.load_quantized(out), quantize_(model().bfloat16(), name, group)
+    found, wanted = load_converted(out), quantize_(model().bfloat16(), name, group)
     ids = torch.tensor(ROWS)
     assert torch.equal(found(ids).logits, wanted(ids).logits)
     assert all(parameter.device.type == "cpu" for parameter in found.parameters())
@@ -326,9 +319,7 @@ def test_a_scale_that_is_no_number_and_a_weight_too_large(release, tmp_path):
     save_file(state, path, {"format": "pt"})
     (out / "record.json").unlink()
     with pytest.raises(files.ModelError, match=re.escape(f"inf at {name}[5, 1]")):
-        convert.load_quantized(out)
-    from aqaa.weights import released
-
+        load_converted(out)
     large = {key: torch.full_like(value, 1e30) if "layernorm" in key else value for key, value in good.items()}
     save_file(large, path, {"format": "pt"})
     assert released.backbone(out).load("cpu", torch.float32) is not None
@@ -345,7 +336,7 @@ def test_a_flipped_bit_in_a_converted_shard_is_found(release, tmp_path, number):
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(files.ModelError, match=f"{path.name} does not have the hash"):
-        convert.load_quantized(out)
+        load_converted(out)
 
 
 def test_a_release_converted_by_gptq_is_what_gptq_makes_of_the_model(release, tmp_path, capsys):
@@ -354,7 +345,7 @@ def test_a_release_converted_by_gptq_is_what_gptq_makes_of_the_model(release, tm
     arguments = ("--group", "32", "--method", "gptq", "--calibration", str(dialogues))
     assert go(release, tmp_path / "small", *arguments) == 0
     wanted = quantize_(model().bfloat16().float(), "int4", 32, rows=ROWS)
-    found = convert.load_quantized(tmp_path / "small")
+    found = load_converted(tmp_path / "small")
     for name, value in wanted.state_dict().items():
         if name.endswith(("qweight", "scale")):
             assert torch.equal(found.state_dict()[name], value), name
@@ -434,7 +425,7 @@ def test_a_converted_folder_that_is_broken_says_so(release, tmp_path):
     for entry, said in (({"weights": "int4", "group": 16}, "does not fit"), ({"weights": "int3"}, "int3")):
         (out / "config.json").write_text(json.dumps({**config, "quantization": entry}), encoding="utf-8")
         with pytest.raises(files.ModelError, match=said):
-            convert.load_quantized(out)
+            load_converted(out)
 
 
 def test_a_folder_of_aqaa_stays_one(tiny, tiny_folder, tmp_path):
@@ -456,9 +447,6 @@ def test_a_folder_of_aqaa_stays_one(tiny, tiny_folder, tmp_path):
     assert answers[0] == answers[1] and len(answers[0]) > 10
     with pytest.raises(files.ModelError, match="quantised already"):
         convert.convert(out, tmp_path / "again", "int8")
-
-
-# ---- the shipped mini ----
 
 
 @pytest.fixture(scope="module")

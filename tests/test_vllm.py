@@ -14,7 +14,8 @@ from aqaa import cli
 from aqaa.backbone.generation import Repetition, generate
 from aqaa.pipeline import AQAA
 from aqaa.scale.vllm import client, plugin
-from aqaa.scale.vllm.client import EngineError, Server, serve_command
+from aqaa.scale.vllm.client import EngineError, Server
+from aqaa.scale.vllm.launch import serve_command
 from aqaa.scale.vllm.rules import Follower, Rules
 from aqaa.tokenizers import dialogue, interleave
 from tests import vllm_check
@@ -36,9 +37,6 @@ def connected(model, server, **settings):
 @pytest.fixture(scope="module")
 def sound():
     return torch.from_numpy(tone()), RATE
-
-
-# ---- good answers ---------------------------------------------------------------------------------------------------
 
 
 def test_a_server_gives_the_answer_of_the_local_run(tiny, sound):
@@ -108,9 +106,6 @@ def test_real_chunks_are_read(tiny):
     assert record["completion_stream"][-1] == "data: [DONE]\n\n"
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------
-
-
 FAULTS = {
     "dies": "lost after", "ends early": "in the middle", "gives up": "EngineCore encountered an issue",
     "babbles": "no JSON", "no event": "in place of an event", "no ids": "no token ids", "stalls": "no word in time",
@@ -144,14 +139,17 @@ def test_a_server_gone_in_mid_answer_leaves_what_was_said(tiny, sound, fault):
     assert 92 <= said and server.requests[-1]["prompt"][-said:] == near.tokens["answer"][:said]
 
 
-def test_a_server_without_the_plug_in_is_found_out(tiny, sound):
-    with serve(tiny, fault="no plug-in") as server, pytest.raises(EngineError, match="lacks aqaa's plug-in"):
-        connected(tiny, server).ask(sound, **SHORT)
+@pytest.mark.parametrize("fault, words, settings", [
+    ("no plug-in", "lacks aqaa's plug-in", {}),
+    ("refuses", r"\(503\): the engine is asleep\.$", {}),  # in its own words
+    ("silent", "no word in time", {"answer_time": 0.2}),  # nobody waits for it
+])
+def test_a_server_that_gives_no_answer_is_told(tiny, sound, fault, words, settings):
+    with serve(tiny, fault=fault) as server, pytest.raises(EngineError, match=words):
+        connected(tiny, server, **settings).ask(sound, **SHORT)
 
 
-def test_what_the_server_refuses_is_told_in_its_own_words(tiny, sound):
-    with serve(tiny, fault="refuses") as server, pytest.raises(EngineError, match=r"\(503\): the engine is asleep\.$"):
-        connected(tiny, server).ask(sound, **SHORT)
+def test_another_model_on_the_server_refuses_our_ids(tiny):
     wide = replace(tiny.config, ids=replace(tiny.ids, n_text=300))  # the server has another, smaller model
     model = AQAA(wide, lambda name: getattr(tiny, name))
     with serve(tiny) as server, pytest.raises(EngineError, match="out of vocabulary"):
@@ -169,11 +167,6 @@ def test_no_server_and_other_services_are_told(tiny):
     for wrong in ("ftp://somewhere", "http://", "http://here:there"):
         with pytest.raises(ValueError, match="no address"):
             Server(wrong)
-
-
-def test_a_silent_server_is_not_waited_for(tiny, sound):
-    with serve(tiny, fault="silent") as server, pytest.raises(EngineError, match="no word in time"):
-        connected(tiny, server, answer_time=0.2).ask(sound, **SHORT)
 
 
 def chunk(ids, logprobs):
@@ -273,9 +266,6 @@ def test_the_command_line_says_one_sentence(tmp_path, capsys, tiny, tiny_folder,
     assert "does not answer" in capsys.readouterr().err and not (tmp_path / "answer.wav").exists()
 
 
-# ---- rules ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "layout", [*dialogue.LAYOUTS.values(), dialogue.TextOnly()], ids=[*dialogue.LAYOUTS, "text"]
 )
@@ -332,9 +322,6 @@ def test_a_resumed_layout_goes_on(tiny):
     assert [step.id for step in rest] == whole[37:]
 
 
-# ---- launching ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def released(tmp_path):
     """released(**changes): a folder with the published configuration."""
@@ -370,27 +357,28 @@ def packed(group, method="gptq"):
     return {"quantization_config": {"quant_method": method, "bits": 4, "group_size": group}}
 
 
-def test_what_gpus_cannot_share_is_told_before(released):
+GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"group_size": 128}}}}
+
+
+@pytest.mark.parametrize("changes, gpus, weights, words", [
+    (packed(128), 8, "int4", "groups of 128 do not divide .* use groups of 64"),
+    ({"quantization_config": GROUPS}, 8, "int4", "groups of 128"),
+    ({}, 3, "bf16", "3 GPUs cannot share 96 attention heads"),
+    ({}, 1, "int4", "not a 4-bit checkpoint"),
+    ({}, 1, "int3", "choose bf16"),
+    ({"quantization": {"weights": "int4", "group": 128}}, 1, "int4", "aqaa's own format"),
+])  # fmt: skip
+def test_what_vllm_cannot_do_is_told_before(released, changes, gpus, weights, words):
+    with pytest.raises(ValueError, match=words):
+        serve_command(released(**changes), gpus, weights)
+
+
+def test_what_4_bit_checkpoints_can_be_shared_and_what_is_no_folder(released):
     assert "--tensor-parallel-size 4" in serve_command(released(**packed(128)), 4, "int4")
     assert serve_command(released(**packed(64)), 8, "int4")
-    with pytest.raises(ValueError, match="groups of 128 do not divide .* use groups of 64"):
-        serve_command(released(**packed(128)), 8, "int4")
-    groups = {"group_0": {"weights": {"group_size": 128}}}
-    with pytest.raises(ValueError, match="groups of 128"):
-        serve_command(released(quantization_config={"quant_method": "compressed-tensors", "config_groups": groups}), 8,
-                      "int4")  # fmt: skip
-    with pytest.raises(ValueError, match="3 GPUs cannot share 96 attention heads"):
-        serve_command(released(), 3)
-    with pytest.raises(ValueError, match="not a 4-bit checkpoint"):
-        serve_command(released(), 1, "int4")
-    with pytest.raises(ValueError, match="choose bf16"):
-        serve_command(released(), 1, "int3")
-    with pytest.raises(ValueError, match="aqaa's own format"):
-        serve_command(released(quantization={"weights": "int4", "group": 128}), 1, "int4")
-    with pytest.raises(ValueError, match="whole system"):
-        serve_command(ROOT / "data" / "mini")
-    with pytest.raises(ValueError, match="no folder"):
-        serve_command("mini")
+    for folder, words in ((ROOT / "data" / "mini", "whole system"), ("mini", "no folder")):
+        with pytest.raises(ValueError, match=words):
+            serve_command(folder)
 
 
 def test_language_weights_leave_vision_out():
@@ -404,9 +392,6 @@ def test_language_weights_leave_vision_out():
     }  # fmt: skip
     found = dict(plugin.language_weights((name, name) for name in names))
     assert found == {ours: theirs for theirs, ours in names.items() if ours}
-
-
-# ---- the real one ---------------------------------------------------------------------------------------------------
 
 
 def test_vllm_that_is_missing_is_told(monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
+from aqaa import config
 from aqaa.answer import Piece
-from aqaa.config import TTS
 from aqaa.evaluation.mos import interval
 from aqaa.notebook import base, explore, planner, talk, widgets
 from aqaa.scale import plan as sums
@@ -56,9 +56,6 @@ def html(widget):
     assert set(bundle) == {"text/plain", "text/html"} and "0x" not in bundle["text/plain"]
     assert "<script" not in bundle["text/html"] and "http" not in bundle["text/html"]
     return bundle["text/html"]
-
-
-# ---- recorder -------------------------------------------------------------------------------------------------------
 
 
 def speak(page, seconds=0.6, rate=44_100, pitch=150.0):
@@ -116,10 +113,8 @@ def test_record_twice_then_go_back(page, question):
 def test_a_refusal_says_why_and_the_fallback_stands_in(page, question, messages, reason):
     recorder = talk.Recorder(question, interactive=True)
     for kind, content in messages:
-        if isinstance(content, dict):
-            page(recorder).says(kind, **content)
-        else:
-            page(recorder).says(kind, content.tobytes())
+        words, sound = (content, ()) if isinstance(content, dict) else ({}, (content.tobytes(),))
+        page(recorder).says(kind, *sound, **words)
     assert recorder.state == "refused" and reason in recorder.message and "sample question is used" in recorder.message
     assert len(recorder.audio()) == 9600
 
@@ -143,9 +138,6 @@ def test_a_recording_has_a_limit_and_stray_messages_do_no_harm(page, question):
     assert front.state["error"] == ""
 
 
-# ---- player ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_static_player_collects_the_answer(tiny, question):
     player = talk.Player()
     assert repr(player) == "<player: idle, 0.00 s>" and "Nothing said yet" in html(player)
@@ -165,6 +157,13 @@ def test_a_recorder_can_be_asked_directly(tiny, question):
 def finish(player):
     player.join(WAIT)
     assert not player._thread.is_alive()
+
+
+def until(condition):
+    """Wait for a thread, but not for ever."""
+    end = time.monotonic() + WAIT
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def in_order(messages, player):
@@ -201,14 +200,11 @@ def test_a_page_that_comes_late_misses_nothing_and_hears_nothing_twice(page):
     model, player = Slow(), talk.Player(interactive=True)
     front, kept = page(player), []
     player.play_stream(model, "q")
-    end = time.monotonic() + WAIT
-    while sum(message["type"] == "chunk" for message in front.state["waiting"]) < 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: sum(message["type"] == "chunk" for message in front.state["waiting"]) >= 2)
     kept += [message["number"] for message in front.state["waiting"]]
     front.says("ready")
     model.more.release()
-    while "chunk" not in front.heard() and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: "chunk" in front.heard())
     player.stop()
     model.more.release()
     finish(player)
@@ -235,9 +231,7 @@ def test_stop_in_the_middle(page, by):
     front = page(player)
     front.says("ready")
     player.play_stream(model, "q")
-    end = time.monotonic() + WAIT
-    while front.heard().count("chunk") < 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: front.heard().count("chunk") >= 2)
     front.says("stop") if by == "page" else player.stop()
     model.more.release()
     finish(player)
@@ -277,9 +271,6 @@ def test_gaps_are_waits_between_pieces():
     assert talk.waits(pieces) == {"chunks": 4, "gaps": 1, "first_ms": 500.0}
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------------
-
-
 def test_neighbours_are_the_nearest_others():
     table = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.5]])
     near = explore.neighbours([3, 0, 3], table, count=2)
@@ -302,9 +293,6 @@ def test_the_token_inspector_takes_merged_ids_or_two_rows(page, tiny, question):
         widgets.Tokens(tiny, [tiny.ids.n_text], tone())
 
 
-# ---- voice ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
     asked = []
     generate = type(tiny).generate
@@ -313,7 +301,7 @@ def test_the_voice_control_asks_as_the_training_did(tiny, monkeypatch):
     control = explore.VoiceControl(tiny, "the river runs")
     control.speak("slow", temperature=0)
     words = tiny.text.encode(tagged("the river runs", "slow"))
-    assert asked[0] == dialogue.prompt([("user", words)], tiny.text, tiny.ids, marker=TTS)
+    assert asked[0] == dialogue.prompt([("user", words)], tiny.text, tiny.ids, marker=config.TTS)
     assert tiny.text.encode("(slow)")[-1] in asked[0]
 
 
@@ -344,9 +332,6 @@ def test_the_static_voice_control_says_its_manners(tiny, monkeypatch):
     assert repr(control) == '<voice control: "good morning", 2 takes>'
 
 
-# ---- interleave -----------------------------------------------------------------------------------------------------
-
-
 def test_blocks_come_in_the_order_of_the_layout():
     blocks = widgets.Interleave(13, 50).plan(10, 15, tokens_per_second=100)
     assert [(b["kind"], b["count"]) for b in blocks] == [
@@ -369,7 +354,7 @@ def test_a_slow_model_leaves_silence_and_text_first_delays_the_first_sound():
 @pytest.mark.parametrize(("n_text", "n_audio"), [(13, 95), (24, 120), (4, 60)])
 def test_ids_and_seconds_put_the_layouts_in_one_order(n_text, n_audio):
     """What a chapter counts in ids until the vocoder can speak, the widget says in seconds."""
-    ids, made = explore.IdsConfig(), {}
+    ids, made = config.IdsConfig(), {}
     sound = interleave.merge([0] * (n_audio // 5 * 2), [0] * (n_audio // 5 * 3), ids)
     for name, layout in dialogue.LAYOUTS.items():
         answer = layout.arrange([ids.first_text] * n_text, sound, ids)
@@ -404,9 +389,6 @@ def test_dragging_plans_anew(page):
         widgets.Interleave(3, 4)
 
 
-# ---- flow -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_stepper_shows_and_sounds_every_state(page):
     states = [torch.full((1, 8, 30), float(k)) + torch.arange(30) / 30 for k in range(4)]
     calls = []
@@ -424,9 +406,6 @@ def test_the_stepper_shows_and_sounds_every_state(page):
     assert data["pictures"][3][29] == 255 and data["pictures"][3][0] == 0 and len(data["palette"]) == 768
     with pytest.raises(ValueError, match="one time for each"):
         widgets.Ode(states, [0, 1], synth)
-
-
-# ---- listening ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("marks", [[3, 4, 5, 4, 2, 5], [3, 3, 4, 3, 2, 3], [1, 5], [4, 5, 5], [1, 2, 1], [4, 4, 4]])
@@ -474,13 +453,10 @@ def test_the_static_listening_test(tiny):
         widgets.Listening([])
 
 
-# ---- planner --------------------------------------------------------------------------------------------------------
-
-
 def test_the_static_planner_compares_the_usual_gpus():
     static = widgets.Planner(context=8192)
     shown = html(static)
-    card = f"{static.found.total:.1f} of 139.8 GiB a card"
+    card = f"{static.chosen.total:.1f} of 139.8 GiB a card"
     assert repr(static) == f"<planner: 130b int4 g128 on 1xH200, 8192 ids, {card}>"
     assert "<img" in shown and "with 8192 ids" in shown and card in shown
     for setup in setups("130b", context=8192):
@@ -503,7 +479,7 @@ def test_choosing_plans_anew(page):
     front.says("set", context=4096)
     (setup,) = setups("130b", ["8xH100-80"], "int4", context=4096)
     assert front.state["plan"] == {**sums.plan(setup).to_dict(), "format": "int4 g64", "card": 79.1}
-    assert widget.found == sums.plan(setup) and "8xH100-80 with 4096 ids" in front.state["message"]
+    assert widget.chosen == sums.plan(setup) and "8xH100-80 with 4096 ids" in front.state["message"]
     front.says("set", count=1, weights="bf16")
     assert not front.state["plan"]["fits"] and "would fit" in front.state["message"]
     assert "bf16 on 1xH100-80" in repr(widget)
@@ -514,7 +490,7 @@ def test_choosing_plans_anew(page):
 
 
 def test_the_planner_says_what_estimates_are_worth(tmp_path, monkeypatch):
-    assert "by estimate" in planner.in_words(widgets.Planner().found) and "elsewhere assumed" in planner.reliance()
+    assert "by estimate" in planner.in_words(widgets.Planner().chosen) and "elsewhere assumed" in planner.reliance()
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(planner, "data_folder", lambda: tmp_path)
     assert "no recorded run" in planner.reliance()
@@ -526,10 +502,7 @@ def test_the_planner_says_what_estimates_are_worth(tmp_path, monkeypatch):
 
 def test_a_small_model_has_a_planner_too():
     static = widgets.Planner("mini", gpus="1xRTX-4090", weights="bf16")
-    assert "1xRTX-4090" in html(static) and static.found.fits and "does not fit" not in html(static)
-
-
-# ---- the real front end ---------------------------------------------------------------------------------------------
+    assert "1xRTX-4090" in html(static) and static.chosen.fits and "does not fit" not in html(static)
 
 
 def test_every_widget_has_a_page(tiny, question):

@@ -23,6 +23,20 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import torch
+import transformers
+
+from aqaa.backbone.attention import slopes as attention_slopes
+from aqaa.backbone.generation import Step, generate
+from aqaa.backbone.step1 import build
+from aqaa.config import BackboneConfig, IdsConfig
+from aqaa.scale.vllm import launch
+from aqaa.scale.vllm.client import ATTENTION, EngineError, InProcess, _event, _tokens
+from aqaa.scale.vllm.rules import KEY, Rules
+from aqaa.tokenizers import dialogue
+from tests.stub_server import Handler
+
 NOT_RUN = (
     "vllm serve itself, on a GPU or at all", "TRITON_ATTN, which needs a GPU",
     "quantisation while loading", "tensor parallelism", "AsyncLLM itself", "the V2 runner's buffers: stood in for",
@@ -49,11 +63,6 @@ def vllm():
 @cache
 def small():
     """(backbone, ids, prompt): a Step-1 of random weights."""
-    import torch
-
-    from aqaa.backbone.step1 import build
-    from aqaa.config import BackboneConfig, IdsConfig
-
     ids = IdsConfig(first_text=42, n_text=128, n_linguistic=16, n_semantic=32)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -65,9 +74,6 @@ def small():
 
 def expected(layout, n=60, said=()):
     """The local generator's greedy answer."""
-    from aqaa.backbone.generation import generate
-    from aqaa.tokenizers import dialogue
-
     backbone, ids, prompt = small()
     layout = dialogue.Resumed(layout, tuple(said)) if said else layout
     steps = generate(backbone, [*prompt, *said], ids, layout, temperature=0, max_tokens=n, min_audio=15)
@@ -76,17 +82,12 @@ def expected(layout, n=60, said=()):
 
 def params(layout, said=()):
     """A real SamplingParams that carries rules."""
-    from aqaa.scale.vllm.rules import KEY, Rules
-    from aqaa.tokenizers import dialogue
-
     layout = dialogue.Resumed(layout, tuple(said)) if said else layout
     return vllm().SamplingParams(temperature=0, extra_args={KEY: Rules.of(layout, small()[1], 15).to_json()})
 
 
 def scores(rows):
     """Logits (len(rows), V) fp32 of the ids that follow each row."""
-    import torch
-
     with torch.no_grad():
         return torch.stack([small()[0](torch.tensor([row])).logits[0, -1].float() for row in rows])
 
@@ -95,9 +96,6 @@ def config(**changes):
     """Stands in for a VllmConfig."""
     model = SimpleNamespace(get_vocab_size=lambda: small()[1].end)
     return SimpleNamespace(model_config=model, speculative_config=None, **changes)
-
-
-# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def processor_interfaces(record):
@@ -129,8 +127,6 @@ def request(record):
     from vllm.sampling_params import SamplingParams
 
     from aqaa.scale.vllm.plugin import Layouts
-    from aqaa.scale.vllm.rules import KEY
-    from aqaa.tokenizers import dialogue
 
     rules = params(dialogue.layout()).extra_args[KEY]
     body = {
@@ -161,8 +157,6 @@ def stream(record):
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.logprobs import Logprob
     from vllm.outputs import CompletionOutput, RequestOutput
-
-    from aqaa.scale.vllm.client import _event, _tokens
 
     def output(part, reason=None):
         said = CompletionOutput(0, "", [i for i, _ in part], 0.0, [{i: Logprob(p)} for i, p in part], reason)
@@ -218,10 +212,6 @@ def in_process(record):
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from aqaa.scale.vllm.client import EngineError, InProcess
-    from aqaa.scale.vllm.rules import KEY, Rules
-    from aqaa.tokenizers import dialogue
-
     _, ids, prompt = small()
     layout, seen = dialogue.layout(), []
 
@@ -264,8 +254,7 @@ def launch_flags(record):
     from vllm.entrypoints.common.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from aqaa.config import BackboneConfig
-    from aqaa.scale.vllm import client, plugin
+    from aqaa.scale.vllm import plugin
 
     plugin.register()
     vision = {"vision_tower_config": {"hidden_size": 1024}, "understand_projector_stride": 2, "image_token_id": 13}
@@ -273,7 +262,7 @@ def launch_flags(record):
         with tempfile.TemporaryDirectory() as folder:
             given = {**asdict(BackboneConfig()), "model_type": kind, "architectures": ["Step1ForCausalLM"], **extra}
             Path(folder, "config.json").write_text(json.dumps(given), encoding="utf-8")
-            command = client.serve_command(folder, 8, "fp8")
+            command = launch.serve_command(folder, 8, "fp8")
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(command)[2:])
             model = ModelConfig(
                 model=folder, skip_tokenizer_init=args.skip_tokenizer_init, hf_overrides=args.hf_overrides,
@@ -298,7 +287,6 @@ def model_class(record):
     from vllm.model_executor.models.step1 import Step1ForCausalLM
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from aqaa.scale.vllm.client import ATTENTION
     from aqaa.scale.vllm.model import Step1AQAAForCausalLM
 
     stacked = Step1ForCausalLM.hf_to_vllm_mapper.orig_to_new_stacked
@@ -309,7 +297,6 @@ def model_class(record):
 
 def logits(record):
     """AQAA's class loads a checkpoint with vision beside it and gives our logits; attention is stood in for."""
-    import torch
     from vllm.config import CompilationConfig, DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.forward_context import set_forward_context
@@ -348,8 +335,6 @@ def logits(record):
 
 def attention():
     """Stands in for vLLM's Attention, whose kernels need a GPU: the same arguments, the sums written out."""
-    import torch
-
     class Eager(torch.nn.Module):
         def __init__(self, heads, width, scale, *, num_kv_heads, alibi_slopes, use_alibi_sqrt, **_):
             super().__init__()
@@ -375,9 +360,8 @@ def slopes(record):
     vllm()
     from vllm.model_executor.models.step1 import _get_step_alibi_slopes
 
-    from aqaa.backbone.attention import slopes as ours
-
-    record["slopes_max_error"] = max(float((_get_step_alibi_slopes(n) - ours(n)).abs().max()) for n in range(1, 129))
+    errors = (_get_step_alibi_slopes(n) - attention_slopes(n) for n in range(1, 129))
+    record["slopes_max_error"] = max(float(error.abs().max()) for error in errors)
     assert record["slopes_max_error"] < 1e-6
 
 
@@ -387,7 +371,6 @@ def older_runner(record):
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
     from aqaa.scale.vllm.plugin import Layouts
-    from aqaa.tokenizers import dialogue
 
     prompt, cot = small()[2], dialogue.layout("text_cot")
     wanted = [expected(dialogue.layout()), None, expected(cot)]
@@ -421,12 +404,9 @@ def older_runner(record):
 def newer_runner(record):
     """Layouts driven as the V2 runner does, with its LogitsContext; the buffers that need a GPU are stood in for."""
     vllm()
-    import numpy as np
-    import torch
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
     from aqaa.scale.vllm.plugin import Layouts
-    from aqaa.tokenizers import dialogue
 
     prompt, layout = small()[2], dialogue.layout()
     tokens, lengths = torch.zeros(4, 256, dtype=torch.int32), np.zeros(4, dtype=np.int32)
@@ -464,14 +444,8 @@ CHECKS = (processor_interfaces, request, stream, engine_signatures, in_process, 
           slopes, older_runner, newer_runner)  # fmt: skip
 
 
-# ---- the record -----------------------------------------------------------------------------------------------------
-
-
 def stub_chunks(model):
     """One chunk of an answer as tests/stub_server.py writes it, to be compared with a recorded one."""
-    from aqaa.backbone.generation import Step
-    from tests.stub_server import Handler
-
     yield json.loads(json.dumps(Handler._chunk(None, [Step(50, "text", -0.5)], None, True, {"prompt_token_ids": [1]})))
 
 
@@ -479,8 +453,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="JSON file for the record")
     args, record, results = parser.parse_args(argv), {}, []
-    import torch
-    import transformers
 
     for check in CHECKS:
         fault = None

@@ -1,1 +1,1 @@
-"""What the notebooks draw and play with: `show` (static figures and players) and `widgets` (interactive)."""
+"""What notebooks draw and play with: `show` (figures and players), `widgets` (interactive)."""

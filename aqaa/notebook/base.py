@@ -1,7 +1,8 @@
 """The ground that all widgets stand on: one class, live on a page or static in `show`'s figures.
 
-The page draws, records and plays; Python keeps the state and does the work. Messages from a page may be read only
-*between* cells, and with "Run All" after the last of them, so a widget never waits for one.
+The page draws, records and plays; Python keeps the state and does the work. Messages from a page
+may be read only *between* cells, and with "Run All" after the last of them, so a widget never waits
+for one.
 """
 
 import json
@@ -9,8 +10,8 @@ import threading
 from functools import lru_cache
 from pathlib import Path
 
-from aqaa.notebook import show
 from aqaa.notebook.figures import array
+from aqaa.notebook.strips import KINDS
 
 SCRIPTS = Path(__file__).with_name("js")
 
@@ -22,31 +23,31 @@ def pcm16(wav):
 
 @lru_cache
 def front_end(script):
-    """The anywidget class of one script; made when first needed, so that static views need no anywidget."""
+    """The anywidget class of one script, made when needed: static views need no anywidget."""
     import anywidget
     import traitlets
 
-    colours = "const COLORS = " + json.dumps({kind: colour for kind, (_, colour) in show.KINDS.items()}) + ";\n"
-    common, own, style = (
-        (SCRIPTS / name).read_text(encoding="utf-8") for name in ("common.js", f"{script}.js", "widgets.css")
-    )
+    colours = json.dumps({kind: colour for kind, (_, colour) in KINDS.items()})
+    names = ("common.js", f"{script}.js", "widgets.css")
+    common, own, style = ((SCRIPTS / name).read_text(encoding="utf-8") for name in names)
     return type(script.title(), (anywidget.AnyWidget,), {
-        "_esm": colours + common + own,
+        "_esm": f"const COLORS = {colours};\n{common}{own}",
         "_css": style,
-        "data": traitlets.Dict().tag(sync=True),  # what never changes
-        "state": traitlets.Dict().tag(sync=True),  # what does; a page that is loaded later begins with it
+        "data": traitlets.Dict().tag(sync=True),  # never changes
+        "state": traitlets.Dict().tag(sync=True),  # changes; a page loaded later begins with it
     })  # fmt: skip
 
 
 class Widget:
-    """A view that is live (interactive=True) or static. A message {"type": "x"} of the page goes to `_on_x`."""
+    """A view that is live (interactive=True) or static; the page's message {"type": "x"} goes to
+    _on_x."""
 
     script = ""  # the file in js/ that draws it
 
     def __init__(self, interactive, **state):
         self.interactive, self._view = interactive, None
         self._state = {"error": "", "message": "", **state}
-        self._lock = threading.RLock()  # a thread at work and a page's message may change the state at one time
+        self._lock = threading.RLock()  # threads and messages of the page both change the state
 
     def _open(self, **data):
         """Let a page in; data: what it needs and never changes."""
@@ -64,7 +65,7 @@ class Widget:
             self._view.send(message, list(buffers))
 
     def _receive(self, _, message, buffers):
-        """A message of the page. A fault is shown in the widget: a traceback would go where nobody looks."""
+        """A message of the page. A fault is shown in the widget: nobody sees a traceback here."""
         try:
             if self._state["error"]:
                 self._set(error="")
@@ -79,6 +80,8 @@ class Widget:
     def _repr_mimebundle_(self, include=None, exclude=None):
         """There is no `_repr_html_`: IPython would call it for a live widget as well."""
         if self._view is None:
-            return {"text/plain": repr(self), "text/html": "".join(part._repr_html_() for part in self._static())}
+            words = repr(self)  # before the view, which may do work that changes it
+            html = "".join(part._repr_html_() for part in self._static())
+            return {"text/plain": words, "text/html": html}
         data, metadata = self._view._repr_mimebundle_()
         return {**data, "text/plain": repr(self)}, metadata

@@ -1,7 +1,9 @@
-"""Pictures that a committed notebook can hold: small, the same bytes each time, and readable without colour.
+"""Pictures that a committed notebook can hold: small, the same bytes each time, and readable
+without colour.
 
-Every figure is a PNG of few colours on white (so that a dark page does not swallow it) with a text that says what is in
-it. Lines and bars differ in colour (Okabe and Ito's palette) and in dash or place; maps use viridis, which greys well.
+Every figure is a PNG of few colours on white (so that a dark page does not swallow it) with a text
+that says what is in it. Lines and bars differ in colour (Okabe and Ito's palette) and in dash or
+place; maps use viridis, which greys well.
 """
 
 import base64
@@ -23,11 +25,13 @@ from PIL import Image
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito 2008
+# Okabe and Ito 2008:
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {
-    "figure.dpi": 80, "figure.facecolor": "white", "savefig.facecolor": "white", "font.family": "DejaVu Sans",
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=LINES), "text.parse_math": False, "hatch.linewidth": 0.6,
+    "figure.dpi": 80, "figure.facecolor": "white", "savefig.facecolor": "white",
+    "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "text.parse_math": False,
+    "axes.prop_cycle": matplotlib.cycler(color=LINES), "hatch.linewidth": 0.6,
     "image.cmap": "viridis", "legend.frameon": False,
 }  # fmt: skip
 WIDTH = 9.0  # inches, 720 pixels
@@ -37,7 +41,7 @@ COLUMNS = 300  # frames of a map; more are not seen in 600 pixels
 
 
 class Picture:
-    """A PNG with its words. `png` bytes, `alt` says what is seen, `title` stands above, `extra` (HTML) below."""
+    """A PNG with its words: bytes, what is seen, the title above, more HTML below."""
 
     def __init__(self, png, alt, title="", extra=""):
         self.png, self.alt, self.title, self.extra = png, alt, title, extra
@@ -51,8 +55,8 @@ class Picture:
         data = base64.b64encode(self.png).decode()
         return (
             f'<figure style="margin:0"><figcaption>{escape(self.title or self.alt)}</figcaption>'
-            f'<img alt="{escape(self.alt)}" width="{self.width}" height="{self.height}" '
-            f'style="max-width:100%;height:auto;background:#fff" src="data:image/png;base64,{data}">'
+            f'<img alt="{escape(self.alt)}" width="{self.width}" height="{self.height}" style="'
+            f'max-width:100%;height:auto;background:#fff" src="data:image/png;base64,{data}">'
             f"{self.extra}</figure>"
         )
 
@@ -76,7 +80,7 @@ def canvas(height, rows=1, columns=1, **options):
 
 
 def picture(figure, alt, title="", extra="", colours=PALETTE):
-    """Matplotlib figure -> Picture. Few colours and no date inside: small, and the same bytes each time."""
+    """Matplotlib figure -> Picture of few colours, without a date: the same bytes each time."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="rgba", dpi=80)
     width, height = figure.canvas.get_width_height()
@@ -87,9 +91,9 @@ def picture(figure, alt, title="", extra="", colours=PALETTE):
 
 
 def _few_colours(pixels, colours, apart=10):
-    """(H, W, 3) uint8 -> palette image of the commonest colours that differ, exactly; others become the nearest.
+    """(H, W, 3) uint8 -> palette image of the commonest colours; others become the nearest.
 
-    Pillow's own methods mix rare colours: a thin line would change its hue, which the legend then belies.
+    Pillow's own methods mix rare colours: a thin line would change its hue, and the legend not.
     """
     packed = pixels.astype(np.int64) @ (65536, 256, 1)
     known, place, counts = np.unique(packed, return_inverse=True, return_counts=True)
@@ -104,34 +108,33 @@ def _few_colours(pixels, colours, apart=10):
     return image
 
 
-# ---- what is handed in ----------------------------------------------------------------------------------------------
-
-
 def array(values, dims, name):
-    """Tensor, array or nested lists -> float32 array of `dims` dimensions. Raises ValueError in one sentence."""
-    values = values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    """Tensor, array or nested lists -> float32 array of `dims` dimensions. Raises ValueError."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float().cpu().numpy()
     try:
         values = np.asarray(values, dtype=np.float32)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers in a tensor or an array.") from None
     if values.ndim != dims:
-        raise ValueError(f"{name} must have {dims} dimension{'s'[: dims - 1]}, not the shape {values.shape}.")
+        plural = "s" if dims > 1 else ""
+        shape = values.shape
+        raise ValueError(f"{name} must have {dims} dimension{plural}, not the shape {shape}.")
     if not values.size or not np.isfinite(values).all():
-        raise ValueError(f"{name} {'is empty' if not values.size else 'holds NaN or infinity'}: nothing can be drawn.")
+        fact = "holds NaN or infinity" if values.size else "is empty"
+        raise ValueError(f"{name} {fact}: nothing can be drawn.")
     return values
 
 
 def integers(codes, name):
     """A row of codes or ids -> list of ints."""
     codes = codes.tolist() if hasattr(codes, "tolist") else codes
-    if not isinstance(codes, (list, tuple)) or not all(isinstance(code, (int, np.integer)) for code in codes):
+    whole = isinstance(codes, (list, tuple))
+    if not whole or not all(isinstance(code, (int, np.integer)) for code in codes):
         raise ValueError(f"{name} must be one row of whole numbers.")
     if not codes:
         raise ValueError(f"{name} is empty: nothing can be drawn.")
     return [int(code) for code in codes]
-
-
-# ---- waves and maps -------------------------------------------------------------------------------------------------
 
 
 @styled
@@ -141,7 +144,8 @@ def waveform(wav, rate=SAMPLE_RATE, title="", alt=""):
     figure, (axis,) = canvas(1.7)
     draw_wave(axis, wav, rate)
     axis.set_xlabel("time (s)")
-    return picture(figure, alt or f"waveform of a sound of {len(wav) / rate:.2f} s", title, colours=16)
+    words = f"waveform of a sound of {len(wav) / rate:.2f} s"
+    return picture(figure, alt or words, title, colours=16)
 
 
 def draw_wave(axis, wav, rate):
@@ -157,50 +161,60 @@ def draw_wave(axis, wav, rate):
 
 @styled
 def spectrogram(wav, rate=SAMPLE_RATE, title="", alt=""):
-    """How strong each pitch is over time: Whisper's log-mel with 80 bins, in dB below the loudest. wav: (N,)."""
+    """How strong each pitch is over time: Whisper's log-mel of 80 bins, in dB below the loudest.
+
+    wav: (N,) at `rate` Hz.
+    """
     wav = torch.from_numpy(array(wav, 1, "the sound"))
-    if len(wav) < 0.03 * rate:
-        raise ValueError(f"a spectrogram needs 30 ms of sound, not {1000 * len(wav) / rate:.0f} ms.")
-    bins = 80
-    decibel = 40 * audio.log_mel(audio.resample(wav, rate), bins).numpy()  # log10 of power / 4 + 1, hence 40
+    seconds, bins = len(wav) / rate, 80
+    if seconds < 0.03:
+        raise ValueError(f"a spectrogram needs 30 ms of sound, not {1000 * seconds:.0f} ms.")
+    log_mel = audio.log_mel(audio.resample(wav, rate), bins).numpy()  # (bins, frames)
+    decibel = 40 * (log_mel - log_mel.max())  # log10 of power / 4 + 1, hence 40
     figure, (axis,) = canvas(2.6)
-    seconds = len(wav) / rate
-    image = _map(axis, decibel - decibel.max(), seconds, Normalize(-80, 0))
-    figure.colorbar(image, ax=axis, label="dB below the loudest", pad=0.01, ticks=(-80, -60, -40, -20, 0))
+    image = _map(axis, decibel, seconds, Normalize(-80, 0))
+    ticks = (-80, -60, -40, -20, 0)
+    figure.colorbar(image, ax=axis, label="dB below the loudest", pad=0.01, ticks=ticks)
     hertz = np.array([250, 500, 1000, 2000, 4000, 8000])
-    mels = np.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * np.log(np.maximum(hertz, 1000) / 1000) / np.log(6.4))
-    axis.set_yticks(np.minimum(mels / mels[-1] * (bins + 1) - 0.5, bins), [f"{f / 1000:g}" for f in hertz])
+    above = 15 + 27 * np.log(np.maximum(hertz, 1000) / 1000) / np.log(6.4)
+    mels = np.where(hertz < 1000, hertz * 3 / 200, above)  # Slaney's scale
+    places = np.minimum(mels / mels[-1] * (bins + 1) - 0.5, bins)
+    axis.set_yticks(places, [f"{f / 1000:g}" for f in hertz])
     axis.set(ylabel="frequency (kHz)", xlabel="time (s)", ylim=(0, bins))
-    return picture(figure, alt or f"mel spectrogram of a sound of {seconds:.2f} s, 0 to 8 kHz", title)
+    words = f"mel spectrogram of a sound of {seconds:.2f} s, 0 to 8 kHz"
+    return picture(figure, alt or words, title)
 
 
 def _edges(size, most):
-    """Where `most` pieces of a row begin, evenly over all of it, so that time stays where it was."""
+    """Where `most` pieces of a row begin, evenly over all of it, so that time stays where it
+    was."""
     count = min(size, most)
     return np.arange(count) * size // count
 
 
 def _map(axis, matrix, width, norm, levels=LEVELS, height=None):
-    """(bins, frames) as an image of `width` seconds or frames; frames that no pixel has room for are averaged."""
+    """(bins, frames) as an image of `width` seconds or frames; frames that share a pixel are
+    averaged."""
     edges = _edges(matrix.shape[1], COLUMNS)
     matrix = np.add.reduceat(matrix, edges, axis=1) / np.diff([*edges, matrix.shape[1]])
     extent = (0, width, 0, height or len(matrix))
     colours = matplotlib.colormaps["viridis"].resampled(levels)
     axis.spines[:].set_visible(False)
-    return axis.imshow(
-        matrix, cmap=colours, norm=norm, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
-    )
+    return axis.imshow(matrix, cmap=colours, norm=norm, origin="lower", aspect="auto",
+                       extent=extent, interpolation="nearest")  # fmt: skip
 
 
 def mel(matrix, hop_seconds=0.010, title="", alt="", bins="mel bin", unit="value"):
-    """Any (bins, frames) map over time; hop_seconds between frames, bins and unit label axis and colours."""
+    """Any (bins, frames) map over time; hop_seconds between frames; bins, unit: labels."""
     matrix = array(matrix, 2, "the map")
-    alt = alt or f"map of {len(matrix)} bins and {matrix.shape[1]} frames, {matrix.shape[1] * hop_seconds:.2f} s"
+    n_bins, frames = matrix.shape
+    alt = alt or f"map of {n_bins} bins and {frames} frames, {frames * hop_seconds:.2f} s"
     return _maps([("", matrix)], hop_seconds, title, alt, bins, unit)
 
 
 def maps(pairs, hop_seconds=0.010, alt="", title="", bins="mel bin", unit="value"):
-    """Several (title, (bins, frames)) maps below each other, on one time axis and one scale of colours."""
+    """Several (title, (bins, frames)) maps below each other, on one time axis and one scale of
+    colours."""
     pairs = [(str(name), array(matrix, 2, f"the map {name!r}")) for name, matrix in pairs]
     if not pairs:
         raise ValueError("maps needs at least one pair (title, matrix).")
@@ -210,7 +224,8 @@ def maps(pairs, hop_seconds=0.010, alt="", title="", bins="mel bin", unit="value
 
 @styled
 def _maps(pairs, hop_seconds, title, alt, bins, unit):
-    figure, axes = canvas(0.5 + (2.1 if len(pairs) == 1 else 1.55 * len(pairs)), len(pairs), sharex=True)
+    height = 0.5 + (2.1 if len(pairs) == 1 else 1.55 * len(pairs))
+    figure, axes = canvas(height, len(pairs), sharex=True)
     norm = _norm([matrix for _, matrix in pairs])
     for axis, (name, matrix) in zip(axes, pairs):
         image = _map(axis, matrix, matrix.shape[1] * hop_seconds, norm)
@@ -231,14 +246,17 @@ def _norm(matrices):
 
 
 @styled
-def trajectory(states, times, title="", alt="", bins="mel bin", hop_seconds=0.010, unit="log amplitude"):
-    """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side, one scale of colours.
+def trajectory(
+    states, times, title="", alt="", bins="mel bin", hop_seconds=0.010, unit="log amplitude"
+):
+    """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side.
 
-    hop_seconds between frames; unit of what the states hold.
+    hop_seconds between frames; unit of what the states hold; one scale of colours.
     """
     states = [array(state, 2, "a state") for state in states]
     if not states or len(states) != len(times):
-        raise ValueError(f"trajectory needs one time for each state, not {len(times)} for {len(states)}.")
+        raise ValueError(f"trajectory needs one time for each state, not {len(times)} for "
+                         f"{len(states)}.")
     columns = min(len(states), 6)
     rows = -(-len(states) // columns)
     figure, axes = canvas(0.4 + 1.5 * rows, rows, columns, sharex=True, sharey=True)
@@ -254,22 +272,27 @@ def trajectory(states, times, title="", alt="", bins="mel bin", hop_seconds=0.01
     figure.supxlabel("time (s)", fontsize=10)
     figure.supylabel(bins, fontsize=10)
     figure.colorbar(image, ax=axes, label=unit, pad=0.01)
-    alt = alt or f"{len(states)} pictures of a mel at times {float(times[0]):g} to {float(times[-1]):g}"
-    return picture(figure, alt, title)
+    first, last = float(times[0]), float(times[-1])
+    words = f"{len(states)} pictures of a mel at times {first:g} to {last:g}"
+    return picture(figure, alt or words, title)
 
 
 @styled
-def attention(weights, rows=None, columns=None, title="", alt="", names=("looking (query)", "looked at (key)")):
+def attention(
+    weights, rows=None, columns=None, title="", alt="", names=("looking (query)", "looked at (key)")
+):
     """Heat map of weights (Q, K): which key each query looks at.
 
-    rows, columns: labels, printed when they fit; names: of the two axes. The scale ends where three of four queries
-    have their largest weight: a query that is sure of one key does not darken all the others.
+    rows, columns: labels, printed when they fit; names: of the two axes. The scale ends where three
+    of four queries have their largest weight: a query that is sure of one key does not darken all
+    the others.
     """
     weights = array(weights, 2, "the weights")
-    for labels, size, name in ((rows, weights.shape[0], "rows"), (columns, weights.shape[1], "columns")):
+    queries, keys = weights.shape
+    for labels, size, name in ((rows, queries, "rows"), (columns, keys, "columns")):
         if labels is not None and len(labels) != size:
             raise ValueError(f"attention needs {size} labels for its {name}, not {len(labels)}.")
-    figure, (axis,) = canvas(max(2.4, min(5.5, 0.9 + (0.1 if rows is None else 0.18) * len(weights))))
+    figure, (axis,) = canvas(np.clip(0.9 + (0.1 if rows is None else 0.18) * queries, 2.4, 5.5))
     colours = matplotlib.colormaps["viridis"].resampled(LEVELS)
     low, high = min(0.0, float(weights.min())), float(np.quantile(weights.max(1), 0.75))
     high = high if high > low else max(float(weights.max()), low + 1.0)
@@ -278,18 +301,17 @@ def attention(weights, rows=None, columns=None, title="", alt="", names=("lookin
     over = "max" if weights.max() > 1.001 * high else "neither"
     figure.colorbar(image, ax=axis, label="weight (colours by square root)", pad=0.01, extend=over)
     axis.set(xlabel=names[1], ylabel=names[0])
-    if rows is not None and len(rows) <= 40:
-        axis.set_yticks(range(len(rows)), [printable(label) for label in rows], fontsize=8)
-    if columns is not None and len(columns) <= 60:
-        axis.set_xticks(range(len(columns)), [printable(label) for label in columns], fontsize=8, rotation=90)
-    for side in (axis.xaxis, axis.yaxis):
+    for side, labels, most, turn in ((axis.yaxis, rows, 40, 0), (axis.xaxis, columns, 60, 90)):
+        if labels is not None and len(labels) <= most:
+            words = [printable(label) for label in labels]
+            side.set_ticks(range(len(labels)), words, fontsize=8, rotation=turn)
         side.set_tick_params(length=2)
-    alt = alt or f"attention of {weights.shape[0]} queries to {weights.shape[1]} keys"
-    return picture(figure, alt, title)
+    return picture(figure, alt or f"attention of {queries} queries to {keys} keys", title)
 
 
 def write(axis, x, y, label, size=8, rotation=0, **options):
-    """Text in the middle of a cell, without a say in the layout (hundreds of them would slow it down)."""
+    """Text in the middle of a cell, left out of the layout (hundreds of them would slow it
+    down)."""
     options = {"ha": "center", "va": "center", "clip_on": True, **options}
     axis.text(x, y, label, fontsize=size, rotation=rotation, **options).set_in_layout(False)
 

@@ -1,4 +1,5 @@
 """A blind listening test."""
+
 import numpy as np
 
 from aqaa.config import SAMPLE_RATE
@@ -9,16 +10,18 @@ from aqaa.notebook.figures import array
 
 
 class Listening(Widget):
-    """A listening test: every sound gets a mark from 1 (bad) to 5 (excellent), in a random order and without its name.
+    """A listening test: each sound gets a mark from 1 (bad) to 5 (excellent), without its name.
 
-    pairs: (name, wav) or (name, wav, transcript), wav (N,) at `rate` Hz; sounds of one system share its name. Each
-    submission of the form is one listener; `rate_all` does the same without a page.
+    pairs: (name, wav) or (name, wav, transcript), wav (N,) at `rate` Hz; sounds of one system share
+    its name; their order is random. Each submission of the form is one listener; `rate_all` does
+    the same without a page.
     """
 
     script = "listening"
 
     def __init__(self, pairs, interactive=False, rate=SAMPLE_RATE, seed=0):
-        self.pairs = [(str(pair[0]), array(pair[1], 1, "a sound"), pair[2] if len(pair) > 2 else "") for pair in pairs]
+        triples = ((*pair, "")[:3] for pair in pairs)
+        self.pairs = [(str(name), array(wav, 1, "a sound"), words) for name, wav, words in triples]
         if not self.pairs:
             raise ValueError("a listening test needs sounds: pass pairs (name, wav).")
         self.rate, self.marks, self._shuffle = rate, [], np.random.default_rng(seed)
@@ -36,16 +39,20 @@ class Listening(Widget):
         return [self.pairs[which][0] for which in self._state["order"]]
 
     def rate_all(self, marks):
-        """One listener's marks, one for each pair in the order of `pairs`. Raises ValueError unless all are 1 to 5."""
+        """One listener's marks, in the order of `pairs`. Raises ValueError unless all are 1 to
+        5."""
         if len(marks) != len(self.pairs) or not all(mark in (1, 2, 3, 4, 5) for mark in marks):
-            raise ValueError(f"a listener gives {len(self.pairs)} marks from 1 to 5, not {list(marks)}.")
+            raise ValueError(f"a listener gives {len(self.pairs)} marks from 1 to 5, not "
+                             f"{list(marks)}.")
         self.marks.append([int(mark) for mark in marks])
         return self.result()
 
     def result(self):
-        """{name: {"n", "mean", "low", "high"}}: mean opinion score and its 95 % interval, and "all" over several names.
+        """{name: {"n", "mean", "low", "high"}}: mean opinion score and its 95 % interval; of
+        several names also "all".
 
-        low and high are None for a single mark, and never leave the scale. Empty before the first listener.
+        low and high are None for a single mark, and never leave the scale. Empty before the first
+        listener.
         """
         marks = {}
         for row in self.marks:
@@ -70,21 +77,14 @@ class Listening(Widget):
         return f"<listening test: {len(self.pairs)} sounds, {len(self.marks)} listeners>"
 
     def _static(self):
-        shuffled = [self.pairs[which] for which in self._state["order"]]
-        sounds = show.compare(*((f"Sound {k + 1}", *pair[1:]) for k, pair in enumerate(shuffled)), rate=self.rate)
-        if not self.marks:
-            return [
-                sounds,
-                show.table(
-                    [["1 bad", "2 poor", "3 fair", "4 good", "5 excellent"]],
-                    caption="How natural does each sound seem?",
-                ),
-            ]
-        rows = [[name, *(value if isinstance(value, int) else "–" if value is None else f"{value:.2f}"
-                         for value in row.values())] for name, row in self.result().items()]  # fmt: skip
-        return [
-            sounds,
-            show.table(
-                rows, ["sound", "marks", "mean", "from", "to"], "Mean opinion score with its 95 % confidence interval"
-            ),
-        ]
+        pairs = [self.pairs[which] for which in self._state["order"]]
+        named = [(f"Sound {number}", *pair[1:]) for number, pair in enumerate(pairs, 1)]
+        marks = show.table([["1 bad", "2 poor", "3 fair", "4 good", "5 excellent"]],
+                           caption="How natural does each sound seem?")  # fmt: skip
+        if self.marks:
+            rows = [[name, row["n"], *("–" if row[key] is None else f"{row[key]:.2f}"
+                                       for key in ("mean", "low", "high"))]
+                    for name, row in self.result().items()]  # fmt: skip
+            marks = show.table(rows, ["sound", "marks", "mean", "from", "to"],
+                               "Mean opinion score with its 95 % confidence interval")  # fmt: skip
+        return [show.compare(*named, rate=self.rate), marks]

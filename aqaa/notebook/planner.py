@@ -1,6 +1,7 @@
-"""The planner: choose GPUs, a weight format and a context; see what fits, and how soon and how fast it could talk.
+"""The planner: choose GPUs, a weight format and a context; see what fits, and how fast it could
+talk.
 
-Every number is a sum of aqaa/scale/plan.py, which says what in it is arithmetic and what an assumption.
+Every number is a sum of aqaa/scale/plan.py, which says what in it is arithmetic and what assumed.
 """
 
 from aqaa.backbone.memory import BITS
@@ -13,125 +14,146 @@ from aqaa.scale.plan import ALL_REDUCE, GPUS, INTERLEAVE_RATE, plan
 from aqaa.scale.plan_table import check, read_model, setups, what_would_fit
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # ids
-PARTS = {  # of Plan.memory: words, colour (black print is readable on each), and hatching where only shown
+PARTS = {  # of Plan.memory: words, colour (black print is readable on each), hatching where static
     "weights": ("weights", LINES[5], ""), "embedding": ("embedding", LINES[4], "///"),
     "cache": ("KV cache", "#2AA983", ""), "buffers": ("prefill buffers", LINES[3], "xxx"),
-    "speech": ("tokenizers, vocoder", "#F0E442", ""), "reserved": ("driver, graphs", "#D0D0D0", "..."),
+    "speech": ("tokenizers, vocoder", "#F0E442", ""),
+    "reserved": ("driver, graphs", "#D0D0D0", "..."),
 }  # fmt: skip
 SHOWN = ("bf16", "fp8", "int4")  # in the static view; int8 weighs what fp8 does
-COLUMNS = "First sound: s after a question of 3 s. Wait: s from the first id on, for an answer so long never to stall."
-RATES = {"audio alone": TOKENS_PER_SECOND, "text and audio": INTERLEAVE_RATE}  # tokens/s that speech uses up
+COLUMNS = ("First sound: s after a question of 3 s. Wait: s from the first id on, for an answer so "
+           "long never to stall.")  # fmt: skip
+RATES = {  # tokens/s that speech uses up
+    "audio alone": TOKENS_PER_SECOND,
+    "text and audio": INTERLEAVE_RATE,
+}
 
 
 class Planner(Widget):
-    """Choose GPUs, weight format and context; see memory by part, the rate, and when speech could begin.
+    """Choose GPUs, weight format and context; see memory by part, the rate, and the first sound.
 
-    model: 130b, 3b, mini or a folder, as of `aqaa plan`; gpus, weights, context: what is chosen at first, as in `plan`.
-    found: the aqaa.scale.plan.Plan that is shown. The static view compares the usual GPUs.
+    model: 130b, 3b, mini or a folder, as of `aqaa plan`; gpus, weights, context: what is chosen at
+    first, as in `plan`. chosen: the Plan that is shown. The static view compares the usual GPUs.
     """
 
     script = "planner"
 
-    def __init__(self, model="130b", interactive=False, gpus="1xH200", weights="int4", context=2048):
+    def __init__(
+        self, model="130b", interactive=False, gpus="1xH200", weights="int4", context=2048
+    ):
         super().__init__(interactive)
         self.model = model
         self.plan(gpus, weights, context)
         if interactive:
             longest = read_model(model)[1].max_seq_len
             self._open(
-                model=self.found.setup.model,
-                gpus=list(GPUS),
-                counts=list(ALL_REDUCE),
-                formats=list(BITS),
+                model=self.chosen.setup.model, gpus=list(GPUS), counts=list(ALL_REDUCE),
+                formats=list(BITS), rates=RATES, note=reliance(),
                 contexts=sorted({context, *(n for n in CONTEXTS if n <= longest)}),
-                parts=[[name, *looks[:2]] for name, looks in PARTS.items()],
-                rates=RATES,
-                note=reliance(),
-            )
+                parts=[[name, *look[:2]] for name, look in PARTS.items()],
+            )  # fmt: skip
 
     def plan(self, gpus="1xH200", weights="int4", context=2048):
-        """The Plan of GPUs ("4xH100-80"), a format and a context in ids; what the page shows from now on.
+        """The Plan of GPUs ("4xH100-80"), a format and a context in ids; the page shows it from now
+        on.
 
         Raises ValueError for what cannot be; what was shown then stays.
         """
         (setup,) = setups(self.model, [gpus], weights, context=context)
-        self.found = plan(setup)
-        chosen = {"gpu": setup.gpu.name, "count": setup.count, "weights": weights, "context": context}
-        card = {"format": setup.format, "card": setup.gpu.memory}
-        self._set(chosen=chosen, plan={**self.found.to_dict(), **card}, message=in_words(self.found))
-        return self.found
+        self.chosen = plan(setup)
+        shown = {**self.chosen.to_dict(), "format": setup.format, "card": setup.gpu.memory}
+        chosen = {"gpu": setup.gpu.name, "count": setup.count, "weights": weights,
+                  "context": context}  # fmt: skip
+        self._set(chosen=chosen, plan=shown, message=in_words(self.chosen))
+        return self.chosen
 
     def _on_set(self, message, _):
-        new = {**self._state["chosen"], **{name: message[name] for name in self._state["chosen"] if name in message}}
+        new = {name: message.get(name, value) for name, value in self._state["chosen"].items()}
         self.plan(f"{int(new['count'])}x{new['gpu']}", new["weights"], int(new["context"]))
 
     def __repr__(self):
-        setup = self.found.setup
-        card = f"{self.found.total:.1f} of {setup.gpu.memory:.1f} GiB a card"
-        return f"<planner: {setup.model} {setup.format} on {setup.count}x{setup.gpu.name}, {setup.context} ids, {card}>"
+        setup = self.chosen.setup
+        return (f"<planner: {setup.model} {setup.format} on {setup.gpus}, {setup.context} ids, "
+                f"{_filled(self.chosen)}>")  # fmt: skip
 
     def _static(self):
-        setup = self.found.setup
-        plans = [plan(one) for one in setups(self.model, context=setup.context) if one.weights in SHOWN]
+        setup = self.chosen.setup
+        asked = setups(self.model, context=setup.context)
+        plans = [plan(setup) for setup in asked if setup.weights in SHOWN]
         title = f"{setup.model}, {setup.context} ids of context, one listener"
-        table = show.table([_row(one) for one in plans], caption=f"{title}. {reliance()} {COLUMNS}")
-        chosen = show.table([[self._state["message"]]], ["Chosen"])
-        return [chosen, compared(plans, title), table]
+        caption = f"{title}. {reliance()} {COLUMNS}"
+        return [
+            show.table([[self._state["message"]]], ["Chosen"]),
+            compared(plans, title),
+            show.table([_row(plan) for plan in plans], caption=caption),
+        ]
 
 
 def reliance():
-    """What the rates of a Plan rest on, in words."""
-    ratios = [row["ratio"] for row in check(data_folder() / "runs") if row["what"].startswith("tokens")]
-    said = f"recorded runs reached {min(ratios)} to {max(ratios)} of them" if ratios else "no recorded run confirms any"
-    where = "measured for int4 and fp8 on one H200, elsewhere assumed"
-    return f"At most: bandwidth over bytes a token. Estimates rest on efficiencies, {where}: {said}."
+    """The evidence for the rates of a Plan, in words."""
+    rows = check(data_folder() / "runs")
+    ratios = [row["ratio"] for row in rows if row["what"].startswith("tokens")]
+    runs = "no recorded run confirms any"
+    if ratios:
+        runs = f"recorded runs reached {min(ratios)} to {max(ratios)} of them"
+    return ("At most: bandwidth over bytes a token. Estimates rest on efficiencies, measured for "
+            f"int4 and fp8 on one H200, elsewhere assumed: {runs}.")  # fmt: skip
 
 
-def in_words(found):
+def _filled(plan):
+    return f"{plan.total:.1f} of {plan.setup.gpu.memory:.1f} GiB a card"
+
+
+def in_words(plan):
     """A Plan in a few sentences."""
-    setup = found.setup
-    if not found.fits:
+    setup, wait = plan.setup, plan.delay[10]
+    if not plan.fits:
         return what_would_fit(setup)
-    if found.interleave:
+    if plan.interleave:
         verdict = "enough for text and audio together, so the first block is all the waiting"
-    elif found.steady:
-        verdict = f"enough for audio, and an answer of 10 s never stalls if it waits for {found.delay[10]:.2f} s"
+    elif plan.steady:
+        verdict = ("enough for audio, and an answer of 10 s never stalls if it waits for "
+                   f"{wait:.2f} s")  # fmt: skip
     else:
-        verdict = f"less than audio uses up: an answer of 10 s must wait for {found.delay[10]:.1f} s, longer ones more"
+        verdict = (f"less than audio uses up: an answer of 10 s must wait for {wait:.1f} s, "
+                   "longer ones more")  # fmt: skip
     return (
-        f"{setup.format} on {setup.count}x{setup.gpu.name} with {setup.context} ids: {found.total:.1f} of "
-        f"{setup.gpu.memory:.1f} GiB a card; at most {found.ceiling:.0f} tokens a second, by estimate "
-        f"{found.rate:.0f}, {verdict}."
+        f"{setup.format} on {setup.gpus} with {setup.context} ids: {_filled(plan)}; at most "
+        f"{plan.ceiling:.0f} tokens a second, by estimate {plan.rate:.0f}, {verdict}."
     )
 
 
-def _row(found):
+def _row(plan):
     """A line of the static table."""
-    setup = found.setup
+    setup = plan.setup
     cells = {
-        "GPUs": f"{setup.count}x{setup.gpu.name}", "weights": setup.format, "GiB": f"{found.total:.1f}",
-        "ms, least": f"{1000 * found.floor:.1f}", "tokens/s, most": f"{found.ceiling:.0f}",
-        "estimate": f"{found.rate:.0f}", "first sound": f"{found.first_sound[3]:.2f}",
-        "enough for": "text too" if found.interleave else "audio" if found.steady else "neither",
-        **{f"wait {n} s": f"{delay:.2f}" for n, delay in found.delay.items()},
+        "GPUs": setup.gpus, "weights": setup.format, "GiB": f"{plan.total:.1f}",
+        "ms, least": f"{1000 * plan.floor:.1f}", "tokens/s, most": f"{plan.ceiling:.0f}",
+        "estimate": f"{plan.rate:.0f}", "first sound": f"{plan.first_sound[3]:.2f}",
+        "enough for": "text too" if plan.interleave else "audio" if plan.steady else "neither",
+        **{f"wait {n} s": f"{delay:.2f}" for n, delay in plan.delay.items()},
     }  # fmt: skip
-    if not found.fits:
+    if not plan.fits:
         cells |= dict.fromkeys(list(cells)[3:], "–") | {"estimate": "does not fit"}
     return cells
 
 
 @styled
 def compared(plans, title="", alt=""):
-    """Memory of one card by part beside its size, and the rates, of several Plans: a row for each of them."""
-    figure, (memory, rates) = canvas(1.1 + 0.22 * len(plans), 1, 2, sharey=True, gridspec_kw={"width_ratios": (1.2, 1)})
-    gpus = [f"{found.setup.count}x{found.setup.gpu.name}" for found in plans]
+    """Memory of one card by part beside its size, and the rates, of several Plans: a row for
+    each."""
+    figure, (memory, rates) = canvas(
+        1.1 + 0.22 * len(plans), 1, 2, sharey=True, gridspec_kw={"width_ratios": (1.2, 1)}
+    )
     rows, left = range(len(plans)), [0.0] * len(plans)
     for name, (words, colour, hatch) in PARTS.items():
-        sizes = [found.memory[name] for found in plans]
-        memory.barh(rows, sizes, 0.7, left, color=colour, hatch=hatch, edgecolor="0.3", linewidth=0.4, label=words)
+        sizes = [plan.memory[name] for plan in plans]
+        memory.barh(rows, sizes, 0.7, left, color=colour, hatch=hatch, edgecolor="0.3",
+                    linewidth=0.4, label=words)  # fmt: skip
         left = [a + b for a, b in zip(left, sizes)]
-    memory.plot([found.setup.gpu.memory for found in plans], rows, "k|", ms=9, mew=2.5, label="the card")
-    memory.set_yticks(rows, [f"{name} {found.setup.format}" for name, found in zip(gpus, plans)])
+    cards = [plan.setup.gpu.memory for plan in plans]
+    memory.plot(cards, rows, "k|", ms=9, mew=2.5, label="the card")
+    memory.set_yticks(rows, [f"{plan.setup.gpus} {plan.setup.format}" for plan in plans])
     memory.invert_yaxis()
     memory.set_xlabel("memory of one card (GiB)")
     fits = [row for row in rows if plans[row].fits]
@@ -142,14 +164,18 @@ def compared(plans, title="", alt=""):
     rates.plot(ceiling, fits, "|", color=LINES[0], ms=9, mew=2, label="at most")
     rates.plot(rate, fits, "o", color=LINES[1], mfc="w", label="estimate")
     for (words, needed), dash in zip(RATES.items(), ("--", ":")):
-        rates.axvline(needed, color="k", linestyle=dash, linewidth=1.2, label=f"{words} {needed:.4g}")
+        label = f"{words} {needed:.4g}"
+        rates.axvline(needed, color="k", linestyle=dash, linewidth=1.2, label=label)
     most = max([800, *ceiling])
     rates.set(xscale="log", xlabel="tokens a second", xlim=(10, most))
-    ticks = [step * 10**k for k in range(1, 7) for step in ((1, 2, 5) if most < 1000 else (1,)) if step * 10**k <= most]
+    steps = (1, 2, 5) if most < 1000 else (1,)
+    ticks = [step * 10**k for k in range(1, 7) for step in steps if step * 10**k <= most]
     rates.set_xticks(ticks, map(str, ticks))
     rates.tick_params(axis="y", length=0)
     for axis, columns in ((memory, 3), (rates, 2)):
         axis.grid(axis="x", color="0.9")
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns, fontsize=8)
-    words = "memory of one card by part beside its size, and tokens a second at most and by estimate, for "
-    return picture(figure, alt or words + ", ".join(dict.fromkeys(gpus)), title)
+    gpus = ", ".join(dict.fromkeys(plan.setup.gpus for plan in plans))
+    words = ("memory of one card by part beside its size, and tokens a second at most and by "
+             f"estimate, for {gpus}")  # fmt: skip
+    return picture(figure, alt or words, title)

@@ -1,4 +1,4 @@
-"""What a notebook cell shows without any front end: players, tables, code, recorded results, and every figure.
+"""What a notebook cell shows without a front end: players, tables, code, records, every figure.
 
     from aqaa.notebook import show
     show.setup(seed)
@@ -27,23 +27,35 @@ from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 from aqaa.files import data_folder
 from aqaa.notebook.charts import Table, bars, curves, ledger, radar
-from aqaa.notebook.figures import STYLE, Picture, array, attention, maps, mel, spectrogram, trajectory, waveform
+from aqaa.notebook.figures import (
+    STYLE,
+    Picture,
+    array,
+    attention,
+    maps,
+    mel,
+    spectrogram,
+    trajectory,
+    waveform,
+)
 from aqaa.notebook.strips import KINDS, alignment, blocks, sequence, streams, token_cells
 from aqaa.weights.model_folder import ROLES
 
 __all__ = [
-    "KINDS", "Picture", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars", "blocks", "check",
-    "compare", "curves", "ledger", "maps", "mel", "question", "questions", "radar", "recorded", "released", "sequence",
-    "setup", "shape", "sound", "source", "spectrogram", "streams", "table", "token_cells", "trajectory", "waveform",
+    "KINDS", "Picture", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars",
+    "blocks", "check", "compare", "curves", "ledger", "maps", "mel", "question", "questions",
+    "radar", "recorded", "released", "sequence", "setup", "shape", "sound", "source",
+    "spectrogram", "streams", "table", "token_cells", "trajectory", "waveform",
 ]  # fmt: skip
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # Hz
 PEAK = 10 ** (-3 / 20)  # of a player's sound: 3 dB below full scale
-PUBLISHED = dict(zip(ROLES, ("Step-Audio-Tokenizer", "Step-Audio-AQAA", "Step-Audio-TTS-3B")))  # role: its folder
+FOLDERS = ("Step-Audio-Tokenizer", "Step-Audio-AQAA", "Step-Audio-TTS-3B")
+PUBLISHED = dict(zip(ROLES, FOLDERS))
 
 
 def setup(seed=0):
-    """Begin a notebook: seed every generator, three digits, our figure style; one thread, as small matrices gain
-    nothing from a second one and lose much where another program wants its core."""
+    """Begin a notebook: seeds, three digits, our figure style, and one thread: small matrices gain
+    nothing from a second one, and lose much where another program wants its core."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -53,16 +65,19 @@ def setup(seed=0):
     matplotlib.rcParams.update(STYLE)
 
 
-# ---- sound ----------------------------------------------------------------------------------------------------------
-
-
 class Sound:
-    """A player of one sound. `wav` (N,) float32 as handed in, `rate` Hz, `mp3` the bytes it plays."""
+    """A player: wav (N,) at `rate` Hz; level=False keeps its loudness, else the peak is put at -3
+    dB.
+
+    `wav` is float32, `mp3` the bytes that it plays.
+    """
 
     def __init__(self, wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
-        self.wav, self.rate, self.title, self.transcript = array(wav, 1, "the sound"), int(rate), title, transcript
+        self.wav, self.rate = array(wav, 1, "the sound"), int(rate)
+        self.title, self.transcript = title, transcript
         if not audio.RATES[0] <= self.rate <= audio.RATES[1]:
-            raise ValueError(f"a sound of {rate} samples a second cannot be played: pass its rate in Hz.")
+            raise ValueError(f"a sound of {rate} samples a second cannot be played: "
+                             "pass its rate in Hz.")
         self.mp3 = _mp3(self.wav, self.rate, level)
 
     @property
@@ -75,18 +90,20 @@ class Sound:
         return f"<sound {self.seconds:.2f} s @ {self.rate} Hz{words}>"
 
     def _repr_html_(self):
-        named = ", ".join(filter(None, [self.title or "sound", self.transcript, f"{self.seconds:.2f} s"]))
+        parts = (self.title or "sound", self.transcript, f"{self.seconds:.2f} s")
+        named = ", ".join(filter(None, parts))
+        data = base64.b64encode(self.mp3).decode()
         words = f"<div>“{escape(self.transcript)}”</div>" if self.transcript else ""
         title = f"<b>{escape(self.title)}</b> · " if self.title else ""
         return (
             f'<figure style="margin:0"><figcaption>{title}{self.seconds:.2f} s</figcaption>'
             f'<audio controls preload="none" aria-label="{escape(named)}" '
-            f'src="data:audio/mpeg;base64,{base64.b64encode(self.mp3).decode()}"></audio>{words}</figure>'
+            f'src="data:audio/mpeg;base64,{data}"></audio>{words}</figure>'
         )
 
 
 def _mp3(wav, rate, level):
-    """(N,) -> bytes of an MP3 at a rate that MP3 knows, about 4 KB a second, peak at -3 dB where level is true."""
+    """(N,) -> bytes of an MP3 at a rate that MP3 knows, about 4 KB a second."""
     if rate not in MP3_RATES:
         to = next((known for known in MP3_RATES if known >= rate), MP3_RATES[-1])
         wav, rate = audio.resample(torch.from_numpy(wav), rate, to).numpy(), to
@@ -94,11 +111,12 @@ def _mp3(wav, rate, level):
     if level and peak > audio.SILENCE:
         wav = wav * (PEAK / peak)
     buffer = io.BytesIO()
-    soundfile.write(
-        buffer, np.clip(wav, -1, 1), rate, format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="VARIABLE",
-        compression_level=0.7,
-    )  # fmt: skip
+    soundfile.write(buffer, np.clip(wav, -1, 1), rate, format="MP3", subtype="MPEG_LAYER_III",
+                    bitrate_mode="VARIABLE", compression_level=0.7)  # fmt: skip
     return buffer.getvalue()
+
+
+sound = Sound  # as notebooks call it
 
 
 class Player:
@@ -115,40 +133,36 @@ class Player:
         return f'<div style="display:flex;flex-wrap:wrap;gap:1.5em">{inside}</div>'
 
 
-def sound(wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
-    """A player: wav (N,) at `rate` Hz; level=False keeps its loudness, otherwise the peak is put at -3 dB."""
-    return Sound(wav, rate, title, transcript, level)
-
-
 def compare(*pairs, rate=SAMPLE_RATE, transcript="", level=True):
-    """Players side by side: (title, wav) or (title, wav, transcript) each, or what `sound` gave (any rate)."""
+    """Players side by side: (title, wav), (title, wav, transcript), or what `sound` gave (any
+    rate)."""
     if not pairs:
         raise ValueError("compare needs sounds: pairs (title, wav), or what show.sound returned.")
     sounds = []
     for pair in pairs:
-        if not isinstance(pair, (Sound, tuple, list)) or (not isinstance(pair, Sound) and len(pair) not in (2, 3)):
-            raise ValueError("compare takes (title, wav), (title, wav, transcript), or what show.sound returned.")
+        if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
+            title, wav, words = (*pair, transcript)[:3]
+            pair = Sound(wav, rate, str(title), words, level)
         if not isinstance(pair, Sound):
-            pair = Sound(pair[1], rate, str(pair[0]), pair[2] if len(pair) == 3 else transcript, level)
+            raise ValueError("compare takes (title, wav), (title, wav, transcript), or what "
+                             "show.sound returned.")
         sounds.append(pair)
     return Player(sounds)
 
 
-# ---- words and numbers ----------------------------------------------------------------------------------------------
-
-
-def table(rows, head=None, caption=""):
-    """A table of rows (lists, or dicts whose keys are the head); plain text where HTML is not shown."""
-    return Table(rows, head, caption)
+table = Table  # as notebooks call it
 
 
 def shape(name, tensor, *axes):
-    """Print the shape with the names of its axes: `mel  (batch 1, bins 80, frames 258)  float32`."""
+    """Print the shape with the names of its axes: `mel  (batch 1, bins 80, frames 258)
+    float32`."""
     sizes = tuple(tensor.shape) if hasattr(tensor, "shape") else (len(tensor),)
     if len(axes) != len(sizes):
-        raise ValueError(f"{name} has {len(sizes)} axes {sizes}: give as many names, not {len(axes)}.")
+        raise ValueError(f"{name} has {len(sizes)} axes {sizes}: give as many names, not "
+                         f"{len(axes)}.")
     kind = str(getattr(tensor, "dtype", type(tensor).__name__)).removeprefix("torch.")
-    print(f"{name}  ({', '.join(f'{axis} {size}' for axis, size in zip(axes, sizes))})  {kind}")
+    named = ", ".join(f"{axis} {size}" for axis, size in zip(axes, sizes))
+    print(f"{name}  ({named})  {kind}")
 
 
 class Source:
@@ -165,8 +179,8 @@ class Source:
 
 
 def source(obj):
-    """The package's code of a function, method, property or class, with its path in the repository."""
-    name = getattr(obj, "attrname", None)  # a cached property knows its own name, its function may be a lambda
+    """The package's code of a function, method, property or class, with its path."""
+    name = getattr(obj, "attrname", None)  # of a cached property, whose function may be a lambda
     obj = getattr(obj, "fget", None) or getattr(obj, "func", None) or obj
     obj = inspect.unwrap(obj) if callable(obj) else obj
     try:
@@ -174,12 +188,13 @@ def source(obj):
         code = textwrap.dedent(inspect.getsource(obj)).rstrip()
         path = path.relative_to(Path(aqaa.__file__).resolve().parent.parent)
     except (TypeError, OSError, ValueError):
-        raise ValueError(f"{obj!r} has no code in this package: pass a function or class of aqaa.") from None
+        raise ValueError(f"{obj!r} has no code in this package: "
+                         "pass a function or class of aqaa.") from None
     return Source(path.as_posix(), name or getattr(obj, "__qualname__", obj.__name__), code)
 
 
 def recorded(name):
-    """A result measured once and kept in data/runs/NAME.json: prints where it comes from, returns the dict."""
+    """A result kept in data/runs/NAME.json: prints where it comes from, returns the dict."""
     folder = data_folder() / "runs"
     path = folder / f"{name}.json"
     if not path.is_file():
@@ -191,37 +206,39 @@ def recorded(name):
 
 
 def released(role):
-    """Path of the released folder that $AQAA_TOKENIZER, $AQAA_BACKBONE or $AQAA_VOCODER names; None, and a sentence
-    that says what to set, where it names none."""
+    """Path of the folder that $AQAA_TOKENIZER, $AQAA_BACKBONE or $AQAA_VOCODER names; where it
+    names none, None and a sentence that says what to set."""
     if role not in PUBLISHED:
         raise ValueError(f"no released folder is a {role!r}: choose {', '.join(PUBLISHED)}.")
     variable = f"AQAA_{role.upper()}"
     if folder := os.environ.get(variable):
         return Path(folder)
-    print(f"set ${variable} to the folder {PUBLISHED[role]} and run this cell again: it shows the published network")
+    print(f"set ${variable} to the folder {PUBLISHED[role]} and run this cell again: "
+          "it shows the published network")  # fmt: skip
 
 
 def check(condition, message):
-    """State something and see whether it holds: prints "ok: message", or raises AssertionError with it."""
+    """State something that should hold: prints "ok: message", or raises AssertionError with it."""
     try:
         holds = bool(condition)
     except (RuntimeError, ValueError):
-        raise ValueError(f"check ({message}) got many values: reduce them with .all() or torch.equal.") from None
+        raise ValueError(f"check ({message}) got many values: "
+                         "reduce them with .all() or torch.equal.") from None
     assert holds, f"this does not hold: {message}"
     print(f"ok: {message}")
 
 
-# ---- questions ------------------------------------------------------------------------------------------------------
-
-
 def questions(folder=None):
-    """The spoken questions of data/questions: dicts with file, path, transcript, answer, manner, intent, voice, …"""
+    """The spoken questions of data/questions: dicts with file, path, transcript, answer, intent,
+    …"""
     folder = Path(folder) if folder else data_folder() / "questions"
     index = folder / "questions.json"
     if not index.is_file():
-        raise ValueError(f"there is no questions.json in {folder.name}: name a folder of questions.")
-    place = Path(os.path.relpath(folder))  # relative, so that no output depends on where the repository lies
-    return [{**entry, "path": place / entry["file"]} for entry in json.loads(index.read_text(encoding="utf-8"))]
+        raise ValueError(f"there is no questions.json in {folder.name}: "
+                         "name a folder of questions.")
+    place = Path(os.path.relpath(folder))  # so that no output depends on where the repository lies
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    return [{**entry, "path": place / entry["file"]} for entry in entries]
 
 
 def question(name="capital", folder=None):
@@ -230,4 +247,5 @@ def question(name="capital", folder=None):
     for entry in known:
         if name in (entry["intent"], entry["file"], Path(entry["file"]).stem):
             return entry
-    raise ValueError(f"no question {name!r}: choose one of {', '.join(dict.fromkeys(e['intent'] for e in known))}.")
+    intents = ", ".join(dict.fromkeys(entry["intent"] for entry in known))
+    raise ValueError(f"no question {name!r}: choose one of {intents}.")

@@ -1,57 +1,63 @@
-"""Pictures of token sequences: strips over time, the merged sequence, an answer block by block, alignments."""
+"""Pictures of tokens: strips over time, the merged sequence, an answer by blocks, alignments."""
 
 import matplotlib
 import numpy as np
 from matplotlib.patches import Patch
 
-from aqaa.config import GROUP_SECONDS, GROUP_SIZE, LINGUISTIC_PER_GROUP, SAMPLE_RATE, SEMANTIC_PER_GROUP
-from aqaa.notebook.figures import array, canvas, draw_wave, integers, picture, printable, styled, write
+from aqaa import config
+from aqaa.config import GROUP_SECONDS, SAMPLE_RATE
+from aqaa.notebook import figures
+from aqaa.notebook.figures import array, canvas, integers, picture, printable, styled, write
 from aqaa.tokenizers import interleave
 
-KINDS = {  # letter and colour (Okabe and Ito, a marker grey); black print is readable on each of them
+KINDS = {  # letter and colour (Okabe and Ito, a marker grey); black print is readable on each
     "text": ("T", "#56B4E9"),
     "linguistic": ("L", "#E69F00"),
     "semantic": ("S", "#2AA983"),
     "marker": ("M", "#D0D0D0"),
 }
+AUDIO = ("linguistic", "semantic")
 CELL = 0.84  # height of a cell; rows are 1 apart
 MANY = 250  # ids of a sequence, beyond which printed codes would make the picture too large a file
 
 
 def token_cells(linguistic, semantic):
-    """Which time each code stands for: {"linguistic": [(start, end, code)], "semantic": …}, 60 and 40 ms each."""
-    streams = (("linguistic", linguistic, LINGUISTIC_PER_GROUP), ("semantic", semantic, SEMANTIC_PER_GROUP))
-    return {
-        kind: [
-            (round(i * GROUP_SECONDS / rate, 3), round((i + 1) * GROUP_SECONDS / rate, 3), code)
-            for i, code in enumerate(integers(codes, f"the {kind} codes"))
-        ]
-        for kind, codes, rate in streams
-    }
+    """The time of each code, 60 or 40 ms: {"linguistic": [(start, end, code)], "semantic": …}."""
+    rates = (config.LINGUISTIC_PER_GROUP, config.SEMANTIC_PER_GROUP)
+    cells = {}
+    for kind, codes, rate in zip(AUDIO, (linguistic, semantic), rates):
+        codes = integers(codes, f"the {kind} codes")
+        edges = [round(i * GROUP_SECONDS / rate, 3) for i in range(len(codes) + 1)]
+        cells[kind] = list(zip(edges, edges[1:], codes))
+    return cells
 
 
 @styled
 def streams(linguistic, semantic, wav=None, rate=SAMPLE_RATE, title="", alt=""):
     """Both sequences of codes as strips on one time axis, below the wave if there is one.
 
-    linguistic: 60 ms a code, semantic: 40 ms. The shade goes with the code, so that repetitions are seen; codes are
-    printed when they fit (about 3 s).
+    linguistic: 60 ms a code, semantic: 40 ms. The shade goes with the code, so that repetitions are
+    seen; codes are printed when they fit (about 3 s).
     """
     cells = token_cells(linguistic, semantic)
-    wave = None if wav is None else array(wav, 1, "the sound")
-    seconds = max([row[-1][1] for row in cells.values()] + ([] if wave is None else [len(wave) / rate]))
-    ratios = [1.0] * (wave is not None) + [1.15]
-    figure, axes = canvas(1.6 + 1.2 * (wave is not None), len(ratios), sharex=True, height_ratios=ratios)
-    if wave is not None:
-        draw_wave(axes[0], wave, rate)
+    seconds = max(row[-1][1] for row in cells.values())
+    if wav is None:
+        figure, axes = canvas(1.6, 1, sharex=True, height_ratios=[1.15])
+    else:
+        wave = array(wav, 1, "the sound")
+        seconds = max(seconds, len(wave) / rate)
+        figure, axes = canvas(1.6 + 1.2, 2, sharex=True, height_ratios=[1.0, 1.15])
+        figures.draw_wave(axes[0], wave, rate)
     for y, (kind, row) in zip((1, 0), cells.items()):
         fits = (row[0][1] - row[0][0]) / seconds * 600 > 8
-        _boxes(axes[-1], y, row, KINDS[kind][1], [str(code) for *_, code in row] if fits else None, 90)
+        labels = [str(code) for *_, code in row] if fits else None
+        _boxes(axes[-1], y, row, KINDS[kind][1], labels, 90)
     axes[-1].set_yticks((1, 0), ["L linguistic\n60 ms each", "S semantic\n40 ms each"], fontsize=9)
     axes[-1].set(xlim=(0, seconds), ylim=(-0.5, 1.5), xlabel="time (s)")
     axes[-1].tick_params(axis="y", length=0)
     first, second = map(len, cells.values())
-    words = f"{first} linguistic codes of 60 ms and {second} semantic codes of 40 ms on one time axis"
+    words = (f"{first} linguistic codes of 60 ms and {second} semantic codes of 40 ms "
+             "on one time axis")  # fmt: skip
     return picture(figure, alt or words, title)
 
 
@@ -59,11 +65,12 @@ def _boxes(axis, y, spans, colour, labels=None, rotation=0, size=7):
     """A row of boxes (start, end, code): the shade of a colour goes with the code."""
     base = np.array(matplotlib.colors.to_rgb(colour))
     # The golden ratio sends neighbouring codes to shades that are far apart.
-    shades = [base + (1 - base) * (0.1 + 0.7 * (_number(code) * 0.618034 % 1)) for *_, code in spans]
-    starts, ends = [start for start, *_ in spans], [end for _, end, *_ in spans]
-    widths = [end - start for start, end in zip(starts, ends)]
-    axis.bar(starts, CELL, widths, y - CELL / 2, align="edge", color=shades, edgecolor="white", linewidth=0.6)
-    for start, end, label in zip(starts, ends, labels or ()):
+    pale = [0.1 + 0.7 * (_number(code) * 0.618034 % 1) for *_, code in spans]
+    shades = [base + (1 - base) * share for share in pale]
+    starts, widths = [start for start, *_ in spans], [end - start for start, end, _ in spans]
+    axis.bar(starts, CELL, widths, y - CELL / 2, align="edge", color=shades, edgecolor="white",
+             linewidth=0.6)  # fmt: skip
+    for (start, end, _), label in zip(spans, labels or ()):
         write(axis, (start + end) / 2, y, label, size, rotation)
 
 
@@ -77,26 +84,24 @@ def kinds_of(ids, id_ranges):
 
 
 def _labels(ids, kinds, id_ranges, text):
-    """What is printed in the cells: the piece of a text id, the code of an audio id, the number of a marker."""
+    """What is printed in the cells: the piece of a text id, the code of an audio id, or the id."""
     first = {"linguistic": id_ranges.n_text, "semantic": id_ranges.semantic_start}
-    return [
-        printable(text.tokenizer.id_to_token(token)) if kind == "text" and text else str(token - first.get(kind, 0))
-        for token, kind in zip(ids, kinds)
-    ]
+    return [printable(text.tokenizer.id_to_token(token)) if kind == "text" and text
+            else str(token - first.get(kind, 0)) for token, kind in zip(ids, kinds)]  # fmt: skip
 
 
 @styled
 def sequence(ids, id_ranges, text=None, per_row=50, alt="", title=""):
-    """A merged sequence as coloured cells T, L, S, M, read like a page, with the piece, code or number of each.
+    """A merged sequence as coloured cells T, L, S, M, read like a page, with a label in each.
 
-    ids: of the backbone; id_ranges: model.ids; text: model.text, to print its pieces instead of numbers. Of more than
-    250 ids the codes are not printed.
+    ids: of the backbone; id_ranges: model.ids; text: model.text, to print its pieces instead of
+    numbers. Of more than 250 ids the codes are not printed.
     """
     ids = integers(ids, "the sequence")
     kinds = kinds_of(ids, id_ranges)
     labels = _labels(ids, kinds, id_ranges, text)
     if len(ids) > MANY:
-        labels = ["" if kind in ("linguistic", "semantic") else label for kind, label in zip(kinds, labels)]
+        labels = ["" if kind in AUDIO else label for kind, label in zip(kinds, labels)]
     rows = -(-len(ids) // per_row)
     figure, (axis,) = canvas(0.62 + 0.6 * rows)
     for row in range(rows):
@@ -105,14 +110,14 @@ def sequence(ids, id_ranges, text=None, per_row=50, alt="", title=""):
     axis.set_yticks([-row for row in range(rows)], [str(row * per_row) for row in range(rows)])
     axis.set(xlim=(0, max(min(per_row, len(ids)), 25)), ylim=(0.5 - rows, 0.5), ylabel="place")
     _key(figure, axis, kinds)
-    alt = alt or f"sequence of {len(ids)} ids: " + _count(kinds)
-    return picture(figure, alt, title)
+    return picture(figure, alt or f"sequence of {len(ids)} ids: {_count(kinds)}", title)
 
 
 def _kind_cells(axis, y, kinds, labels, upright):
-    """Cells one after the other, letter above, label below (or the label alone in text cells, when upright)."""
+    """Cells one after the other, letter above, label below, which stands upright or lies."""
     colours = [KINDS[kind][1] for kind in kinds]
-    axis.bar(range(len(kinds)), CELL, 1, y - CELL / 2, align="edge", color=colours, edgecolor="white", linewidth=0.8)
+    axis.bar(range(len(kinds)), CELL, 1, y - CELL / 2, align="edge", color=colours,
+             edgecolor="white", linewidth=0.8)  # fmt: skip
     for x, (kind, label) in enumerate(zip(kinds, labels)):
         write(axis, x + 0.5, y + 0.26, KINDS[kind][0], 7, weight="bold")
         write(axis, x + 0.5, y - 0.14, label, 6.5, 0 if upright else 90)
@@ -122,9 +127,9 @@ def _key(figure, axis, kinds):
     axis.spines[:].set_visible(False)
     axis.set_xticks([])
     axis.tick_params(axis="y", length=0)
-    handles = [Patch(color=KINDS[kind][1], label=f"{KINDS[kind][0]} {kind}") for kind in KINDS]
-    used = [handle for handle, kind in zip(handles, KINDS) if kind in kinds]
-    figure.legend(handles=used, loc="outside upper left", ncols=4, fontsize=9)
+    handles = [Patch(color=colour, label=f"{letter} {kind}")
+               for kind, (letter, colour) in KINDS.items() if kind in kinds]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=9)
 
 
 def _count(kinds):
@@ -135,8 +140,9 @@ def _count(kinds):
 def blocks(steps, ids, text, times=None, alt="", title=""):
     """An answer as it was generated: a row for each block, text pieces first, then audio cells.
 
-    steps: of model.generate, or ids; ids: model.ids; text: model.text. times: how many seconds each step took, one
-    number for all steps or one a step; then each row says when it was complete and how much sound there was by then.
+    steps: of model.generate, or ids; ids: model.ids; text: model.text. times: how many seconds each
+    step took, one number for all steps or one a step; then each row says when it was complete and
+    how much sound there was by then.
     """
     tokens = integers([getattr(step, "id", step) for step in steps], "the answer")
     kinds = kinds_of(tokens, ids)
@@ -146,22 +152,24 @@ def blocks(steps, ids, text, times=None, alt="", title=""):
     widest = max([b - a for a, b in zip([0, *ends], ends[:-1])] + [25])
     lines = []  # (name, first, last): a long block goes on in the next line
     for number, (a, b) in enumerate(zip([0, *ends], ends), 1):
-        lines += [(f"block {number}" if c == a else "", c, min(c + widest, b)) for c in range(a, b, widest)]
+        for first in range(a, b, widest):
+            name = f"block {number}" if first == a else ""
+            lines.append((name, first, min(first + widest, b)))
     figure, (axis,) = canvas(0.5 + 0.5 * len(lines))
     for y, (_, a, b) in enumerate(lines):
         _kind_cells(axis, -y, kinds[a:b], labels[a:b], upright=True)
-        heard = sum(kind in ("linguistic", "semantic") for kind in kinds[:b]) // GROUP_SIZE * GROUP_SECONDS
+        seconds = sum(kind in AUDIO for kind in kinds[:b]) // config.GROUP_SIZE * GROUP_SECONDS
         at = "" if clock is None else f"at {clock[b - 1]:.2f} s: "
-        write(axis, widest + 0.3, -y, f"{at}{heard:.2f} s of sound", 8, ha="left", clip_on=False)
+        write(axis, widest + 0.3, -y, f"{at}{seconds:.2f} s of sound", 8, ha="left", clip_on=False)
     axis.set_yticks([-y for y in range(len(lines))], [name for name, *_ in lines])
     axis.set(xlim=(0, widest * 1.27), ylim=(0.5 - len(lines), 0.5))
     _key(figure, axis, kinds)
-    return picture(figure, alt or f"answer of {len(ends)} blocks: " + _count(kinds), title)
+    return picture(figure, alt or f"answer of {len(ends)} blocks: {_count(kinds)}", title)
 
 
 def _block_ends(kinds):
     """Where a block ends: after its audio, before the next text or the next piece's marker."""
-    spoken = [kind in ("linguistic", "semantic") for kind in kinds]
+    spoken = [kind in AUDIO for kind in kinds]
     ends = [i for i in range(1, len(kinds)) if spoken[i - 1] and not spoken[i] and any(spoken[i:])]
     return [*ends, len(kinds)]
 
@@ -172,13 +180,14 @@ def _clock(times, count):
         return None
     times = np.full(count, float(times)) if np.ndim(times) == 0 else array(times, 1, "times")
     if len(times) != count:
-        raise ValueError(f"times must hold one number for each of the {count} steps, not {len(times)}.")
+        raise ValueError(f"times must hold one number for each of the {count} steps, not "
+                         f"{len(times)}.")
     return np.cumsum(times)
 
 
 @styled
 def alignment(x, y, names=("words", "codes"), title="", alt=""):
-    """Two labelled sequences over the same time, as two rows of boxes: lists of (start s, end s, label)."""
+    """Two labelled sequences over the same time, as rows of boxes: lists of (start, end, label)."""
     for row, name in zip((x, y), names):
         if not row or any(len(box) != 3 or not box[0] < box[1] for box in row):
             raise ValueError(f"{name} must be a list of (start, end, label) with start before end.")
@@ -186,13 +195,15 @@ def alignment(x, y, names=("words", "codes"), title="", alt=""):
     first, last = min(box[0] for box in [*x, *y]), max(box[1] for box in [*x, *y])
     for place, row, colour in ((1, x, KINDS["text"][1]), (0, y, KINDS["linguistic"][1])):
         pixels = 600 / (last - first)
-        flat = all(7 * len(str(label)) < (end - start) * pixels for start, end, label in row)
-        fits = [printable(label) if flat or (end - start) * pixels > 9 else "" for start, end, label in row]
-        _boxes(axis, place, row, colour, fits, 0 if flat else 90, 9 if flat else 7)
+        widths = [(end - start) * pixels for start, end, _ in row]
+        flat = all(7 * len(str(label)) < width for width, (*_, label) in zip(widths, row))
+        labels = [printable(label) if flat or width > 9 else ""
+                  for width, (*_, label) in zip(widths, row)]  # fmt: skip
+        _boxes(axis, place, row, colour, labels, 0 if flat else 90, 9 if flat else 7)
     for edge in sorted({time for box in x for time in box[:2]}):
         axis.axvline(edge, color="0.4", linewidth=0.8, linestyle=":", zorder=3)
     axis.set_yticks((1, 0), names)
     axis.tick_params(axis="y", length=0)
     axis.set(xlim=(first, last), ylim=(-0.5, 1.5), xlabel="time (s)")
-    alt = alt or f"{len(x)} {names[0]} above {len(y)} {names[1]} on one time axis"
-    return picture(figure, alt, title)
+    words = f"{len(x)} {names[0]} above {len(y)} {names[1]} on one time axis"
+    return picture(figure, alt or words, title)

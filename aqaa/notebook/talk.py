@@ -1,4 +1,5 @@
 """Recording a question and playing the answer."""
+
 import threading
 import time
 from collections.abc import Mapping
@@ -13,17 +14,19 @@ from aqaa.notebook.base import Widget, pcm16
 
 
 class Recorder(Widget):
-    """A question from the microphone; `audio()` is the recording, or else the fallback, so a notebook always goes on.
+    """A question from the microphone; `audio()` is the recording, else the fallback: a notebook
+    always goes on.
 
-    fallback: a path, (samples, rate), or an entry of `show.questions`. state: "fallback" (static), "idle", "recording",
-    "recorded", or "refused" with the reason in `message`.
+    fallback: a path, (samples, rate), or an entry of `show.questions`. state: "fallback" (static),
+    "idle", "recording", "recorded", or "refused" with the reason in `message`.
     """
 
     script = "recorder"
     LIMIT = 30  # seconds
     SHORTEST = 0.3  # seconds: less is a slip of the finger
     REFUSALS = {
-        "NotAllowedError": "The browser does not allow this page to use the microphone (see its address bar).",
+        "NotAllowedError": "The browser does not allow this page to use the microphone "
+                           "(see its address bar).",
         "NotFoundError": "No microphone was found.",
         "NotReadableError": "The microphone is in use by another program.",
         "InsecurePage": "A browser gives the microphone only to pages on localhost or https.",
@@ -33,10 +36,12 @@ class Recorder(Widget):
         if isinstance(fallback, Mapping):
             fallback, transcript = fallback["path"], fallback["transcript"]
         self.fallback, self.transcript = audio.load_question(fallback), transcript
-        super().__init__(interactive, phase="idle" if interactive else "fallback", message=self._ready(), sound=None)
+        phase = "idle" if interactive else "fallback"
+        super().__init__(interactive, phase=phase, message=self._ready(), sound=None)
         self._chunks, self._rate, self._recording = [], SAMPLE_RATE, None
         if interactive:
-            self._open(fallback=pcm16(self.fallback), rate=SAMPLE_RATE, transcript=transcript, limit=self.LIMIT)
+            self._open(fallback=pcm16(self.fallback), rate=SAMPLE_RATE, transcript=transcript,
+                       limit=self.LIMIT)  # fmt: skip
 
     @property
     def state(self):
@@ -49,25 +54,32 @@ class Recorder(Widget):
         return self._state["message"]
 
     def audio(self, rate=SAMPLE_RATE):
-        """The recording, else the fallback: (N,) float32 tensor at `rate` Hz. RuntimeError while it is recording."""
+        """The recording, else the fallback: (N,) float32 tensor at `rate` Hz.
+
+        Raises RuntimeError while it is recording.
+        """
         if self.state == "recording":
-            raise RuntimeError("the recorder is still recording: press its Stop button, then run this cell again.")
-        recorded = self.state == "recorded"
-        return audio.resample(*((self._recording, self._rate) if recorded else (self.fallback, SAMPLE_RATE)), to=rate)
+            raise RuntimeError("the recorder is still recording: press its Stop button, then run "
+                               "this cell again.")
+        if self.state == "recorded":
+            return audio.resample(self._recording, self._rate, to=rate)
+        return audio.resample(self.fallback, SAMPLE_RATE, to=rate)
 
     def __repr__(self):
         seconds = "" if self.state == "recording" else f", {len(self.audio()) / SAMPLE_RATE:.2f} s"
         return f"<recorder: {self.state}{seconds}>"
 
     def _static(self):
-        return [show.sound(self.fallback, title="Your question: the sample", transcript=self.transcript)]
+        title = "Your question: the sample"
+        return [show.sound(self.fallback, title=title, transcript=self.transcript)]
 
     def _ready(self):
         words = f" (“{self.transcript}”)" if self.transcript else ""
         return f"Nothing recorded yet; the sample question{words} stands in."
 
     def _refuse(self, reason):
-        self._set(phase="refused", message=f"{reason} The sample question is used instead.", sound=None)
+        message = f"{reason} The sample question is used instead."
+        self._set(phase="refused", message=message, sound=None)
 
     def _on_start(self, message, _):
         self._chunks, self._rate = [], int(message["rate"])
@@ -88,38 +100,37 @@ class Recorder(Widget):
             self._refuse("The recording is silent: is the right microphone chosen, and not muted?")
         else:
             self._recording = torch.from_numpy(wave)
-            self._set(
-                phase="recorded",
-                message=f"Recorded {seconds:.1f} s. Run the next cell.",
-                sound=pcm16(audio.resample(self._recording, self._rate)),
-            )
+            self._set(phase="recorded", message=f"Recorded {seconds:.1f} s. Run the next cell.",
+                      sound=pcm16(audio.resample(self._recording, self._rate)))  # fmt: skip
 
     def _on_error(self, message, _):
         name = message["name"]
-        self._refuse(self.REFUSALS.get(name, f"The microphone could not be opened ({name}: {message.get('message')})."))
+        other = f"The microphone could not be opened ({name}: {message.get('message')})."
+        self._refuse(self.REFUSALS.get(name, other))
 
     def _on_clear(self, *_):
         self._set(phase="idle", message=self._ready(), sound=None)
 
 
 class Player(Widget):
-    """Plays an answer while it is being made: show the player in one cell, call `play_stream` in the next.
+    """Plays an answer while it is being made: show it in one cell, call `play_stream` in the next.
 
-    answer: the finished Answer, None before that and after a stop. heard: (N,) samples of it, or what was made before
-    the stop. report: chunks, gaps (how often the sound had to wait for its next piece), first_ms (from the call to the
-    first sound), and where this was counted: on the "page", or in the "kernel", which knows when pieces were ready.
+    answer: the finished Answer, None before that and after a stop. heard: (N,) samples of it, or of
+    what was made before the stop. report: chunks, gaps (how often the sound had to wait for its
+    next piece), first_ms (from the call to the first sound), and where this was counted: on the
+    "page", or in the "kernel", which knows when pieces were ready.
 
-    With "Run All" the kernel reads what a page says only after the last cell, but a page sees at once what changes in
-    the state. So pieces travel in the state until the page has said that it is there, and as messages from then on.
+    With "Run All" the kernel reads what a page says only after the last cell, but a page sees at
+    once what changes in the state. So pieces travel in the state until the page has said that it is
+    there, and as messages from then on.
     """
 
     script = "player"
     rate = SAMPLE_RATE
 
     def __init__(self, interactive=False):
-        super().__init__(
-            interactive, phase="idle", text="", sound=None, rate=SAMPLE_RATE, message="Nothing said yet.", waiting=[]
-        )
+        super().__init__(interactive, phase="idle", text="", sound=None, rate=SAMPLE_RATE,
+                         message="Nothing said yet.", waiting=[])  # fmt: skip
         self.answer, self.report, self.heard = None, {}, torch.zeros(0)
         self._thread, self._fault, self._halt = None, None, threading.Event()
         self._number, self._listening = 0, False
@@ -132,9 +143,11 @@ class Player(Widget):
         return self._state["text"].strip()
 
     def play_stream(self, model, question, **sampling):
-        """Ask the model; interactive: returns at once and plays, otherwise collects. Stops an answer still playing.
+        """Ask the model; interactive: returns at once and plays, otherwise collects; returns
+        itself.
 
-        question: a Recorder, or what model.stream takes; sampling: as there. Returns the player.
+        question: a Recorder, or what model.stream takes; sampling: as there. An answer that still
+        plays is stopped.
         """
         if isinstance(question, Recorder):
             question = (question.audio(), SAMPLE_RATE)
@@ -144,9 +157,10 @@ class Player(Widget):
         self.answer, self.report, self.heard, self._fault = None, {}, torch.zeros(0), None
         self.rate = model.vocoder.sample_rate
         self._halt.clear()
-        self._set(phase="listening", text="", sound=None, rate=self.rate, error="", waiting=[])
-        self._set(message="hearing the question …")
-        self._thread = threading.Thread(target=self._run, args=(model, question, sampling), daemon=True)
+        self._set(phase="listening", text="", sound=None, rate=self.rate, error="", waiting=[],
+                  message="hearing the question …")  # fmt: skip
+        arguments = model, question, sampling
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
         return self if self.interactive else self.join()
 
@@ -156,7 +170,7 @@ class Player(Widget):
         self._say("silence")
 
     def join(self, timeout=None):
-        """Wait until the answer is made (seconds at most). What went wrong meanwhile is raised here.
+        """Wait until the answer is made (seconds at most). Raises what went wrong meanwhile.
 
         The page's Stop button is not heard while a cell waits.
         """
@@ -179,20 +193,23 @@ class Player(Widget):
                     ready.append((time.perf_counter() - began, len(piece.audio) / self.rate))
                     pieces.append(piece.audio)
                     self._say("chunk", pcm16(piece.audio), rate=self.rate)
-                self._set(phase="speaking", text=self._state["text"] + piece.text, message="making the answer …")
+                self._set(phase="speaking", text=self._state["text"] + piece.text,
+                          message="making the answer …")  # fmt: skip
             self.heard = torch.cat([torch.zeros(0), *pieces])
             stopped = self._halt.is_set()
             self.answer = None if stopped else getattr(talk, "answer", None)  # a generator has none
             self.report = {**waits(ready), "where": "kernel"}
             sound = pcm16(self.heard) if len(self.heard) else None
-            self._set(phase="stopped" if stopped else "done", sound=sound, message=self._summary(stopped))
+            phase = "stopped" if stopped else "done"
+            self._set(phase=phase, sound=sound, message=self._summary(stopped))
             self._say("end")
         except Exception as fault:  # the thread has nobody above it
             self._fault = fault
             self._set(phase="failed", error=str(fault), message="")
 
     def _say(self, kind, *sound, **message):
-        """To the page, numbered, so that it takes everything once: as a message if it listens, else in the state."""
+        """To the page, numbered, so that it takes everything once: a message, or in the state while
+        the page is not known to listen."""
         if self._view is None:
             return
         with self._lock:
@@ -201,10 +218,11 @@ class Player(Widget):
             if self._listening:
                 self._tell(message, *sound)
             else:
-                self._set(waiting=[*self._state["waiting"], {**message, "sound": sound[0] if sound else None}])
+                message["sound"] = sound[0] if sound else None
+                self._set(waiting=[*self._state["waiting"], message])
 
     def _summary(self, stopped):
-        """What is known: a kernel knows when pieces were ready, only a page knows when they were heard."""
+        """A kernel knows when pieces were ready; only a page knows when they were heard."""
         report, began = self.report, "Stopped: " * stopped
         made = f"{began}{len(self.heard) / self.rate:.1f} s made in {report['chunks']} pieces"
         if report["where"] == "kernel":
@@ -222,7 +240,8 @@ class Player(Widget):
         self._halt.set()
 
     def _on_report(self, message, _):
-        self.report = {name: message[name] for name in ("chunks", "gaps", "first_ms")} | {"where": "page"}
+        self.report = {name: message[name] for name in ("chunks", "gaps", "first_ms")}
+        self.report["where"] = "page"
         self._set(message=self._summary(self._state["phase"] == "stopped"))
 
     def __repr__(self):
@@ -232,13 +251,15 @@ class Player(Widget):
     def _static(self):
         if not len(self.heard):
             return [show.table([["Answer", self._state["message"]]])]
-        return [show.sound(self.heard, self.rate, "Answer", self.text)]  # no times: the same view at every run
+        return [show.sound(self.heard, self.rate, "Answer", self.text)]  # no times: always the same
 
 
 def waits(pieces):
-    """What a listener has of pieces [(ready s, seconds of sound)]: chunks, gaps (waits between them), first_ms."""
+    """Play-out of pieces [(ready s, seconds of sound)]: chunks, gaps (waits between them),
+    first_ms."""
     end, gaps = None, 0
     for ready, seconds in pieces:
         gaps += end is not None and ready > end
         end = max(ready, end or 0.0) + seconds
-    return {"chunks": len(pieces), "gaps": gaps, "first_ms": 1000 * pieces[0][0] if pieces else None}
+    first = 1000 * pieces[0][0] if pieces else None
+    return {"chunks": len(pieces), "gaps": gaps, "first_ms": first}

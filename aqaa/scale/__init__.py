@@ -1,1 +1,1 @@
-"""What 130 billion parameters need: quantised weights, a plan of memory and time, fast kernels, other engines."""
+"""What 130 billion parameters need: quantised weights, a plan of memory and time, other engines."""

@@ -1,14 +1,15 @@
 """`aqaa convert`: a language model of 16 bits to one of 4 or 8, a decoder layer at a time.
 
-A layer goes from the mapped shards through the quantiser into a shard of its own, so memory holds one layer and what
-rounding it needs. Each finished shard is entered, with its hash, in progress.json; a conversion that was cut off is
-called again and goes on behind the last whole one. The folder has the names of the published one with `qweight` and
-`scale` in place of `weight`, and a config.json that says how under "quantization".
+A layer goes from the mapped shards through the quantiser into a shard of its own, so memory holds
+one layer and what rounding it needs. Each finished shard is entered, with its hash, in
+progress.json; a conversion that was cut off is called again and goes on behind the last whole one.
+The folder has the names of the published one with `qweight` and `scale` in place of `weight`, and a
+config.json that says how under "quantization".
 """
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,21 +24,22 @@ from aqaa.backbone.layers import Step1DecoderLayer
 from aqaa.backbone.memory import resident_bytes
 from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
-from aqaa.config import BackboneConfig, check_group, largest_group
+from aqaa.config import BackboneConfig
 from aqaa.files import AGAIN, ModelError, check_file, fingerprint, read_json, replacing, write_json
-from aqaa.scale.quantize import Calibration, replace_linears
-from aqaa.weights import model_folder, shards
-from aqaa.weights.verify import all_finite
+from aqaa.scale.quantize import Calibration, group_for, replace_linears
+from aqaa.weights import model_folder, released, shards, verify
 
 METHODS = ("rtn", "gptq")
 PROGRESS = "progress.json"
 SPARE = 1.02  # room on the disk beyond the weights
 DIALOGUES = 128  # to calibrate with
+COMPANIONS = ("tokenizer.model", "tokenizer_config.json", "LICENSE")  # copied beside the shards
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A language model on disk: its sizes, {our name: its name}, {its name: Entry}, and the names left out."""
+    """A language model on disk: its sizes, {our name: its name}, {its name: Entry}, names left
+    out."""
 
     folder: Path
     config: BackboneConfig
@@ -47,63 +49,65 @@ class Origin:
 
     def tensor(self, name):
         """On the CPU, a view of the mapped file. Raises ModelError for a NaN or an infinity."""
-        entry = self.tensors[self.names[name]]
-        with safe_open(entry.path, "pt") as file:
-            tensor = file.get_tensor(self.names[name])
-        all_finite({self.names[name]: tensor}, entry.path)
+        theirs = self.names[name]
+        path = self.tensors[theirs].path
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(theirs)
+        verify.all_finite({theirs: tensor}, path)
         return tensor
 
     def parts(self):
-        """Names of what is converted together: the embedding, each layer, then the last norm and lm_head."""
-        found = [[] for _ in range(self.config.num_hidden_layers + 2)]
+        """Names of what is converted together: the embedding, each layer, the last norm and
+        lm_head."""
+        parts = [[] for _ in range(self.config.num_hidden_layers + 2)]
         for name in self.names:
-            pieces = name.split(".")
-            number = int(pieces[2]) + 1 if pieces[1] == "layers" else 0 if pieces[1] == "embed_tokens" else -1
-            found[number].append(name)
-        return found
+            kind, *rest = name.removeprefix("model.").split(".")
+            place = int(rest[0]) + 1 if kind == "layers" else 0 if kind == "embed_tokens" else -1
+            parts[place].append(name)
+        return parts
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantise: weights int4, int8 or fp8; group of int4, by default the largest usual one that divides every
-    layer; method rtn (to the nearest) or gptq."""
+    """How to quantise: weights int4, int8 or fp8; group of int4, by default the largest usual one
+    that divides every layer; method rtn (to the nearest) or gptq."""
 
     weights: str = "int4"
     group: int | None = None
     method: str = "rtn"
 
     def check(self, config):
-        """Raise ValueError for what is unknown, or a group that does not divide the widths of `config`."""
-        widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-        usual = format_of(self.weights).group_by_default
-        group = self.group or usual and (largest_group(widths.values()) or usual)
+        """This recipe with its group. Raises ValueError for what is unknown or does not divide."""
+        cls = format_of(self.weights)
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if group and self.weights != "int4":
+        if self.group and self.weights != "int4":
             raise ValueError(f"{self.weights} has one scale for each output: leave --group out.")
-        for what, size in widths.items() if group else ():
-            check_group(size, group, what=what, beside=widths.values())
-        return Recipe(self.weights, group, self.method)
+        widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+        return replace(self, group=group_for(cls, self.group, widths))
 
     def block(self):
         """As config.json tells it, and as empty_linears takes it."""
         return {"weights": self.weights, **({"group": self.group} if self.group else {})}
 
 
-# ---- the two kinds of source ----------------------------------------------------------------------------------------
+# ---- the two kinds of source --------------------------------------------------------------------
 
 
-def convert(source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu", quiet=False):
-    """Quantise the language model in `source` into the folder `out`; returns the record that it writes there.
+def convert(
+    source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu", quiet=False
+):
+    """Quantise the language model in `source` into the folder `out`; returns the record there.
 
-    source: "mini", a folder like it (all its parts come along), or the folder of a released language model. rows:
-    dialogues (lists of ids) for gptq. Raises ValueError or OSError before anything is written if it cannot be done.
+    source: "mini", a folder like it (all its parts come along), or the folder of a released
+    language model. rows: dialogues (lists of ids) for gptq. Raises ValueError or OSError before
+    anything is written if it cannot be done.
     """
     device = loading.device_of(device)
     folder, out = model_folder.find(source), Path(out)
     if out.resolve() == folder.resolve():
         raise ModelError(f"{out} is the source itself: name another folder.")
-    own = (folder / "backbone.safetensors").is_file()
+    own = _is_own(folder)
     origin = _own(folder) if own else _released(folder)
     recipe = Recipe(weights, group, method).check(origin.config)
     if method == "gptq":
@@ -111,7 +115,11 @@ def convert(source, out, weights="int4", group=None, method="rtn", *, rows=None,
     _check_room(out, origin, recipe)
     started = {"source": str(folder), "recipe": asdict(recipe)}
     work = _Work(origin, recipe, rows, device, quiet)
-    return _write_own(work, out, started) if own else _write_shards(work, out, started)
+    return (_write_own if own else _write_shards)(work, out, started)
+
+
+def _is_own(folder):
+    return (folder / "backbone.safetensors").is_file()
 
 
 def _own(folder):
@@ -126,15 +134,13 @@ def _own(folder):
 
 def _released(folder):
     """A published language model; pictures' tensors are left out."""
-    from aqaa.weights import released
-
     check_file(folder / "config.json", AGAIN)
     if read_quantization(folder):
         raise ModelError(f"{folder} is quantised already: convert the original.")
-    found = released.backbone(folder)  # looks at every header
+    config = released.backbone(folder).sizes["backbone"]  # looks at every header
     tensors = shards.scan(folder)
     names, others = shards.language_model(tensors, folder)
-    return Origin(folder, found.sizes["backbone"], names, tensors, tuple(others))
+    return Origin(folder, config, names, tensors, tuple(others))
 
 
 def read_quantization(folder):
@@ -146,25 +152,34 @@ def read_quantization(folder):
 
 
 def _check_rows(rows, config):
+    """Raise ValueError unless the dialogues hold ids of the model, in rows that it takes."""
     if not rows:
-        raise ValueError("gptq needs dialogues to calibrate with: name a file of them with --calibration, or use rtn.")
+        raise ValueError("gptq needs dialogues to calibrate with: name a file of them with "
+                         "--calibration, or use rtn.")
     highest = max((max(row) for row in rows if row), default=-1)
-    if not all(rows) or highest >= config.vocab_size or max(map(len, rows)) > config.max_seq_len:
-        raise ValueError(f"the dialogues hold id {highest} or an empty or over-long row: the model has "
-                         f"{config.vocab_size} ids and takes rows of 1 to {config.max_seq_len}.")  # fmt: skip
+    longest = max(map(len, rows))
+    if not all(rows) or highest >= config.vocab_size or longest > config.max_seq_len:
+        raise ValueError(f"the dialogues hold id {highest} or an empty or over-long row: "
+                         f"the model has {config.vocab_size} ids and takes rows of 1 to "
+                         f"{config.max_seq_len}.")
 
 
 def _check_room(out, origin, recipe):
     """Raise OSError if the disk cannot take the result."""
     parent = next(path for path in (out, *out.resolve().parents) if path.is_dir())
-    done = sum(path.stat().st_size for path in out.glob("*.safetensors")) if out.is_dir() else 0
-    need = SPARE * resident_bytes(origin.config, recipe.weights, recipe.group) - done
+    need = SPARE * resident_bytes(origin.config, recipe.weights, recipe.group) - _stored(out)
     free = shutil.disk_usage(parent).free
     if need > free:
-        raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: choose another place.")
+        raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: "
+                      "choose another place.")
 
 
-# ---- layer by layer -------------------------------------------------------------------------------------------------
+def _stored(folder):
+    """Bytes of weights in a folder, which need not be there."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+# ---- layer by layer -----------------------------------------------------------------------------
 
 
 class _Work:
@@ -173,20 +188,23 @@ class _Work:
     def __init__(self, origin, recipe, rows, device, quiet):
         self.origin, self.recipe, self.rows, self.device = origin, recipe, rows, device
         self.parts, self.calibration = origin.parts(), None
-        self.bar = tqdm(total=len(self.parts), desc=recipe.weights, unit="part", disable=True if quiet else None)
+        self.bar = tqdm(total=len(self.parts), desc=recipe.weights, unit="part",
+                        disable=True if quiet else None)  # fmt: skip
 
     def convert(self, number):
         """{name: tensor} of a part as it is written."""
-        names = self.parts[number]
-        if not 0 < number <= self.origin.config.num_hidden_layers:
-            state = {name: self.origin.tensor(name) for name in names}
-            self._begin(state)
-        else:
-            layer = self._layer({name: self.origin.tensor(name).to(self.device) for name in names})
+        state = {name: self.origin.tensor(name) for name in self.parts[number]}
+        if self._is_layer(number):
+            layer = self._layer(state)
             hessians = self.calibration.hessians(layer) if self.calibration else None
-            replace_linears(layer, format_of(self.recipe.weights), self.recipe.group, hessians=hessians)
-            state = self._state(number, layer)
+            cls = format_of(self.recipe.weights)
+            replace_linears(layer, cls, self.recipe.group, hessians=hessians)
+            head = f"model.layers.{number - 1}."
+            made = {head + name: value for name, value in layer.state_dict().items()}
+            state = {name: state.get(name, made[name]) for name in made}  # norms as stored
             self._advance(layer)
+        else:
+            self._begin(state)
         self.bar.update()
         return {name: value.cpu().contiguous() for name, value in state.items()}
 
@@ -194,17 +212,21 @@ class _Work:
         """A part that was converted before: only the dialogues have to go through it."""
         if self.recipe.method == "gptq":
             state = load_file(path)
-            if not 0 < number <= self.origin.config.num_hidden_layers:
-                self._begin(state)
+            if self._is_layer(number):
+                self._advance(self._layer(state, quantized=True))
             else:
-                self._advance(self._layer({name: value.to(self.device) for name, value in state.items()}, True))
+                self._begin(state)
         self.bar.update()
 
+    def _is_layer(self, number):
+        return 0 < number <= self.origin.config.num_hidden_layers
+
     def _begin(self, state):
-        embedding = state.get("model.embed_tokens.weight")
+        """Calibration begins with the part that holds the embedding."""
+        embedding = state.get("model.embed_tokens.weight")  # (V, D)
         if embedding is not None and self.recipe.method == "gptq":
-            embedding = self._computable(embedding.to(self.device))
-            self.calibration = Calibration(self.rows, embedding, self.origin.config.num_attention_heads)
+            heads = self.origin.config.num_attention_heads
+            self.calibration = Calibration(self.rows, self._computable(embedding), heads)
 
     def _advance(self, layer):
         if self.calibration:
@@ -212,44 +234,43 @@ class _Work:
 
     def _layer(self, state, quantized=False):
         """A decoder layer that holds `state`, in a dtype that self.device computes well."""
+        config = Step1Config(**asdict(self.origin.config), attn_implementation="sdpa")
         with torch.device("meta"):
-            layer = Step1DecoderLayer(Step1Config(**asdict(self.origin.config), attn_implementation="sdpa"), 0)
+            layer = Step1DecoderLayer(config, 0)
         if quantized:
             empty_linears(layer, **self.recipe.block())
         for name, value in state.items():
             owner, _, leaf = name.split(".", 3)[3].rpartition(".")
-            plain = leaf == "weight"
-            value = nn.Parameter(self._computable(value), requires_grad=False) if plain else value
+            if leaf == "weight":
+                value = nn.Parameter(self._computable(value), requires_grad=False)
+            else:  # codes and scales keep their dtype
+                value = value.to(self.device)
             setattr(layer.get_submodule(owner), leaf, value)
         return layer
 
     def _computable(self, value):
-        """Half precision is slow on a CPU; only calibration computes."""
-        return value.float() if self.recipe.method == "gptq" and self.device.type == "cpu" else value
-
-    def _state(self, number, layer):
-        """The layer's tensors by our names; norms as they were stored."""
-        head = f"model.layers.{number - 1}."
-        state = {head + name: value for name, value in layer.state_dict().items()}
-        return {name: self.origin.tensor(name) if name.endswith(".weight") else value for name, value in state.items()}
+        """On the device; in fp32 where a CPU computes, whose half precision is slow."""
+        value = value.to(self.device)
+        on_cpu = self.recipe.method == "gptq" and self.device.type == "cpu"
+        return value.float() if on_cpu else value
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
+# ---- what is written ----------------------------------------------------------------------------
 
 
 def _write_own(work, out, started):
     """A whole folder of aqaa whose backbone.safetensors says in its header how it is quantised."""
-    folder = work.origin.folder
-    state = {}
+    folder, state = work.origin.folder, {}
     for number in range(len(work.parts)):
         state |= work.convert(number)
     work.bar.close()
     path = out / "backbone.safetensors"
     with replacing(path) as part:
         save_file(state, part, {"quantization": json.dumps(work.recipe.block())})
-    parts = {name: folder / f"{name}.safetensors" for name in model_folder.PARTS} | {"backbone": path}
+    parts = {name: folder / f"{name}.safetensors" for name in model_folder.PARTS}
     record = {"quantization": _about(work, started)}
-    model_folder.gather(out, model_folder.read_config(folder), folder / "tokenizer.json", parts, record)
+    model_folder.gather(out, model_folder.read_config(folder), folder / "tokenizer.json",
+                        parts | {"backbone": path}, record)  # fmt: skip
     return record
 
 
@@ -272,35 +293,40 @@ def _write_shards(work, out, started):
 
 
 def _resume(out, started):
-    """{file: fingerprint} of the shards that are there and whole. Raises ModelError if they are of something else."""
-    found = next((path for path in (out / "record.json", out / PROGRESS) if path.is_file()), None)
-    if found is None:
+    """{file: fingerprint} of the shards that are whole. Raises ModelError if of something else."""
+    path = next((out / name for name in ("record.json", PROGRESS) if (out / name).is_file()), None)
+    if path is None:
         if any(out.glob("*.safetensors")):
             raise ModelError(f"{out} holds weights of something else: name another folder.")
         return {}
     try:
-        record = read_json(found)
-        begun = {name: record[name] for name in started}
+        record = read_json(path)
+        begun = {"source": str(record["source"]), "recipe": dict(record["recipe"])}
         files = dict(record["files"])
-        begun["recipe"], begun["source"] = dict(begun["recipe"]), str(begun["source"])
         files = {name: facts for name, facts in files.items() if Path(name).name == name}
     except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{found} is damaged: remove {out} and convert again.") from None
+        raise ModelError(f"{path} is damaged: remove {out} and convert again.") from None
     if begun != started:
-        raise ModelError(f"{out} holds a conversion by {begun['recipe']} of {begun['source']}: name another folder.")
-    return {name: facts for name, facts in files.items() if (out / name).is_file() and fingerprint(out / name) == facts}
+        raise ModelError(f"{out} holds a conversion by {begun['recipe']} of {begun['source']}: "
+                         "name another folder.")
+    return {name: facts for name, facts in files.items()
+            if (out / name).is_file() and fingerprint(out / name) == facts}  # fmt: skip
 
 
 def _finish(work, out, started, done):
+    """What stands beside the shards; progress.json goes once all of it is there."""
     origin, index, total = work.origin, {}, 0
     for name in sorted(done):
         for tensor, entry in shards.header(out / name).items():
-            index[tensor], total = name, total + entry.bytes
+            index[tensor] = name
+            total += entry.bytes
     config = Step1Config(**asdict(origin.config)).to_dict()
     config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False}
-    write_json(out / "config.json", {**config, "quantization": {**work.recipe.block(), "method": work.recipe.method}})
-    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    for name in ("tokenizer.model", "tokenizer_config.json", "LICENSE"):
+    config["quantization"] = {**work.recipe.block(), "method": work.recipe.method}
+    write_json(out / "config.json", config)
+    whole = {"metadata": {"total_size": total}, "weight_map": index}
+    write_json(out / "model.safetensors.index.json", whole)
+    for name in COMPANIONS:
         if (origin.folder / name).is_file():
             with replacing(out / name) as part:
                 shutil.copyfile(origin.folder / name, part)
@@ -311,14 +337,15 @@ def _finish(work, out, started, done):
 
 
 def _about(work, started):
-    origin = work.origin
+    others = work.origin.others
     return {
-        **started, "aqaa": aqaa.__version__, "torch": torch.__version__, "dialogues": len(work.rows or ()),
-        "dropped": len(origin.others), "dropped_values": sum(origin.tensors[name].numel for name in origin.others),
+        **started, "aqaa": aqaa.__version__, "torch": torch.__version__,
+        "dialogues": len(work.rows or ()), "dropped": len(others),
+        "dropped_values": sum(work.origin.tensors[name].numel for name in others),
     }  # fmt: skip
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
 def main(args):
@@ -326,21 +353,21 @@ def main(args):
     rows = None
     if args.method == "gptq" and args.calibration:
         rows = read_rows(args.calibration)
-    elif args.method == "gptq" and (model_folder.find(args.source) / "backbone.safetensors").is_file():
+    elif args.method == "gptq" and _is_own(model_folder.find(args.source)):
         from aqaa.corpus.dialogues import dialogues
 
         rows = [dialogue.ids for dialogue in dialogues(args.source, "train", DIALOGUES)]
-    record = convert(
-        args.source, args.out, args.weights, args.group, args.method, rows=rows, device=args.device, quiet=args.json
-    )
+    record = convert(args.source, args.out, args.weights, args.group, args.method, rows=rows,
+                     device=args.device, quiet=args.json)  # fmt: skip
     if args.json:
         print(json.dumps(record))
         return
     facts = record.get("quantization", record)
-    size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
-    left = f"; left out {facts['dropped']} tensors that see pictures" if facts["dropped"] else ""
-    group = f" in groups of {facts['recipe']['group']}" if facts["recipe"]["group"] else ""
-    print(f"{args.out}: {args.weights}{group} by {args.method}, {size / 1e9:.3f} GB of weights{left}.")
+    dropped, group = facts["dropped"], facts["recipe"]["group"]
+    left = f"; left out {dropped} tensors that see pictures" if dropped else ""
+    groups = f" in groups of {group}" if group else ""
+    print(f"{args.out}: {args.weights}{groups} by {args.method}, "
+          f"{_stored(Path(args.out)) / 1e9:.3f} GB of weights{left}.")
 
 
 def read_rows(path):
@@ -351,14 +378,6 @@ def read_rows(path):
     except (ValueError, TypeError):
         whole = False
     if not whole:
-        raise ValueError(f"{path} is not a JSON list of lists of ids: write one list for each dialogue.")
+        raise ValueError(f"{path} is not a JSON list of lists of ids: "
+                         "write one list for each dialogue.")
     return rows
-
-
-def load_quantized(folder, device="cpu"):
-    """The Step1ForCausalLM of a converted folder, filled tensor by tensor. Raises ModelError."""
-    from aqaa.weights import released
-
-    if not read_quantization(folder):
-        raise ModelError(f"{folder} is not quantised: its config.json has no \"quantization\".")
-    return released.backbone(Path(folder)).load(loading.device_of(device), None)

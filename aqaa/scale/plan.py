@@ -1,37 +1,43 @@
 """What a backbone needs on given GPUs, and how fast it will talk, from first principles.
 
-A decoding step reads every weight once (the embedding only where it is looked up) and the keys and values so far, so
-bytes / bandwidth is the least time of a token: the roofline. What is reached of it, and what is not arithmetic, are the
-named assumptions below (setups.py holds the estimates against recorded runs). No torch here: a plan is only sums.
+A decoding step reads every weight once (the embedding only where it is looked up) and the keys and
+values so far, so bytes / bandwidth is the least time of a token: the roofline. What is reached of
+it, and what is not arithmetic, are the named assumptions below (plan_table.check holds them against
+recorded runs). No torch here: a plan is only sums.
 """
 
 from dataclasses import asdict, dataclass, field
 from math import ceil
 
-from aqaa.backbone.memory import GIB, buffer_bytes, cache_bytes, linear_bytes, n_linear, norm_bytes, table_bytes
-from aqaa.config import GROUP_SECONDS, GROUP_SIZE, INT4_GROUPS, TOKENS_PER_SECOND, BackboneConfig, check_group
+from aqaa import config
+from aqaa.backbone import memory
+from aqaa.config import GROUP_SECONDS, GROUP_SIZE, TOKENS_PER_SECOND, check_group
 
 TEXT_BLOCK, AUDIO_BLOCK = 10, 15  # ids: the layout of an answer (AQAA Table 1, best row)
-INTERLEAVE_RATE = TOKENS_PER_SECOND * (TEXT_BLOCK + AUDIO_BLOCK) / AUDIO_BLOCK  # 69.4 ids a second while text lasts
+BLOCK = TEXT_BLOCK + AUDIO_BLOCK
+BLOCK_SECONDS = AUDIO_BLOCK / GROUP_SIZE * GROUP_SECONDS  # 0.36
+INTERLEAVE_RATE = TOKENS_PER_SECOND * BLOCK / AUDIO_BLOCK  # 69.4 ids a second while text lasts
 TEXT_RATE = 5.0  # text ids in a second of speech
 
-# Assumptions. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs with tensor parallelism. Those of int4
-# and fp8 on one GPU were measured on an H200 (data/runs/h200-130b-int4.json; the int4 kernels have changed since). The
-# others are solved for, from estimates made by hand for H100 and H200, so agreeing with those proves nothing. For comparison,
-# gpt-fast's README on 70 B and A100, of the bandwidth it saw: bf16 87, 79, 67 % on 2, 4, 8; int8 78 % on one, 44 % on
-# eight; int4 65 % and 32 %. What else has no source is a guess, and says so.
+# Assumptions. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs with tensor
+# parallelism. Those of int4 and fp8 on one GPU were measured on an H200
+# (data/runs/h200-130b-int4.json; the int4 kernels have changed since). The others are solved for,
+# from estimates made by hand for H100 and H200, so agreeing with those proves nothing. For
+# comparison, gpt-fast's README on 70 B and A100, of the bandwidth it saw: bf16 87, 79, 67 % on 2,
+# 4, 8; int8 78 % on one, 44 % on eight; int4 65 % and 32 %. What else has no source is a guess, and
+# says so.
 EFFICIENCY = {
     "bf16": {1: 0.80, 2: 0.80, 4: 0.73, 8: 0.645},
     "fp8": {1: 0.45, 2: 0.78, 4: 0.665, 8: 0.525},
     "int8": {1: 0.775, 2: 0.78, 4: 0.665, 8: 0.525},
     "int4": {1: 0.40, 2: 0.72, 4: 0.56, 8: 0.415},
 }
-ALL_REDUCE = {1: 0.0, 2: 9e-6, 4: 10.5e-6, 8: 12e-6}  # s over NVLink, two a layer: 9 to 12 µs, spread by us
+ALL_REDUCE = {1: 0.0, 2: 9e-6, 4: 10.5e-6, 8: 12e-6}  # s over NVLink, two a layer: 9 to 12 µs
 PCIE = 4.0  # times as long without NVLink: a guess
-KERNEL, KERNELS_PER_LAYER = 2e-6, 8  # s that no kernel of a CUDA graph goes below, a guess: bounds small models
+KERNEL, KERNELS_PER_LAYER = 2e-6, 8  # s, least time of a kernel in a CUDA graph: a guess
 PREFILL_SHARE = 0.5  # of the tensor cores' peak
 PROMPT = 100  # ids of a prompt beside the question
-VOCODER_SHARE = 0.05  # s of work for a second of sound: the goal for the full-size flow and HiFT
+VOCODER_SHARE = 0.05  # s of work for 1 s of sound: the goal for the full-size flow and HiFT
 RESERVED = 1.5  # GiB a GPU, a guess: the driver's context, graphs, workspaces
 SPEECH_PARTS = {"full": 400e6 * 4, "mini": 13e6 * 4}  # bytes of tokenizers, flow, HiFT, about
 
@@ -65,15 +71,15 @@ GPUS = {
     )
 }
 USUAL = ("1xH200", "2xH200", "4xH100-80", "8xH100-80", "8xH200", "4xA800-80")
-SMALL = ("1xRTX-4090", "1xL40S", "1xA100-80", "1xH100-80", "1xH200")  # for a model that one card holds
+SMALL = ("1xRTX-4090", "1xL40S", "1xA100-80", "1xH100-80", "1xH200")  # where one card holds it
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is asked about."""
+    """A model on GPUs of one kind, in a weight format, with a context."""
 
     model: str
-    backbone: BackboneConfig
+    backbone: config.BackboneConfig
     gpu: Gpu
     count: int
     weights: str = "bf16"
@@ -84,10 +90,14 @@ class Setup:
     def format(self):
         return f"{self.weights} g{self.group}" if self.group else self.weights
 
+    @property
+    def gpus(self):
+        return f"{self.count}x{self.gpu.name}"
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer: memory in GiB a GPU (the fullest one), GB for each token, times in s, rates in tokens a second."""
+    """Memory in GiB of the fullest GPU, GB a token, times in s, rates in tokens a second."""
 
     setup: Setup
     memory: dict  # weights, embedding, cache, buffers, speech, reserved
@@ -98,7 +108,7 @@ class Plan:
     ceiling: float
     rate: float  # estimated
     first_sound: dict  # {seconds of question: s}
-    delay: dict = field(default_factory=dict)  # {seconds of answer: s by which play-out starts late}
+    delay: dict = field(default_factory=dict)  # {seconds of answer: s of late start}
 
     @property
     def fits(self):
@@ -111,15 +121,18 @@ class Plan:
 
     @property
     def interleave(self):
-        """So do blocks of text and audio: 69.4 a second, no play-out buffer beyond the first block."""
+        """So do blocks of text and audio: 69.4 a second, no buffer beyond the first block."""
         return self.rate >= INTERLEAVE_RATE
 
     def to_dict(self):
-        """As JSON wants it."""
-        setup, numbers = self.setup, {k: v for k, v in asdict(self).items() if k != "setup"}
-        head = {"model": setup.model, "gpus": f"{setup.count}x{setup.gpu.name}", "weights": setup.weights}
-        head |= {"group": setup.group, "context": setup.context}
-        return {**head, "fits": self.fits, "steady": self.steady, "interleave": self.interleave, **_rounded(numbers)}
+        """As JSON wants it: numbers rounded to 5 digits, keys as text."""
+        setup, numbers = self.setup, asdict(self)
+        del numbers["setup"]
+        return {
+            "model": setup.model, "gpus": setup.gpus, "weights": setup.weights,
+            "group": setup.group, "context": setup.context, "fits": self.fits,
+            "steady": self.steady, "interleave": self.interleave, **_rounded(numbers),
+        }  # fmt: skip
 
 
 def _rounded(value):
@@ -128,97 +141,98 @@ def _rounded(value):
     return round(value, 5)
 
 
-# ---- the sums -------------------------------------------------------------------------------------------------------
-
-
 def streamed_bytes(backbone, weights, group=None, context=0):
-    """Bytes that one decoding step reads: linear layers, lm_head, norms, and the cache of `context` ids."""
-    read = linear_bytes(backbone, weights, group) + table_bytes(backbone) + norm_bytes(backbone)
-    return read + context * cache_bytes(backbone)
+    """Bytes that one decoding step reads: linear layers, lm_head, norms, cache of `context` ids."""
+    linear = memory.linear_bytes(backbone, weights, group)
+    others = memory.table_bytes(backbone) + memory.norm_bytes(backbone)
+    return linear + others + context * memory.cache_bytes(backbone)
 
 
 def prefill_seconds(setup, n_ids):
-    """Time to read a prompt: floating-point operations at half the peak, and unpacking where weights are packed.
+    """Time to read a prompt: operations at half the peak, and unpacking where weights are packed.
 
     fp8 is multiplied as it is where the card can (vLLM does so; our own layers unpack it).
     """
     backbone, gpu = setup.backbone, setup.gpu
-    operations = 2 * n_linear(backbone)[0] * n_ids
-    operations += 2 * backbone.num_hidden_layers * backbone.hidden_size * n_ids**2  # attention, half of it masked
+    operations = 2 * memory.n_linear(backbone)[0] * n_ids
+    # attention: every id looks at those before it, so half of the products are masked
+    operations += 2 * backbone.num_hidden_layers * backbone.hidden_size * n_ids**2
     native = setup.weights == "fp8" and gpu.fp8
     seconds = operations / ((gpu.fp8 if native else gpu.bf16) * 1e12 * PREFILL_SHARE)
-    if setup.weights != "bf16" and not native:
-        moved = linear_bytes(backbone, setup.weights, setup.group) + 2 * linear_bytes(backbone, "bf16")
+    if setup.weights != "bf16" and not native:  # read packed, written and read again as bf16
+        moved = memory.linear_bytes(backbone, setup.weights, setup.group)
+        moved += 2 * memory.linear_bytes(backbone, "bf16")
         seconds += moved / (gpu.bandwidth * 1e12)
     return seconds / setup.count
 
 
 def token_seconds(setup):
     """(least, estimated) time of a decoding step."""
-    backbone, ranks = setup.backbone, setup.count
-    streamed = streamed_bytes(backbone, setup.weights, setup.group, setup.context)
+    layers, ranks = setup.backbone.num_hidden_layers, setup.count
+    streamed = streamed_bytes(setup.backbone, setup.weights, setup.group, setup.context)
     floor = streamed / (setup.gpu.bandwidth * 1e12 * ranks)
-    busy = max(floor / EFFICIENCY[setup.weights][ranks], KERNEL * KERNELS_PER_LAYER * backbone.num_hidden_layers)
+    # a small model is bound by its number of kernels, not by its bytes
+    busy = max(floor / EFFICIENCY[setup.weights][ranks], KERNEL * KERNELS_PER_LAYER * layers)
     reduce = ALL_REDUCE[ranks] * (1 if setup.gpu.nvlink else PCIE)
-    return floor, busy + 2 * backbone.num_hidden_layers * reduce
+    return floor, busy + 2 * layers * reduce
 
 
 def start_delay(rate, seconds):
-    """How late (s) the sound of an answer of `seconds` must start, if ids come at `rate` a second, never to stall.
+    """How late (s) an answer of `seconds` must start, with ids at `rate` a second, never to stall.
 
-    Blocks of 10 text and 15 audio ids until the text (5 ids a second of speech) is used up, then audio alone; a block
-    is played once it is whole, 0.36 s each.
+    Blocks of 10 text and 15 audio ids until the text (5 ids a second of speech) is used up, then
+    audio alone; a block is played once it is whole, 0.36 s each.
     """
-    block = AUDIO_BLOCK / GROUP_SIZE * GROUP_SECONDS
-    text = TEXT_RATE * seconds
-    made = (min(k * TEXT_BLOCK, text) + k * AUDIO_BLOCK for k in range(1, ceil(seconds / block - 1e-9) + 1))
-    return max((n / rate - i * block for i, n in enumerate(made)), default=0.0)
+    text, delay = TEXT_RATE * seconds, 0.0
+    for k in range(ceil(seconds / BLOCK_SECONDS - 1e-9)):
+        n_ids = min((k + 1) * TEXT_BLOCK, text) + (k + 1) * AUDIO_BLOCK  # made with block k
+        delay = max(delay, n_ids / rate - k * BLOCK_SECONDS)
+    return delay
 
 
 def first_sound(setup, question, token=None):
-    """Seconds from the end of a question of `question` seconds to the first sound: prefill, one block, its vocoding."""
+    """Seconds from a question of `question` s to the first sound: prefill, a block, vocoding."""
     n_ids = ceil(question * TOKENS_PER_SECOND) + PROMPT
     token = token_seconds(setup)[1] if token is None else token
-    vocoding = VOCODER_SHARE * AUDIO_BLOCK / GROUP_SIZE * GROUP_SECONDS
-    return prefill_seconds(setup, n_ids) + (TEXT_BLOCK + AUDIO_BLOCK) * token + vocoding
+    return prefill_seconds(setup, n_ids) + BLOCK * token + VOCODER_SHARE * BLOCK_SECONDS
 
 
 def plan(setup):
     """The Plan of a Setup. Raises ValueError if the model cannot be divided so."""
     check_ranks(setup)
     backbone, ranks, weights = setup.backbone, setup.count, setup.weights
-    shared = linear_bytes(backbone, weights, setup.group) + table_bytes(backbone)
+    shared = memory.linear_bytes(backbone, weights, setup.group) + memory.table_bytes(backbone)
     parts = {
-        "weights": shared / ranks + norm_bytes(backbone),
-        "embedding": table_bytes(backbone),  # whole on every GPU
-        "cache": setup.context * cache_bytes(backbone) / ranks,
-        "buffers": buffer_bytes(backbone, weights, setup.context, ranks),
+        "weights": shared / ranks + memory.norm_bytes(backbone),
+        "embedding": memory.table_bytes(backbone),  # whole on every GPU
+        "cache": setup.context * memory.cache_bytes(backbone) / ranks,
+        "buffers": memory.buffer_bytes(backbone, weights, setup.context, ranks),
         "speech": SPEECH_PARTS["mini" if backbone.hidden_size < 1024 else "full"],
     }
-    memory = {name: size / GIB for name, size in parts.items()} | {"reserved": RESERVED}
-    total, (floor, token) = sum(memory.values()), token_seconds(setup)
+    gib = {name: size / memory.GIB for name, size in parts.items()} | {"reserved": RESERVED}
+    total = sum(gib.values())
+    streamed = streamed_bytes(backbone, weights, setup.group, setup.context) / 1e9
+    floor, token = token_seconds(setup)
     return Plan(
-        setup, memory, total, setup.gpu.memory - total,
-        streamed_bytes(backbone, weights, setup.group, setup.context) / 1e9, floor, 1 / floor, 1 / token,
+        setup, gib, total, setup.gpu.memory - total, streamed, floor, 1 / floor, 1 / token,
         {seconds: first_sound(setup, seconds, token) for seconds in (3, 10)},
         {seconds: start_delay(1 / token, seconds) for seconds in (5, 10, 20)},
     )  # fmt: skip
 
 
-# ---- what can be divided --------------------------------------------------------------------------------------------
-
-
 def check_ranks(setup):
-    """Raise ValueError if heads, key-value groups, widths or int4 groups cannot be shared by setup.count GPUs."""
+    """Raise ValueError if setup.count GPUs cannot share heads, groups, widths or int4 groups."""
     backbone, ranks = setup.backbone, setup.count
     shared = {
-        "attention heads": backbone.num_attention_heads, "key-value groups": backbone.num_attention_groups,
+        "attention heads": backbone.num_attention_heads,
+        "key-value groups": backbone.num_attention_groups,
         "inner values": backbone.intermediate_size,
-    }  # fmt: skip
+    }
     possible = [n for n in ALL_REDUCE if all(size % n == 0 for size in shared.values())]
     if ranks not in possible:
         names = ", ".join(f"{size} {name}" for name, size in shared.items())
-        raise ValueError(f"{ranks} GPUs cannot share {names}: use {', '.join(map(str, possible))}.")
+        usable = ", ".join(map(str, possible))
+        raise ValueError(f"{ranks} GPUs cannot share {names}: use {usable}.")
     if setup.group:
         widths = {"o_proj": backbone.hidden_size, "down_proj": backbone.intermediate_size}
         for name, width in widths.items():
@@ -227,9 +241,9 @@ def check_ranks(setup):
 
 def largest_group(backbone, ranks):
     """The largest usual int4 group that divides. Raises ValueError if none does."""
-    sizes = (backbone.hidden_size, backbone.intermediate_size)
-    for group in INT4_GROUPS:
-        if all(size % (ranks * group) == 0 for size in sizes):
-            return group
-    check_group(min(sizes, key=lambda size: size % ranks == 0), INT4_GROUPS[-1], ranks)
-    raise ValueError(f"int4 needs groups of 32 inputs at least, which {ranks} GPUs cannot share: use int8 or fp8.")
+    widths = (backbone.hidden_size, backbone.intermediate_size)
+    group = config.largest_group(widths, ranks)
+    if group is None:
+        smallest = config.INT4_GROUPS[-1]
+        check_group(min(widths, key=lambda width: width % (ranks * smallest) == 0), smallest, ranks)
+    return group

@@ -1,45 +1,36 @@
-"""`aqaa plan`: from "4xH100-80" and a model's name to Plans, as a table or JSON, and held against recorded runs."""
+"""`aqaa plan`: from "4xH100-80" and a model's name to Plans, and recorded runs beside them."""
 
 import json
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from aqaa.backbone.memory import BITS, resident_bytes  # fmt: skip
+from aqaa.backbone.memory import BITS, resident_bytes
 from aqaa.config import BackboneConfig, preset
-from aqaa.scale.plan import (
-    ALL_REDUCE,
-    GPUS,
-    PREFILL_SHARE,
-    SMALL,
-    USUAL,
-    Setup,
-    check_ranks,
-    largest_group,
-    plan,
-    prefill_seconds,
-)
+from aqaa.scale import plan as sums
 
-COLUMNS = ("GPUs", "weights", "GiB each", "spare", "GB/token", "ms least", "ceiling", "tokens/s", "audio", "with text",
-           "first sound", "delay 10 s")  # fmt: skip
-
-
-# ---- from words -----------------------------------------------------------------------------------------------------
+MODELS = {  # built in; 3b: Step-Audio-TTS-3B and EditX
+    "130b": BackboneConfig, "full": BackboneConfig,
+    "3b": lambda: BackboneConfig(74_752, 3072, 8192, 32, 48, 4),
+    "mini": lambda: preset("mini").backbone,
+}  # fmt: skip
+COLUMNS = ("GPUs", "weights", "GiB each", "spare", "GB/token", "ms least", "ceiling", "tokens/s",
+           "audio", "with text", "first sound", "delay 10 s")  # fmt: skip
 
 
 def parse_gpus(text):
-    """"4xH100-80" → (Gpu, 4); a bare name is one card. Raises ValueError for unknown or mixed ones."""
+    """From "4xH100-80" to (Gpu, 4); a bare name is one card. Raises ValueError."""
     if re.search(r"[+,;]", text):
-        raise ValueError(
-            f"{text!r} mixes GPUs: shared layers wait for the slowest and fit the smallest, plan as many of that one."
-        )
-    found = re.fullmatch(r"(?:(\d+)\s*[x×*])?\s*(.+)", text.strip(), re.IGNORECASE)
-    names = {_plain(name): name for name in GPUS}
-    name = names.get(_plain(found[2])) if found else None
-    if name is None or found[1] == "0":
-        raise ValueError(f"unknown GPUs {text!r}: write 4xH100-80, with one of {', '.join(GPUS)}.")
-    return GPUS[name], int(found[1] or 1)
+        raise ValueError(f"{text!r} mixes GPUs: shared layers wait for the slowest and fit the "
+                         "smallest, plan as many of that one.")
+    match = re.fullmatch(r"(?:(\d+)\s*[x×*])?\s*(.+)", text.strip(), re.IGNORECASE)
+    count, name = match.groups() if match else (None, "")
+    gpu = {_plain(known): gpu for known, gpu in sums.GPUS.items()}.get(_plain(name))
+    if gpu is None or count == "0":
+        known = ", ".join(sums.GPUS)
+        raise ValueError(f"unknown GPUs {text!r}: write 4xH100-80, with one of {known}.")
+    return gpu, int(count or 1)
 
 
 def _plain(name):
@@ -47,90 +38,82 @@ def _plain(name):
 
 
 def read_model(source):
-    """"130b", "3b", "mini" or a folder with config.json → (name, BackboneConfig, its quantization block or {}).
+    """"130b", "3b", "mini" or a folder → (name, BackboneConfig, its quantization block or {}).
 
-    Raises ValueError.
+    The folder has a config.json, ours or a published one. Raises ValueError.
     """
-    if source in ("130b", "full"):
-        return "130b", BackboneConfig(), {}
-    if source == "3b":  # Step-Audio-TTS-3B and EditX
-        return "3b", BackboneConfig(74_752, 3072, 8192, 32, 48, 4), {}
-    if source == "mini":
-        return "mini", preset("mini").backbone, {}
+    if source in MODELS:
+        return source.replace("full", "130b"), MODELS[source](), {}
     path = Path(source) / "config.json"
     if not path.is_file():
         raise ValueError(f"{source!r} is neither 130b, 3b, mini nor a folder with a config.json.")
+    names = [field.name for field in fields(BackboneConfig)]
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        inner = data.get("backbone") or data.get("text_config") or data
-        backbone = BackboneConfig(**{f.name: inner[f.name] for f in fields(BackboneConfig) if f.name in inner})
-        sizes = {f.name for f in fields(BackboneConfig)[:6]}
-        missing = sizes - set(inner)
+        sizes = data.get("backbone") or data.get("text_config") or data
+        backbone = BackboneConfig(**{name: sizes[name] for name in names if name in sizes})
+        missing = set(names[:6]) - set(sizes)
     except (ValueError, TypeError, AttributeError) as fault:
         raise ValueError(f"{path} is not a configuration ({fault}): get the file again.") from None
     if missing:
-        raise ValueError(f"{path} does not say {', '.join(sorted(missing))}: it is not of a Step-1 model.")
+        raise ValueError(f"{path} does not say {', '.join(sorted(missing))}: "
+                         "it is not of a Step-1 model.")
     return Path(source).resolve().name, backbone, data.get("quantization") or {}
 
 
 def setups(source, gpus=(), weights=None, group=None, context=2048):
-    """Setups of every combination asked for: GPUs (texts; none: the usual ones), formats (None: all, or the folder's).
+    """Setups of every combination of GPUs (texts; none: the usual ones) and formats (None: all, or
+    the folder's). int4 takes the largest group that divides, unless `group` is given.
 
-    int4 takes the largest group that divides, unless `group` is given. Raises ValueError for what cannot be.
+    Raises ValueError for a context, GPUs or a group that cannot be.
     """
     model, backbone, quantization = read_model(source)
     if not 0 < context <= backbone.max_seq_len:
-        raise ValueError(f"a context of {context} ids is not possible: the model takes 1 to {backbone.max_seq_len}.")
+        raise ValueError(f"a context of {context} ids is not possible: the model takes 1 to "
+                         f"{backbone.max_seq_len}.")
     formats = [weights] if weights else [quantization["weights"]] if quantization else list(BITS)
     group = group or quantization.get("group")
-    usual = USUAL if resident_bytes(backbone, "bf16") > 100e9 else SMALL
-    found = []
+    usual = sums.USUAL if resident_bytes(backbone, "bf16") > 100e9 else sums.SMALL
+    asked = []
     for gpu, count in map(parse_gpus, gpus or usual):
-        check_ranks(Setup(model, backbone, gpu, count))
+        setup = sums.Setup(model, backbone, gpu, count, context=context)
+        sums.check_ranks(setup)
         for name in formats:
-            size = (group or largest_group(backbone, count)) if name == "int4" else None
-            found.append(Setup(model, backbone, gpu, count, name, size, context))
-    return found
+            size = (group or sums.largest_group(backbone, count)) if name == "int4" else None
+            asked.append(replace(setup, weights=name, group=size))
+    return asked
 
 
 def what_would_fit(setup):
     """A sentence: the nearest setup that fits in place of one that does not."""
-    need = plan(setup)
+    need = sums.plan(setup).total
     problem = (
-        f"{setup.model} in {setup.format} with {setup.context} ids needs {need.total:.1f} GiB on each of "
-        f"{setup.count}x{setup.gpu.name}, which has {setup.gpu.memory:.1f}"
+        f"{setup.model} in {setup.format} with {setup.context} ids needs {need:.1f} GiB on each of "
+        f"{setup.gpus}, which has {setup.gpu.memory:.1f}"
     )
-    for count in (n for n in ALL_REDUCE if n >= setup.count):
-        for weights in (w for w in ("bf16", "fp8", "int4") if BITS[w] <= BITS[setup.weights]):
+    formats = [name for name in ("bf16", "fp8", "int4") if BITS[name] <= BITS[setup.weights]]
+    for count in (n for n in sums.ALL_REDUCE if n >= setup.count):
+        for weights in formats:
             try:
-                group = largest_group(setup.backbone, count) if weights == "int4" else None
-                other = Setup(setup.model, setup.backbone, setup.gpu, count, weights, group, setup.context)
-                if plan(other).fits:
-                    return f"{problem}: {other.format} on {count}x{setup.gpu.name} would fit."
-            except ValueError:
+                group = sums.largest_group(setup.backbone, count) if weights == "int4" else None
+                other = replace(setup, count=count, weights=weights, group=group)
+                if sums.plan(other).fits:
+                    return f"{problem}: {other.format} on {other.gpus} would fit."
+            except ValueError:  # so many GPUs cannot share this model
                 continue
     return f"{problem}: larger GPUs are needed, such as H200."
 
 
-def ensure_fits(setup):
-    """The Plan of a Setup that fits. Raises ValueError, before anything is loaded, for one that does not."""
-    found = plan(setup)
-    if not found.fits:
-        raise ValueError(what_would_fit(setup))
-    return found
-
-
-# ---- recorded runs --------------------------------------------------------------------------------------------------
-
-
 def check(folder):
-    """Hold the model against every recorded run: rows of {file, what, predicted, measured, ratio, possible}.
+    """Hold the model against every recorded run: rows of {file, what, predicted, measured, ratio,
+    possible}.
 
     A record is a JSON of `folder` that says "what": "scale" and has
       "setup": {"model": "130b", "gpus": "1xH200", "weights": "int4", "group": 128}
       "decode": [{"context": 2048, "tokens_per_s": …}, …]
       "prefill": [{"ids": 517, "seconds": …}, …]            (may be missing)
-    ratio is measured / predicted; possible: not faster than the bytes allow. Raises ValueError for a broken record.
+    ratio is measured / predicted; possible: not faster than the bytes allow. Raises ValueError for
+    a broken record.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
@@ -139,60 +122,69 @@ def check(folder):
             if record.get("what") == "scale":
                 rows += [{"file": path.name, **row} for row in _compared(record)]
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
-            raise ValueError(f"{path} is not a whole record ({type(fault).__name__} {fault}): run it again.") from None
+            raise ValueError(f"{path} is not a whole record ({type(fault).__name__} {fault}): "
+                             "run it again.") from None
     return rows
 
 
 def _compared(record):
-    said = record["setup"]
+    """Rows of `check` for one record."""
+    asked = record["setup"]
+    model, gpus, weights = asked["model"], asked["gpus"], asked["weights"]
+
+    def setup(context=2048):
+        return setups(model, [gpus], weights, asked.get("group"), context)[0]
+
+    def row(name, predicted, measured, possible):
+        ratio = round(measured / predicted, 3)
+        return {"what": name, "predicted": predicted, "measured": measured, "ratio": ratio,
+                "possible": possible}  # fmt: skip
+
     for point in record["decode"]:
-        (setup,) = setups(said["model"], [said["gpus"]], said["weights"], said.get("group"), point["context"])
-        found, rate = plan(setup), point["tokens_per_s"]
-        yield _row(f"tokens/s at {point['context']}", found.rate, rate, rate <= found.ceiling)
+        planned, rate = sums.plan(setup(point["context"])), point["tokens_per_s"]
+        yield row(f"tokens/s at {point['context']}", planned.rate, rate, rate <= planned.ceiling)
     for point in record.get("prefill", ()):
-        (setup,) = setups(said["model"], [said["gpus"]], said["weights"], said.get("group"))
-        predicted = prefill_seconds(setup, point["ids"])
-        least = predicted * PREFILL_SHARE
-        yield _row(f"prefill of {point['ids']}, s", predicted, point["seconds"], point["seconds"] >= least)
-
-
-def _row(what, predicted, measured, possible):
-    ratio = round(measured / predicted, 3)
-    return {"what": what, "predicted": predicted, "measured": measured, "ratio": ratio, "possible": possible}
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
+        predicted, seconds = sums.prefill_seconds(setup(), point["ids"]), point["seconds"]
+        possible = seconds >= predicted * sums.PREFILL_SHARE
+        yield row(f"prefill of {point['ids']}, s", predicted, seconds, possible)
 
 
 def main(args):
-    """`aqaa plan`; args: model, gpus, weights, group, context, json. Returns 1 if nothing that was asked for fits."""
-    plans = [plan(setup) for setup in setups(args.model, args.gpus, args.weights, args.group, args.context)]
-    print(json.dumps([found.to_dict() for found in plans]) if args.json else table(plans))
-    if any(found.fits for found in plans):
+    """`aqaa plan`; args: model, gpus, weights, group, context, json. Returns 1 if none fits."""
+    asked = setups(args.model, args.gpus, args.weights, args.group, args.context)
+    plans = [sums.plan(setup) for setup in asked]
+    print(json.dumps([planned.to_dict() for planned in plans]) if args.json else table(plans))
+    if any(planned.fits for planned in plans):
         return 0
-    print("aqaa:", what_would_fit(plans[-1].setup), file=sys.stderr)
+    print("aqaa:", what_would_fit(asked[-1]), file=sys.stderr)
     return 1
 
 
 def table(plans):
     """Plans as lines of text."""
     lines = [COLUMNS, *map(_cells, plans)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    out = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     setup = plans[0].setup
     return "\n".join([
-        f"{setup.model}, {setup.context} ids of context, one listener; rates are estimates (EFFICIENCY in plan.py).",
-        *out,
-        "audio: at least 41.7 tokens/s, which speech alone uses; with text: 69.4, while the text lasts.",
-        "first sound: s after a question of 3 s. delay: how late an answer of 10 s must start so that it never stalls.",
+        f"{setup.model}, {setup.context} ids of context, one listener; rates are estimates "
+        "(EFFICIENCY in plan.py).",
+        *("  ".join(map(str.rjust, line, widths)) for line in lines),
+        "audio: at least 41.7 tokens/s, which speech alone uses; with text: 69.4, while the text "
+        "lasts.",
+        "first sound: s after a question of 3 s. delay: how late an answer of 10 s must start so "
+        "that it never stalls.",
     ])  # fmt: skip
 
 
-def _cells(found):
-    setup = found.setup
-    cells = (f"{setup.count}x{setup.gpu.name}", setup.format, f"{found.total:.1f}", f"{found.spare:.1f}")
-    if not found.fits:
+def _cells(planned):
+    """A Plan as the cells under COLUMNS."""
+    setup = planned.setup
+    cells = (setup.gpus, setup.format, f"{planned.total:.1f}", f"{planned.spare:.1f}")
+    if not planned.fits:
         return (*cells, *["-"] * 4, "no", "no", "does not fit", "-")
-    rates = (f"{found.streamed:.3g}", f"{1000 * found.floor:.3g}", f"{found.ceiling:.0f}", f"{found.rate:.0f}")
-    said = ("yes" if found.steady else "no", "yes" if found.interleave else "no")
-    return (*cells, *rates, *said, f"{found.first_sound[3]:.2f}", f"{found.delay[10]:.2f}")
+    return (
+        *cells, f"{planned.streamed:.3g}", f"{1000 * planned.floor:.3g}", f"{planned.ceiling:.0f}",
+        f"{planned.rate:.0f}", "yes" if planned.steady else "no",
+        "yes" if planned.interleave else "no", f"{planned.first_sound[3]:.2f}",
+        f"{planned.delay[10]:.2f}",
+    )  # fmt: skip

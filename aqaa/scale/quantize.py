@@ -1,4 +1,4 @@
-"""Weights of 4 or 8 bits for a whole model: rounded to the nearest, or by GPTQ with dialogues that go through it.
+"""Weights of 4 or 8 bits for a whole model: rounded to the nearest, or by GPTQ with dialogues.
 
 The layers themselves, and how their bytes are laid out, are in aqaa/backbone/quantized_linear.py.
 """
@@ -8,32 +8,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from aqaa.backbone import attention
-from aqaa.backbone.quantized_linear import (  # the formats are this module's too
-    FORMATS,
-    Fp8Linear,
-    Int4Linear,
-    Int8Linear,
-    QuantizedLinear,
-    empty_linears,
-    format_of,
-    linears,
-    put,
-)
+from aqaa.backbone.quantized_linear import QuantizedLinear, format_of, linears, put
 from aqaa.config import check_group, largest_group
-
-__all__ = ["FORMATS", "Calibration", "Fp8Linear", "Int4Linear", "Int8Linear", "QuantizedLinear", "dequantized",
-           "empty_linears", "n_bytes", "quantize_", "replace_linears"]  # fmt: skip
 
 
 class Calibration:
-    """The hidden states of some dialogues, carried from layer to layer, so that one layer at a time is in memory.
+    """The hidden states of some dialogues, carried from layer to layer, so that one layer at a time
+    is in memory.
 
-    rows: lists of ids; embedding (V, D); heads: of attention. States are kept as (1, T, D), in the embedding's dtype.
+    rows: lists of ids; embedding (V, D); heads: of attention. States are kept as (1, T, D), in the
+    embedding's dtype.
     """
 
     def __init__(self, rows, embedding, heads):
         self.slopes = attention.slopes(heads).to(embedding.device)
-        self.states = [F.embedding(torch.tensor([row], device=embedding.device), embedding) for row in rows]
+        ids = (torch.tensor([row], device=embedding.device) for row in rows)
+        self.states = [F.embedding(row, embedding) for row in ids]  # (1, T, D) each
 
     @torch.inference_mode()
     def run(self, layer):
@@ -43,12 +33,12 @@ class Calibration:
 
     def hessians(self, layer):
         """{name of a linear: mean of x xᵀ over its inputs, (K, K) fp32} of a decoder layer."""
-        found, count = {}, sum(x.shape[1] for x in self.states)
+        hessians, count = {}, sum(x.shape[1] for x in self.states)
 
         def watch(name):
             def hook(_, inputs):
-                x = inputs[0].flatten(0, -2).float()
-                found[name] = found.get(name, 0) + x.T @ x / count
+                x = inputs[0].flatten(0, -2).float()  # (ids, K)
+                hessians[name] = hessians.get(name, 0) + x.T @ x / count
 
             return hook
 
@@ -56,42 +46,53 @@ class Calibration:
         self.run(layer)
         for hook in hooks:
             hook.remove()
-        return found
+        return hessians
 
     def advance(self, layer):
-        """Go on to the next layer; `layer` is quantised by now, so that later ones can make up for its errors."""
+        """Go on to the next layer; `layer` is quantised by now: later ones make up for its
+        errors."""
         self.states = self.run(layer)
 
 
 def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
     """Replace the linear layers of a Step1ForCausalLM, in place; returns it.
 
-    weights: int4, int8, fp8. group: of int4, by default the largest usual one that divides every layer. skip: names, or
-    ends of names, of those left as they are. rows: dialogues (lists of ids), with which layers are calibrated by GPTQ;
-    none: rounded to the nearest. Raises ValueError before anything is changed if a group does not divide.
+    weights: int4, int8, fp8. group: of int4, by default the largest usual one that divides every
+    layer. skip: names, or ends of names, of those left as they are. rows: dialogues (lists of ids),
+    with which layers are calibrated by GPTQ; none: rounded to the nearest. Raises ValueError before
+    anything is changed if a group does not divide.
     """
     cls = format_of(weights)
     widths = {name: linear.in_features for name, linear in linears(model, skip)}
-    group = group or cls.group_by_default and (largest_group(widths.values()) or cls.group_by_default)
-    for name, width in widths.items():
-        check_group(width, group or width, what=name, beside=widths.values())
+    group = group_for(cls, group, widths)
     if rows:
-        calibration = Calibration(rows, model.model.embed_tokens.weight.detach(), model.config.num_attention_heads)
+        embedding = model.model.embed_tokens.weight.detach()  # (V, D)
+        calibration = Calibration(rows, embedding, model.config.num_attention_heads)
         for layer in model.model.layers:
             replace_linears(layer, cls, group, skip, calibration.hessians(layer))
             calibration.advance(layer)
     return replace_linears(model, cls, group, skip)
 
 
+def group_for(cls, group, widths):
+    """The group, by default the largest usual one, that divides all {name: width}; None where the
+    format has none. Raises ValueError."""
+    usual = cls.group_by_default
+    group = group or usual and (largest_group(widths.values()) or usual)
+    for name, width in widths.items() if group else ():
+        check_group(width, group, 1, name, widths.values())
+    return group
+
+
 def replace_linears(module, cls, group=None, skip=(), hessians=None):
-    """Quantise the linear layers within `module`, in place; hessians: {name: matrix} of those that GPTQ rounds."""
+    """Quantise the linear layers within `module`, in place; hessians: {name: (K, K)} for GPTQ."""
     for name, linear in list(linears(module, skip)):
         put(module, name, cls.from_linear(linear, group, hessian=(hessians or {}).get(name)))
     return module
 
 
 def dequantized(module):
-    """The same module with ordinary linear layers in fp32, in place of the quantised ones; changes it, returns it."""
+    """The same module, changed in place, with fp32 linear layers instead of quantised ones."""
     for name, part in list(module.named_modules()):
         if isinstance(part, QuantizedLinear):
             linear = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
@@ -101,7 +102,8 @@ def dequantized(module):
 
 
 def n_bytes(model):
-    """{"linear", "scale", "other"}: bytes of the decoder's linear layers or their codes, of scales, of all else."""
+    """{"linear", "scale", "other"}: bytes of the decoder's weights or codes, of scales, of the
+    rest."""
     counts = {"linear": 0, "scale": 0, "other": 0}
     for name, value in model.state_dict().items():
         kind = "linear" if "_proj." in name else "other"

@@ -1,4 +1,5 @@
 """A model of any size with random weights, to be timed."""
+
 import torch
 
 from aqaa.backbone import layers, quantized_linear, step1
@@ -21,7 +22,7 @@ class Words:
 
 
 def random_backbone(backbone, weights, group, device, dtype, seed=0):
-    """A Step1ForCausalLM of true size whose random weights, quantised layers included, are drawn on `device`.
+    """A Step1ForCausalLM of true size with random weights, quantised or not, drawn on `device`.
 
     Built on `meta` first, so that no more memory is ever used than the finished model takes.
     """

@@ -1,1 +1,1 @@
-"""The language model behind vLLM: client, plugin, model class and rules; token ids go there and come back."""
+"""The language model behind vLLM: client, launch, plugin, model class, rules; ids travel."""

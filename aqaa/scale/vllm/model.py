@@ -1,4 +1,4 @@
-"""Step-1 in vLLM, taken out of AQAA's checkpoint. Imported by vLLM alone, by its name (see vllm_plugin.register)."""
+"""Step-1 in vLLM, taken out of AQAA's checkpoint. vLLM imports it by name (see plugin.register)."""
 
 from vllm.model_executor.models.step1 import Step1ForCausalLM
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -8,10 +8,12 @@ from aqaa.scale.vllm.plugin import language_weights
 
 
 class Step1AQAAForCausalLM(Step1ForCausalLM):
-    """vLLM's class, with the one backend that has the distance bias, untied output rows, and no vision towers."""
+    """vLLM's class, with the backend that has the distance bias, lm_head untied, no vision
+    towers."""
 
     def __init__(self, *, vllm_config, prefix=""):
-        vllm_config.attention_config.backend = vllm_config.attention_config.backend or AttentionBackendEnum[ATTENTION]
+        attention = vllm_config.attention_config
+        attention.backend = attention.backend or AttentionBackendEnum[ATTENTION]
         vllm_config.model_config.hf_config.tie_word_embeddings = False
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 

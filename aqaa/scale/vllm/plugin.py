@@ -1,18 +1,20 @@
-"""What vLLM loads of this package: Step-1's configurations, AQAA's checkpoint, and the layout as a logits processor.
+"""What vLLM loads of this package: Step-1's configurations, AQAA's checkpoint, a logits processor.
 
-`register` is called in each of vLLM's processes (entry point vllm.general_plugins). `Layouts` is named on the command
-line and not as an entry point: vLLM would load it for every model in that environment, and its older model runner does
-not hand the drawn ids to processors that it found by itself. Without vLLM this module still imports.
+`register` is called in each of vLLM's processes (entry point vllm.general_plugins). `Layouts` is
+named on the command line and not as an entry point: vLLM would load it for every model in that
+environment, and its older model runner does not hand the drawn ids to processors that it found by
+itself. Without vLLM this module still imports.
 """
 
 import logging
 import re
+from contextlib import suppress
 from importlib import import_module
 
 from aqaa.scale.vllm.client import MODEL_CLASS, TESTED, version
 from aqaa.scale.vllm.rules import KEY, Follower, Rules
 
-PROCESSORS = (  # base classes of the V2 and of the older model runner; either may come to load our class
+PROCESSORS = (  # base classes of the V2 and of the older model runner; either may load our class
     "vllm.v1.worker.gpu.sample.logits_processor",
     "vllm.v1.sample.logits_processor",
 )
@@ -21,9 +23,13 @@ log = logging.getLogger(__name__)
 
 
 def register():
-    """Make vLLM know model types step1 and mmgpt_step1_v2, and our class for the latter. Raises EngineError."""
-    if (found := version()) != TESTED:
-        log.warning("aqaa was tested with vLLM %s, this is %s: install that version if it fails.", TESTED, found)
+    """Make vLLM know model types step1 and mmgpt_step1_v2, and our class for the latter.
+
+    Raises EngineError where vLLM is missing.
+    """
+    if (installed := version()) != TESTED:
+        log.warning("aqaa was tested with vLLM %s, this is %s: install that version if it fails.",
+                    TESTED, installed)  # fmt: skip
     from vllm import ModelRegistry
 
     from aqaa.backbone import step1  # noqa: F401  (registers the configurations with transformers)
@@ -32,14 +38,14 @@ def register():
 
 
 def language_weights(weights):
-    """(name, tensor) pairs of a checkpoint -> those of the language model, under Step-1's own names.
+    """(name, tensor) pairs of a checkpoint -> the language model's, under Step-1's own names.
 
-    AQAA's file holds vision towers beside it, and nobody has published what stands before the names.
+    AQAA's file holds vision towers as well, and what stands before the names is not published.
     """
     dropped = 0
     for name, tensor in weights:
-        if found := STEP1_NAME.fullmatch(name):
-            yield found[1], tensor
+        if match := STEP1_NAME.fullmatch(name):
+            yield match[1], tensor
         else:
             dropped += 1
     if dropped:
@@ -47,31 +53,31 @@ def language_weights(weights):
 
 
 def _bases():
-    found = []
+    """The base classes that are there; none without vLLM."""
     for home in PROCESSORS:
-        try:
-            found.append(import_module(home).LogitsProcessor)
-        except (ImportError, AttributeError):  # no vLLM here, or one without this runner
-            continue
-    return tuple(found)
+        with suppress(ImportError, AttributeError):  # no vLLM here, or one without this runner
+            yield import_module(home).LogitsProcessor
 
 
 class Layouts(*_bases()):
-    """Strikes out what the layout of a request does not allow; requests without rules are left alone.
+    """Strikes out what the layout of a request does not allow; requests without rules are left
+    alone.
 
-    Both of vLLM's interfaces in one class. V2: (vllm_config, req_states); requests have slots, and their ids are read
-    from its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the list that the drawn ids are put into.
+    Both of vLLM's interfaces in one class. V2: (vllm_config, req_states); requests have slots, and
+    their ids are read from its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the
+    list that the drawn ids are put into.
     """
 
     def __init__(self, vllm_config, state, is_pin_memory=None):
         if vllm_config.speculative_config:
-            raise ValueError("aqaa's layouts do not go with speculative decoding: leave --speculative-config out.")
+            raise ValueError("aqaa's layouts do not go with speculative decoding: "
+                             "leave --speculative-config out.")
         self.state, self.vocabulary = state, vllm_config.model_config.get_vocab_size()
-        self.rows = {}  # by slot a Follower (V2), or by row of the batch a Follower and the drawn ids (V1)
+        self.rows = {}  # V2: {slot: Follower}; V1: {row of the batch: (Follower, drawn ids)}
 
     @classmethod
     def validate_params(cls, sampling_params):
-        """Raises ValueError, which the server turns into an answer 400, for rules that cannot be read."""
+        """Raise ValueError, which the server answers with 400, for rules that cannot be read."""
         _rules(sampling_params)
 
     def is_argmax_invariant(self):
@@ -94,9 +100,11 @@ class Layouts(*_bases()):
                 follower.read(drawn[len(follower.ids) - follower.n_prompt :])
                 follower.mask(logits[row])
             return logits
-        for row, (slot, known) in enumerate(zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist())):
-            if follower := self.rows.get(slot):  # reading waits for the GPU, once a request and step
-                follower.read(self.state.all_token_ids.gpu[slot, len(follower.ids) : known].tolist())
+        slots, lengths = ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist()
+        for row, (slot, known) in enumerate(zip(slots, lengths)):
+            if follower := self.rows.get(slot):
+                ids = self.state.all_token_ids.gpu[slot, len(follower.ids) : known]
+                follower.read(ids.tolist())  # waits for the GPU, once a request and step
                 follower.mask(logits[row])
         return logits
 
@@ -108,14 +116,14 @@ class Layouts(*_bases()):
         process_dict_updates(self.rows, batch_update, self._enter)
 
     def _enter(self, params, prompt, drawn):
-        if prompt is None or not (rules := self._usable(params)):  # None: embeddings, which have no ids
+        if prompt is None or not (rules := self._usable(params)):  # None: embeddings have no ids
             return None
         follower = Follower(rules, len(prompt))
         follower.read(prompt)
         return follower, drawn
 
     def _usable(self, params):
-        """The rules of a request, or None; ids that the model lacks cannot be masked: the client will object."""
+        """The rules of a request, or None, also for ids beyond the model's: the client objects."""
         rules = _rules(params)
         return rules if rules and rules.ids.end <= self.vocabulary else None
 

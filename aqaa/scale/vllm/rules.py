@@ -1,8 +1,8 @@
-"""The rules of an answer as they travel with a request to another engine, and how they are kept to there.
+"""The rules of an answer as they travel with a request to another engine, and are kept to there.
 
-The engine's own sampler draws the ids; before each draw a Follower strikes out what the layout's machine
-(aqaa.tokenizers.interleave) does not allow. No torch and no engine is imported here: a mask is three assignments to a
-row of scores, whoever made them.
+The engine's own sampler draws the ids; before each draw a Follower strikes out what the layout's
+machine (aqaa.tokenizers.interleave) does not allow. No torch and no engine is imported here: a mask
+is three assignments to a row of logits, whoever made them.
 """
 
 import json
@@ -16,9 +16,12 @@ KEY = "aqaa"  # of the rules among the extra arguments of a request
 
 @dataclass(frozen=True)
 class Rules:
-    """What `generate` is told beside temperature and the like. said: how many of the prompt's last ids are answer."""
+    """What `generate` takes beside temperature and the like.
 
-    layout: object  # an dialogue.Layout or TextOnly
+    said: how many of the prompt's last ids belong to the answer.
+    """
+
+    layout: object  # a dialogue.Layout or TextOnly
     ids: IdsConfig
     min_audio: int = 0
     said: int = 0
@@ -26,19 +29,20 @@ class Rules:
 
     @classmethod
     def of(cls, layout, ids, min_audio=0, repetition=None):
-        """Rules of a layout, which may be an dialogue.Resumed one. Raises ValueError for a layout of one's own."""
+        """Rules of a layout, which may be a dialogue.Resumed one. Raises ValueError for others."""
         said = len(layout.said) if isinstance(layout, dialogue.Resumed) else 0
         layout = layout.layout if said else layout
         if not isinstance(layout, (dialogue.Layout, dialogue.TextOnly)):
-            raise ValueError(f"a {type(layout).__name__} cannot be sent to an engine: use a Layout or TextOnly.")
+            raise ValueError(f"a {type(layout).__name__} cannot be sent to an engine: "
+                             "use a Layout or TextOnly.")
         return cls(layout, ids, min_audio, said, repetition)
 
     def to_json(self):
         """One string, which is all that an engine's request has room for."""
-        layout = None if isinstance(self.layout, dialogue.TextOnly) else asdict(self.layout)
-        repetition = self.repetition and asdict(self.repetition)
-        return json.dumps({"layout": layout, "ids": asdict(self.ids), "min_audio": self.min_audio, "said": self.said,
-                           "repetition": repetition})
+        rules = asdict(self)
+        if isinstance(self.layout, dialogue.TextOnly):
+            rules["layout"] = None
+        return json.dumps(rules)
 
     @classmethod
     def from_json(cls, text):
@@ -47,10 +51,11 @@ class Rules:
             given = json.loads(text)
             layout = given["layout"]
             layout = dialogue.TextOnly() if layout is None else dialogue.Layout(**layout)
-            return cls(layout, IdsConfig(**given["ids"]), int(given["min_audio"]), int(given["said"]),
-                       _repetition(given["repetition"]))
+            ids, repetition = IdsConfig(**given["ids"]), _repetition(given["repetition"])
+            return cls(layout, ids, int(given["min_audio"]), int(given["said"]), repetition)
         except (ValueError, TypeError, KeyError) as fault:
-            raise ValueError(f"no rules of an answer ({fault}): use the same aqaa here and at the server.") from None
+            raise ValueError(f"no rules of an answer ({fault}): "
+                             "use the same aqaa here and at the server.") from None
 
 
 def _repetition(given):
@@ -62,7 +67,7 @@ def _repetition(given):
 
 
 class Follower:
-    """One request of an engine: `read` its ids as they become known, `mask` the scores of the next one."""
+    """One request of an engine: `read` its ids as they come, `mask` the logits of the next one."""
 
     def __init__(self, rules, n_prompt):
         self.rules, self.n_prompt = rules, n_prompt
@@ -70,24 +75,26 @@ class Follower:
         self.machine, self.ids = rules.layout.machine(rules.ids, rules.min_audio), []
 
     def read(self, tokens):
-        """Take the ids that follow those read so far. One that breaks the rules ends them: the client will object."""
+        """Take the ids that follow those read so far. One that breaks the rules ends the masks."""
         for token in tokens:
             if len(self.ids) >= self.first and self.machine is not None:
                 try:
                     self.machine.advance(token)
-                except ValueError:
+                except ValueError:  # the client objects
                     self.machine = None
             self.ids.append(token)
 
-    def mask(self, row):
-        """row (V,), a tensor of scores, in place: -inf for what may not come. Left alone after the end."""
+    def mask(self, logits):
+        """logits (V,), in place: -inf for what may not come. Left alone after the end."""
         if self.machine is None or self.machine.finished:
             return
         may, repetition = self.machine.allowed(), self.rules.repetition
         markers = list(may.markers)
-        kept, marks = row[may.start : may.stop].clone(), row[markers].clone()
-        row.fill_(float("-inf"))
-        row[may.start : may.stop], row[markers] = kept, marks
-        banned = repetition.banned(self.ids, may) if repetition and len(kept) + len(markers) > 1 else None
-        if banned is not None:
-            row[banned] = float("-inf")
+        kept, marks = logits[may.start : may.stop].clone(), logits[markers].clone()
+        logits.fill_(float("-inf"))
+        logits[may.start : may.stop] = kept
+        logits[markers] = marks
+        if repetition and len(kept) + len(markers) > 1:  # the only id left is never banned
+            banned = repetition.banned(self.ids, may)
+            if banned is not None:
+                logits[banned] = float("-inf")

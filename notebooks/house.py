@@ -1,0 +1,90 @@
+"""The house: which room of aqaa/ imports which. `python -m notebooks.house` draws house.svg anew."""
+
+import ast
+from pathlib import Path
+
+ROOT, PICTURE = Path(__file__).resolve().parent.parent, Path(__file__).with_suffix(".svg")
+FLOORS = (  # bottom to top; a file imports from floors below its own, and from its own floor without a circle
+    "config files processor pitch",
+    "sound_headers sound_files audio records",
+    "tokenizers backbone vocoder",  # these three never from each other
+    "fast",
+    "answer listening pipeline",
+    "weights loading doctor",
+    "corpus",
+    "batching lineage",
+    "scale",
+    "evaluation",
+    "training",
+    "notebook",
+    "cli options", "__main__",
+)
+APART = {"tokenizers", "backbone", "vocoder"}
+WIDTH, BOX, ROW, STEP = 800, (108, 34), 58, 46  # pixels; who imports a neighbour stands a STEP above
+PAINT, DIRECT, IMPLIED = 'fill="#eef4fa" stroke="#333"', "#0072B2", "#ccc"  # of boxes, of arrows
+
+
+def texts():
+    """{module: its text} of the package."""
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"):
+            path.read_text(encoding="utf-8") for path in sorted((ROOT / "aqaa").rglob("*.py"))}
+
+
+def part_of(name):
+    """config, audio, tokenizers, …: the first name below `aqaa`, or `aqaa` itself."""
+    return (name.split(".") + ["aqaa"])[1] if "." in name else name
+
+
+def imported(text, modules):
+    """Names of those `modules` that a text imports, also inside its functions."""
+    for node in ast.walk(ast.parse(text)):
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            assert not getattr(node, "level", 0), "imports are absolute"
+            module = getattr(node, "module", alias.name)
+            yield from [name for name in (f"{module}.{alias.name}", module) if name in modules][:1]
+
+
+def graph(texts):
+    """{module: set of the modules that it imports} of {module: text}; the package itself, which is lazy, left out."""
+    return {name: set(imported(text, texts)) - {"aqaa", name} for name, text in texts.items() if name != "aqaa"}
+
+
+def rooms(texts):
+    """{room: (its lines in hundreds, sorted rooms that it imports)}, bottom to top."""
+    lines, below = ({room: kind() for floor in FLOORS for room in floor.split()} for kind in (int, set))
+    for name, others in graph(texts).items():
+        lines[part_of(name)] += len(texts[name].splitlines())
+        below[part_of(name)] |= set(map(part_of, others)) - {part_of(name)}
+    return {room: (round(lines[room], -2), sorted(below[room])) for room in lines}
+
+
+def draw(house):
+    """The house as SVG: an arrow leads to each imported room, a dark one where no other way leads there."""
+    def reach(room):
+        return set(house[room][1]).union(*map(reach, house[room][1]))
+    places, y, arrows, boxes = {}, 10 - ROW, [], []
+    for number, floor in enumerate(line.split() for line in reversed(FLOORS)):
+        steps = [len(reach(room) & set(floor)) for room in floor]
+        y += ROW + STEP * max(steps)
+        for i, room in enumerate(floor):  # floors of few rooms turn left and right: arrows do not pile up
+            x = WIDTH * (2 * i + 1) // (2 * len(floor)) + (len(floor) < 4) * (70, -70)[number % 2]
+            places[room] = x, y - STEP * steps[i]
+    for room, (lines, below) in house.items():
+        (x, top), size = places[room], f"{lines:,} lines" if lines else "small"
+        boxes += [f'<rect x="{x - BOX[0] // 2}" y="{top}" width="{BOX[0]}" height="{BOX[1]}" {PAINT}/>',
+                  f'<text x="{x}" y="{top + 15}"><tspan font-weight="bold">{room}</tspan>',
+                  f'<tspan x="{x}" dy="14">{size}</tspan></text>']
+        for other in below:
+            (to, end), implied = places[other], any(other in reach(third) for third in below)
+            middle = (top + BOX[1] + end) // 2
+            path = f"M{x} {top + BOX[1]}C{x} {middle} {to} {middle} {to} {end - 2}l-3-6m3 6l3-6"
+            arrows.append((not implied, f'<path d="{path}" stroke="{IMPLIED if implied else DIRECT}"/>'))
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + ROW}" style="background:#fff">', "<desc>",
+        *(f"{room}, {lines} lines: {' '.join(below)}" for room, (lines, below) in house.items()),
+        "</desc>", '<g fill="none">', *(path for _, path in sorted(arrows)),
+        '</g><g font-family="sans-serif" font-size="12" text-anchor="middle">', *boxes, "</g></svg>\n"])
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(draw(rooms(texts())), encoding="utf-8")
