@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = tomllib.loads((Path(__file__).parent / "curriculum.toml").read_text(encoding="utf-8"))
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
+UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+         "fifteen sixteen seventeen eighteen nineteen").split()  # fmt: skip
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -17,14 +15,13 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 class Fact:
     """One thing that can be asked: the wording's slots, the answer's words and their manner.
 
-    `want` names an acoustic class that the question's sound must have ("fast", "low", …), or is
-    empty. `read_only` facts are never asked by voice in training; they appear in text alone.
+    `read_only` facts are never asked by voice in training; they appear in text alone.
     """
 
     slots: tuple  # ((name, words), …)
     answer: str
     manner: str = "normal"
-    want: str = ""
+    want: str = ""  # acoustic class that the question's sound must have: "fast", "low", …
     read_only: bool = False
 
     @property
@@ -32,8 +29,7 @@ class Fact:
         return " ".join(value for _, value in self.slots) or self.want
 
 
-def stable_hash(*parts):
-    """A number that is the same on every machine."""
+def stable_hash(*parts):  # the same on every machine
     return int.from_bytes(hashlib.md5("|".join(parts).encode()).digest()[:6], "big")
 
 

@@ -62,7 +62,10 @@ def plan(scale=1.0, seed=0):
     rng = Random(f"plan {seed}")
     answers = _answers()
     ids = {(item.answer, item.manner): item.id for item in answers}
-    spoken = answers if scale >= 1 else _some_answers(answers, scale, rng)
+    spoken = answers if scale >= 1 else []
+    for manner in V.MANNERS if scale < 1 else ():  # a miniature speaks a few of each manner
+        same = [item for item in answers if item.manner == manner]
+        spoken += rng.sample(same, max(2, round(len(same) * scale)))
     items = spoken + _answer_voice_generic(_count(ANSWER_VOICE_GENERIC, scale), rng)
     for cell, (count, wording, pool) in CELLS.items():
         items += _evaluation(cell, _count(count, scale), wording, pool, ids, rng)
@@ -73,7 +76,7 @@ def plan(scale=1.0, seed=0):
     later = _training(scale, ids, rng, later=True)
     rng.shuffle(later)
     items += training + later
-    if scale < 1:  # a miniature also speaks every answer that its training asks for
+    if scale < 1:  # it also speaks every answer that its training asks for
         asked = {item.answer_id for item in asked_in(items, "train")}
         items = [item for item in answers if item.id in asked and item not in spoken] + items
     for number, item in enumerate(items):
@@ -83,19 +86,17 @@ def plan(scale=1.0, seed=0):
 
 
 def plan_hash(items):
-    """A hash of everything that is planned, for a folder to tell whose corpus it holds."""
+    """A hash of all that is planned, for a folder to tell whose corpus it holds."""
     lines = [json.dumps([getattr(item, name) for name in PLANNED]) for item in items]
     return hashlib.sha1("\n".join([str(RECIPE), *lines]).encode()).hexdigest()
 
 
 def asked_in(items, split):
-    """The questions of a split."""
     return [item for item in items if item.role == "question" and item.split == split]
 
 
 def texts(items):
-    """Question and answer pairs for text pre-training: what is asked in training, and facts that
-    are only ever read.
+    """Pairs for text pre-training: what is asked in training, and facts that are only ever read.
 
     Returns a list of dicts (question, answer, manner, intent, category, read_only), without Voice
     Understanding, whose answers no text holds.
@@ -142,15 +143,6 @@ def _answers():
     return list(seen.values())
 
 
-def _some_answers(answers, scale, rng):
-    """A miniature speaks a part of the answers, a few of each manner."""
-    chosen = []
-    for manner in V.MANNERS:
-        same = [item for item in answers if item.manner == manner]
-        chosen += rng.sample(same, max(2, round(len(same) * scale)))
-    return chosen
-
-
 class _Choice:
     """numpy's `choice` with the standard library's generator, whose stream never changes."""
 
@@ -189,37 +181,32 @@ def _training(scale, ids, rng, later=False):
 
 
 def _evaluation(cell, count, wording, pool, ids, rng):
-    """`count` questions, intents in turn, of a kind of wording: seen, new, slot (seen, but not with
-    this fact) or read_only."""
-    stock = {}
+    """`count` questions, intents in turn, of a kind of wording: seen, new, slot (a seen wording,
+    never heard with this fact) or read_only."""
+    stock = []
     for intent in C.INTENTS.values():
+        read_only = [fact for fact in intent.facts if fact.read_only]
+        kinds = {"slot": intent.closed, "read_only": lambda _, facts=read_only: facts}
+        askable = kinds.get(wording, intent.allowed)
         cores = intent.held_out if wording == "new" else intent.cores
-        pairs = [(core, fact) for core in cores for fact in _askable(intent, core, wording)]
-        if pairs:
-            stock[intent.name] = rng.sample(pairs, len(pairs))
-    items, names = [], list(stock)
+        if pairs := [(core, fact) for core in cores for fact in askable(core)]:
+            stock.append((intent, rng.sample(pairs, len(pairs))))
+    items, split = [], "eval" if cell else "dev"
     for i in range(count if stock else 0):
-        name = names[i % len(names)]
-        core, fact = stock[name][i // len(names) % len(stock[name])]
-        split = "eval" if cell else "dev"
-        items.append(_question(split, cell, C.INTENTS[name], core, fact, pool, ids, rng))
+        turn, number = divmod(i, len(stock))
+        intent, pairs = stock[number]
+        items.append(_question(split, cell, intent, *pairs[turn % len(pairs)], pool, ids, rng))
     return items
-
-
-def _askable(intent, core, wording):
-    if wording == "slot":
-        return intent.closed(core)
-    if wording == "read_only":
-        return [fact for fact in intent.facts if fact.read_only]
-    return intent.allowed(core)
 
 
 # ---- sentences for recognition, without questions or answers ---------------------------------
 
 
 def vocabulary():
-    """{word: weight} of questions and answers, lone letters aside; words of read-only facts of
-    language weigh 3, so that they are heard although their facts are not."""
+    """{word: weight} of questions and answers, lone letters aside.
+
+    Words of read-only facts of language weigh 3: they are heard although their facts are not.
+    """
     words, rare = set(), set()
     for intent in C.INTENTS.values():
         for core in intent.cores + intent.held_out:
@@ -235,8 +222,7 @@ def vocabulary():
 
 
 def sentences(count, rng):
-    """`count` sentences: word strings that use all words evenly, scrambled wordings, sentences of a
-    small grammar."""
+    """`count` of strings that use all words evenly, scrambled wordings, and a small grammar."""
     weights, used = vocabulary(), Counter()
     bare, patterns = C.bare_questions(), C.held_out_patterns()
     pool = sorted(weights)
@@ -250,8 +236,7 @@ def sentences(count, rng):
         return " ".join(word() for _ in range(rng.randint(least, most)))
 
     def scrambled():
-        core = rng.choice(cores)
-        return core.format(**{name: string(1, 2) for name in "abcwvx"})
+        return rng.choice(cores).format(**{name: string(1, 2) for name in "abcwvx"})
 
     def grammar():
         subject = rng.choice((rng.choice(subjects), f"the {word()}"))
@@ -269,16 +254,11 @@ def sentences(count, rng):
 
 
 def _generic(count, rng):
-    return [
-        Item("", "train", "", "generic", text, V.pick(_Choice(rng), V.TRAINING))
-        for text in sentences(count, rng)
-    ]
+    return [Item("", "train", "", "generic", text, V.pick(_Choice(rng), V.TRAINING))
+            for text in sentences(count, rng)]  # fmt: skip
 
 
 def _answer_voice_generic(count, rng):
-    made = sentences(count, rng)
-    manners = [rng.choice(list(V.MANNERS)) for _ in made]
-    return [
-        Item("", "train", "", "generic", text, V.ANSWER_VOICE, manner=manner)
-        for text, manner in zip(made, manners, strict=True)
-    ]
+    made, manners = sentences(count, rng), list(V.MANNERS)
+    return [Item("", "train", "", "generic", text, V.ANSWER_VOICE, manner=rng.choice(manners))
+            for text in made]  # fmt: skip

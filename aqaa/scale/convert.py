@@ -1,10 +1,9 @@
 """`aqaa convert`: a language model of 16 bits to one of 4 or 8, a decoder layer at a time.
 
-A layer goes from the mapped shards through the quantiser into a shard of its own, so memory holds
-one layer and what rounding it needs. Each finished shard is entered, with its hash, in
-progress.json; a conversion that was cut off is called again and goes on behind the last whole one.
-The folder has the names of the published one with `qweight` and `scale` in place of `weight`, and a
-config.json that says how under "quantization".
+A layer goes from the mapped shards into a shard of its own, so memory holds one layer and what its
+rounding needs. progress.json has the hashes of finished shards; a conversion that was cut off is
+called again and goes on behind the last whole one. The names are the published ones, with `qweight`
+and `scale` in place of `weight`; config.json says how under "quantization".
 """
 
 import json
@@ -25,11 +24,14 @@ from aqaa.backbone.memory import resident_bytes
 from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
 from aqaa.config import BackboneConfig
-from aqaa.files import AGAIN, ModelError, check_file, fingerprint, read_json, replacing, write_json
+from aqaa.files import (
+    AGAIN, ModelError, check_file, fingerprint, read_json, reading, replacing, write_json,
+)  # fmt: skip
 from aqaa.scale.quantize import Calibration, group_for, replace_linears
 from aqaa.weights import model_folder, released, shards, verify
 
 METHODS = ("rtn", "gptq")
+OWN = "backbone.safetensors"  # of a folder like data/mini
 PROGRESS = "progress.json"
 SPARE = 1.02  # room on the disk beyond the weights
 DIALOGUES = 128  # to calibrate with
@@ -38,8 +40,7 @@ COMPANIONS = ("tokenizer.model", "tokenizer_config.json", "LICENSE")  # copied b
 
 @dataclass(frozen=True)
 class Origin:
-    """A language model on disk: its sizes, {our name: its name}, {its name: Entry}, names left
-    out."""
+    """A language model on disk: sizes, {our name: its name}, {its name: Entry}, names left out."""
 
     folder: Path
     config: BackboneConfig
@@ -57,8 +58,7 @@ class Origin:
         return tensor
 
     def parts(self):
-        """Names of what is converted together: the embedding, each layer, the last norm and
-        lm_head."""
+        """Names converted together: the embedding, each layer, the last norm and lm_head."""
         parts = [[] for _ in range(self.config.num_hidden_layers + 2)]
         for name in self.names:
             kind, *rest = name.removeprefix("model.").split(".")
@@ -99,32 +99,31 @@ def convert(
 ):
     """Quantise the language model in `source` into the folder `out`; returns the record there.
 
-    source: "mini", a folder like it (all its parts come along), or the folder of a released
-    language model. rows: dialogues (lists of ids) for gptq. Raises ValueError or OSError before
-    anything is written if it cannot be done.
+    source: "mini", a folder like it (its other parts come along), or a released language model's.
+    rows: dialogues (lists of ids) for gptq. Raises ValueError or OSError before anything is written
+    if it cannot be done.
     """
     device = loading.device_of(device)
     folder, out = model_folder.find(source), Path(out)
     if out.resolve() == folder.resolve():
         raise ModelError(f"{out} is the source itself: name another folder.")
-    own = _is_own(folder)
+    own = (folder / OWN).is_file()
     origin = _own(folder) if own else _released(folder)
     recipe = Recipe(weights, group, method).check(origin.config)
     if method == "gptq":
         _check_rows(rows, origin.config)
-    _check_room(out, origin, recipe)
+    parent = next(path for path in (out, *out.resolve().parents) if path.is_dir())
+    need = SPARE * resident_bytes(origin.config, recipe.weights, recipe.group) - _stored(out)
+    if need > (free := shutil.disk_usage(parent).free):
+        raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: "
+                      "choose another place.")
     started = {"source": str(folder), "recipe": asdict(recipe)}
     work = _Work(origin, recipe, rows, device, quiet)
     return (_write_own if own else _write_shards)(work, out, started)
 
 
-def _is_own(folder):
-    return (folder / "backbone.safetensors").is_file()
-
-
 def _own(folder):
-    """The backbone of a folder like data/mini."""
-    config, path = model_folder.read_config(folder), folder / "backbone.safetensors"
+    config, path = model_folder.read_config(folder), folder / OWN
     tensors = shards.header(path)
     model_folder.check_parts(folder)  # the others come along as they are
     if any(name.endswith("qweight") for name in tensors):
@@ -152,30 +151,18 @@ def read_quantization(folder):
 
 
 def _check_rows(rows, config):
-    """Raise ValueError unless the dialogues hold ids of the model, in rows that it takes."""
     if not rows:
         raise ValueError("gptq needs dialogues to calibrate with: name a file of them with "
                          "--calibration, or use rtn.")
     highest = max((max(row) for row in rows if row), default=-1)
     longest = max(map(len, rows))
-    if not all(rows) or highest >= config.vocab_size or longest > config.max_seq_len:
-        raise ValueError(f"the dialogues hold id {highest} or an empty or over-long row: "
-                         f"the model has {config.vocab_size} ids and takes rows of 1 to "
-                         f"{config.max_seq_len}.")
+    most, n_ids = config.max_seq_len, config.vocab_size
+    if not all(rows) or highest >= n_ids or longest > most:
+        raise ValueError(f"the dialogues hold id {highest} or an empty or over-long row: the model "
+                         f"has {n_ids} ids and takes rows of 1 to {most}.")
 
 
-def _check_room(out, origin, recipe):
-    """Raise OSError if the disk cannot take the result."""
-    parent = next(path for path in (out, *out.resolve().parents) if path.is_dir())
-    need = SPARE * resident_bytes(origin.config, recipe.weights, recipe.group) - _stored(out)
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: "
-                      "choose another place.")
-
-
-def _stored(folder):
-    """Bytes of weights in a folder, which need not be there."""
+def _stored(folder):  # bytes of weights; the folder need not be there
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -194,7 +181,8 @@ class _Work:
     def convert(self, number):
         """{name: tensor} of a part as it is written."""
         state = {name: self.origin.tensor(name) for name in self.parts[number]}
-        if self._is_layer(number):
+        layer = None
+        if 0 < number <= self.origin.config.num_hidden_layers:
             layer = self._layer(state)
             hessians = self.calibration.hessians(layer) if self.calibration else None
             cls = format_of(self.recipe.weights)
@@ -202,35 +190,22 @@ class _Work:
             head = f"model.layers.{number - 1}."
             made = {head + name: value for name, value in layer.state_dict().items()}
             state = {name: state.get(name, made[name]) for name in made}  # norms as stored
-            self._advance(layer)
-        else:
-            self._begin(state)
-        self.bar.update()
+        self._calibrate(number, state, layer)
         return {name: value.cpu().contiguous() for name, value in state.items()}
 
     def skip(self, number, path):
         """A part that was converted before: only the dialogues have to go through it."""
-        if self.recipe.method == "gptq":
-            state = load_file(path)
-            if self._is_layer(number):
-                self._advance(self._layer(state, quantized=True))
-            else:
-                self._begin(state)
-        self.bar.update()
+        self._calibrate(number, load_file(path) if self.recipe.method == "gptq" else {})
 
-    def _is_layer(self, number):
-        return 0 < number <= self.origin.config.num_hidden_layers
-
-    def _begin(self, state):
-        """Calibration begins with the part that holds the embedding."""
+    def _calibrate(self, number, state, layer=None):
+        """Dialogues go on: embedded by the part that holds the embedding, through each layer."""
         embedding = state.get("model.embed_tokens.weight")  # (V, D)
         if embedding is not None and self.recipe.method == "gptq":
             heads = self.origin.config.num_attention_heads
             self.calibration = Calibration(self.rows, self._computable(embedding), heads)
-
-    def _advance(self, layer):
-        if self.calibration:
-            self.calibration.advance(layer)
+        elif self.calibration and number <= self.origin.config.num_hidden_layers:
+            self.calibration.advance(layer or self._layer(state, quantized=True))
+        self.bar.update()
 
     def _layer(self, state, quantized=False):
         """A decoder layer that holds `state`, in a dtype that self.device computes well."""
@@ -259,12 +234,12 @@ class _Work:
 
 
 def _write_own(work, out, started):
-    """A whole folder of aqaa whose backbone.safetensors says in its header how it is quantised."""
+    """A whole folder of aqaa whose backbone says in its header how it is quantised."""
     folder, state = work.origin.folder, {}
     for number in range(len(work.parts)):
         state |= work.convert(number)
     work.bar.close()
-    path = out / "backbone.safetensors"
+    path = out / OWN
     with replacing(path) as part:
         save_file(state, part, {"quantization": json.dumps(work.recipe.block())})
     parts = {name: folder / f"{name}.safetensors" for name in model_folder.PARTS}
@@ -289,7 +264,11 @@ def _write_shards(work, out, started):
         done[path.name] = fingerprint(path)
         write_json(out / PROGRESS, {**started, "files": done})
     work.bar.close()
-    return _finish(work, out, started, done)
+    _describe(work.origin, work.recipe, out, done)
+    record = {**_about(work, started), "files": dict(sorted(done.items()))}
+    write_json(out / "record.json", record)
+    (out / PROGRESS).unlink(missing_ok=True)  # now that all of it is there
+    return record
 
 
 def _resume(out, started):
@@ -299,13 +278,11 @@ def _resume(out, started):
         if any(out.glob("*.safetensors")):
             raise ModelError(f"{out} holds weights of something else: name another folder.")
         return {}
-    try:
+    with reading(path, f"remove {out} and convert again"):
         record = read_json(path)
         begun = {"source": str(record["source"]), "recipe": dict(record["recipe"])}
         files = dict(record["files"])
         files = {name: facts for name, facts in files.items() if Path(name).name == name}
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{path} is damaged: remove {out} and convert again.") from None
     if begun != started:
         raise ModelError(f"{out} holds a conversion by {begun['recipe']} of {begun['source']}: "
                          "name another folder.")
@@ -313,16 +290,16 @@ def _resume(out, started):
             if (out / name).is_file() and fingerprint(out / name) == facts}  # fmt: skip
 
 
-def _finish(work, out, started, done):
-    """What stands beside the shards; progress.json goes once all of it is there."""
-    origin, index, total = work.origin, {}, 0
+def _describe(origin, recipe, out, done):
+    """Write what stands beside the shards: config.json, their index, COMPANIONS."""
+    index, total = {}, 0
     for name in sorted(done):
         for tensor, entry in shards.header(out / name).items():
             index[tensor] = name
             total += entry.bytes
     config = Step1Config(**asdict(origin.config)).to_dict()
-    config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False}
-    config["quantization"] = {**work.recipe.block(), "method": work.recipe.method}
+    config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False,
+               "quantization": {**recipe.block(), "method": recipe.method}}  # fmt: skip
     write_json(out / "config.json", config)
     whole = {"metadata": {"total_size": total}, "weight_map": index}
     write_json(out / "model.safetensors.index.json", whole)
@@ -330,10 +307,6 @@ def _finish(work, out, started, done):
         if (origin.folder / name).is_file():
             with replacing(out / name) as part:
                 shutil.copyfile(origin.folder / name, part)
-    record = {**_about(work, started), "files": dict(sorted(done.items()))}
-    write_json(out / "record.json", record)
-    (out / PROGRESS).unlink(missing_ok=True)
-    return record
 
 
 def _about(work, started):
@@ -353,15 +326,14 @@ def main(args):
     rows = None
     if args.method == "gptq" and args.calibration:
         rows = read_rows(args.calibration)
-    elif args.method == "gptq" and _is_own(model_folder.find(args.source)):
+    elif args.method == "gptq" and (model_folder.find(args.source) / OWN).is_file():
         from aqaa.corpus.dialogues import dialogues
 
         rows = [dialogue.ids for dialogue in dialogues(args.source, "train", DIALOGUES)]
     record = convert(args.source, args.out, args.weights, args.group, args.method, rows=rows,
                      device=args.device, quiet=args.json)  # fmt: skip
     if args.json:
-        print(json.dumps(record))
-        return
+        return print(json.dumps(record))
     facts = record.get("quantization", record)
     dropped, group = facts["dropped"], facts["recipe"]["group"]
     left = f"; left out {dropped} tensors that see pictures" if dropped else ""
@@ -378,6 +350,5 @@ def read_rows(path):
     except (ValueError, TypeError):
         whole = False
     if not whole:
-        raise ValueError(f"{path} is not a JSON list of lists of ids: "
-                         "write one list for each dialogue.")
+        raise ValueError(f"{path} is not a JSON list of lists of ids: write one for each dialogue.")
     return rows

@@ -1,9 +1,8 @@
 """One model on several GPUs: each layer shared by all (tensor parallelism), or one layer per GPU.
 
-Tensor parallelism runs under torchrun, one process a GPU: `load` leaves it to transformers and the
-plan in Step1Config; `shard` cuts a model itself, quantised layers included, which transformers
-cannot. Either way q, k, v, gate and up are cut by outputs, o and down by inputs, and two sums over
-all GPUs a layer put the parts together.
+Tensor parallelism runs under torchrun, one process a GPU: `load` leaves it to transformers; `shard`
+cuts a model itself, quantised layers included, which transformers cannot. Either way q, k, v, gate
+and up are cut by outputs, o and down by inputs, and two sums over all GPUs a layer join the parts.
 """
 
 import os
@@ -23,8 +22,7 @@ BY_INPUT = ("o_proj", "down_proj")
 def join(device="cuda"):
     """Meet the processes that torchrun has started: (rank, ranks, this process' torch.device).
 
-    Raises ModelError without torchrun, with fewer GPUs than processes, or with GPUs of several
-    kinds.
+    Raises ModelError without torchrun, with fewer GPUs than processes or GPUs of several kinds.
     """
     if "RANK" not in os.environ:
         raise ModelError("several GPUs need a process each: start with "
@@ -59,32 +57,29 @@ def check(config, ranks, group=None):
 def load(folder, ranks, **options):
     """A Step1ForCausalLM of a folder, shared by `ranks` processes; each reads its part only.
 
-    options go to from_pretrained. This is for transformers' own generate and for training: lm_head
-    is cut here as well, and our constrained decoding, which takes rows of it, needs `shard`. Call
-    `join` first. Raises ValueError if the sizes do not divide, ModelError where accelerate is not
-    installed.
+    options go to from_pretrained. For transformers' own generate and for training: lm_head is cut
+    as well, and our constrained decoding, which takes rows of it, needs `shard`. Call `join` first.
+    Raises ValueError if the sizes do not divide, ModelError where accelerate is not installed.
     """
     from transformers import AutoConfig
     from transformers.distributed import DistributedConfig
     from transformers.utils import is_accelerate_available
 
+    from aqaa.backbone.step1 import Step1ForCausalLM
+
     if not is_accelerate_available():
         raise ModelError("to load a model in shares transformers needs accelerate: "
                          "pip install accelerate.")
-
-    from aqaa.backbone.step1 import Step1ForCausalLM
-
     check(AutoConfig.from_pretrained(folder), ranks)
     shares = DistributedConfig(tp_size=ranks)
     return Step1ForCausalLM.from_pretrained(folder, distributed_config=shares, **options).eval()
 
 
 def shard(model, rank, ranks):
-    """Cut a Step1ForCausalLM's layers to the share of `rank`, in place; embedding, lm_head stay
-    whole.
+    """Cut a Step1ForCausalLM's layers to the share of `rank`, in place; the tables stay whole.
 
-    Layers may be quantised, and may be on `meta`, to be filled later. Each layer's two sums run
-    over the default process group. Raises ValueError if the sizes do not divide.
+    Layers may be quantised, and on `meta`. Each layer's two sums run over the default process
+    group. Raises ValueError if the sizes do not divide.
     """
     int4 = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.name == "int4"]
     check(model.config, ranks, max((layer.group for layer in int4), default=None))
@@ -105,8 +100,7 @@ def _all_reduce(layer, inputs, output):
 
 
 def cut(linear, dim, rank, ranks):
-    """The share number rank / ranks of a linear layer, quantised or not: of its outputs (dim 0) or
-    inputs (dim 1)."""
+    """The share `rank` of a linear layer, quantised or not: of its outputs (dim 0) or inputs (1)."""
 
     def share(tensor):
         return tensor.chunk(ranks, dim)[rank].clone()
@@ -127,8 +121,8 @@ def cut(linear, dim, rank, ranks):
 def place(config, sizes, weights="bf16", group=None, context=2048):
     """A device_map for from_pretrained: whole layers on GPU 0, then 1, …, each with its cache.
 
-    sizes: GiB that may be used on each GPU; these may differ. By hand, as accelerate (which core
-    does without) sees neither cache nor prefill buffers. Raises ModelError if they do not suffice.
+    sizes: GiB to use of each GPU. By hand, as accelerate (which core does without) sees neither
+    cache nor prefill buffers. Raises ModelError if they do not suffice.
     """
     layers = config.num_hidden_layers
     table = memory.table_bytes(config) / memory.GIB

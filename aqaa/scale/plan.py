@@ -1,12 +1,11 @@
 """What a backbone needs on given GPUs, and how fast it will talk, from first principles.
 
-A decoding step reads every weight once (the embedding only where it is looked up) and the keys and
-values so far, so bytes / bandwidth is the least time of a token: the roofline. What is reached of
-it, and what is not arithmetic, are the named assumptions below (plan_table.check holds them against
-recorded runs). No torch here: a plan is only sums.
+A decoding step reads every weight once and the keys and values so far, so bytes / bandwidth is the
+least time of a token: the roofline. What is reached of it, and what is not arithmetic, are the
+named assumptions below (plan_table.check holds them against recorded runs). No torch here.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from math import ceil
 
 from aqaa import config
@@ -54,22 +53,16 @@ class Gpu:
     nvlink: bool = True
 
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("H200", 139.8, 4.8, 989, 1979),
-        Gpu("H100-80", 79.1, 3.35, 989, 1979),
-        Gpu("H20", 95.6, 4.0, 148, 296),
-        Gpu("A100-80", 79.2, 2.039, 312, None),
-        Gpu("A800-80", 79.2, 2.039, 312, None),
-        Gpu("A100-40", 39.4, 1.555, 312, None),
-        Gpu("B200", 178.4, 7.7, 2250, 4500),
-        Gpu("MI300X", 191.7, 5.3, 1307, 2615),
-        Gpu("L40S", 44.4, 0.864, 362, 733, nvlink=False),
-        Gpu("RTX-4090", 23.5, 1.008, 165, 330, nvlink=False),
-        Gpu("RTX-5090", 31.4, 1.792, 209, 419, nvlink=False),
-    )
-}
+_CARDS = (
+    Gpu("H200", 139.8, 4.8, 989, 1979), Gpu("H100-80", 79.1, 3.35, 989, 1979),
+    Gpu("H20", 95.6, 4.0, 148, 296), Gpu("A100-80", 79.2, 2.039, 312, None),
+    Gpu("A800-80", 79.2, 2.039, 312, None), Gpu("A100-40", 39.4, 1.555, 312, None),
+    Gpu("B200", 178.4, 7.7, 2250, 4500), Gpu("MI300X", 191.7, 5.3, 1307, 2615),
+    Gpu("L40S", 44.4, 0.864, 362, 733, False), Gpu("RTX-4090", 23.5, 1.008, 165, 330, False),
+    Gpu("RTX-5090", 31.4, 1.792, 209, 419, False),
+)  # fmt: skip
+GPUS = {gpu.name: gpu for gpu in _CARDS}
+SHOWN = ("model", "gpus", "weights", "group", "context")  # of a Setup, in a Plan's JSON
 USUAL = ("1xH200", "2xH200", "4xH100-80", "8xH100-80", "8xH200", "4xA800-80")
 SMALL = ("1xRTX-4090", "1xL40S", "1xA100-80", "1xH100-80", "1xH200")  # where one card holds it
 
@@ -115,30 +108,24 @@ class Plan:
         return self.spare >= 0
 
     @property
-    def steady(self):
-        """Audio alone keeps up with speech: 41.67 a second."""
+    def steady(self):  # audio alone keeps up with speech: 41.67 a second
         return self.rate >= TOKENS_PER_SECOND
 
     @property
-    def interleave(self):
-        """So do blocks of text and audio: 69.4 a second, no buffer beyond the first block."""
+    def interleave(self):  # blocks of text and audio do: 69.4 a second, one block of buffer
         return self.rate >= INTERLEAVE_RATE
 
     def to_dict(self):
         """As JSON wants it: numbers rounded to 5 digits, keys as text."""
-        setup, numbers = self.setup, asdict(self)
-        del numbers["setup"]
-        return {
-            "model": setup.model, "gpus": setup.gpus, "weights": setup.weights,
-            "group": setup.group, "context": setup.context, "fits": self.fits,
-            "steady": self.steady, "interleave": self.interleave, **_rounded(numbers),
-        }  # fmt: skip
 
+        def rounded(value):
+            if isinstance(value, dict):
+                return {str(key): rounded(item) for key, item in value.items()}
+            return round(value, 5)
 
-def _rounded(value):
-    if isinstance(value, dict):
-        return {str(key): _rounded(item) for key, item in value.items()}
-    return round(value, 5)
+        names = ("fits", "steady", "interleave", *(field.name for field in fields(self)[1:]))
+        facts = {name: getattr(self.setup, name) for name in SHOWN}
+        return facts | {name: rounded(getattr(self, name)) for name in names}
 
 
 def streamed_bytes(backbone, weights, group=None, context=0):
@@ -149,15 +136,12 @@ def streamed_bytes(backbone, weights, group=None, context=0):
 
 
 def prefill_seconds(setup, n_ids):
-    """Time to read a prompt: operations at half the peak, and unpacking where weights are packed.
-
-    fp8 is multiplied as it is where the card can (vLLM does so; our own layers unpack it).
-    """
+    """Time to read a prompt: operations at half the peak, and unpacking where weights are packed."""
     backbone, gpu = setup.backbone, setup.gpu
     operations = 2 * memory.n_linear(backbone)[0] * n_ids
     # attention: every id looks at those before it, so half of the products are masked
     operations += 2 * backbone.num_hidden_layers * backbone.hidden_size * n_ids**2
-    native = setup.weights == "fp8" and gpu.fp8
+    native = setup.weights == "fp8" and gpu.fp8  # as vLLM does; our own layers unpack fp8
     seconds = operations / ((gpu.fp8 if native else gpu.bf16) * 1e12 * PREFILL_SHARE)
     if setup.weights != "bf16" and not native:  # read packed, written and read again as bf16
         moved = memory.linear_bytes(backbone, setup.weights, setup.group)
@@ -180,21 +164,13 @@ def token_seconds(setup):
 def start_delay(rate, seconds):
     """How late (s) an answer of `seconds` must start, with ids at `rate` a second, never to stall.
 
-    Blocks of 10 text and 15 audio ids until the text (5 ids a second of speech) is used up, then
-    audio alone; a block is played once it is whole, 0.36 s each.
+    Blocks of text and audio until the text is used up, then audio alone, each played once whole.
     """
     text, delay = TEXT_RATE * seconds, 0.0
     for k in range(ceil(seconds / BLOCK_SECONDS - 1e-9)):
         n_ids = min((k + 1) * TEXT_BLOCK, text) + (k + 1) * AUDIO_BLOCK  # made with block k
         delay = max(delay, n_ids / rate - k * BLOCK_SECONDS)
     return delay
-
-
-def first_sound(setup, question, token=None):
-    """Seconds from a question of `question` s to the first sound: prefill, a block, vocoding."""
-    n_ids = ceil(question * TOKENS_PER_SECOND) + PROMPT
-    token = token_seconds(setup)[1] if token is None else token
-    return prefill_seconds(setup, n_ids) + BLOCK * token + VOCODER_SHARE * BLOCK_SECONDS
 
 
 def plan(setup):
@@ -213,9 +189,15 @@ def plan(setup):
     total = sum(gib.values())
     streamed = streamed_bytes(backbone, weights, setup.group, setup.context) / 1e9
     floor, token = token_seconds(setup)
+
+    def first_sound(seconds):
+        """Of a question of so many seconds: prefill, a block, vocoding."""
+        prefill = prefill_seconds(setup, ceil(seconds * TOKENS_PER_SECOND) + PROMPT)
+        return prefill + BLOCK * token + VOCODER_SHARE * BLOCK_SECONDS
+
     return Plan(
         setup, gib, total, setup.gpu.memory - total, streamed, floor, 1 / floor, 1 / token,
-        {seconds: first_sound(setup, seconds, token) for seconds in (3, 10)},
+        {seconds: first_sound(seconds) for seconds in (3, 10)},
         {seconds: start_delay(1 / token, seconds) for seconds in (5, 10, 20)},
     )  # fmt: skip
 
@@ -223,27 +205,20 @@ def plan(setup):
 def check_ranks(setup):
     """Raise ValueError if setup.count GPUs cannot share heads, groups, widths or int4 groups."""
     backbone, ranks = setup.backbone, setup.count
-    shared = {
-        "attention heads": backbone.num_attention_heads,
-        "key-value groups": backbone.num_attention_groups,
-        "inner values": backbone.intermediate_size,
-    }
-    possible = [n for n in ALL_REDUCE if all(size % n == 0 for size in shared.values())]
+    heads, groups = backbone.num_attention_heads, backbone.num_attention_groups
+    width, inner = backbone.hidden_size, backbone.intermediate_size
+    possible = [n for n in ALL_REDUCE if not (heads % n or groups % n or inner % n)]
     if ranks not in possible:
-        names = ", ".join(f"{size} {name}" for name, size in shared.items())
-        usable = ", ".join(map(str, possible))
-        raise ValueError(f"{ranks} GPUs cannot share {names}: use {usable}.")
+        raise ValueError(f"{ranks} GPUs cannot share {heads} attention heads, {groups} key-value "
+                         f"groups, {inner} inner values: use {', '.join(map(str, possible))}.")
     if setup.group:
-        widths = {"o_proj": backbone.hidden_size, "down_proj": backbone.intermediate_size}
-        for name, width in widths.items():
-            check_group(width, setup.group, ranks, name, widths.values())
+        check_group(width, setup.group, ranks, "o_proj", (width, inner))
+        check_group(inner, setup.group, ranks, "down_proj", (width, inner))
 
 
 def largest_group(backbone, ranks):
     """The largest usual int4 group that divides. Raises ValueError if none does."""
     widths = (backbone.hidden_size, backbone.intermediate_size)
-    group = config.largest_group(widths, ranks)
-    if group is None:
-        smallest = config.INT4_GROUPS[-1]
-        check_group(min(widths, key=lambda width: width % (ranks * smallest) == 0), smallest, ranks)
-    return group
+    for width in widths:  # names the first that the smallest group does not divide
+        check_group(width, config.INT4_GROUPS[-1], ranks)
+    return config.largest_group(widths, ranks)

@@ -3,7 +3,9 @@
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 
 from aqaa.backbone.memory import BITS, resident_bytes
@@ -24,17 +26,16 @@ def parse_gpus(text):
     if re.search(r"[+,;]", text):
         raise ValueError(f"{text!r} mixes GPUs: shared layers wait for the slowest and fit the "
                          "smallest, plan as many of that one.")
-    match = re.fullmatch(r"(?:(\d+)\s*[x×*])?\s*(.+)", text.strip(), re.IGNORECASE)
-    count, name = match.groups() if match else (None, "")
-    gpu = {_plain(known): gpu for known, gpu in sums.GPUS.items()}.get(_plain(name))
+
+    def plain(name):
+        return re.sub(r"[-_\s]", "", name).lower()
+
+    count, name = re.fullmatch(r"(?:(\d+)\s*[x×*])?\s*(.*)", text.strip(), re.I | re.S).groups()
+    gpu = {plain(known): gpu for known, gpu in sums.GPUS.items()}.get(plain(name))
     if gpu is None or count == "0":
         known = ", ".join(sums.GPUS)
         raise ValueError(f"unknown GPUs {text!r}: write 4xH100-80, with one of {known}.")
     return gpu, int(count or 1)
-
-
-def _plain(name):
-    return re.sub(r"[-_\s]", "", name).lower()
 
 
 def read_model(source):
@@ -55,22 +56,20 @@ def read_model(source):
         missing = set(names[:6]) - set(sizes)
     except (ValueError, TypeError, AttributeError) as fault:
         raise ValueError(f"{path} is not a configuration ({fault}): get the file again.") from None
-    if missing:
-        raise ValueError(f"{path} does not say {', '.join(sorted(missing))}: "
-                         "it is not of a Step-1 model.")
+    if missing := ", ".join(sorted(missing)):
+        raise ValueError(f"{path} does not say {missing}: it is not of a Step-1 model.")
     return Path(source).resolve().name, backbone, data.get("quantization") or {}
 
 
 def setups(source, gpus=(), weights=None, group=None, context=2048):
-    """Setups of every combination of GPUs (texts; none: the usual ones) and formats (None: all, or
-    the folder's). int4 takes the largest group that divides, unless `group` is given.
+    """Setups of all GPUs (texts; none: the usual ones) by all formats (None: all, or the folder's).
 
-    Raises ValueError for a context, GPUs or a group that cannot be.
+    group: of int4, by default the largest that divides. Raises ValueError for a context, GPUs or a
+    group that cannot be.
     """
     model, backbone, quantization = read_model(source)
-    if not 0 < context <= backbone.max_seq_len:
-        raise ValueError(f"a context of {context} ids is not possible: the model takes 1 to "
-                         f"{backbone.max_seq_len}.")
+    if not 0 < context <= (most := backbone.max_seq_len):
+        raise ValueError(f"a context of {context} ids is not possible: the model takes 1 to {most}.")
     formats = [weights] if weights else [quantization["weights"]] if quantization else list(BITS)
     group = group or quantization.get("group")
     usual = sums.USUAL if resident_bytes(backbone, "bf16") > 100e9 else sums.SMALL
@@ -87,26 +86,21 @@ def setups(source, gpus=(), weights=None, group=None, context=2048):
 def what_would_fit(setup):
     """A sentence: the nearest setup that fits in place of one that does not."""
     need = sums.plan(setup).total
-    problem = (
-        f"{setup.model} in {setup.format} with {setup.context} ids needs {need:.1f} GiB on each of "
-        f"{setup.gpus}, which has {setup.gpu.memory:.1f}"
-    )
+    problem = (f"{setup.model} in {setup.format} with {setup.context} ids needs {need:.1f} GiB on "
+               f"each of {setup.gpus}, which has {setup.gpu.memory:.1f}")  # fmt: skip
     formats = [name for name in ("bf16", "fp8", "int4") if BITS[name] <= BITS[setup.weights]]
-    for count in (n for n in sums.ALL_REDUCE if n >= setup.count):
-        for weights in formats:
-            try:
-                group = sums.largest_group(setup.backbone, count) if weights == "int4" else None
-                other = replace(setup, count=count, weights=weights, group=group)
-                if sums.plan(other).fits:
-                    return f"{problem}: {other.format} on {other.gpus} would fit."
-            except ValueError:  # so many GPUs cannot share this model
-                continue
+    counts = [count for count in sums.ALL_REDUCE if count >= setup.count]
+    for count, weights in product(counts, formats):
+        with suppress(ValueError):  # so many GPUs cannot share this model
+            group = sums.largest_group(setup.backbone, count) if weights == "int4" else None
+            other = replace(setup, count=count, weights=weights, group=group)
+            if sums.plan(other).fits:
+                return f"{problem}: {other.format} on {other.gpus} would fit."
     return f"{problem}: larger GPUs are needed, such as H200."
 
 
 def check(folder):
-    """Hold the model against every recorded run: rows of {file, what, predicted, measured, ratio,
-    possible}.
+    """The model against every recorded run: [{file, what, predicted, measured, ratio, possible}].
 
     A record is a JSON of `folder` that says "what": "scale" and has
       "setup": {"model": "130b", "gpus": "1xH200", "weights": "int4", "group": 128}
@@ -115,12 +109,13 @@ def check(folder):
     ratio is measured / predicted; possible: not faster than the bytes allow. Raises ValueError for
     a broken record.
     """
-    rows = []
+    rows, names = [], ("what", "predicted", "measured", "ratio", "possible")
     for path in sorted(Path(folder).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record.get("what") == "scale":
-                rows += [{"file": path.name, **row} for row in _compared(record)]
+            for what, predicted, measured, possible in _compared(record):
+                row = what, predicted, measured, round(measured / predicted, 3), possible
+                rows.append({"file": path.name, **dict(zip(names, row, strict=True))})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
             raise ValueError(f"{path} is not a whole record ({type(fault).__name__} {fault}): "
                              "run it again.") from None
@@ -128,25 +123,19 @@ def check(folder):
 
 
 def _compared(record):
-    """Rows of `check` for one record."""
+    """(what, predicted, measured, possible) of each point of a record; none of other kinds."""
+    if record.get("what") != "scale":
+        return
     asked = record["setup"]
-    model, gpus, weights = asked["model"], asked["gpus"], asked["weights"]
-
-    def setup(context=2048):
-        return setups(model, [gpus], weights, asked.get("group"), context)[0]
-
-    def row(name, predicted, measured, possible):
-        ratio = round(measured / predicted, 3)
-        return {"what": name, "predicted": predicted, "measured": measured, "ratio": ratio,
-                "possible": possible}  # fmt: skip
-
+    options = asked["model"], [asked["gpus"]], asked["weights"], asked.get("group")
     for point in record["decode"]:
-        planned, rate = sums.plan(setup(point["context"])), point["tokens_per_s"]
-        yield row(f"tokens/s at {point['context']}", planned.rate, rate, rate <= planned.ceiling)
+        (setup,) = setups(*options, point["context"])
+        planned, rate = sums.plan(setup), point["tokens_per_s"]
+        yield f"tokens/s at {point['context']}", planned.rate, rate, rate <= planned.ceiling
     for point in record.get("prefill", ()):
-        predicted, seconds = sums.prefill_seconds(setup(), point["ids"]), point["seconds"]
+        predicted, seconds = sums.prefill_seconds(*setups(*options), point["ids"]), point["seconds"]
         possible = seconds >= predicted * sums.PREFILL_SHARE
-        yield row(f"prefill of {point['ids']}, s", predicted, seconds, possible)
+        yield f"prefill of {point['ids']}, s", predicted, seconds, possible
 
 
 def main(args):
@@ -164,27 +153,24 @@ def table(plans):
     """Plans as lines of text."""
     lines = [COLUMNS, *map(_cells, plans)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
     setup = plans[0].setup
-    return "\n".join([
-        f"{setup.model}, {setup.context} ids of context, one listener; rates are estimates "
-        "(EFFICIENCY in plan.py).",
-        *("  ".join(map(str.rjust, line, widths)) for line in lines),
-        "audio: at least 41.7 tokens/s, which speech alone uses; with text: 69.4, while the text "
-        "lasts.",
-        "first sound: s after a question of 3 s. delay: how late an answer of 10 s must start so "
-        "that it never stalls.",
-    ])  # fmt: skip
+    return f"""\
+{setup.model}, {setup.context} ids of context, one listener; rates are estimates \
+(EFFICIENCY in plan.py).
+{rows}
+audio: at least 41.7 tokens/s, which speech alone uses; with text: 69.4, while the text lasts.
+first sound: s after a question of 3 s. delay: how late an answer of 10 s must start so that it \
+never stalls."""
 
 
-def _cells(planned):
+def _cells(p):
     """A Plan as the cells under COLUMNS."""
-    setup = planned.setup
-    cells = (setup.gpus, setup.format, f"{planned.total:.1f}", f"{planned.spare:.1f}")
-    if not planned.fits:
+    setup = p.setup
+    cells = (setup.gpus, setup.format, f"{p.total:.1f}", f"{p.spare:.1f}")
+    if not p.fits:
         return (*cells, *["-"] * 4, "no", "no", "does not fit", "-")
-    return (
-        *cells, f"{planned.streamed:.3g}", f"{1000 * planned.floor:.3g}", f"{planned.ceiling:.0f}",
-        f"{planned.rate:.0f}", "yes" if planned.steady else "no",
-        "yes" if planned.interleave else "no", f"{planned.first_sound[3]:.2f}",
-        f"{planned.delay[10]:.2f}",
-    )  # fmt: skip
+    steady, interleave = ("yes" if able else "no" for able in (p.steady, p.interleave))
+    return (*cells, f"{p.streamed:.3g}", f"{1000 * p.floor:.3g}", f"{p.ceiling:.0f}",
+            f"{p.rate:.0f}", steady, interleave, f"{p.first_sound[3]:.2f}",
+            f"{p.delay[10]:.2f}")  # fmt: skip

@@ -1,7 +1,6 @@
-"""Weights of 4 or 8 bits for a whole model: rounded to the nearest, or by GPTQ with dialogues.
+"""Weights of 4 or 8 bits for a whole model (the layers: aqaa/backbone/quantized_linear.py)."""
 
-The layers themselves, and how their bytes are laid out, are in aqaa/backbone/quantized_linear.py.
-"""
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,9 @@ from aqaa.config import check_group, largest_group
 
 
 class Calibration:
-    """The hidden states of some dialogues, carried from layer to layer, so that one layer at a time
-    is in memory.
+    """The hidden states of some dialogues, carried on so that one layer at a time is in memory.
 
-    rows: lists of ids; embedding (V, D); heads: of attention. States are kept as (1, T, D), in the
-    embedding's dtype.
+    rows: lists of ids; embedding (V, D), whose dtype the states have; heads: of attention.
     """
 
     def __init__(self, rows, embedding, heads):
@@ -35,32 +32,28 @@ class Calibration:
         """{name of a linear: mean of x xᵀ over its inputs, (K, K) fp32} of a decoder layer."""
         hessians, count = {}, sum(x.shape[1] for x in self.states)
 
-        def watch(name):
-            def hook(_, inputs):
-                x = inputs[0].flatten(0, -2).float()  # (ids, K)
-                hessians[name] = hessians.get(name, 0) + x.T @ x / count
+        def watch(name, _, inputs):
+            x = inputs[0].flatten(0, -2).float()  # (ids, K)
+            hessians[name] = hessians.get(name, 0) + x.T @ x / count
 
-            return hook
-
-        hooks = [part.register_forward_pre_hook(watch(name)) for name, part in linears(layer)]
+        hooks = [part.register_forward_pre_hook(partial(watch, name))
+                 for name, part in linears(layer)]  # fmt: skip
         self.run(layer)
         for hook in hooks:
             hook.remove()
         return hessians
 
     def advance(self, layer):
-        """Go on to the next layer; `layer` is quantised by now: later ones make up for its
-        errors."""
+        """Go on behind `layer`, which is quantised by now: later ones make up for its errors."""
         self.states = self.run(layer)
 
 
 def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
     """Replace the linear layers of a Step1ForCausalLM, in place; returns it.
 
-    weights: int4, int8, fp8. group: of int4, by default the largest usual one that divides every
-    layer. skip: names, or ends of names, of those left as they are. rows: dialogues (lists of ids),
-    with which layers are calibrated by GPTQ; none: rounded to the nearest. Raises ValueError before
-    anything is changed if a group does not divide.
+    weights: int4, int8, fp8. group: see `group_for`. skip: names, or ends of names, of those left
+    as they are. rows: dialogues (lists of ids), with which layers are calibrated by GPTQ; none:
+    rounded to the nearest. Raises ValueError before anything is changed if a group does not divide.
     """
     cls = format_of(weights)
     widths = {name: linear.in_features for name, linear in linears(model, skip)}
@@ -75,8 +68,10 @@ def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
 
 
 def group_for(cls, group, widths):
-    """The group, by default the largest usual one, that divides all {name: width}; None where the
-    format has none. Raises ValueError."""
+    """The group, by default the largest usual one, that divides all {name: width}; None: no groups.
+
+    Raises ValueError.
+    """
     usual = cls.group_by_default
     group = group or usual and (largest_group(widths.values()) or usual)
     for name, width in widths.items() if group else ():
@@ -102,8 +97,7 @@ def dequantized(module):
 
 
 def n_bytes(model):
-    """{"linear", "scale", "other"}: bytes of the decoder's weights or codes, of scales, of the
-    rest."""
+    """{"linear", "scale", "other"}: bytes of the decoder's weights or codes, of scales, the rest."""
     counts = {"linear": 0, "scale": 0, "other": 0}
     for name, value in model.state_dict().items():
         kind = "linear" if "_proj." in name else "other"

@@ -1,12 +1,12 @@
 """Several listeners at once: one backbone answers all of them together, each has a vocoder worker.
 
 Answers join and leave the batch at any token. A Step-1 model knows distances only, so an answer may
-begin anywhere in the cache: its prompt is run alone, then moved to the right end of its row, and
-what lies to the left is padding.
+begin anywhere in the cache: its prompt is run alone, then moved to the right end of its row, behind
+padding.
 """
 
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -20,14 +20,7 @@ END = object()
 CLOSED = "the batch that this answer was in has been closed: submit the question to another."
 
 
-class Closing(AbstractContextManager):
-    """What is closed at the end of a `with` block."""
-
-    def __exit__(self, *_):
-        self.close()
-
-
-class Batch(Closing):
+class Batch(AbstractContextManager):
     """An engine (AQAA.engine): one backbone, in a thread, for all who call `generate`.
 
     Each answer is what it would be alone with the same seed, but for the order of sums in a larger
@@ -49,11 +42,13 @@ class Batch(Closing):
             seat.steps_out.put(EngineError(CLOSED))
         return seat.listen()
 
-    def close(self):
+    def close(self, *_):
         """Stop; answers under way end with an EngineError."""
         self.closed = True
         self.arrivals.put(END)
         self.thread.join()
+
+    __exit__ = close
 
     @torch.inference_mode()
     def _run(self):
@@ -63,28 +58,23 @@ class Batch(Closing):
                 arrived = self._arrived(seats)
                 seats, decoder = self._turn(seats, decoder, arrived)
             except Exception as fault:  # all in the batch learn of it; none may wait for ever
-                self._tell(fault, {*seats, *arrived})
+                for seat in {*seats, *arrived}:
+                    seat.steps_out.put(fault)
                 seats, decoder = [], None
-        self._tell(EngineError(CLOSED), {*seats, *arrived})
+        waiting = {*seats, *arrived}
         while not self.arrivals.empty():
-            self._tell(EngineError(CLOSED), {self.arrivals.get()} - {END})
-
-    @staticmethod
-    def _tell(fault, seats):
-        for seat in seats:
-            seat.steps_out.put(fault)
+            waiting.add(self.arrivals.get())
+        for seat in waiting - {END}:
+            seat.steps_out.put(EngineError(CLOSED))
 
     def _arrived(self, seats):
         """New seats, as far as there is room; waits for one if there is nothing else to do."""
         new = []
-        while len(seats) + len(new) < self.batch_size:
-            try:
-                seat = self.arrivals.get(block=not seats and not new)
-            except Empty:
-                break
-            if seat is END:
-                break
-            new.append(seat)
+        with suppress(Empty):
+            while len(seats) + len(new) < self.batch_size:
+                if (seat := self.arrivals.get(block=not seats and not new)) is END:
+                    break
+                new.append(seat)
         return new
 
     def _turn(self, seats, decoder, arrived):
@@ -98,7 +88,12 @@ class Batch(Closing):
 
     def _seat(self, staying, seats, decoder, arrived):
         """A decoder with the caches of all who stay or are new; draws the first id of the new."""
-        caches = [self._cut(decoder, seats.index(seat), seat) for seat in staying]
+        caches = []  # keys and values of each, (layers, 1, G, n, d), without padding
+        for seat in staying:
+            row, end = seats.index(seat), decoder.cache.length
+            own = slice(end - len(seat.history) + 1, end)  # the last id has not been fed yet
+            tensors = decoder.cache.keys, decoder.cache.values
+            caches.append([tensor[:, row : row + 1, :, own] for tensor in tensors])
         for seat in arrived:
             alone = generation.Decoder(self.backbone, 1, len(seat.history))
             prompt = generation.embed(self.backbone, [seat.history])
@@ -111,21 +106,13 @@ class Batch(Closing):
         merged = generation.Decoder(self.backbone, len(caches), room)
         merged.cache.length = length
         visible = torch.zeros(len(caches), room, dtype=torch.bool, device=merged.cache.keys.device)
-        for row, (keys, values) in enumerate(caches):  # each (layers, 1, G, n, d)
+        for row, (keys, values) in enumerate(caches):
             first = length - keys.shape[3]  # all answers end in the same slot
             merged.cache.keys[:, row, :, first:length] = keys[:, 0]
             merged.cache.values[:, row, :, first:length] = values[:, 0]
             visible[row, first:] = True
         merged.padding = None if visible[:, 0].all() else visible
         return merged
-
-    @staticmethod
-    def _cut(decoder, row, seat):
-        """Keys and values (layers, 1, G, n, d) of one answer, without padding."""
-        end = decoder.cache.length  # the last id of the history has not been fed yet
-        own = slice(end - len(seat.history) + 1, end)
-        keys, values = decoder.cache.keys, decoder.cache.values
-        return keys[:, row : row + 1, :, own], values[:, row : row + 1, :, own]
 
 
 class _Seat(generation.Row):
@@ -164,7 +151,7 @@ class _Seat(generation.Row):
             self.given_up = True
 
 
-class Server(Closing):
+class Server(AbstractContextManager):
     """A model for several listeners: `submit` questions, iterate over the Pieces of each answer.
 
     engine: what generates, such as vllm.client.Server, which makes batches itself; by default a
@@ -183,10 +170,12 @@ class Server(Closing):
         """A Spoken answer to a question (see AQAA.stream), which begins at once, in a thread."""
         return Spoken(lambda: self.model.stream(question, history=history, **sampling))
 
-    def close(self):
+    def close(self, *_):
         """Stop the batch; answers under way end with an error."""
         if self.own:
             self.own.close()
+
+    __exit__ = close
 
 
 class Spoken:
@@ -221,10 +210,7 @@ class Spoken:
         self.pieces.put(END)
 
     def resume(self):
-        """Go on after a fault, from what was said (see Talk.resume); returns itself.
-
-        A Talk that never began is begun again.
-        """
+        """Go on after a fault (see Talk.resume), or begin what never began; returns itself."""
         if isinstance(self.talk, Talk):
             self.talk.resume()
         self._work()

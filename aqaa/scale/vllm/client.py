@@ -1,13 +1,12 @@
 """vLLM in place of our own backbone: ids in, ids out, from a server or in this process.
 
 vLLM pins a torch of its own, so it lives in another environment, where this package is installed
-without its dependencies (`pip install --no-deps`); launch.serve_command gives the line that starts
-it there. Its tokenizer is never used: transformers 5 rebuilds Step-1's wrongly. The rules of the
-layout travel with each request and are kept to by aqaa.scale.vllm.plugin.Layouts; ids that come
-back are checked here as well, since a server without the plug-in answers too.
+without its dependencies (`pip install --no-deps`); see launch.serve_command. Its tokenizer is never
+used: transformers 5 rebuilds Step-1's wrongly. The rules of the layout travel with each request, to
+plugin.Layouts; ids that come back are checked here too, as a server without the plug-in answers.
 
-HTTP by the standard library: httpx, which times out between bytes only, would not end a server that
-sends a byte now and then either, and would be one more dependency of the core.
+HTTP by the standard library: httpx, one more dependency, times out between bytes only and would not
+end a server that sends a byte now and then either.
 """
 
 import asyncio
@@ -36,6 +35,7 @@ REPLY_BYTES = 4_000_000  # of a line or a body: the first chunk repeats up to 32
 EMPTY_LINES = 1000  # in a row, without an id among them
 LIKELIEST = 1e-3  # log-probability that rounding may leave above 0
 SHOWN = 200  # characters of what a server says that are passed on
+ELSEWHERE = "it sends us elsewhere, where nobody is asked; give the address itself"
 
 
 class EngineError(OSError):
@@ -43,8 +43,7 @@ class EngineError(OSError):
 
 
 class Engine:
-    """What AQAA.engine may be. Subclasses draw ids: _draw(prompt, settings, rules) yields (id,
-    logprob)."""
+    """What AQAA.engine may be; a subclass' _draw(prompt, settings, rules) yields (id, logprob)."""
 
     name = "the engine"
     limit = None  # ids of the longest prompt and its answer
@@ -53,14 +52,13 @@ class Engine:
         self, prompt, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024,
         repetition=None, min_audio=0, prefill=None,
     ):  # fmt: skip
-        """Steps, as backbone.generation.generate gives them; prefill is left to the engine.
+        """Steps as of backbone.generation.generate; prefill is left to the engine.
 
         logprob is taken over the engine's whole vocabulary, so it is a little lower than ours.
         Raises ValueError for settings out of range or a prompt too long, and EngineError.
         """
         check_sampling(temperature, top_p, max_tokens)
-        n_prompt = len(prompt)
-        left = room_for(self.limit or n_prompt + max_tokens + 1, n_prompt, max_tokens)
+        left = room_for(self.limit or len(prompt) + max_tokens + 1, len(prompt), max_tokens)
         settings = {
             "temperature": float(temperature), "top_p": float(top_p), "top_k": 0, "seed": int(seed),
             "logprobs": 0, "max_tokens": left, "stop_token_ids": [ids.eot],
@@ -77,18 +75,16 @@ class Engine:
         for token, logprob in self._draw(prompt, settings, rules):
             number = type(logprob) in (int, float) and -inf < logprob <= LIKELIEST
             if type(token) is not int or not number:
-                raise EngineError(
-                    f"{self.name} sent id {verify.shown(token)} with the log-probability "
-                    f"{verify.shown(logprob)}: both must be numbers, as vLLM {TESTED} sends them."
-                )
+                sent, with_it = verify.shown(token), verify.shown(logprob)
+                raise EngineError(f"{self.name} sent id {sent} with the log-probability {with_it}: "
+                                  f"both must be numbers, as vLLM {TESTED} sends them.")
             may = machine.allowed()
             count += 1
             if not (may.start <= token < may.stop or token in may.markers):
-                raise EngineError(
-                    f"{self.name} sent id {token} where the layout allows {may.kind} {may.start}.."
-                    f"{may.stop - 1} or {may.markers}: it lacks aqaa's plug-in "
-                    f"(--logits-processors {PROCESSOR}), or its model has other ids."
-                )
+                raise EngineError(f"{self.name} sent id {token} where the layout allows {may.kind} "
+                                  f"{may.start}..{may.stop - 1} or {may.markers}: it lacks aqaa's "
+                                  f"plug-in (--logits-processors {PROCESSOR}), or its model has "
+                                  "other ids.")
             machine.advance(token)
             yield Step(token, "marker" if token in may.markers else may.kind, logprob)
             if machine.finished:
@@ -102,10 +98,7 @@ class Engine:
 
 
 class _Timed(io.RawIOBase):
-    """What a socket receives until time.monotonic() is `end`.
-
-    A socket's own timeout begins anew with each byte, so a byte now and then would never end it.
-    """
+    """What a socket receives until time.monotonic() is `end`; its own timeout is of each byte."""
 
     def __init__(self, sock, end):
         self.sock, self.end, self.raw = sock, end, sock.makefile("rb", buffering=0)
@@ -131,8 +124,8 @@ class _Timed(io.RawIOBase):
 class Server(Engine):
     """A running `vllm serve`, by its OpenAI-style completions with token ids.
 
-    connect_time: s in which it must say what it serves; answer_time: the longest wait for the next
-    id; total_time: for a whole answer. Raises EngineError if no such server answers.
+    Times in s: connect_time until it says what it serves; answer_time for the next id; total_time
+    for a whole answer. Raises EngineError if no such server answers.
     """
 
     def __init__(
@@ -163,8 +156,7 @@ class Server(Engine):
         Raises EngineError, also if the head of the reply, or what the block reads of it, is not
         there within `patience` seconds; the block may set the clock anew.
         """
-        connection = self.kind(self.place, timeout=self.connect_time)
-        with closing(connection):
+        with closing(self.kind(self.place, timeout=self.connect_time)) as connection:
             try:
                 connection.connect()
                 connection.sock.settimeout(patience)
@@ -173,8 +165,10 @@ class Server(Engine):
                 header = {"Content-Type": "application/json"}
                 connection.request(method, self.path + path, body and json.dumps(body), header)
                 with connection.getresponse() as reply:
-                    if (status := reply.status) != 200:
-                        raise EngineError(f"{self.name} refuses ({status}): {_refusal(reply)}.")
+                    if (code := reply.status) != 200:
+                        moved = 300 <= code < 400
+                        said = ELSEWHERE if moved else _message(reply.read(REPLY_BYTES))
+                        raise EngineError(f"{self.name} refuses ({code}): {said}.")
                     yield reply, clock
             except EngineError:
                 raise
@@ -219,10 +213,7 @@ class Server(Engine):
 
 
 def _event(line, name):
-    """The data of a line of server-sent events; b"" for a blank line or a comment.
-
-    Raises EngineError.
-    """
+    """The data of a line of server-sent events, b"" without any. Raises EngineError."""
     field, _, data = line.strip().partition(b":")
     if field not in (b"", b"data"):
         raise _stranger(name, f"{line[:60]!r} in place of an event")
@@ -255,12 +246,6 @@ def _json(data, name):
 
 def _stranger(name, sent):
     return EngineError(f"{name} sent {sent}: something else answers there.")
-
-
-def _refusal(reply):
-    if 300 <= reply.status < 400:
-        return "it sends us elsewhere, where nobody is asked; give the address itself"
-    return _message(reply.read(REPLY_BYTES))
 
 
 def _message(body):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from itertools import chain
 from pathlib import Path
 
 from aqaa.files import read_json
@@ -18,15 +19,13 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
     """The line that serves a released language model, to be run in vLLM's own environment.
 
     weights: bf16, fp8, int8 (made while loading) or int4 (the folder must be so). Raises ValueError
-    for what vLLM cannot do: heads or 4-bit groups that the GPUs cannot share, or a folder of
-    another format.
+    for heads or 4-bit groups that the GPUs cannot share, or a folder of another format.
     """
     name, backbone, ours = read_model(str(folder))
-    packed = ", ".join(PACKED)
     if str(folder) in MODELS or ours:
         fact = f"{folder} is in aqaa's own format" if ours else f"{folder!r} is no folder"
         raise ValueError(f"{fact}: name that of a released language model, 16 bits or packed "
-                         f"({packed}).")
+                         f"({', '.join(PACKED)}).")
     config = read_json(Path(folder) / "config.json")
     if "backbone" in config:
         raise ValueError(f"{folder} is a whole system of aqaa: save its backbone alone, with "
@@ -44,10 +43,8 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
         "attention-backend": ATTENTION, "hf-overrides": json.dumps(overrides),
         "generation-config": "vllm", "logits-processors": PROCESSOR,
     }  # fmt: skip
-    words = ["vllm", "serve", str(folder)]
-    for flag, value in flags.items():
-        words += [f"--{flag}", str(value)] if value is not None else []
-    return shlex.join([*words, "--skip-tokenizer-init"])
+    given = [(f"--{flag}", str(value)) for flag, value in flags.items() if value is not None]
+    return shlex.join(["vllm", "serve", str(folder), *chain(*given), "--skip-tokenizer-init"])
 
 
 def _group(config, folder):

@@ -8,8 +8,7 @@ from aqaa.scale.vllm.plugin import language_weights
 
 
 class Step1AQAAForCausalLM(Step1ForCausalLM):
-    """vLLM's class, with the backend that has the distance bias, lm_head untied, no vision
-    towers."""
+    """vLLM's class, with the backend of the distance bias, lm_head untied, no vision towers."""
 
     def __init__(self, *, vllm_config, prefix=""):
         attention = vllm_config.attention_config

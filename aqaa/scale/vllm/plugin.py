@@ -1,9 +1,8 @@
 """What vLLM loads of this package: Step-1's configurations, AQAA's checkpoint, a logits processor.
 
-`register` is called in each of vLLM's processes (entry point vllm.general_plugins). `Layouts` is
-named on the command line and not as an entry point: vLLM would load it for every model in that
-environment, and its older model runner does not hand the drawn ids to processors that it found by
-itself. Without vLLM this module still imports.
+`register` is called in each of vLLM's processes (entry point vllm.general_plugins). `Layouts` is no
+entry point: vLLM would load it for every model, and its older model runner does not hand the drawn
+ids to processors that it found by itself. Without vLLM this module still imports.
 """
 
 import logging
@@ -23,10 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def register():
-    """Make vLLM know model types step1 and mmgpt_step1_v2, and our class for the latter.
-
-    Raises EngineError where vLLM is missing.
-    """
+    """Make vLLM know step1, mmgpt_step1_v2 and our class for it. Raises EngineError without vLLM."""
     if (installed := version()) != TESTED:
         log.warning("aqaa was tested with vLLM %s, this is %s: install that version if it fails.",
                     TESTED, installed)  # fmt: skip
@@ -38,10 +34,7 @@ def register():
 
 
 def language_weights(weights):
-    """(name, tensor) pairs of a checkpoint -> the language model's, under Step-1's own names.
-
-    AQAA's file holds vision towers as well, and what stands before the names is not published.
-    """
+    """(name, tensor) pairs of a checkpoint, vision towers too -> those of Step-1, by its names."""
     dropped = 0
     for name, tensor in weights:
         if match := STEP1_NAME.fullmatch(name):
@@ -53,19 +46,17 @@ def language_weights(weights):
 
 
 def _bases():
-    """The base classes that are there; none without vLLM."""
     for home in PROCESSORS:
         with suppress(ImportError, AttributeError):  # no vLLM here, or one without this runner
             yield import_module(home).LogitsProcessor
 
 
 class Layouts(*_bases()):
-    """Strikes out what the layout of a request does not allow; requests without rules are left
-    alone.
+    """Strikes out what the layout of a request does not allow; leaves those without rules alone.
 
-    Both of vLLM's interfaces in one class. V2: (vllm_config, req_states); requests have slots, and
-    their ids are read from its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the
-    list that the drawn ids are put into.
+    Both of vLLM's interfaces. V2: (vllm_config, req_states); requests have slots, and their ids are
+    read from its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the list of drawn
+    ids.
     """
 
     def __init__(self, vllm_config, state, is_pin_memory=None):
@@ -87,9 +78,8 @@ class Layouts(*_bases()):
 
     def add_request(self, req_idx, sampling_params):
         """A request enters slot req_idx, anew or after it had to wait."""
-        rules = self._usable(sampling_params)
         self.rows.pop(req_idx, None)
-        if rules:
+        if rules := self._usable(sampling_params):
             self.rows[req_idx] = Follower(rules, int(self.state.prompt_len.np[req_idx]))
         return rules is not None
 

@@ -1,8 +1,7 @@
 """The rules of an answer as they travel with a request to another engine, and are kept to there.
 
-The engine's own sampler draws the ids; before each draw a Follower strikes out what the layout's
-machine (aqaa.tokenizers.interleave) does not allow. No torch and no engine is imported here: a mask
-is three assignments to a row of logits, whoever made them.
+Before each draw of the engine's own sampler a Follower strikes out what the layout's machine
+(aqaa.tokenizers.interleave) does not allow. Imports no torch and no engine.
 """
 
 import json
@@ -16,15 +15,12 @@ KEY = "aqaa"  # of the rules among the extra arguments of a request
 
 @dataclass(frozen=True)
 class Rules:
-    """What `generate` takes beside temperature and the like.
-
-    said: how many of the prompt's last ids belong to the answer.
-    """
+    """What `generate` takes beside temperature and the like."""
 
     layout: object  # a dialogue.Layout or TextOnly
     ids: IdsConfig
     min_audio: int = 0
-    said: int = 0
+    said: int = 0  # ids at the end of the prompt that belong to the answer
     repetition: object = None  # a generation.Repetition
 
     @classmethod
@@ -51,19 +47,15 @@ class Rules:
             given = json.loads(text)
             layout = given["layout"]
             layout = dialogue.TextOnly() if layout is None else dialogue.Layout(**layout)
-            ids, repetition = IdsConfig(**given["ids"]), _repetition(given["repetition"])
+            ids, repetition = IdsConfig(**given["ids"]), given["repetition"]
+            if repetition is not None:
+                from aqaa.backbone.generation import Repetition
+
+                repetition = Repetition(**{**repetition, "kinds": tuple(repetition["kinds"])})
             return cls(layout, ids, int(given["min_audio"]), int(given["said"]), repetition)
         except (ValueError, TypeError, KeyError) as fault:
             raise ValueError(f"no rules of an answer ({fault}): "
                              "use the same aqaa here and at the server.") from None
-
-
-def _repetition(given):
-    if given is None:
-        return None
-    from aqaa.backbone.generation import Repetition
-
-    return Repetition(**{**given, "kinds": tuple(given["kinds"])})
 
 
 class Follower:
@@ -95,6 +87,5 @@ class Follower:
         logits[may.start : may.stop] = kept
         logits[markers] = marks
         if repetition and len(kept) + len(markers) > 1:  # the only id left is never banned
-            banned = repetition.banned(self.ids, may)
-            if banned is not None:
+            if (banned := repetition.banned(self.ids, may)) is not None:
                 logits[banned] = float("-inf")
