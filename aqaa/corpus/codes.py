@@ -11,8 +11,7 @@ from aqaa.files import reading, replacing
 def usage(codes, size):
     """{"size", "used", "perplexity", "entropy_bits"} of codes (N,) in [0, size), or a list of such.
 
-    Perplexity equals `size` when all codes are equally frequent. Raises ValueError for no codes, or
-    codes outside.
+    Perplexity is `size` where all are equally frequent. Raises ValueError for none, or outside.
     """
     rows = codes if len(codes) and np.ndim(codes[0]) else [codes]
     codes = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
@@ -45,10 +44,9 @@ def load_codes(folder, items, shipped=None):
     shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if
     there are none at all, ValueError if they are damaged, or of other utterances.
     """
-    path = Path(folder) / "codes.npz"
-    if not path.exists() and shipped:
-        path = Path(shipped) / "codes.npz"
-    if not path.exists():
+    paths = [Path(place) / "codes.npz" for place in (folder, shipped or folder)]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
     with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
         names = file["ids"].tolist()
@@ -56,6 +54,6 @@ def load_codes(folder, items, shipped=None):
     parts = np.split(codes, lengths.reshape(-1).cumsum()[:-1])
     pairs = dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
     if missing := [item.id for item in items if item.id not in pairs]:
-        fix = "it belongs to another corpus, run `aqaa train codes`"
-        raise ValueError(f"{path} has no codes of {missing[0]}: {fix}")
+        raise ValueError(f"{path} has no codes of {missing[0]}: it belongs to another corpus, run "
+                         "`aqaa train codes`")
     return [pairs[item.id] for item in items]

@@ -1,8 +1,9 @@
 """What the mini is asked and what it answers: the facts of every intent, without sound.
 
-Five categories of StepEval-Audio-360's nine. curriculum.toml has the wordings and the words; a new
-category is more of the same.
+Five categories of StepEval-Audio-360's nine; curriculum.toml has the wordings and the words.
 """
+
+from operator import add, mul, sub
 
 from aqaa.corpus.facts import SCRIPT, Fact, number, pairs, phrases, stable_hash, words
 from aqaa.tokenizers.text import MANNERS
@@ -71,15 +72,11 @@ def _heard(**answers):
     return [_fact(answer, want=want) for want, answer in answers.items()]
 
 
-def _said(manner):
-    """Three sentences in four are said back in each manner."""
-    return [_fact(x, manner, x=x) for x in SENTENCES if stable_hash(manner, x) % 4]
-
-
 def _grid(first, last, limit=lambda a: 10):
     return [(a, b) for a in range(first, last + 1) for b in range(first, limit(a) + 1)]
 
 
+SPELLED = [(word, " ".join(word)) for word in words("SPELLED")]
 OPPOSITES = [pair for one in pairs("OPPOSITES") for pair in (one, one[::-1])]
 ROWS = (  # what has neighbours, and whether the last is followed by the first
     ("number", [number(i) for i in range(22)], False),
@@ -87,40 +84,30 @@ ROWS = (  # what has neighbours, and whether the last is followed by the first
     ("month", words("MONTHS"), True),
 )
 FACTS = {
-    "sum": _arithmetic(
-        "plus", lambda a, b: a + b, _grid(1, 10), lambda a, b: {a, b} in READ_SUMS
-    ),
-    "difference": _arithmetic(
-        "minus", lambda a, b: a - b, _grid(1, 12, lambda a: min(a, 10)),
-        lambda a, b: (a, b) in READ_DIFFERENCES,
-    ),
-    "product": _arithmetic(
-        "times", lambda a, b: a * b, _grid(2, 9, lambda a: 9), lambda a, b: {a, b} in READ_PRODUCTS
-    ),
+    "sum": _arithmetic("plus", add, _grid(1, 10), lambda a, b: {a, b} in READ_SUMS),
+    "difference": _arithmetic("minus", sub, _grid(1, 12, lambda a: min(a, 10)),
+                              lambda a, b: (a, b) in READ_DIFFERENCES),
+    "product": _arithmetic("times", mul, _grid(2, 9, lambda a: 9),
+                           lambda a, b: {a, b} in READ_PRODUCTS),
     "bigger": _compare("bigger", max),
     "smaller": _compare("smaller", min),
-    **{
-        f"{kind}_{where}": _neighbours(kind, where, row, wraps)
-        for kind, row, wraps in ROWS
-        for where in ("after", "before")
-    },
+    **{f"{kind}_{where}": _neighbours(kind, where, row, wraps)
+       for kind, row, wraps in ROWS for where in ("after", "before")},
     "odd_one_out": _odd_ones(),
     "opposite": _pairs("the opposite of {w} is {x}", OPPOSITES, "strong weak"),
     "plural": _pairs("the plural of {w} is {x}", pairs("PLURALS"), "wolf tree lady"),
-    "spelling": _pairs(
-        "{w} is spelled {x}", [(w, " ".join(w)) for w in words("SPELLED")], "cup lamp"
-    ),
+    "spelling": _pairs("{w} is spelled {x}", SPELLED, "cup lamp"),
     "capital": _pairs("the capital of {w} is {x}", pairs("CAPITALS"), "austria japan norway"),
     "color": _pairs("the color of {w} is {x}", pairs("COLORS"), "coal tomato honey"),
     "animal_sound": _pairs("the {w} is an animal that {x}", pairs("SOUNDS"), "lion owl", slot="v"),
     "voice_pitch": _heard(high="your voice sounds high to me", low="your voice sounds low to me"),
-    "voice_rate": _heard(
-        fast="you are speaking very fast now", slow="you are speaking very slowly now"
-    ),
+    "voice_rate": _heard(fast="you are speaking very fast now",
+                         slow="you are speaking very slowly now"),
     "voice_mood": _heard(happy="i think you sound happy today", sad="i think you sound sad today"),
     "voice_person": _heard(man="you sound like a man to me", woman="you sound like a woman to me"),
     "repeat": [_fact(x, x=x) for x in SENTENCES],
-    **{f"say_{manner}": _said(manner) for manner in MANNERS},
+    **{f"say_{manner}": [_fact(x, manner, x=x) for x in SENTENCES if stable_hash(manner, x) % 4]
+       for manner in MANNERS},  # three sentences in four are said back in each manner
     "count": _counts(),
     "echo_2": [_fact(f"here it is {x} {x}", x=x) for x in ECHOED],
     "echo_3": [_fact(f"here it is {x} {x} {x}", x=x) for x in ECHOED],

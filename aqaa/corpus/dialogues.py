@@ -24,10 +24,9 @@ class Dialogue:
 
 
 def dialogues(source="mini", split="eval", count=None, seed=0):
-    """Spoken dialogues of the mini's corpus, from the codes beside its weights: [Dialogue, …].
+    """[Dialogue, …] of the mini's corpus, from the codes beside its weights.
 
-    They are spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or
-    OSError.
+    Spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or OSError.
     """
     folder = model_folder.find(source)
     ids = model_folder.read_config(folder).ids
@@ -39,13 +38,10 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
     wanted = {item.answer_id for item in asked}
     spoken = [item for item in items if item.role == "answer" and item.answer_id in wanted]
     codes = load_codes(data_folder() / "codes", [*asked, *spoken])
-    audio = {
-        item.id: interleave.merge(*pair, ids)
-        for item, pair in zip([*asked, *spoken], codes, strict=True)
-    }
+    pairs = zip([*asked, *spoken], codes, strict=True)
+    audio = {item.id: interleave.merge(*pair, ids) for item, pair in pairs}
     answers = {item.answer_id: item for item in spoken}
-    layout = dialogue.layout()
-    result = []
+    layout, result = dialogue.layout(), []
     for item in asked:
         answer = answers[item.answer_id]
         prompt = dialogue.prompt([("user", audio[item.id])], text, ids)

@@ -34,8 +34,6 @@ class Intent:
 
     def closed(self, core):
         """Facts never asked in this training core, though asked in others."""
-        if not self.hold_one_in:
-            return []
         options = (self.name, self.cores, self.hold_one_in)
         return [fact for fact in self.known() if core in _closed(fact.key, *options)]
 
@@ -47,24 +45,25 @@ class Intent:
 @cache  # every core asks again
 def _closed(key, name, cores, one_in):
     """The training cores of an intent in which the fact `key` is never asked: some, not all."""
-    closed = frozenset(core for core in cores if stable_hash(name, core, key) % one_in == 0)
-    return frozenset() if len(closed) == len(cores) else closed
+    closed = [core for core in cores if one_in and stable_hash(name, core, key) % one_in == 0]
+    return () if len(closed) == len(cores) else closed
 
 
 def _intent(name, entry):
     """The intent of an entry of curriculum.toml: a core a line, * marks those that are held out."""
     entry = {**SCRIPT["like"].get(entry.get("like"), {}), **entry}
-    lines = {}
-    for key in ("wordings", "later"):
+
+    def lines(key):
         text = entry.get(key, "")
         for mark, words in entry.get("marks", {}).items():
             text = text.replace(f"<{mark}>", words)
-        lines[key] = tuple(line.strip() for line in text.strip().splitlines())
-    options = ("category", "renders", "hold_one_in", "later_renders")
+        return tuple(line.strip() for line in text.strip().splitlines())
+
+    wordings, options = lines("wordings"), ("category", "renders", "hold_one_in", "later_renders")
     return Intent(
-        name, facts=FACTS[name], later=lines["later"],
-        cores=tuple(line for line in lines["wordings"] if not line.startswith("*")),
-        held_out=tuple(line[1:].strip() for line in lines["wordings"] if line.startswith("*")),
+        name, facts=FACTS[name], later=lines("later"),
+        cores=tuple(line for line in wordings if not line.startswith("*")),
+        held_out=tuple(line[1:].strip() for line in wordings if line.startswith("*")),
         **{key: entry[key] for key in options if key in entry},
     )  # fmt: skip
 
@@ -73,7 +72,6 @@ INTENTS = {name: _intent(name, entry) for name, entry in SCRIPT["intents"].items
 
 
 def fill(core, fact):
-    """The core with the fact's words in its slots."""
     return core.format(**dict(fact.slots))
 
 
@@ -97,12 +95,8 @@ def held_out_patterns():
 
 def bare_questions():
     """Every core with every fact, bare: sentences for recognition must not be one of these."""
-    return {
-        fill(core, fact)
-        for intent in INTENTS.values()
-        for core in intent.cores + intent.held_out
-        for fact in intent.facts
-    }
+    return {fill(core, fact) for intent in INTENTS.values()
+            for core in intent.cores + intent.held_out for fact in intent.facts}  # fmt: skip
 
 
 def said_as(text):

@@ -47,8 +47,8 @@ def speak(items, folder, workers=2, progress=True):
     if not (folder / "plan.json").exists():
         files.write_json(folder / "plan.json", head)
     elif _head(folder).get("hash") != head["hash"]:
-        fix = "give another folder or remove this one"
-        raise ValueError(f"{folder} holds a corpus of another plan; {fix}.")
+        raise ValueError(f"{folder} holds a corpus of another plan; give another folder or remove "
+                         "this one.")
     todo = [i for i in range(len(shards)) if not _names(folder, i)[1].exists()]
     done = len(items) - sum(len(shards[i]) for i in todo)
     bar = tqdm(total=len(items), initial=done, unit="utt", disable=not progress, desc="speaking")
@@ -89,13 +89,10 @@ class Corpus:
 
     def items(self, role=None, split=None, cell=None):
         """Items with the given role, split and cell (see plan.Item)."""
-        asked = {"role": role, "split": split, "cell": cell}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        return [
-            item
-            for item in self._items
-            if all(getattr(item, name) == value for name, value in asked.items())
-        ]
+        asked = (role, split, cell)
+        return [item for item in self._items if all(
+            want in (None, has) for want, has in zip(asked, (item.role, item.split, item.cell))
+        )]  # fmt: skip
 
     def wav(self, item):
         """int16 samples (N,) at 16 kHz."""
@@ -105,13 +102,12 @@ class Corpus:
                 self._shards[item.shard] = np.lib.format.open_memmap(path, mode="r")
         return np.array(self._shards[item.shard][item.offset : item.offset + item.length])
 
-    def answers(self):
-        """Items of the spoken answers by answer_id."""
+    def answers(self):  # by answer_id
         return {item.answer_id: item for item in self.items(role="answer")}
 
 
 def _names(folder, index):
-    return Path(folder) / f"shard_{index:04d}.npy", Path(folder) / f"shard_{index:04d}.jsonl"
+    return [Path(folder, f"shard_{index:04d}.{kind}") for kind in ("npy", "jsonl")]
 
 
 def _head(folder):
@@ -119,8 +115,7 @@ def _head(folder):
     return files.read_object(folder / "plan.json", f"remove it, and {RESUME}")
 
 
-def _leave_quietly():
-    """A worker that Ctrl-C reaches cleans up and ends; its parent says so, once."""
+def _leave_quietly():  # a worker that Ctrl-C reaches cleans up; its parent says so, once
     signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
 
 
@@ -132,9 +127,9 @@ def _speak_shard(index, items, folder):
     for item in items:
         item = replace(item, phones=phones[said_as(item.text)], shard=index, offset=offset)
         wav = _insist(item) if item.want else _finish(item, *next(sounds), 0)
-        if not len(wav) or not wav.any():
-            fault = f"{item.voice} said nothing for {item.text!r}"
-            raise RuntimeError(f"{fault}; is the synthesizer installed whole?")
+        if not wav.any():
+            raise RuntimeError(f"{item.voice} said nothing for {item.text!r}; is the synthesizer "
+                               "installed whole?")
         item.length = len(wav)
         offset += len(wav)
         wavs.append(wav)
@@ -160,16 +155,14 @@ def _how(item, attempt=0):
 
 def _finish(item, samples, rate, attempt):
     """Engine sound -> int16 wav of the item; its f0, spread and rate are set."""
-    syllables = sum(phone in VOWELS for phone in item.phones)
     how = _how(item, attempt)
     if isinstance(how, V.Manner):
         wav = V.say_answer(samples, rate, item.manner)
-        measured = V.measure(V.trim(wav / np.float32(32768)), syllables)
+        speech = V.trim(wav / np.float32(32768))
     else:
         speech = V.trim(V.to_16k(samples, rate, how.playback))
-        measured = V.measure(speech, syllables)
         wav = V.vary(speech, how, np.random.default_rng([item.seed & 0xFFFFFFFF, attempt, 1]))
-    vars(item).update(measured)
+    vars(item).update(V.measure(speech, sum(phone in VOWELS for phone in item.phones)))
     return wav
 
 
@@ -183,15 +176,14 @@ def _insist(item):
         wav = _finish(item, *sound, attempt)
         if V.belongs(vars(item), item.want):
             return wav
-    fault = f"no render of {item.text!r} became {item.want} in {TRIES} tries"
-    raise RuntimeError(f"{fault}; widen the classes of voices.toml.")
+    raise RuntimeError(f"no render of {item.text!r} became {item.want} in {TRIES} tries; widen the "
+                       "classes of voices.toml.")
 
 
 def phones_of(lines):
-    """CMU phones, without pauses, of each text, by flite's front end -> {text: [phone, …]}.
+    """{text: its CMU phones, without pauses} by flite's front end.
 
-    The voice matters: kal merges "ah" with "aa". slt does not, and is quick when its speech has
-    next to no duration.
+    kal would merge "ah" with "aa"; slt does not, and is quick at next to no duration.
     """
     command = "flite -voice slt --setf duration_stretch=0.02 -ps -o none -f".split()
     with files.scratch() as folder:
@@ -200,14 +192,13 @@ def phones_of(lines):
         done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
     spoken = [[p for p in line.split() if p != "pau"] for line in done.stdout.splitlines()]
     if len(spoken) != len(lines):
-        fault = f"flite made {len(spoken)} utterances of {len(lines)} texts"
-        raise RuntimeError(f"{fault}; its front end has changed.")
+        raise RuntimeError(f"flite made {len(spoken)} utterances of {len(lines)} texts; its front "
+                           "end has changed.")
     return dict(zip(lines, spoken, strict=True))
 
 
 def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
-    """Plan and speak. Returns the Corpus. Raises ValueError when `folder` already holds shards and
-    `resume` is not wanted."""
+    """Plan and speak; returns the Corpus. Raises ValueError for shards there, without `resume`."""
     if not resume and list(Path(folder).glob("shard_*")):
         raise ValueError(f"{folder} already holds shards; resume them or give another folder.")
     corpus = speak(plan(scale, seed), folder, workers)
@@ -217,14 +208,14 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
 
 
 def export_questions(corpus, folder, per_category=5, seed=0):
-    """Write a few evaluation renders of each category as wavs, with questions.json; returns what
-    that holds. Cells come in turn, but read-only facts are left out.
+    """Write some evaluation renders of each category, cells in turn, as wavs; returns their list.
+
+    questions.json holds it. Read-only facts are left out.
     """
     folder, rng = Path(folder), Random(f"questions {seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    stock = corpus.items(role="question", split="eval")
-    stock = [item for item in stock if item.cell != "read_only"]
-    entries = []
+    asked, entries = corpus.items(role="question", split="eval"), []
+    stock = [item for item in asked if item.cell != "read_only"]
     for category in sorted({item.category for item in stock}):
         taken = set()
         for turn in range(per_category):
@@ -237,10 +228,10 @@ def export_questions(corpus, folder, per_category=5, seed=0):
             name = f"{item.intent}_{item.id}.wav"
             with replacing(folder / name) as part:
                 soundfile.write(part, corpus.wav(item), V.SAMPLE_RATE, "PCM_16", format="WAV")
-            entries.append(
-                dict(file=name, transcript=item.text, answer=item.answer, manner=item.manner)
-                | dict(category=item.category, intent=item.intent, voice=item.voice)
-                | dict(voice_seen=item.voice in V.TRAINING, cell=item.cell)
-            )
+            entries.append({
+                "file": name, "transcript": item.text, "answer": item.answer, "manner": item.manner,
+                "category": item.category, "intent": item.intent, "voice": item.voice,
+                "voice_seen": item.voice in V.TRAINING, "cell": item.cell,
+            })  # fmt: skip
     files.write_json(folder / "questions.json", entries)
     return entries

@@ -1,12 +1,9 @@
-"""Speech of three Debian synthesizers: who speaks, how variations make more speakers of few, and
-the answer manners.
+"""Speech of three Debian synthesizers: voices, variations that make many of few, answer manners.
 
-Training and evaluation voices are disjoint. Every render draws the engine's own rate and pitch,
-then a playback-rate change that moves pitch and formants together, a gain, and sometimes noise or a
-room.
+Training and evaluation voices are disjoint. Every render draws the engine's rate and pitch, then a
+playback rate (moves pitch and formants together), a gain, and sometimes noise or a room.
 """
 
-import os
 import shutil
 import subprocess
 import tomllib
@@ -22,13 +19,12 @@ from aqaa.config import GROUP_SECONDS, SAMPLE_RATE
 from aqaa.files import scratch
 from aqaa.pitch import f0
 
-INSTALL = (
-    "apt-get install espeak-ng flite festival "
-    "festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"
-)
+INSTALL = ("apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k "
+           "festvox-us-slt-hts")  # fmt: skip
 PROGRAMS = {"espeak": "espeak-ng", "flite": "flite", "festival": "festival"}
 ANSWER_VOICE = "flite:slt"
 ANSWER_GAIN = 0.631  # brings flite's slt to -20 dBFS rms in the normal manner
+PLAYBACK = (0.84, 1.19), (0.9, 1.12)  # bounds of the usual and of the mild variations
 FEMALE = ("+f", "slt")  # parts of voice names whose natural pitch is a woman's
 
 
@@ -51,8 +47,7 @@ AIMS = {"": {}} | {name: entry["aim"] for name, entry in TABLES["classes"].items
 
 
 def pick(rng, pool, want=""):
-    """A voice of a pool, training voices by their shares and others evenly; for a man or a woman
-    one who may become it."""
+    """A voice of a pool that may become `want`: training voices by shares, others evenly."""
     if want in ("man", "woman"):
         pool = [voice for voice in pool if gender(voice) == want]
     if want:  # the HTS voice has no knobs
@@ -65,8 +60,7 @@ def pick(rng, pool, want=""):
 
 
 def gender(voice):
-    """The sex the voice's maker meant, "woman" or "man". Only whom to try depends on it: labels are
-    measured."""
+    """The sex its maker meant ("woman" or "man"): for whom to try only, labels are measured."""
     return "woman" if any(part in voice for part in FEMALE) else "man"
 
 
@@ -74,8 +68,8 @@ def check_engines(voices=TRAINING + EVALUATION):
     """Raises FileNotFoundError with the install line if a synthesizer is missing."""
     programs = {PROGRAMS[voice.split(":")[0]] for voice in voices}
     if missing := " and ".join(sorted(name for name in programs if not shutil.which(name))):
-        fix = f"speaking the corpus needs it; run `{INSTALL}`."
-        raise FileNotFoundError(f"{missing} not found: {fix}")
+        raise FileNotFoundError(f"{missing} not found: speaking the corpus needs it; run "
+                                f"`{INSTALL}`.")
 
 
 # ---- rendering -------------------------------------------------------------------------------
@@ -102,15 +96,11 @@ class Draw:
 def draw(rng, want="", mild=False):
     """A Draw from a numpy Generator. `want` aims at an acoustic class; `mild`: no strong noise."""
     d = Draw(
-        rate=rng.uniform(0.8, 1.28),
-        pitch=2 ** rng.uniform(-0.33, 0.33),
-        spread=2 ** rng.uniform(-1, 0.8),
-        playback=rng.uniform(0.9, 1.12) if mild else rng.uniform(0.84, 1.19),
-        gain=rng.uniform(-32, -14),
-        lead=rng.uniform(0.05, 0.3),
-        trail=rng.uniform(0.05, 0.3),
+        rate=rng.uniform(0.8, 1.28), pitch=2 ** rng.uniform(-0.33, 0.33),
+        spread=2 ** rng.uniform(-1, 0.8), playback=rng.uniform(*PLAYBACK[mild]),
+        gain=rng.uniform(-32, -14), lead=rng.uniform(0.05, 0.3), trail=rng.uniform(0.05, 0.3),
         mark=str(rng.choice(["", "", "?", "."])),
-    )
+    )  # fmt: skip
     if rng.random() < 0.5:
         d.snr = rng.uniform(25 if mild else 15, 40)
         d.color = rng.uniform(0, 0.97)
@@ -129,26 +119,21 @@ def synthesize(jobs):
     speaking. Raises RuntimeError when an engine fails."""
     with scratch() as folder:
         paths = [f"{folder}/{i}.wav" for i in range(len(jobs))]
-        batch, loaded = [], None
+        batch = {}  # lines for festival by voice
         for (voice, text, how), path in zip(jobs, paths, strict=True):
             engine, name = voice.split(":")
             if engine == "festival":
-                batch.append((name, text, how, path))
+                batch.setdefault(name, [f"(voice_{name})"]).append(_scheme(name, text, how, path))
             elif engine == "flite":
                 _run(_flite(name, text, how, path))
             else:
                 _run(_espeak(name, path, how), _ssml(text, how))
-        lines = []
-        for name, *job in sorted(batch, key=lambda job: job[0]):
-            if name != loaded:
-                lines.append(f"(voice_{name})")
-            lines.append(_scheme(name, *job))
-            loaded = name
-        if lines:
+        if batch:
             script = Path(folder, "batch.scm")
+            lines = [line for name in sorted(batch) for line in batch[name]]
             script.write_text("\n".join(lines), encoding="utf-8")
             _run(["festival", "-b", str(script)])
-        return [_load(path) for path in paths]
+        return [soundfile.read(path, dtype="float32") for path in paths]
 
 
 def _run(command, text=None):
@@ -158,14 +143,7 @@ def _run(command, text=None):
         raise RuntimeError(f"{command[0]} failed with {fault!r}; the command was {command}")
 
 
-def _load(path):
-    samples, rate = soundfile.read(path, dtype="float32")
-    os.unlink(path)
-    return samples, rate
-
-
-def _pitch(name, how):
-    """f0 target of a voice in Hz: (mean, standard deviation)."""
+def _pitch(name, how):  # f0 target of a voice in Hz: mean, standard deviation
     mean, spread = TABLES["pitch"][name]
     return mean * how.pitch, spread * how.spread * how.pitch
 
@@ -176,11 +154,9 @@ def _flite(name, text, how, path):
     else:
         stretch, text = 1 / how.rate, text + how.mark
         mean, spread = _pitch(name, how)
-    features = {
-        "duration_stretch": stretch, "int_f0_target_mean": mean, "int_f0_target_stddev": spread
-    }  # fmt: skip
-    options = [part for key, value in features.items() for part in ("--setf", f"{key}={value:.4f}")]
-    return ["flite", "-voice", name, *options, "-t", " " + text, "-o", path]
+    return ["flite", "-voice", name, "--setf", f"duration_stretch={stretch:.4f}",
+            "--setf", f"int_f0_target_mean={mean:.4f}", "--setf",
+            f"int_f0_target_stddev={spread:.4f}", "-t", " " + text, "-o", path]  # fmt: skip
 
 
 def _espeak(name, path, how):
@@ -197,10 +173,8 @@ def _scheme(name, text, how, path):
     lines = [f"(Parameter.set 'Duration_Stretch {1 / how.rate:.4f})"]
     if name in TABLES["pitch"]:
         mean, spread = _pitch(name, how)
-        lines.append(
-            f"(set! int_lr_params '((target_f0_mean {mean:.1f}) (target_f0_std {spread:.1f}) "
-            f"(model_f0_mean 170) (model_f0_std 34)))"
-        )
+        lines.append(f"(set! int_lr_params '((target_f0_mean {mean:.1f}) (target_f0_std "
+                     f"{spread:.1f}) (model_f0_mean 170) (model_f0_std 34)))")
     lines.append(f'(set! u (utt.synth (Utterance Text "{text}{how.mark}")))')
     return "\n".join([*lines, f"(utt.save.wave u \"{path}\" 'riff)"])
 
@@ -272,8 +246,8 @@ def say_answer(samples, rate, manner):
 
 
 def measure(speech, syllables):
-    """Of trimmed speech: {"f0" median in Hz, "spread" (its standard deviation in semitones), "rate"
-    in syllables a second}; all 0 where nothing is voiced."""
+    """Of trimmed speech: {"f0": median in Hz, "spread": standard deviation in semitones, "rate":
+    syllables a second}; all 0 where nothing is voiced."""
     pitch = f0(speech, hop=320)
     voiced = pitch[pitch > 0]
     if len(voiced) < 5:

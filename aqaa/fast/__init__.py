@@ -1,6 +1,6 @@
-"""Faster twins of the plain modules, put in place from outside: `prepare` for answers, `prepare_training` for training.
+"""Faster twins of the plain modules, put in place from outside; tests hold each equal to its form.
 
-No file of the model imports this package; it may import the model's. Tests hold each twin equal to its plain form.
+No file of the model imports this package; it may import the model's.
 """
 
 from aqaa.fast.prepared import prepare, prepare_training

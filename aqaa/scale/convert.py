@@ -18,15 +18,13 @@ from torch import nn
 from tqdm import tqdm
 
 import aqaa
-from aqaa import loading
+from aqaa import files, loading
 from aqaa.backbone.layers import Step1DecoderLayer
 from aqaa.backbone.memory import resident_bytes
 from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
 from aqaa.config import BackboneConfig
-from aqaa.files import (
-    AGAIN, ModelError, check_file, fingerprint, read_json, reading, replacing, write_json,
-)  # fmt: skip
+from aqaa.files import AGAIN, ModelError, read_json, reading, replacing, write_json
 from aqaa.scale.quantize import Calibration, group_for, replace_linears
 from aqaa.weights import model_folder, released, shards, verify
 
@@ -133,7 +131,7 @@ def _own(folder):
 
 def _released(folder):
     """A published language model; pictures' tensors are left out."""
-    check_file(folder / "config.json", AGAIN)
+    files.check_file(folder / "config.json", AGAIN)
     if read_quantization(folder):
         raise ModelError(f"{folder} is quantised already: convert the original.")
     config = released.backbone(folder).sizes["backbone"]  # looks at every header
@@ -261,7 +259,7 @@ def _write_shards(work, out, started):
         state = work.convert(number)
         with replacing(path) as part:
             save_file(state, part, {"format": "pt"})
-        done[path.name] = fingerprint(path)
+        done[path.name] = files.fingerprint(path)
         write_json(out / PROGRESS, {**started, "files": done})
     work.bar.close()
     _describe(work.origin, work.recipe, out, done)
@@ -287,7 +285,7 @@ def _resume(out, started):
         raise ModelError(f"{out} holds a conversion by {begun['recipe']} of {begun['source']}: "
                          "name another folder.")
     return {name: facts for name, facts in files.items()
-            if (out / name).is_file() and fingerprint(out / name) == facts}  # fmt: skip
+            if (out / name).is_file() and files.fingerprint(out / name) == facts}  # fmt: skip
 
 
 def _describe(origin, recipe, out, done):

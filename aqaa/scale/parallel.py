@@ -100,7 +100,7 @@ def _all_reduce(layer, inputs, output):
 
 
 def cut(linear, dim, rank, ranks):
-    """The share `rank` of a linear layer, quantised or not: of its outputs (dim 0) or inputs (1)."""
+    """The share `rank` of a linear layer, quantised or not: of outputs (dim 0) or inputs (1)."""
 
     def share(tensor):
         return tensor.chunk(ranks, dim)[rank].clone()

@@ -136,7 +136,7 @@ def streamed_bytes(backbone, weights, group=None, context=0):
 
 
 def prefill_seconds(setup, n_ids):
-    """Time to read a prompt: operations at half the peak, and unpacking where weights are packed."""
+    """Time to read a prompt: operations at half the peak, and unpacking of packed weights."""
     backbone, gpu = setup.backbone, setup.gpu
     operations = 2 * memory.n_linear(backbone)[0] * n_ids
     # attention: every id looks at those before it, so half of the products are masked

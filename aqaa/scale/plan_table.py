@@ -69,7 +69,7 @@ def setups(source, gpus=(), weights=None, group=None, context=2048):
     """
     model, backbone, quantization = read_model(source)
     if not 0 < context <= (most := backbone.max_seq_len):
-        raise ValueError(f"a context of {context} ids is not possible: the model takes 1 to {most}.")
+        raise ValueError(f"a context of {context} ids is impossible: the model takes 1 to {most}.")
     formats = [weights] if weights else [quantization["weights"]] if quantization else list(BITS)
     group = group or quantization.get("group")
     usual = sums.USUAL if resident_bytes(backbone, "bf16") > 100e9 else sums.SMALL

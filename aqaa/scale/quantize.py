@@ -97,7 +97,7 @@ def dequantized(module):
 
 
 def n_bytes(model):
-    """{"linear", "scale", "other"}: bytes of the decoder's weights or codes, of scales, the rest."""
+    """{"linear", "scale", "other"}: bytes of the decoder's weights or codes, scales, the rest."""
     counts = {"linear": 0, "scale": 0, "other": 0}
     for name, value in model.state_dict().items():
         kind = "linear" if "_proj." in name else "other"

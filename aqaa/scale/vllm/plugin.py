@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def register():
-    """Make vLLM know step1, mmgpt_step1_v2 and our class for it. Raises EngineError without vLLM."""
+    """Make vLLM know step1, mmgpt_step1_v2 and our class. Raises EngineError without vLLM."""
     if (installed := version()) != TESTED:
         log.warning("aqaa was tested with vLLM %s, this is %s: install that version if it fails.",
                     TESTED, installed)  # fmt: skip
