@@ -164,7 +164,7 @@ def test_query_key_and_value_in_one_launch(exact):
     assert all(torch.equal(layer.dequantized(), one) for layer, one in zip(layers, alone))  # views still work
     x, norm, cache = noise(2, inputs), 1 + noise(inputs) / 9, [torch.zeros(2, groups, 5, width) for _ in range(2)]
     packed = triton_kernels.pack(x, group, norm, 1e-5)
-    out = triton_kernels.product(rows, packed, torch.empty(2, heads * width), cache, torch.tensor([3]))
+    out = rows.multiply("heads", packed, torch.empty(2, heads * width), cache, torch.tensor([3]))
     y = torch.nn.functional.rms_norm(x, (inputs,), norm, 1e-5)
     for found, weight in zip((out, cache[0][:, :, 3].flatten(1), cache[1][:, :, 3].flatten(1)), alone):
         close(found, y @ weight.T)
@@ -176,11 +176,11 @@ def test_gate_and_up_with_their_product_and_the_sum_with_the_residual_stream(exa
     gate, up, down = (Int4Linear.from_weights(noise(*size, seed=i) / 8, 16) for i, size in enumerate(sizes))
     x = noise(2, 64)
     wanted = torch.nn.functional.silu(gate(x)) * up(x)
-    inner = triton_kernels.gated(triton_kernels.Rows(gate, up), triton_kernels.pack(x, 16), torch.empty(2, 48))
+    inner = triton_kernels.Rows(gate, up).multiply("gated", triton_kernels.pack(x, 16), torch.empty(2, 48))
     close(inner, wanted)
     stream = noise(2, 64, seed=5)
     total = stream + down(wanted)
-    triton_kernels.added(triton_kernels.Rows(down), triton_kernels.pack(inner, 16), stream)
+    triton_kernels.Rows(down).multiply("added", triton_kernels.pack(inner, 16), stream)
     close(stream, total)
 
 

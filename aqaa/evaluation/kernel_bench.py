@@ -50,7 +50,8 @@ class Checks:
         shape = (1, groups, SLOTS, self.width)
         cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)]
         query, first = x.new_empty(1, ROWS, dtype=self.dtype), torch.tensor([5], device=self.device)
-        kernels.product(kernels.Rows(*layers), self.pack(x, norm, 1e-5), query, cache, first)
+        packed = self.pack(x, norm, 1e-5)
+        kernels.Rows(*layers).multiply("heads", packed, query, cache, first)
         result = torch.cat([query, *(part[:, :, 5].flatten(1) for part in cache)], 1)
         x = F.rms_norm(x.double(), (self.size,), norm.double(), 1e-5)
         return result, torch.cat([exact(layer, x) for layer in layers], 1), self.rough
@@ -58,19 +59,20 @@ class Checks:
     def few(self, batch=5):
         layer, x = self.layer(), self.noise(batch, self.size)
         out = x.new_empty(batch, ROWS)
-        kernels.product(kernels.Rows(layer), self.pack(x), out)
+        kernels.Rows(layer).multiply("heads", self.pack(x), out)
         return out, exact(layer, x), self.fine
 
     def gated(self):
         gate, up, x = self.layer(), self.layer(), self.noise(1, self.size)
-        result = kernels.gated(kernels.Rows(gate, up), self.pack(x), x.new_empty(1, ROWS))
+        result = kernels.Rows(gate, up).multiply("gated", self.pack(x), x.new_empty(1, ROWS))
         return result, F.silu(exact(gate, x)) * exact(up, x), self.fine
 
     def added(self):
         layer = self.layer(size=self.inner)
         x, stream = self.noise(1, self.inner), self.noise(1, ROWS)
         wanted = stream.double() + exact(layer, x)  # before the kernel adds to the stream in place
-        return kernels.added(kernels.Rows(layer), self.pack(x), stream), wanted, self.fine
+        result = kernels.Rows(layer).multiply("added", self.pack(x), stream)
+        return result, wanted, self.fine
 
     def tiles(self):
         """`added` by every tile that `tune` may choose."""
@@ -150,10 +152,10 @@ def tune(engine, layers, seconds):
     query = stream.to(engine.cache.keys.dtype)
     slots = engine.cache.keys[0], engine.cache.values[0]
     launches = {  # of a layer's (heads, out, both, down, ...)
-        ("heads", heads): lambda layer: kernels.product(layer[0], x, query, slots, engine.first),
-        ("added", out): lambda layer: kernels.added(layer[1], x, stream),
-        ("gated", both): lambda layer: kernels.gated(layer[2], x, inner),
-        ("added", down): lambda layer: kernels.added(layer[3], y, stream),
+        ("heads", heads): lambda layer: layer[0].multiply("heads", x, query, slots, engine.first),
+        ("added", out): lambda layer: layer[1].multiply("added", x, stream),
+        ("gated", both): lambda layer: layer[2].multiply("gated", x, inner),
+        ("added", down): lambda layer: layer[3].multiply("added", y, stream),
     }
     # One compilation serves `out` and `down`.
     different = [launch for (_, rows), launch in launches.items() if rows is not down]

@@ -1,8 +1,7 @@
 """Linear layers on the matrix units (AMX) of recent Intel Xeons: fp32, more than twice as fast.
 
-An option, never a need: `aqaa.load(..., amx=True)`. `amx.c` is compiled when it is first used and
-kept in the user's cache folder. That takes Linux, such a processor and a C compiler; the layers
-then take twice the memory.
+`aqaa.load(..., amx=True)`; `amx.c` is compiled at first use and kept in the user's cache folder.
+That takes Linux, such a processor, a C compiler, and twice the memory.
 """
 
 import atexit
@@ -14,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -56,9 +56,8 @@ class AmxLinear(nn.Linear):
 def use(module):
     """Let the linear layers of a part compute by `amx.c`, in place; returns the part.
 
-    Layers of other sizes stay as they are, and so do names, shapes and values of the weights.
-    Convolutions stay too: in the flow they are a tenth of the work, and more of their rounding
-    reaches the result. Raises ValueError where this machine cannot.
+    Layers of other sizes stay as they are; convolutions too: in the flow they are a tenth of the
+    work, and more of their rounding reaches the result. Raises ValueError where there is no AMX.
     """
     compiled()
     for layer in module.modules():
@@ -100,10 +99,8 @@ def compiled():
         raise ValueError(f"{path} cannot be loaded ({brief(fault)}): leave amx out.") from None
     if not code.allowed():
         raise ValueError("the system does not let this process use AMX: leave amx out.")
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    code.linear.argtypes = [
-        pointer, size, size, size, pointer, size, *[pointer] * 3, size, ctypes.c_int,
-    ]  # fmt: skip
+    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
+    code.linear.argtypes = [kinds[letter] for letter in "plllplpppli"]
     code.linear.restype = None
     return code
 
@@ -111,34 +108,29 @@ def compiled():
 def _shared_object():
     """The path of the compiled code, made now if it is not there. Raises ValueError.
 
-    What is loaded runs with the user's rights: it is taken from the cache only if nobody but the
-    user and root can have written it, and if it is whole (its name ends in its hash). Else it is
-    compiled anew, and used from a folder of this process if the cache can keep nothing safely.
+    It runs with the user's rights, so it is taken from the cache only if nobody but the user and
+    root can have written it, and if it is whole (its name ends in its hash). Else it is compiled,
+    and used from a folder of this process if the cache can keep nothing safely.
     """
     threads = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]  # torch's pool
     compiler = shlex.split(os.environ.get("CC", "cc"))
     command = [*compiler, "-O3", "-fopenmp", "-fPIC", "-shared", str(SOURCE), *threads]
     name = f"amx-{_hash(SOURCE.read_bytes() + repr(command).encode())}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aqaa"
-    try:
+    with suppress(OSError):  # nothing can be kept there
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid == os.getuid():
             folder.chmod(0o700)
-    except OSError:
-        pass  # nothing can be kept there
-    if _only_ours(folder):
-        for path in folder.glob(f"{name}-*.so"):
-            if _only_ours(path) and path.stem.endswith(_hash(path.read_bytes())):
-                return path
+    for path in folder.glob(f"{name}-*.so") if _only_ours(folder) else ():
+        if _only_ours(path) and path.stem.endswith(_hash(path.read_bytes())):
+            return path
     made = _compile(command)
     kept = folder / f"{name}-{_hash(made.read_bytes())}.so"
-    try:
+    with suppress(WriteError):
         if _only_ours(folder):
             with replacing(kept, mode=0o700) as part:
                 part.write_bytes(made.read_bytes())
             return kept
-    except WriteError:
-        pass
     return made
 
 
@@ -153,18 +145,16 @@ def _only_ours(path):
 
 def _compile(command):
     """Run the compiler; returns the path of what it made, in `_private`. Raises ValueError."""
-    path = _private() / "amx.so"
+    path, compiler = _private() / "amx.so", command[0]
     try:
         subprocess.run([*command, "-o", str(path)], check=True, capture_output=True)
     except FileNotFoundError:
-        raise ValueError(
-            f"amx needs a C compiler, and {command[0]} is none: install gcc, or leave amx out."
-        ) from None
+        raise ValueError(f"amx needs a C compiler, and {compiler} is none: install gcc, or leave "
+                         "amx out.") from None
     except subprocess.CalledProcessError as fault:
         lines = fault.stderr.decode(errors="replace").splitlines()
         why = next((line for line in lines if "error" in line), "it gave no reason").strip()
-        fact = f"{command[0]} could not compile amx.c ({why})"
-        raise ValueError(f"{fact}: leave amx out.") from None
+        raise ValueError(f"{compiler} could not compile amx.c ({why}): leave amx out.") from None
     return path
 
 

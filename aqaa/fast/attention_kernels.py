@@ -1,8 +1,7 @@
 """Attention over a static cache in Triton, with a twin in plain torch that says what it computes.
 
 Keys and values are read once for all heads of a group, in several runs of keys at a time
-(flash-decoding, Dao et al. 2023); the bias −slope·√distance is made in registers, in fp32. Without
-a GPU see triton_kernels.py.
+(flash-decoding, Dao et al. 2023); the bias −slope·√distance is made in registers, in fp32.
 """
 
 from __future__ import annotations  # lets this file be read where there is no triton
@@ -14,11 +13,9 @@ from aqaa.fast.triton_kernels import jit, tl, triton
 
 
 @jit
-def _attend(
-    query, keys, values, slopes, first, part, stat, n_query, size, scale, GROUPS: tl.constexpr,
-    RATIO: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
+def _attend(query, keys, values, slopes, first, part, stat, n_query, size, scale,
+            GROUPS: tl.constexpr, RATIO: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+            KEYS: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """One tile of queries (rows: query · RATIO + head of the group), one of SPLITS runs of keys."""
     group, batch = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS
     split, past = tl.program_id(2), tl.load(first).to(tl.int32)
@@ -75,8 +72,7 @@ def attend(query, keys, values, slopes, first, scaling, out=None, splits=None):
     """Causal attention of new queries over a static cache, which holds their own keys already.
 
     query (B, Q, H, d); keys, values (B, G, S, d), contiguous; slopes (H,) fp32; first: int tensor
-    (1,), the slot of the first query. out: where (B, Q, H, d) goes; None for a new tensor in the
-    dtype of the query.
+    (1,), the slot of the first query. out (B, Q, H, d): by default new, in the query's dtype.
     """
     batch, n_query, heads, width = query.shape
     groups, size = keys.shape[1:3]

@@ -1,7 +1,4 @@
-"""One token through the decoder on a CPU, without modules in between.
-
-For the mini on one thread: 4.4 ms of processor time a token, 4.8 ms through the modules.
-"""
+"""One token through the decoder on a CPU, without modules: for the mini 4.4 ms in place of 4.8."""
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +17,7 @@ def use(module):
 
 
 def fits(trunk, hidden, cache):
-    """Whether `step` may stand in for `run`: one token of one row, on a CPU, in fp32 or fp64.
-
-    The linear layers must be ordinary ones, and nobody may watch them.
-    """
+    """Whether `step` may stand in for `run`: one token on a CPU, through plain layers unwatched."""
     if hidden.shape[:2] != (1, 1) or type(cache) is not KVCache:
         return False
     if hidden.device.type != "cpu" or hidden.dtype not in (torch.float32, torch.float64):

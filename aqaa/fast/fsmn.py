@@ -1,7 +1,6 @@
-"""The FSMN memory of SANM attention as one small matrix product a channel.
+"""The FSMN memory of SANM attention as one small (Toeplitz) matrix product a channel.
 
-A depthwise conv1d over thousands of nine-row signals is slow, and its gradient costs more than the
-rest of the layer. Its rows are few, so the convolution is written as a Toeplitz matrix.
+A depthwise conv1d over thousands of nine-row signals is slow, its gradient slower than the rest.
 """
 
 import torch

@@ -1,10 +1,9 @@
 """Decoding at the speed of memory: a cache that never moves, a step that is one CUDA graph.
 
-An Engine stands where backbone.generation has its Decoder, so the loop, the layouts, the sampling
-and the answers are those of `generate`; only its cache, and the attention over it, differ. With
-fast=True attention and quantised layers are the kernels of aqaa/fast/triton_kernels.py, int4 models
-take a step of ten kernels a layer, and a GPU records the step as a graph. The output layer, whose
-rows depend on the layout's position, stays outside of it, and so do sampling and its seed.
+An Engine stands where backbone.generation has its Decoder, so loop, layouts and sampling are those
+of `generate`. With fast=True attention and quantised layers are Triton kernels, int4 models take a
+step of ten kernels a layer, and a GPU records the step as a graph. The output layer, whose rows
+depend on the layout's position, stays outside of it, and so does sampling.
 """
 
 import torch
@@ -23,10 +22,10 @@ WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, librarie
 
 
 class StaticCache(KVCache):
-    """A KVCache for one answer, always seen whole: where it is written a tensor says.
+    """A KVCache for one answer, always seen whole: a tensor says where, so a graph can repeat it.
 
-    So a CUDA graph can repeat the writing. It brings its attention, a function of
-    attention_kernels. first: int tensor (1,), the slot of the first new query; slopes (H,).
+    kernel: its attention, of attention_kernels. first: int tensor (1,), the slot of the first new
+    query; slopes (H,).
     """
 
     def __init__(self, model, size, kernel, slopes, first):
@@ -36,9 +35,8 @@ class StaticCache(KVCache):
 
     def update(self, key, value, layer):
         """Write (1, G, Q, d) into `slots`; returns all slots, (1, G, S, d)."""
-        self.keys[layer].index_copy_(2, self.slots, key)
-        self.values[layer].index_copy_(2, self.slots, value)
-        return self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer], self.values[layer]
+        return keys.index_copy_(2, self.slots, key), values.index_copy_(2, self.slots, value)
 
     def attend(self, query, keys, values, scaling):
         """query (1, H, Q, d) → (1, H, Q, d)."""
@@ -49,9 +47,9 @@ class StaticCache(KVCache):
 class Engine:
     """A Step1ForCausalLM with a static cache of `size` ids, for one answer at a time.
 
-    size: by default the model's longest context. fast: use the kernels (by default on a GPU that
-    has triton). Attention's bias is fp32, whatever bias_dtype says. Raises ModelError before
-    anything is allocated if the cache does not fit the GPU.
+    size: by default the model's longest context. fast: use the kernels (by default on a GPU with
+    triton). Attention's bias is always fp32. Raises ModelError before anything is allocated if the
+    cache does not fit the GPU.
     """
 
     def __init__(self, model, size=None, fast=None):
@@ -67,7 +65,6 @@ class Engine:
         self.first = torch.zeros(1, dtype=torch.long, device=self.device)
         kernel = attention_kernels.attend if self.fast else attention_kernels.attend_eager
         self.cache = StaticCache(model, self.size, kernel, self.slopes, self.first)
-        self.width = self.cache.keys.shape[-1]
         for part in model.modules():
             if isinstance(part, QuantizedLinear):
                 part.product = linear if self.fast else None
@@ -96,12 +93,10 @@ class Engine:
         `padding` is there for batches only. Raises ValueError if the ids do not fit.
         """
         length = self.cache.length + embeddings.shape[1]
-        if length > self.size:
-            raise ValueError(
-                f"{length} ids do not fit the {self.size} slots of the engine: make it larger."
-            )
-        n_parts = -(-embeddings.shape[1] // CHUNK)
-        for part in embeddings[0].chunk(n_parts):  # of about one size
+        if length > (size := self.size):
+            raise ValueError(f"{length} ids do not fit the {size} slots of the engine: make it "
+                             "larger.")
+        for part in embeddings[0].chunk(-(-embeddings.shape[1] // CHUNK)):  # of about one size
             self.first.fill_(self.cache.length)
             hidden = self._one(part) if len(part) == 1 else self.run(part)
             self.cache.length += len(part)
@@ -136,18 +131,15 @@ class Engine:
 class Fused:
     """The step of an int4 model, x (1, D) → hidden (1, D), in ten kernels a layer.
 
-    Plain layers would launch several times as many. The residual stream is fp32. Activations are
-    packed by the kernel that also normalises them, wherever a product reads them.
+    The residual stream is fp32. The kernel that packs activations also normalises them.
     """
 
     def __init__(self, model, cache):
         self.cache, self.layers = cache, []
         for layer in model.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
-            together = (
-                (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,),
-                (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,),
-            )  # fmt: skip
+            together = ((attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,),
+                        (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))  # fmt: skip
             rows = [triton_kernels.Rows(*linears) for linears in together]
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             self.layers.append((*rows, *norms))
@@ -160,31 +152,29 @@ class Fused:
         layers = zip(self.layers, cache.keys, cache.values, strict=True)
         for (heads, output, both, down, before, middle), keys, values in layers:
             packed = pack(stream, heads.group, before, self.eps)
-            triton_kernels.product(heads, packed, query, (keys, values), cache.first)
+            heads.multiply("heads", packed, query, (keys, values), cache.first)
             inputs = query.view(1, 1, -1, width), keys, values, cache.slopes, cache.first
             attention_kernels.attend(*inputs, width**-0.5, out)
-            triton_kernels.added(output, pack(out, output.group), stream)
+            output.multiply("added", pack(out, output.group), stream)
             packed = pack(stream, both.group, middle, self.eps)
             inner = stream.new_empty(1, down.size) if inner is None else inner
-            triton_kernels.gated(both, packed, inner)
-            triton_kernels.added(down, pack(inner, down.group), stream)
+            both.multiply("gated", packed, inner)
+            down.multiply("added", pack(inner, down.group), stream)
         return self.norm(stream.to(x.dtype))
 
 
 def linear(layer, x):
-    """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: its `product`, whose twin is `forward`.
-
-    Up to FEW (or FEW_BYTES) rows weights are multiplied as they are read; else unpacked once.
-    """
+    """x Wᵀ for a QuantizedLinear and x (…, K) by kernels: its `product`; `forward` is the twin."""
     int4 = triton_kernels.fits(layer)
     if not int4 and (layer.name == "int4" or layer.scale.shape[1] > 1):
         return F.linear(x, layer.dequantized(x.dtype))  # groups that the kernels do not know
     flat = x.reshape(-1, x.shape[-1]).contiguous()  # (B, K)
-    if len(flat) <= (triton_kernels.FEW if int4 else triton_kernels.FEW_BYTES):
+    few = triton_kernels.FEW if int4 else triton_kernels.FEW_BYTES
+    if len(flat) <= few:  # multiplied as they are read; else unpacked once
         out = x.new_empty(len(flat), layer.out_features)
         if int4:
             packed = triton_kernels.pack(flat, layer.group)
-            triton_kernels.product(triton_kernels.Rows(layer), packed, out)
+            triton_kernels.Rows(layer).multiply("heads", packed, out)
         else:
             triton_kernels.product_bytes(layer, flat, out)
         return out.view(*x.shape[:-1], -1)

@@ -11,12 +11,11 @@ MARGIN = 16  # floats between two columns: columns of 2^n floats evict each othe
 def prepare(module, amx=False):
     """Make a part ready for inference, in place; returns it in eval mode. It can still be trained.
 
-    Weight norms are folded (names change to the plain `weight`; `unprepared` gives the factors
-    back). The matrix of every linear layer is stored column by column, as the product reads it:
-    with few rows of input (a question of some seconds) the usual order costs a sixth more, for the
-    matrix is first copied into this one in every call. A backbone keeps its matrices as they are,
-    since it decodes one row at a time; its twin is cpu_step. amx: compute those layers on a Xeon's
-    matrix units instead; ValueError where there are none.
+    Weight norms are folded (`unprepared` gives the factors back). The matrix of every linear layer
+    is stored by columns, as the product reads it: with few rows of input the usual order costs a
+    sixth more, for every call first copies it so. A backbone, which decodes one row at a time,
+    keeps its matrices; its twin is cpu_step. amx: compute those layers on a Xeon's matrix units
+    instead; ValueError where there are none.
     """
     if not cpu_step.use(module):
         if amx:

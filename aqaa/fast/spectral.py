@@ -42,8 +42,7 @@ class SpectralResBlock(ResBlock):
         out = torch.empty_like(x)
         for row, place in zip(x, out):
             y = row.T.contiguous()  # (T, C)
-            for layers, (first, second) in zip(self.pairs(), self.spectra):
-                snake1, conv1, snake2, conv2 = layers
+            for (snake1, conv1, snake2, conv2), (first, second) in zip(self.pairs(), self.spectra):
                 inner = convolve(y, first, conv1, snake1)
                 y = convolve(inner, second, conv2, snake2).add_(y)
             place.copy_(y.T)
@@ -64,16 +63,13 @@ def transforms(taps):
     """
     time = torch.arange(SIZE, dtype=torch.float64)
     angle = 2 * pi / SIZE * torch.arange(1, SIZE // 2, dtype=torch.float64)[:, None] * time
-    real = angle.cos()
-    imaginary = -angle.sin()
+    real, imaginary = angle.cos(), -angle.sin()
     ends = torch.stack([torch.ones_like(time), 1 - 2 * (time % 2)])  # frequencies 0, SIZE / 2
-    forward = torch.cat([ends, real + imaginary, real, imaginary])
-    wr = real[:, :taps]
-    wi = -imaginary[:, :taps]  # conjugate: a correlation, as convolution layers compute it
+    both = real + imaginary
+    forward = torch.cat([ends, both, real, imaginary])
+    wr, wi = real[:, :taps], -imaginary[:, :taps]  # conjugate: a correlation, as layers compute it
     of_kernel = torch.cat([ends[:, :taps], wr, wi - wr, wr + wi])
-    inverse = torch.cat(
-        [ends / SIZE, (real + imaginary) * 2 / SIZE, imaginary * 2 / SIZE, real * -2 / SIZE]
-    ).T
+    inverse = torch.cat([ends / SIZE, both * 2 / SIZE, imaginary * 2 / SIZE, real * -2 / SIZE]).T
     return forward.float(), of_kernel, inverse[: SIZE - taps + 1].float().contiguous()
 
 
@@ -92,8 +88,7 @@ def convolve(x, spectrum, conv, snake):
     """
     spectrum, taps = spectrum
     forward, _, inverse = transforms(taps)
-    padding = conv.options["padding"]
-    dilation = conv.options["dilation"]
+    padding, dilation = conv.options["padding"], conv.options["dilation"]
     length = len(x) + 2 * padding - (taps - 1) * dilation
     step = len(inverse)  # samples that a piece gives
     pieces = -(-length // (step * dilation))

@@ -1,13 +1,12 @@
 """Products of few rows of activations with packed weights in Triton; the twins are plain torch.
 
-Decoding one token reads every weight once, so a kernel is as good as the share of the memory's
-bandwidth it reaches: it must need fewer instructions than a GPU issues while the bytes arrive (on
-an H200 about three a weight). int4 weights are multiplied as integers. `pack` makes activations
-fixed-point: each run of 32 inputs gets a scale, and each input DIGITS signed bytes of 8 bits. One
-mask takes four nibbles out of a word as four bytes, one `dp4a` multiplies them with four digits and
-adds the products to an int32: five instructions multiply eight weights by one digit. Sums of a run
-are exact; they meet the scales, and one another, in fp32. Two digits keep an input to 1.5e-5 of the
-largest in its run (bf16, in which the model computes: 2e-3), three to 1.2e-7.
+Decoding one token reads every weight once, so a kernel must need fewer instructions than a GPU
+issues while the bytes arrive (on an H200 about three a weight). int4 weights are multiplied as
+integers. `pack` makes activations fixed-point: each run of 32 inputs gets a scale, and each input
+DIGITS signed bytes. One mask takes four nibbles out of a word as four bytes, one `dp4a` multiplies
+them with four digits and adds the products to an int32: five instructions multiply eight weights by
+one digit. Sums of a run are exact; they meet the scales, and one another, in fp32. Two digits keep
+an input to 1.5e-5 of the largest in its run (bf16: 2e-3), three to 1.2e-7.
 
 Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import).
 """
@@ -29,6 +28,7 @@ FEW = 16  # rows of activations up to which weights are multiplied as they are u
 FEW_BYTES = 8  # the same for weights of a byte, which every row of activations reads anew
 AT_ONCE = 8  # rows of activations that one program multiplies by the weights it reads
 SUMS = 32  # outputs times rows of activations of a program: sums that each thread keeps
+RUN = 32  # inputs with one scale in packed activations, at most
 DIGITS = 2  # bytes of an activation
 BLOCK = 32  # runs of packed activations that lie together, a thread each
 TILES = {}  # (kernel, outputs, inputs) → (rows, runs, warps, stages) of a program, as `tune` found
@@ -52,10 +52,8 @@ _BLOCK = triton and tl.constexpr(BLOCK)
 
 
 @jit
-def _pack(
-    x, norm, out, size, eps, NORM: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr,
-    LIMIT: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _pack(x, norm, out, size, eps, NORM: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr,
+          LIMIT: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One block of _BLOCK runs of 8 · WORDS inputs of row program_id(1): see `pack`."""
     run = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
     item, real = tl.program_id(1), run < size // (8 * WORDS)
@@ -102,10 +100,8 @@ def _pack(
 @jit
 def _dot4(nibbles, digits, total):
     """total + four products of a byte of `nibbles`, 0 … 15, and a signed one of `digits`."""
-    return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [nibbles, digits, total], tl.int32,
-        is_pure=True, pack=1,
-    )  # fmt: skip
+    return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r",
+                                     [nibbles, digits, total], tl.int32, is_pure=True, pack=1)
 
 
 @jit
@@ -125,7 +121,7 @@ def _matrix(
     """BATCH rows of out from W x. words int32 (N, K/8), scale (N, K/GROUP), x: rows as of `pack`.
 
     KIND: "heads", out = W x, where with HEADS the rows of W from n_out on are keys, then values, of
-    the cache; "added", out += W x; "gated", silu(gate x) · (up x), where the rows of `up` lie
+    the cache; "added", out += W x, fp32; "gated", silu(gate x) · (up x), where the rows of `up` lie
     behind the n_rows of `gate`, and a program takes them in turns.
     """
     COUNT: tl.constexpr = ROWS // 2 if KIND == "gated" else ROWS
@@ -208,10 +204,8 @@ def _matrix(
 
 
 @jit
-def _bytes(
-    weight, scale, x, out, n_rows, SIZE: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _bytes(weight, scale, x, out, n_rows, SIZE: tl.constexpr, FP8: tl.constexpr,
+           ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """W x for weights of a byte (int8, or e4m3 as uint8) and a scale for each row."""
     item, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -230,10 +224,8 @@ def _bytes(
 
 
 @jit
-def _unpack(
-    words, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
+def _unpack(words, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr,
+            ROWS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """int4 weights written out: (N, SIZE) in out's dtype, WIDE inputs of ROWS rows a program."""
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n_rows - 1)[:, None].to(tl.int64)
     start = tl.program_id(1) * WIDE
@@ -258,17 +250,14 @@ class Rows:
     """
 
     def __init__(self, *layers):
-        if any(fault := [layer for layer in layers if not fits(layer)]):
-            raise ValueError(
-                f"{fault[0]} does not fit the kernels: int4 with groups of 16, 32, 64, … 1024 "
-                "is needed"
-            )
+        if fault := [layer for layer in layers if not fits(layer)]:
+            raise ValueError(f"{fault[0]} does not fit the kernels: int4 with groups of 16, 32, "
+                             "64, … 1024 is needed")
         self.size, self.group = layers[0].in_features, layers[0].group
         sizes = [layer.out_features for layer in layers]
         self.rows = sum(sizes)
-        if len(layers) == 1:
-            self.codes, self.scale = layers[0].qweight, layers[0].scale
-        else:
+        self.codes, self.scale = layers[0].qweight, layers[0].scale
+        if len(layers) > 1:
             self.codes = torch.cat([layer.qweight for layer in layers])
             self.scale = torch.cat([layer.scale for layer in layers])
         self.words = self.codes.view(torch.int32)
@@ -277,9 +266,13 @@ class Rows:
             layer.qweight, layer.scale = codes, scale
 
     def multiply(self, kind, x, out, cache=None, first=None):
-        """Launch `_matrix` of a kind for x = pack(…) of B ≤ FEW rows; returns out (B, …)."""
+        """out (B, N) by `_matrix` of a kind, for x = pack(…) of B ≤ FEW rows; returns out.
+
+        cache (keys, values), each (B, G, S, d): out takes the first rows, the rest go into slot
+        `first` of keys and values.
+        """
         rows, runs, warps, stages = TILES.get((kind, self.rows, self.size), TILE)
-        batch, run = len(x), run_of(self.group)
+        batch, run = len(x), min(RUN, self.group)
         at_once = min(AT_ONCE, triton.next_power_of_2(batch))
         rows = min(rows, SUMS // at_once)
         keys, values = cache or (out, out)
@@ -299,21 +292,15 @@ def fits(layer):
     return getattr(layer, "name", "") == "int4" and layer.group in (16, 32, 64, 128, 256, 512, 1024)
 
 
-def run_of(group):
-    """Inputs with one scale in packed activations."""
-    return min(32, group)
-
-
 def pack(x, group, norm=None, eps=0.0):
     """Activations (B, K) as the int4 kernels read them: int32 (B, blocks, planes, BLOCK).
 
-    Runs have 32 inputs, or a group's if it is shorter; there are zeros behind the last. A digit of
-    the 8 inputs of a word fills two planes, for inputs 0, 2, 4, 6 and for 1, 3, 5, 7, lowest byte
-    first, the highest digit before the others. The last plane but one holds −8 times the sum
-    of a run, which turns nibbles into codes, and the last the run's scale, a float. norm (K,): x is
-    divided by its RMS and multiplied by `norm`.
+    Runs have 32 inputs, or a group's if it is shorter; zeros behind the last. A digit of a word's 8
+    inputs fills two planes, of inputs 0, 2, 4, 6 and of 1, 3, 5, 7, lowest byte first, the highest
+    digit before the others. The last plane but one holds −8 times a run's sum, which turns nibbles
+    into codes, the last its scale, a float. norm (K,): x is divided by its RMS, times `norm`.
     """
-    run, (batch, size) = run_of(group), x.shape
+    run, (batch, size) = min(RUN, group), x.shape
     blocks = triton.cdiv(size, run * BLOCK)
     planes = run // 4 * DIGITS + 2
     out = torch.empty(batch, blocks, planes, BLOCK, dtype=torch.int32, device=x.device)
@@ -324,25 +311,6 @@ def pack(x, group, norm=None, eps=0.0):
         num_warps=8,
     )  # fmt: skip
     return out
-
-
-def product(rows, x, out, cache=None, first=None):
-    """out (B, N) = W x for x = pack(…) of B ≤ FEW rows.
-
-    cache (keys, values), each (B, G, S, d): out takes the first rows, the rest go into slot `first`
-    of keys and values.
-    """
-    return rows.multiply("heads", x, out, cache, first)
-
-
-def gated(rows, x, out):
-    """out (B, N) = silu(gate x) · (up x) for `rows` of gate, then up, and x = pack(…)."""
-    return rows.multiply("gated", x, out)
-
-
-def added(rows, x, hidden):
-    """hidden (B, N) fp32 += W x for x = pack(…)."""
-    return rows.multiply("added", x, hidden)
 
 
 def unpack(layer, dtype=torch.bfloat16):
