@@ -120,9 +120,6 @@ def held_out(item):
     return item.role == "answer" and zlib.crc32(item.id.encode()) % HOLD_OUT == 0
 
 
-# ---- answers and questions -------------------------------------------------------------------
-
-
 def _count(n, scale):
     return max(4, round(n * scale))
 
@@ -197,9 +194,6 @@ def _evaluation(cell, count, wording, pool, ids, rng):
         intent, pairs = stock[number]
         items.append(_question(split, cell, intent, *pairs[turn % len(pairs)], pool, ids, rng))
     return items
-
-
-# ---- sentences for recognition, without questions or answers ---------------------------------
 
 
 def vocabulary():

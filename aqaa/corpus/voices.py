@@ -72,9 +72,6 @@ def check_engines(voices=TRAINING + EVALUATION):
                                 f"`{INSTALL}`.")
 
 
-# ---- rendering -------------------------------------------------------------------------------
-
-
 @dataclass
 class Draw:
     """What one render draws. Rate, pitch and spread are factors on the voice's own."""
@@ -179,9 +176,6 @@ def _scheme(name, text, how, path):
     return "\n".join([*lines, f"(utt.save.wave u \"{path}\" 'riff)"])
 
 
-# ---- variation after the engine --------------------------------------------------------------
-
-
 def to_16k(samples, rate, playback=1.0):
     """Resample to 16 kHz while playing `playback` times as fast."""
     up, down = 160, round(160 * rate * playback / SAMPLE_RATE)
@@ -240,9 +234,6 @@ def say_answer(samples, rate, manner):
     loud = np.abs(wav)  # above 0.7 it bends towards full scale
     wav = np.where(loud > 0.7, np.sign(wav) * (0.7 + 0.3 * np.tanh((loud - 0.7) / 0.3)), wav)
     return to_int16(np.pad(wav, (0, -len(wav) % round(GROUP_SECONDS * SAMPLE_RATE))))
-
-
-# ---- measurement -----------------------------------------------------------------------------
 
 
 def measure(speech, syllables):

@@ -8,7 +8,7 @@ and `scale` in place of `weight`; config.json says how under "quantization".
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -65,41 +65,15 @@ class Origin:
         return parts
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to quantise: weights int4, int8 or fp8; group of int4, by default the largest usual one
-    that divides every layer; method rtn (to the nearest) or gptq."""
-
-    weights: str = "int4"
-    group: int | None = None
-    method: str = "rtn"
-
-    def check(self, config):
-        """This recipe with its group. Raises ValueError for what is unknown or does not divide."""
-        cls = format_of(self.weights)
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.group and self.weights != "int4":
-            raise ValueError(f"{self.weights} has one scale for each output: leave --group out.")
-        widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
-        return replace(self, group=group_for(cls, self.group, widths))
-
-    def block(self):
-        """As config.json tells it, and as empty_linears takes it."""
-        return {"weights": self.weights, **({"group": self.group} if self.group else {})}
-
-
-# ---- the two kinds of source --------------------------------------------------------------------
-
-
 def convert(
     source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu", quiet=False
 ):
     """Quantise the language model in `source` into the folder `out`; returns the record there.
 
     source: "mini", a folder like it (its other parts come along), or a released language model's.
-    rows: dialogues (lists of ids) for gptq. Raises ValueError or OSError before anything is written
-    if it cannot be done.
+    weights: int4, int8 or fp8; group: of int4, see group_for; method: rtn (to the nearest) or gptq,
+    which needs rows: dialogues (lists of ids). Raises ValueError or OSError before anything is
+    written if it cannot be done.
     """
     device = loading.device_of(device)
     folder, out = model_folder.find(source), Path(out)
@@ -107,15 +81,22 @@ def convert(
         raise ModelError(f"{out} is the source itself: name another folder.")
     own = (folder / OWN).is_file()
     origin = _own(folder) if own else _released(folder)
-    recipe = Recipe(weights, group, method).check(origin.config)
+    config, cls = origin.config, format_of(weights)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if group and weights != "int4":
+        raise ValueError(f"{weights} has one scale for each output: leave --group out.")
+    widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+    group = group_for(cls, group, widths)
     if method == "gptq":
-        _check_rows(rows, origin.config)
+        _check_rows(rows, config)
     parent = next(path for path in (out, *out.resolve().parents) if path.is_dir())
-    need = SPARE * resident_bytes(origin.config, recipe.weights, recipe.group) - _stored(out)
+    need = SPARE * resident_bytes(config, weights, group) - _stored(out)
     if need > (free := shutil.disk_usage(parent).free):
         raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: "
                       "choose another place.")
-    started = {"source": str(folder), "recipe": asdict(recipe)}
+    recipe = {"weights": weights, "group": group, "method": method}
+    started = {"source": str(folder), "recipe": recipe}
     work = _Work(origin, recipe, rows, device, quiet)
     return (_write_own if own else _write_shards)(work, out, started)
 
@@ -164,16 +145,14 @@ def _stored(folder):  # bytes of weights; the folder need not be there
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-# ---- layer by layer -----------------------------------------------------------------------------
-
-
 class _Work:
     """Converts the parts in order; `skip` takes a part that is there already."""
 
     def __init__(self, origin, recipe, rows, device, quiet):
-        self.origin, self.recipe, self.rows, self.device = origin, recipe, rows, device
-        self.parts, self.calibration = origin.parts(), None
-        self.bar = tqdm(total=len(self.parts), desc=recipe.weights, unit="part",
+        self.origin, self.rows, self.device = origin, rows, device
+        self.format = {name: recipe[name] for name in ("weights", "group") if recipe[name]}
+        self.gptq, self.parts, self.calibration = recipe["method"] == "gptq", origin.parts(), None
+        self.bar = tqdm(total=len(self.parts), desc=recipe["weights"], unit="part",
                         disable=True if quiet else None)  # fmt: skip
 
     def convert(self, number):
@@ -183,8 +162,8 @@ class _Work:
         if 0 < number <= self.origin.config.num_hidden_layers:
             layer = self._layer(state)
             hessians = self.calibration.hessians(layer) if self.calibration else None
-            cls = format_of(self.recipe.weights)
-            replace_linears(layer, cls, self.recipe.group, hessians=hessians)
+            cls = format_of(self.format["weights"])
+            replace_linears(layer, cls, self.format.get("group"), hessians=hessians)
             head = f"model.layers.{number - 1}."
             made = {head + name: value for name, value in layer.state_dict().items()}
             state = {name: state.get(name, made[name]) for name in made}  # norms as stored
@@ -193,12 +172,12 @@ class _Work:
 
     def skip(self, number, path):
         """A part that was converted before: only the dialogues have to go through it."""
-        self._calibrate(number, load_file(path) if self.recipe.method == "gptq" else {})
+        self._calibrate(number, load_file(path) if self.gptq else {})
 
     def _calibrate(self, number, state, layer=None):
         """Dialogues go on: embedded by the part that holds the embedding, through each layer."""
         embedding = state.get("model.embed_tokens.weight")  # (V, D)
-        if embedding is not None and self.recipe.method == "gptq":
+        if embedding is not None and self.gptq:
             heads = self.origin.config.num_attention_heads
             self.calibration = Calibration(self.rows, self._computable(embedding), heads)
         elif self.calibration and number <= self.origin.config.num_hidden_layers:
@@ -211,7 +190,7 @@ class _Work:
         with torch.device("meta"):
             layer = Step1DecoderLayer(config, 0)
         if quantized:
-            empty_linears(layer, **self.recipe.block())
+            empty_linears(layer, **self.format)
         for name, value in state.items():
             owner, _, leaf = name.split(".", 3)[3].rpartition(".")
             if leaf == "weight":
@@ -224,11 +203,7 @@ class _Work:
     def _computable(self, value):
         """On the device; in fp32 where a CPU computes, whose half precision is slow."""
         value = value.to(self.device)
-        on_cpu = self.recipe.method == "gptq" and self.device.type == "cpu"
-        return value.float() if on_cpu else value
-
-
-# ---- what is written ----------------------------------------------------------------------------
+        return value.float() if self.gptq and self.device.type == "cpu" else value
 
 
 def _write_own(work, out, started):
@@ -239,7 +214,7 @@ def _write_own(work, out, started):
     work.bar.close()
     path = out / OWN
     with replacing(path) as part:
-        save_file(state, part, {"quantization": json.dumps(work.recipe.block())})
+        save_file(state, part, {"quantization": json.dumps(work.format)})
     parts = {name: folder / f"{name}.safetensors" for name in model_folder.PARTS}
     record = {"quantization": _about(work, started)}
     model_folder.gather(out, model_folder.read_config(folder), folder / "tokenizer.json",
@@ -262,7 +237,7 @@ def _write_shards(work, out, started):
         done[path.name] = files.fingerprint(path)
         write_json(out / PROGRESS, {**started, "files": done})
     work.bar.close()
-    _describe(work.origin, work.recipe, out, done)
+    _describe(work.origin, {**work.format, "method": started["recipe"]["method"]}, out, done)
     record = {**_about(work, started), "files": dict(sorted(done.items()))}
     write_json(out / "record.json", record)
     (out / PROGRESS).unlink(missing_ok=True)  # now that all of it is there
@@ -288,7 +263,7 @@ def _resume(out, started):
             if (out / name).is_file() and files.fingerprint(out / name) == facts}  # fmt: skip
 
 
-def _describe(origin, recipe, out, done):
+def _describe(origin, quantization, out, done):
     """Write what stands beside the shards: config.json, their index, COMPANIONS."""
     index, total = {}, 0
     for name in sorted(done):
@@ -297,7 +272,7 @@ def _describe(origin, recipe, out, done):
             total += entry.bytes
     config = Step1Config(**asdict(origin.config)).to_dict()
     config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False,
-               "quantization": {**recipe.block(), "method": recipe.method}}  # fmt: skip
+               "quantization": quantization}  # fmt: skip
     write_json(out / "config.json", config)
     whole = {"metadata": {"total_size": total}, "weight_map": index}
     write_json(out / "model.safetensors.index.json", whole)
@@ -314,9 +289,6 @@ def _about(work, started):
         "dialogues": len(work.rows or ()), "dropped": len(others),
         "dropped_values": sum(work.origin.tensors[name].numel for name in others),
     }  # fmt: skip
-
-
-# ---- the command --------------------------------------------------------------------------------
 
 
 def main(args):

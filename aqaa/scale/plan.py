@@ -18,13 +18,11 @@ BLOCK_SECONDS = AUDIO_BLOCK / GROUP_SIZE * GROUP_SECONDS  # 0.36
 INTERLEAVE_RATE = TOKENS_PER_SECOND * BLOCK / AUDIO_BLOCK  # 69.4 ids a second while text lasts
 TEXT_RATE = 5.0  # text ids in a second of speech
 
-# Assumptions. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs with tensor
-# parallelism. Those of int4 and fp8 on one GPU were measured on an H200
-# (data/runs/h200-130b-int4.json; the int4 kernels have changed since). The others are solved for,
-# from estimates made by hand for H100 and H200, so agreeing with those proves nothing. For
-# comparison, gpt-fast's README on 70 B and A100, of the bandwidth it saw: bf16 87, 79, 67 % on 2,
-# 4, 8; int8 78 % on one, 44 % on eight; int4 65 % and 32 %. What else has no source is a guess, and
-# says so.
+# Assumptions. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs. Those of int4 and
+# fp8 on one GPU were measured on an H200 (data/runs/h200-130b-int4.json; the int4 kernels have
+# changed since). The others are solved for, from estimates made by hand for H100 and H200, so
+# agreeing with those proves nothing. For comparison, gpt-fast's README on 70 B and A100: bf16 87,
+# 79, 67 % on 2, 4, 8; int8 78 % on one, 44 % on eight; int4 65 % and 32 %. A guess says so.
 EFFICIENCY = {
     "bf16": {1: 0.80, 2: 0.80, 4: 0.73, 8: 0.645},
     "fp8": {1: 0.45, 2: 0.78, 4: 0.665, 8: 0.525},
@@ -43,10 +41,10 @@ SPEECH_PARTS = {"full": 400e6 * 4, "mini": 13e6 * 4}  # bytes of tokenizers, flo
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card, by its public data sheet; memory as the driver reports it."""
+    """One card, by its public data sheet."""
 
     name: str
-    memory: float  # GiB
+    memory: float  # GiB, as the driver reports it
     bandwidth: float  # TB/s
     bf16: float  # dense TFLOPS
     fp8: float | None  # dense TFLOPS; None: no such tensor cores

@@ -94,9 +94,6 @@ class Engine:
                               "ask it again.")
 
 
-# ---- over HTTP ----------------------------------------------------------------------------------
-
-
 class _Timed(io.RawIOBase):
     """What a socket receives until time.monotonic() is `end`; its own timeout is of each byte."""
 
@@ -221,20 +218,20 @@ def _event(line, name):
 
 
 def _tokens(chunk, name):
-    """(id, logprob) pairs of one chunk of a completion. Raises EngineError."""
+    """[(id, logprob), …] of one chunk of a completion. Raises EngineError."""
     if not isinstance(chunk, dict) or "error" in chunk:
         raise EngineError(f"{name} gave up: {_message(chunk)}.")
     try:
-        choices = chunk.get("choices") or ()
-        lists = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
-        whole = all(type(ids) is type(logprobs) is list and len(ids) == len(logprobs)
-                    for ids, logprobs in lists)  # fmt: skip
-    except (LookupError, TypeError):
-        whole = False
-    if not whole:
-        raise EngineError(f"{name} sends no token ids with their logprobs: vLLM {TESTED} does.")
-    for ids, logprobs in lists:
-        yield from zip(ids, logprobs, strict=True)
+        pairs = []
+        for choice in chunk.get("choices") or ():
+            lists = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            if not all(type(one) is list for one in lists):
+                raise TypeError
+            pairs += zip(*lists, strict=True)
+    except (LookupError, TypeError, ValueError):
+        fault = f"{name} sends no token ids with their logprobs: vLLM {TESTED} does."
+        raise EngineError(fault) from None
+    return pairs
 
 
 def _json(data, name):
@@ -260,17 +257,13 @@ def _message(body):
     return _harmless(text).strip(" .") or "without a reason"
 
 
-def _harmless(text):
-    """A line of it without what a terminal would obey (escapes, bells, turns of direction)."""
+def _harmless(text):  # a line, without what a terminal would obey: escapes, bells, directions
     return " ".join("".join(c if c.isprintable() else " " for c in text[:SHOWN]).split())
 
 
 def _reason(fault):
     late = isinstance(fault, TimeoutError)
     return "no word in time" if late else _harmless(str(fault)) or type(fault).__name__
-
-
-# ---- in this process ----------------------------------------------------------------------------
 
 
 def version():
@@ -283,9 +276,9 @@ def version():
 
 
 class InProcess(Engine):
-    """vLLM's asynchronous engine beside us, in an environment that has both.
+    """vLLM's asynchronous engine beside us, in an environment that has both; takes AsyncEngineArgs.
 
-    folder: a language model; options: of AsyncEngineArgs. Raises EngineError if vLLM is missing.
+    Raises EngineError if vLLM is missing.
     """
 
     name = "vLLM"
