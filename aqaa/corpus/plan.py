@@ -107,10 +107,9 @@ def texts(items):
             pairs[item.text] = (item.answer, item.manner, item.intent, item.category, False)
     rng = Random("texts")
     for intent in C.INTENTS.values():
-        for fact in intent.facts:
-            for _ in range(40 if fact.read_only else 0):
-                text = C.wording(rng.choice(intent.cores), fact, rng)
-                pairs[text] = (fact.answer, fact.manner, intent.name, intent.category, True)
+        for fact in [fact for fact in intent.facts if fact.read_only for _ in range(40)]:
+            text = C.wording(rng.choice(intent.cores), fact, rng)
+            pairs[text] = (fact.answer, fact.manner, intent.name, intent.category, True)
     names = ("question", "answer", "manner", "intent", "category", "read_only")
     return [dict(zip(names, (text, *pair), strict=True)) for text, pair in pairs.items()]
 
@@ -178,8 +177,8 @@ def _training(scale, ids, rng, later=False):
 
 
 def _evaluation(cell, count, wording, pool, ids, rng):
-    """`count` questions, intents in turn, of a kind of wording: seen, new, slot (a seen wording,
-    never heard with this fact) or read_only."""
+    """Questions, intents in turn, of a kind of wording: seen, new, slot (a seen one, new with this
+    fact) or read_only."""
     stock = []
     for intent in C.INTENTS.values():
         read_only = [fact for fact in intent.facts if fact.read_only]

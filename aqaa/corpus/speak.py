@@ -1,7 +1,7 @@
 """The spoken corpus of the mini: a plan is spoken into shards, and read back.
 
-A shard is a .npy of concatenated int16 samples at 16 kHz and a .jsonl with one Item a line; both
-appear whole or not at all, the .jsonl last, so whatever is interrupted goes on where it stopped.
+A shard is a .npy of int16 samples at 16 kHz and a .jsonl with one Item a line; both appear whole or
+not at all, the .jsonl last, so whatever is interrupted goes on where it stopped.
 """
 
 import json
@@ -199,7 +199,7 @@ def phones_of(lines):
 
 def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
     """Plan and speak; returns the Corpus. Raises ValueError for shards there, without `resume`."""
-    if not resume and list(Path(folder).glob("shard_*")):
+    if not resume and any(Path(folder).glob("shard_*")):
         raise ValueError(f"{folder} already holds shards; resume them or give another folder.")
     corpus = speak(plan(scale, seed), folder, workers)
     seconds = sum(item.length for item in corpus.items()) / 16_000

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import tomllib
 from dataclasses import dataclass
-from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +111,9 @@ def draw(rng, want="", mild=False):
 def synthesize(jobs):
     """Speak [(voice, text, Draw or Manner), …] -> list of (float samples (N,), rate).
 
-    festival speaks all its jobs in one process, voice by voice: loading one costs more than
-    speaking. Raises RuntimeError when an engine fails."""
+    festival speaks all its jobs in one process, by voice: loading one costs more than speaking.
+    Raises RuntimeError when an engine fails.
+    """
     with scratch() as folder:
         paths = [f"{folder}/{i}.wav" for i in range(len(jobs))]
         batch = {}  # lines for festival by voice
@@ -124,7 +124,8 @@ def synthesize(jobs):
             elif engine == "flite":
                 _run(_flite(name, text, how, path))
             else:
-                _run(_espeak(name, path, how), _ssml(text, how))
+                ssml = f'<prosody range="{int(100 * how.spread)}%">{text}{how.mark}</prosody>'
+                _run(_espeak(name, path, how), ssml)
         if batch:
             script = Path(folder, "batch.scm")
             lines = [line for name in sorted(batch) for line in batch[name]]
@@ -162,10 +163,6 @@ def _espeak(name, path, how):
     return ["espeak-ng", "-v", name, "-s", str(rate), "-p", str(pitch), "-m", "-w", path]
 
 
-def _ssml(text, how):
-    return f'<prosody range="{int(100 * how.spread)}%">{text}{how.mark}</prosody>'
-
-
 def _scheme(name, text, how, path):
     lines = [f"(Parameter.set 'Duration_Stretch {1 / how.rate:.4f})"]
     if name in TABLES["pitch"]:
@@ -178,11 +175,8 @@ def _scheme(name, text, how, path):
 
 def to_16k(samples, rate, playback=1.0):
     """Resample to 16 kHz while playing `playback` times as fast."""
-    up, down = 160, round(160 * rate * playback / SAMPLE_RATE)
-    if up == down:
-        return samples
-    common = gcd(up, down)
-    return resample_poly(samples, up // common, down // common).astype(np.float32)
+    up, down = 160, round(160 * rate * playback / SAMPLE_RATE)  # resample_poly divides by their gcd
+    return samples if up == down else resample_poly(samples, up, down).astype(np.float32)
 
 
 def trim(wav, keep=0.08, floor=0.015):
@@ -237,18 +231,16 @@ def say_answer(samples, rate, manner):
 
 
 def measure(speech, syllables):
-    """Of trimmed speech: {"f0": median in Hz, "spread": standard deviation in semitones, "rate":
-    syllables a second}; all 0 where nothing is voiced."""
+    """{"f0": median Hz, "spread": semitones, "rate": syllables a second}; all 0 where unvoiced."""
     pitch = f0(speech, hop=320)
     voiced = pitch[pitch > 0]
     if len(voiced) < 5:
         return {"f0": 0.0, "spread": 0.0, "rate": 0.0}
     median = np.median(voiced)
     semitones = 12 * np.log2(voiced / median)
-    spread = semitones[np.abs(semitones) < 9].std()
-    seconds = max(len(speech) / SAMPLE_RATE - 0.16, 0.1)  # trim() leaves 80 ms at both ends
-    numbers = {"f0": (median, 1), "spread": (spread, 2), "rate": (syllables / seconds, 2)}
-    return {name: round(float(value), digits) for name, (value, digits) in numbers.items()}
+    spread = float(semitones[np.abs(semitones) < 9].std())
+    rate = syllables / max(len(speech) / SAMPLE_RATE - 0.16, 0.1)  # trim() leaves 80 ms at each end
+    return {"f0": round(float(median), 1), "spread": round(spread, 2), "rate": round(rate, 2)}
 
 
 def belongs(measured, want):
