@@ -1,7 +1,4 @@
-"""What the mini is asked and what it answers: the facts of every intent, without sound.
-
-Five categories of StepEval-Audio-360's nine; curriculum.toml has the wordings and the words.
-"""
+"""The facts of every intent, in five of StepEval-Audio-360's nine categories (curriculum.toml)."""
 
 from operator import add, mul, sub
 

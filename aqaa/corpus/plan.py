@@ -96,14 +96,10 @@ def asked_in(items, split):
 
 
 def texts(items):
-    """Pairs for text pre-training: what is asked in training, and facts that are only ever read.
-
-    Returns a list of dicts (question, answer, manner, intent, category, read_only), without Voice
-    Understanding, whose answers no text holds.
-    """
+    """Pairs for text pre-training: what is asked in training, and facts that are only ever read."""
     pairs = {}
     for item in asked_in(items, "train"):
-        if not item.want:
+        if not item.want:  # no text holds the answers of Voice Understanding
             pairs[item.text] = (item.answer, item.manner, item.intent, item.category, False)
     rng = Random("texts")
     for intent in C.INTENTS.values():

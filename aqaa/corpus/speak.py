@@ -34,8 +34,7 @@ VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
 def speak(items, folder, workers=2, progress=True):
     """Speak Items into `folder`; shards already there are kept. Returns the Corpus.
 
-    Raises FileNotFoundError when a synthesizer is missing, ValueError when the folder holds another
-    plan, WriteError when it cannot be written.
+    Raises FileNotFoundError without a synthesizer, ValueError for another plan's, WriteError.
     """
     V.check_engines({item.voice for item in items})
     folder = Path(folder)
@@ -208,10 +207,7 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
 
 
 def export_questions(corpus, folder, per_category=5, seed=0):
-    """Write some evaluation renders of each category, cells in turn, as wavs; returns their list.
-
-    questions.json holds it. Read-only facts are left out.
-    """
+    """Write evaluation renders of each category, cells in turn, and questions.json: returned."""
     folder, rng = Path(folder), Random(f"questions {seed}")
     folder.mkdir(parents=True, exist_ok=True)
     asked, entries = corpus.items(role="question", split="eval"), []

@@ -1,7 +1,4 @@
-"""Faster twins of the plain modules, put in place from outside; tests hold each equal to its form.
-
-No file of the model imports this package; it may import the model's.
-"""
+"""Faster twins of the plain modules, put in place from outside: no file of the model imports it."""
 
 from aqaa.fast.prepared import prepare, prepare_training
 

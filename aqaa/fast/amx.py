@@ -72,13 +72,6 @@ def halves(x):
     return hi, (x - hi).bfloat16()
 
 
-def product(x, weight):
-    """x (M, K), weight (N, K) -> x Wᵀ (M, N): what `amx.c` computes, in plain torch."""
-    x_hi, x_lo = (half.float() for half in halves(x))
-    w_hi, w_lo = (half.float() for half in halves(weight))
-    return x_hi @ w_lo.T + x_lo @ w_hi.T + x_hi @ w_hi.T
-
-
 def tiles(weight):
     """(N, K) fp32 → (N / 32, K / 32, hi or lo, 2, 16, 16, 2) bf16: the order `amx.c` reads."""
     n, k = weight.shape

@@ -47,9 +47,8 @@ class StaticCache(KVCache):
 class Engine:
     """A Step1ForCausalLM with a static cache of `size` ids, for one answer at a time.
 
-    size: by default the model's longest context. fast: use the kernels (by default on a GPU with
-    triton). Attention's bias is always fp32. Raises ModelError before anything is allocated if the
-    cache does not fit the GPU.
+    size: by default the longest context. fast: use the kernels (by default on a GPU with triton).
+    Raises ModelError before anything is allocated if the cache does not fit the GPU.
     """
 
     def __init__(self, model, size=None, fast=None):
@@ -88,9 +87,9 @@ class Engine:
 
     @torch.inference_mode()
     def feed(self, embeddings, padding=None):
-        """embeddings (1, Q, D) of the next ids → hidden state (1, D) of the last.
+        """embeddings (1, Q, D) of the next ids → hidden (1, D) of the last; padding: of batches.
 
-        `padding` is there for batches only. Raises ValueError if the ids do not fit.
+        Raises ValueError if the ids do not fit.
         """
         length = self.cache.length + embeddings.shape[1]
         if length > (size := self.size):
@@ -129,10 +128,7 @@ class Engine:
 
 
 class Fused:
-    """The step of an int4 model, x (1, D) → hidden (1, D), in ten kernels a layer.
-
-    The residual stream is fp32. The kernel that packs activations also normalises them.
-    """
+    """The step of an int4 model, x (1, D) → hidden (1, D), in ten kernels a layer."""
 
     def __init__(self, model, cache):
         self.cache, self.layers = cache, []
@@ -147,11 +143,11 @@ class Fused:
 
     def __call__(self, x):
         cache, pack = self.cache, triton_kernels.pack
-        stream, width = x.to(torch.float32, copy=True), cache.keys.shape[-1]  # (1, D)
+        stream, width = x.to(torch.float32, copy=True), cache.keys.shape[-1]  # (1, D), residual
         query, out, inner = x.new_empty(1, x.shape[1]), torch.empty_like(stream), None
         layers = zip(self.layers, cache.keys, cache.values, strict=True)
         for (heads, output, both, down, before, middle), keys, values in layers:
-            packed = pack(stream, heads.group, before, self.eps)
+            packed = pack(stream, heads.group, before, self.eps)  # normalises as well
             heads.multiply("heads", packed, query, (keys, values), cache.first)
             inputs = query.view(1, 1, -1, width), keys, values, cache.slopes, cache.first
             attention_kernels.attend(*inputs, width**-0.5, out)

@@ -268,8 +268,7 @@ class Rows:
     def multiply(self, kind, x, out, cache=None, first=None):
         """out (B, N) by `_matrix` of a kind, for x = pack(…) of B ≤ FEW rows; returns out.
 
-        cache (keys, values), each (B, G, S, d): out takes the first rows, the rest go into slot
-        `first` of keys and values.
+        cache (keys, values), each (B, G, S, d): takes the rows behind those of out in slot `first`.
         """
         rows, runs, warps, stages = TILES.get((kind, self.rows, self.size), TILE)
         batch, run = len(x), min(RUN, self.group)

@@ -64,8 +64,7 @@ def read_model(source):
 def setups(source, gpus=(), weights=None, group=None, context=2048):
     """Setups of all GPUs (texts; none: the usual ones) by all formats (None: all, or the folder's).
 
-    group: of int4, by default the largest that divides. Raises ValueError for a context, GPUs or a
-    group that cannot be.
+    group: of int4, by default the largest that divides. Raises ValueError for what cannot be.
     """
     model, backbone, quantization = read_model(source)
     if not 0 < context <= (most := backbone.max_seq_len):
@@ -106,8 +105,7 @@ def check(folder):
       "setup": {"model": "130b", "gpus": "1xH200", "weights": "int4", "group": 128}
       "decode": [{"context": 2048, "tokens_per_s": …}, …]
       "prefill": [{"ids": 517, "seconds": …}, …]            (may be missing)
-    ratio is measured / predicted; possible: not faster than the bytes allow. Raises ValueError for
-    a broken record.
+    ratio: measured / predicted; possible: the bytes allow it. Raises ValueError for broken records.
     """
     rows, names = [], ("what", "predicted", "measured", "ratio", "possible")
     for path in sorted(Path(folder).glob("*.json")):

@@ -22,11 +22,8 @@ class Words:
 
 
 def random_backbone(backbone, weights, group, device, dtype, seed=0):
-    """A Step1ForCausalLM of true size with random weights, quantised or not, drawn on `device`.
-
-    Built on `meta` first, so that no more memory is ever used than the finished model takes.
-    """
-    with torch.device("meta"), skip_init():
+    """A Step1ForCausalLM of true size with random weights, quantised or not, drawn on `device`."""
+    with torch.device("meta"), skip_init():  # so no more memory is used than the model takes
         model = step1.build(backbone).to(dtype).eval()
     quantized_linear.empty_linears(model, weights, group)
     model.to_empty(device=device)

@@ -1,8 +1,7 @@
 """Several listeners at once: one backbone answers all of them together, each has a vocoder worker.
 
 Answers join and leave the batch at any token. A Step-1 model knows distances only, so an answer may
-begin anywhere in the cache: its prompt is run alone, then moved to the right end of its row, behind
-padding.
+begin anywhere in the cache: its prompt is run alone, then moved to its row's right end.
 """
 
 import threading

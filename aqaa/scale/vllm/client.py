@@ -276,10 +276,7 @@ def version():
 
 
 class InProcess(Engine):
-    """vLLM's asynchronous engine beside us, in an environment that has both; takes AsyncEngineArgs.
-
-    Raises EngineError if vLLM is missing.
-    """
+    """vLLM's asynchronous engine beside us; options: of AsyncEngineArgs. Raises EngineError."""
 
     name = "vLLM"
 

@@ -54,9 +54,8 @@ def _bases():
 class Layouts(*_bases()):
     """Strikes out what the layout of a request does not allow; leaves those without rules alone.
 
-    Both of vLLM's interfaces. V2: (vllm_config, req_states); requests have slots, and their ids are
-    read from its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the list of drawn
-    ids.
+    Both of vLLM's interfaces. V2: (vllm_config, req_states); requests have slots, their ids are in
+    its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the list of drawn ids.
     """
 
     def __init__(self, vllm_config, state, is_pin_memory=None):
