@@ -68,7 +68,7 @@ def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
 
 
 def group_for(cls, group, widths):
-    """The group, by default the largest usual one, for all {name: width}; or None. Raises ValueError."""
+    """The group, by default the largest usual one, of {name: width}; or None. Raises ValueError."""
     usual = cls.group_by_default
     group = group or usual and (largest_group(widths.values()) or usual)
     for name, width in widths.items() if group else ():
