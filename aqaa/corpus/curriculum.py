@@ -1,5 +1,6 @@
 """The facts of every intent, in five of StepEval-Audio-360's nine categories (curriculum.toml)."""
 
+from itertools import product
 from operator import add, mul, sub
 
 from aqaa.corpus.facts import SCRIPT, Fact, number, pairs, phrases, stable_hash, words
@@ -8,6 +9,8 @@ from aqaa.tokenizers.text import MANNERS
 LOGIC, LANGUAGE, VOICE = "Logical Reasoning", "Language Ability", "Voice Understanding"
 FOLLOW, EMOTION = "Voice Instruction Following", "Speech Emotion Control"
 SENTENCES, ECHOED = phrases("SENTENCES"), words("ECHOED")
+PLUS, TIMES = product(range(1, 11), repeat=2), product(range(2, 10), repeat=2)
+MINUS = [(a, b) for a in range(1, 13) for b in range(1, min(a, 10) + 1)]
 READ_SUMS, READ_PRODUCTS = ({3, 9}, {6, 8}, {4, 10}), ({4, 7}, {6, 9})
 READ_DIFFERENCES = ((11, 4), (9, 6), (12, 7))
 
@@ -69,23 +72,14 @@ def _heard(**answers):
     return [_fact(answer, want=want) for want, answer in answers.items()]
 
 
-def _grid(first, last, limit=lambda a: 10):
-    return [(a, b) for a in range(first, last + 1) for b in range(first, limit(a) + 1)]
-
-
 SPELLED = [(word, " ".join(word)) for word in words("SPELLED")]
 OPPOSITES = [pair for one in pairs("OPPOSITES") for pair in (one, one[::-1])]
-ROWS = (  # what has neighbours, and whether the last is followed by the first
-    ("number", [number(i) for i in range(22)], False),
-    ("day", words("DAYS"), True),
-    ("month", words("MONTHS"), True),
-)
+ROWS = (("number", [number(i) for i in range(22)], False), ("day", words("DAYS"), True),
+        ("month", words("MONTHS"), True))  # True: the last is followed by the first  # fmt: skip
 FACTS = {
-    "sum": _arithmetic("plus", add, _grid(1, 10), lambda a, b: {a, b} in READ_SUMS),
-    "difference": _arithmetic("minus", sub, _grid(1, 12, lambda a: min(a, 10)),
-                              lambda a, b: (a, b) in READ_DIFFERENCES),
-    "product": _arithmetic("times", mul, _grid(2, 9, lambda a: 9),
-                           lambda a, b: {a, b} in READ_PRODUCTS),
+    "sum": _arithmetic("plus", add, PLUS, lambda a, b: {a, b} in READ_SUMS),
+    "difference": _arithmetic("minus", sub, MINUS, lambda a, b: (a, b) in READ_DIFFERENCES),
+    "product": _arithmetic("times", mul, TIMES, lambda a, b: {a, b} in READ_PRODUCTS),
     "bigger": _compare("bigger", max),
     "smaller": _compare("smaller", min),
     **{f"{kind}_{where}": _neighbours(kind, where, row, wraps)

@@ -37,10 +37,8 @@ def number(n):
     """English words of an integer 0..100, for example 35 -> "thirty five". Raises ValueError."""
     if not 0 <= n <= 100:
         raise ValueError(f"number() spells 0 to 100, not {n}")
-    if n == 100:
-        return "one hundred"
-    if n < 20:
-        return UNITS[n]
+    if n < 20 or n == 100:
+        return UNITS[n] if n < 20 else "one hundred"
     tens, unit = divmod(n, 10)
     return f"{TENS[tens - 2]} {UNITS[unit]}" if unit else TENS[tens - 2]
 

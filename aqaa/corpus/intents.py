@@ -37,8 +37,7 @@ class Intent:
         options = (self.name, self.cores, self.hold_one_in)
         return [fact for fact in self.known() if core in _closed(fact.key, *options)]
 
-    def known(self):
-        """Facts that are asked by voice in training."""
+    def known(self):  # facts that are asked by voice in training
         return [fact for fact in self.facts if not fact.read_only]
 
 
@@ -87,9 +86,8 @@ def wording(core, fact, rng):
 
 def held_out_patterns():
     """Regular expressions that find the held-out cores in a text, whatever their slots hold."""
-    cores = [core for intent in INTENTS.values() for core in intent.held_out]
-    texts = [re.escape(core).replace(r"\ ", " ") for core in cores]
-    texts = [re.sub(r"\\{\w+\\}", "[a-z' ]+?", text) for text in texts]
+    cores = [re.escape(core) for intent in INTENTS.values() for core in intent.held_out]
+    texts = [re.sub(r"\\{\w+\\}", "[a-z' ]+?", core.replace(r"\ ", " ")) for core in cores]
     return [re.compile(rf"\b{text}(?= |$)") for text in texts]
 
 

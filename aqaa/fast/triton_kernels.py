@@ -45,8 +45,6 @@ def usable(device):
     return triton is not None and (torch.device(device).type == "cuda" or INTERPRETED)
 
 
-# ---- int4 ----------------------------------------------------------------------------------------
-
 _ASM = triton and tl.constexpr(not INTERPRETED)
 _BLOCK = triton and tl.constexpr(BLOCK)
 
@@ -200,9 +198,6 @@ def _matrix(
             tl.store(values + cell, y, mask=kept & is_value)
 
 
-# ---- weights of a byte, and weights unpacked -----------------------------------------------------
-
-
 @jit
 def _bytes(weight, scale, x, out, n_rows, SIZE: tl.constexpr, FP8: tl.constexpr,
            ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -238,9 +233,6 @@ def _unpack(words, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr,
     y = tl.reshape(y, (ROWS, WIDE)).to(out.dtype.element_ty)
     k = start + tl.arange(0, WIDE)[None, :]
     tl.store(out + row * SIZE + k, y, mask=k < SIZE)
-
-
-# ---- launching -----------------------------------------------------------------------------------
 
 
 class Rows:

@@ -254,12 +254,12 @@ def _resume(out, started):
     with reading(path, f"remove {out} and convert again"):
         record = read_json(path)
         begun = {"source": str(record["source"]), "recipe": dict(record["recipe"])}
-        files = dict(record["files"])
-        files = {name: facts for name, facts in files.items() if Path(name).name == name}
+        made = dict(record["files"])
+        made = {name: facts for name, facts in made.items() if Path(name).name == name}
     if begun != started:
         raise ModelError(f"{out} holds a conversion by {begun['recipe']} of {begun['source']}: "
                          "name another folder.")
-    return {name: facts for name, facts in files.items()
+    return {name: facts for name, facts in made.items()
             if (out / name).is_file() and files.fingerprint(out / name) == facts}  # fmt: skip
 
 

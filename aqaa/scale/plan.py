@@ -121,9 +121,9 @@ class Plan:
                 return {str(key): rounded(item) for key, item in value.items()}
             return round(value, 5)
 
-        names = ("fits", "steady", "interleave", *(field.name for field in fields(self)[1:]))
         facts = {name: getattr(self.setup, name) for name in SHOWN}
-        return facts | {name: rounded(getattr(self, name)) for name in names}
+        facts |= {name: getattr(self, name) for name in ("fits", "steady", "interleave")}
+        return facts | {item.name: rounded(getattr(self, item.name)) for item in fields(self)[1:]}
 
 
 def streamed_bytes(backbone, weights, group=None, context=0):

@@ -73,9 +73,7 @@ class Layouts(*_bases()):
     def is_argmax_invariant(self):
         return False
 
-    # ---- V2 ----
-
-    def add_request(self, req_idx, sampling_params):
+    def add_request(self, req_idx, sampling_params):  # V2
         """A request enters slot req_idx, anew or after it had to wait."""
         self.rows.pop(req_idx, None)
         if rules := self._usable(sampling_params):
@@ -97,9 +95,7 @@ class Layouts(*_bases()):
                 follower.mask(logits[row])
         return logits
 
-    # ---- V1 ----
-
-    def update_state(self, batch_update):
+    def update_state(self, batch_update):  # V1
         from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
         process_dict_updates(self.rows, batch_update, self._enter)
