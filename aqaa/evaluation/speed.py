@@ -1,5 +1,4 @@
-"""`aqaa bench speed`: how long each part takes, and when the first sound comes; --busy also under
-load."""
+"""`aqaa bench speed`: how long each part takes and when sound begins; --busy also under load."""
 
 import os
 import platform
@@ -14,10 +13,8 @@ from statistics import median
 
 REPEATS = 5
 COLD = 3  # fresh processes of each kind, in turns
-SIDE_BY_SIDE = (  # numbers that are measured on a busy machine too
-    "total_s", "real_time_factor", "stream_first_audio_s", "stream_real_time_factor",
-    "tokens_per_s",
-)  # fmt: skip
+SIDE_BY_SIDE = ("total_s", "real_time_factor", "stream_first_audio_s", "stream_real_time_factor",
+                "tokens_per_s")  # measured on a busy machine too  # fmt: skip
 
 
 def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
@@ -44,18 +41,16 @@ def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
         results["busy_loops"] = os.cpu_count()
         results["busy_over_idle"] = round(loaded["total_s"] / results["total_s"], 2)
     results["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    results["parameters"] = {}
-    for name in model_folder.PARTS:
-        network = getattr(model, "decoder" if name == "backbone" else name)
-        results["parameters"][name] = sum(p.numel() for p in network.parameters())
-    return results
+    networks = {name: "decoder" if name == "backbone" else name for name in model_folder.PARTS}
+    sizes = {part: sum(p.numel() for p in getattr(model, network).parameters())
+             for part, network in networks.items()}  # fmt: skip
+    return {**results, "parameters": sizes}
 
 
 def turns(runs, rounds, clock=time.perf_counter, warm_up=1):
-    """{name: its times} of runs {name: function}, which take turns: a machine that slows down slows
-    all.
+    """{name: its times} of runs {name: function}, after `warm_up` rounds that do not count.
 
-    The first `warm_up` rounds do not count.
+    They take turns: a machine that slows down slows all.
     """
     times = {name: [] for name in runs}
     for turn in range(rounds + warm_up):
@@ -112,11 +107,7 @@ def _questions(count):
 
 
 def _cold(question, preset, device):
-    """Fresh processes, in turns: medians in seconds.
-
-    "ask_cold_to_wav_s" is the whole command, as the shell sees it; imports are measured the same
-    way.
-    """
+    """Fresh processes, in turns: medians in seconds. "ask_cold_to_wav_s" is the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         wav = f"{folder}/answer.wav"
         options = ["--preset", preset, "--device", device, "-o", wav]
