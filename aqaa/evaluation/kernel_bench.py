@@ -1,5 +1,4 @@
-"""Kernels one at a time, at the model's sizes: each against fp64, and how fast tiles read
-weights."""
+"""Kernels one at a time, at the model's sizes: each against fp64, and how fast tiles read."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress

@@ -30,17 +30,14 @@ def front_end(script):
     colours = json.dumps({kind: colour for kind, (_, colour) in KINDS.items()})
     names = ("common.js", f"{script}.js", "widgets.css")
     common, own, style = ((SCRIPTS / name).read_text(encoding="utf-8") for name in names)
-    return type(script.title(), (anywidget.AnyWidget,), {
-        "_esm": f"const COLORS = {colours};\n{common}{own}",
-        "_css": style,
-        "data": traitlets.Dict().tag(sync=True),  # never changes
-        "state": traitlets.Dict().tag(sync=True),  # changes; a page loaded later begins with it
-    })  # fmt: skip
+    # The data never change; the state does, and a page loaded later begins with it.
+    synced = {name: traitlets.Dict().tag(sync=True) for name in ("data", "state")}
+    parts = {"_esm": f"const COLORS = {colours};\n{common}{own}", "_css": style, **synced}
+    return type(script.title(), (anywidget.AnyWidget,), parts)
 
 
 class Widget:
-    """A view that is live (interactive=True) or static; the page's message {"type": "x"} goes to
-    _on_x."""
+    """A live (interactive=True) or static view; a page's message {"type": "x"} goes to _on_x."""
 
     script = ""  # the file in js/ that draws it
 

@@ -1,5 +1,4 @@
-"""Pictures that a committed notebook can hold: small, the same bytes each time, and readable
-without colour.
+"""Pictures for a committed notebook: small, always the same bytes, readable without colour.
 
 Every figure is a PNG of few colours on white (so that a dark page does not swallow it) with a text
 that says what is in it. Lines and bars differ in colour (Okabe and Ito's palette) and in dash or
@@ -117,9 +116,8 @@ def array(values, dims, name):
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers in a tensor or an array.") from None
     if values.ndim != dims:
-        plural = "s" if dims > 1 else ""
-        shape = values.shape
-        raise ValueError(f"{name} must have {dims} dimension{plural}, not the shape {shape}.")
+        expected = f"{dims} dimension{'s' * (dims > 1)}"
+        raise ValueError(f"{name} must have {expected}, not the shape {values.shape}.")
     if not values.size or not np.isfinite(values).all():
         fact = "holds NaN or infinity" if values.size else "is empty"
         raise ValueError(f"{name} {fact}: nothing can be drawn.")
@@ -129,8 +127,8 @@ def array(values, dims, name):
 def integers(codes, name):
     """A row of codes or ids -> list of ints."""
     codes = codes.tolist() if hasattr(codes, "tolist") else codes
-    whole = isinstance(codes, (list, tuple))
-    if not whole or not all(isinstance(code, (int, np.integer)) for code in codes):
+    row = isinstance(codes, (list, tuple))
+    if not row or not all(isinstance(code, (int, np.integer)) for code in codes):
         raise ValueError(f"{name} must be one row of whole numbers.")
     if not codes:
         raise ValueError(f"{name} is empty: nothing can be drawn.")
@@ -144,16 +142,15 @@ def waveform(wav, rate=SAMPLE_RATE, title="", alt=""):
     figure, (axis,) = canvas(1.7)
     draw_wave(axis, wav, rate)
     axis.set_xlabel("time (s)")
-    words = f"waveform of a sound of {len(wav) / rate:.2f} s"
-    return picture(figure, alt or words, title, colours=16)
+    alt = alt or f"waveform of a sound of {len(wav) / rate:.2f} s"
+    return picture(figure, alt, title, colours=16)
 
 
 def draw_wave(axis, wav, rate):
     """A filled outline: the lowest and the highest sample of each pixel's time."""
     edges = _edges(len(wav), 600)
     low, high = np.minimum.reduceat(wav, edges), np.maximum.reduceat(wav, edges)
-    time = edges / rate
-    axis.fill_between(time, low, high, color=LINES[0], linewidth=0.6)
+    axis.fill_between(edges / rate, low, high, color=LINES[0], linewidth=0.6)
     limit = max(float(np.abs(wav).max()), 1e-3) * 1.05
     axis.set(xlim=(0, len(wav) / rate), ylim=(-limit, limit), ylabel="amplitude")
     axis.yaxis.set_major_locator(MaxNLocator(3))
@@ -186,15 +183,13 @@ def spectrogram(wav, rate=SAMPLE_RATE, title="", alt=""):
 
 
 def _edges(size, most):
-    """Where `most` pieces of a row begin, evenly over all of it, so that time stays where it
-    was."""
+    """Where `most` pieces of a row begin, evenly over all of it, so that time stays in place."""
     count = min(size, most)
     return np.arange(count) * size // count
 
 
 def _map(axis, matrix, width, norm, levels=LEVELS, height=None):
-    """(bins, frames) as an image of `width` seconds or frames; frames that share a pixel are
-    averaged."""
+    """(bins, frames) as an image of `width` seconds or frames; a pixel averages its frames."""
     edges = _edges(matrix.shape[1], COLUMNS)
     matrix = np.add.reduceat(matrix, edges, axis=1) / np.diff([*edges, matrix.shape[1]])
     extent = (0, width, 0, height or len(matrix))
@@ -213,8 +208,7 @@ def mel(matrix, hop_seconds=0.010, title="", alt="", bins="mel bin", unit="value
 
 
 def maps(pairs, hop_seconds=0.010, alt="", title="", bins="mel bin", unit="value"):
-    """Several (title, (bins, frames)) maps below each other, on one time axis and one scale of
-    colours."""
+    """Several (title, (bins, frames)) maps below each other: one time axis, one colour scale."""
     pairs = [(str(name), array(matrix, 2, f"the map {name!r}")) for name, matrix in pairs]
     if not pairs:
         raise ValueError("maps needs at least one pair (title, matrix).")
@@ -272,8 +266,7 @@ def trajectory(
     figure.supxlabel("time (s)", fontsize=10)
     figure.supylabel(bins, fontsize=10)
     figure.colorbar(image, ax=axes, label=unit, pad=0.01)
-    first, last = float(times[0]), float(times[-1])
-    words = f"{len(states)} pictures of a mel at times {first:g} to {last:g}"
+    words = f"{len(states)} pictures of a mel at times {float(times[0]):g} to {float(times[-1]):g}"
     return picture(figure, alt or words, title)
 
 
@@ -310,8 +303,7 @@ def attention(
 
 
 def write(axis, x, y, label, size=8, rotation=0, **options):
-    """Text in the middle of a cell, left out of the layout (hundreds of them would slow it
-    down)."""
+    """Text in the middle of a cell, left out of the layout, which hundreds would slow down."""
     options = {"ha": "center", "va": "center", "clip_on": True, **options}
     axis.text(x, y, label, fontsize=size, rotation=rotation, **options).set_in_layout(False)
 

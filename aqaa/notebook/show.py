@@ -1,9 +1,5 @@
 """What a notebook cell shows without a front end: players, tables, code, records, every figure.
 
-    from aqaa.notebook import show
-    show.setup(seed)
-    show.spectrogram(wav, title="A question")
-
 Nothing here needs JavaScript or a network, and the same input gives the same bytes.
 """
 
@@ -54,8 +50,7 @@ PUBLISHED = dict(zip(ROLES, FOLDERS))
 
 
 def setup(seed=0):
-    """Begin a notebook: seeds, three digits, our figure style, and one thread: small matrices gain
-    nothing from a second one, and lose much where another program wants its core."""
+    """Begin a notebook: seeds, three digits, our figure style, one thread (see processor.py)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -66,10 +61,9 @@ def setup(seed=0):
 
 
 class Sound:
-    """A player: wav (N,) at `rate` Hz; level=False keeps its loudness, else the peak is put at -3
-    dB.
+    """A player: wav (N,) float32 at `rate` Hz; mp3: the bytes that it plays.
 
-    `wav` is float32, `mp3` the bytes that it plays.
+    level=False keeps the loudness, else the peak is put at -3 dB.
     """
 
     def __init__(self, wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
@@ -90,7 +84,7 @@ class Sound:
         return f"<sound {self.seconds:.2f} s @ {self.rate} Hz{words}>"
 
     def _repr_html_(self):
-        parts = (self.title or "sound", self.transcript, f"{self.seconds:.2f} s")
+        parts = self.title or "sound", self.transcript, f"{self.seconds:.2f} s"
         named = ", ".join(filter(None, parts))
         data = base64.b64encode(self.mp3).decode()
         words = f"<div>“{escape(self.transcript)}”</div>" if self.transcript else ""
@@ -134,8 +128,7 @@ class Player:
 
 
 def compare(*pairs, rate=SAMPLE_RATE, transcript="", level=True):
-    """Players side by side: (title, wav), (title, wav, transcript), or what `sound` gave (any
-    rate)."""
+    """Players side by side: (title, wav), (title, wav, transcript), or Sounds of any rate."""
     if not pairs:
         raise ValueError("compare needs sounds: pairs (title, wav), or what show.sound returned.")
     sounds = []
@@ -154,8 +147,7 @@ table = Table  # as notebooks call it
 
 
 def shape(name, tensor, *axes):
-    """Print the shape with the names of its axes: `mel  (batch 1, bins 80, frames 258)
-    float32`."""
+    """Print a shape with the names of its axes: `mel  (batch 1, bins 80, frames 258)  float32`."""
     sizes = tuple(tensor.shape) if hasattr(tensor, "shape") else (len(tensor),)
     if len(axes) != len(sizes):
         raise ValueError(f"{name} has {len(sizes)} axes {sizes}: give as many names, not "
@@ -229,8 +221,7 @@ def check(condition, message):
 
 
 def questions(folder=None):
-    """The spoken questions of data/questions: dicts with file, path, transcript, answer, intent,
-    …"""
+    """The spoken questions of data/questions: dicts with file, path, transcript, answer, …"""
     folder = Path(folder) if folder else data_folder() / "questions"
     index = folder / "questions.json"
     if not index.is_file():

@@ -11,11 +11,9 @@ from aqaa.notebook.figures import array, canvas, integers, picture, printable, s
 from aqaa.tokenizers import interleave
 
 KINDS = {  # letter and colour (Okabe and Ito, a marker grey); black print is readable on each
-    "text": ("T", "#56B4E9"),
-    "linguistic": ("L", "#E69F00"),
-    "semantic": ("S", "#2AA983"),
-    "marker": ("M", "#D0D0D0"),
-}
+    "text": ("T", "#56B4E9"), "linguistic": ("L", "#E69F00"),
+    "semantic": ("S", "#2AA983"), "marker": ("M", "#D0D0D0"),
+}  # fmt: skip
 AUDIO = ("linguistic", "semantic")
 CELL = 0.84  # height of a cell; rows are 1 apart
 MANY = 250  # ids of a sequence, beyond which printed codes would make the picture too large a file

@@ -14,8 +14,7 @@ from aqaa.notebook.base import Widget, pcm16
 
 
 class Recorder(Widget):
-    """A question from the microphone; `audio()` is the recording, else the fallback: a notebook
-    always goes on.
+    """A question from the microphone; `audio()` is the recording, else the fallback.
 
     fallback: a path, (samples, rate), or an entry of `show.questions`. state: "fallback" (static),
     "idle", "recording", "recorded", or "refused" with the reason in `message`.
@@ -143,8 +142,7 @@ class Player(Widget):
         return self._state["text"].strip()
 
     def play_stream(self, model, question, **sampling):
-        """Ask the model; interactive: returns at once and plays, otherwise collects; returns
-        itself.
+        """Ask the model, and return itself: interactive at once, otherwise when the answer is made.
 
         question: a Recorder, or what model.stream takes; sampling: as there. An answer that still
         plays is stopped.
@@ -255,8 +253,7 @@ class Player(Widget):
 
 
 def waits(pieces):
-    """Play-out of pieces [(ready s, seconds of sound)]: chunks, gaps (waits between them),
-    first_ms."""
+    """Play-out of pieces [(ready s, seconds of sound)]: chunks, gaps (waits between), first_ms."""
     end, gaps = None, 0
     for ready, seconds in pieces:
         gaps += end is not None and ready > end
