@@ -25,11 +25,10 @@ def commit():
     """Short hash of the code's commit: $AQAA_COMMIT (for a copy without history), or git's."""
     if named := os.environ.get("AQAA_COMMIT"):
         return named
+    command, folder = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
     try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True,
-        ).stdout.strip()  # fmt: skip
+        return subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, encoding="utf-8").strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

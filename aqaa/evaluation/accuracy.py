@@ -67,11 +67,8 @@ def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progr
     if not items:
         raise ValueError(f"{corpus.folder} holds no evaluation questions: make the corpus again")
     started = time.monotonic()
-    rows = [
-        Row(i.id, i.cell, i.category, i.intent, i.voice, i.text, normalise(i.answer),
-            manner=i.manner or "normal")
-        for i in items
-    ]  # fmt: skip
+    rows = [Row(i.id, i.cell, i.category, i.intent, i.voice, i.text, normalise(i.answer),
+                manner=i.manner or "normal") for i in items]  # fmt: skip
     sounds = [None] * len(rows)
     wavs, label = [recording(corpus, item) for item in items], "asking" if progress else None
     for i, written, sound in ask_all(model, wavs, seed=seed, speak=not text_only, progress=label):
@@ -143,12 +140,12 @@ def share(values):
     """{"n", "share", "error"} of booleans, None left out. error: the standard error with two
     successes and two failures more (Agresti & Coull 1998): a perfect score of few is not exact."""
     values = [bool(value) for value in values if value is not None]
-    n = len(values)
-    if not n:
+    if not values:
         return {"n": 0, "share": None, "error": None}
-    adjusted = (sum(values) + 2) / (n + 4)
+    n, right = len(values), sum(values)
+    adjusted = (right + 2) / (n + 4)
     error = float(np.sqrt(adjusted * (1 - adjusted) / (n + 4)))
-    return {"n": n, "share": sum(values) / n, "error": error}
+    return {"n": n, "share": right / n, "error": error}
 
 
 def summarise(rows):
@@ -161,11 +158,8 @@ def summarise(rows):
     new_voices = [row for row in understood if row.cell.endswith("_new")]
     groups[f"{UNDERSTANDING}, new voices"] = new_voices
     groups |= {f"manner: {name}": [row for row in rows if row.manner == name] for name in RULES}
-    return {
-        name: {metric: share(getattr(row, metric) for row in members) for metric in METRICS}
-        for name, members in groups.items()
-        if members
-    }
+    return {name: {metric: share(getattr(row, metric) for row in members) for metric in METRICS}
+            for name, members in groups.items() if members}  # fmt: skip
 
 
 def table(result):
@@ -178,11 +172,9 @@ def table(result):
         n = max(entry["n"] for entry in scores.values())
         cells = "".join(f"{_percent(entry):>12}" for entry in scores.values())
         lines.append(f"{name:<{width}}{n:5}{cells}")
-    lines += [
-        f"{result['questions']} questions in {result['minutes']} min; in percent ± standard error.",
-        "manner: rules over length, f0 level, f0 range and energy; the moods too, "
-        "they do not measure emotion.",
-    ]
+    facts = f"{result['questions']} questions in {result['minutes']} min"
+    lines += [f"{facts}; in percent ± standard error.", "manner: rules over length, f0 level, f0 "
+              "range and energy; the moods too, they do not measure emotion."]  # fmt: skip
     if (few := result.get("answers", FEWEST_ANSWERS)) < FEWEST_ANSWERS:
         lines.append(f"The judge chose among only {few} answers: its lenient scores flatter.")
     return "\n".join(lines)

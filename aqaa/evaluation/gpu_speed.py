@@ -45,9 +45,8 @@ REPEATS = 5
 TUNED = 8  # layers whose weights a kernel is tuned on: more than any cache holds
 COPIED = 4 << 30  # bytes
 PARTS = ("linguistic", "semantic", "flow", "hift")
-STEPS = (  # methods of a Bench, in order: what later ones build upon comes first
-    "copy", "check_kernels", "check_layer", "tune", "prefill", "decode", "vocoder", "ask", "fp8",
-)  # fmt: skip
+# Methods of a Bench, in order: what later ones build upon comes first.
+STEPS = "copy check_kernels check_layer tune prefill decode vocoder ask fp8".split()
 
 
 def measure(preset="full", device="cuda", seed=0, layers=None, out=None):
@@ -87,9 +86,9 @@ class Bench:
             name = f"{(card or 'gpu').split('-')[0].lower()}-{model}-int4"
             name += "" if layers == self.whole else f"-{layers}-layers"
             out = files.data_folder() / "runs" / f"{name}.json"
-        setup = {"model": model, "layers": layers, "gpus": f"1x{card}" if card else
-                 str(self.device), "weights": "int4", "group": self.group,
-                 "sizes": asdict(self.config.backbone)}  # fmt: skip
+        gpus, sizes = f"1x{card}" if card else str(self.device), asdict(self.config.backbone)
+        setup = {"model": model, "layers": layers, "gpus": gpus, "weights": "int4",
+                 "group": self.group, "sizes": sizes}  # fmt: skip
         triton = getattr(triton_kernels.triton, "__version__", None)
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "transformers": transformers.__version__, "triton": triton,
@@ -271,8 +270,8 @@ class Bench:
         spoken = group * int(SPOKEN * TOKENS_PER_SECOND / GROUP_SIZE)
         seconds = len(spoken) / TOKENS_PER_SECOND
         work = self.time(partial(system.vocoder.synthesize, spoken), 3)
-        row = {"seconds": round(seconds, 2), "work_s": round(work, 4)}
-        record.add(vocoder={**row, "rtf": round(work / seconds, 4)})
+        rounded = round(seconds, 2), round(work, 4), round(work / seconds, 4)
+        record.add(vocoder=dict(zip(("seconds", "work_s", "rtf"), rounded)))
 
     def ask(self, record):
         """A spoken question, answered by all parts as a stream; the second answer counts."""
@@ -280,8 +279,8 @@ class Bench:
         question = torch.randn(int(ASKED * SAMPLE_RATE), generator=generator) / 10
         options = {"max_tokens": ANSWER, "min_audio": ANSWER, "seed": self.seed}
         for _ in range(2):
-            talk = system.stream((question, SAMPLE_RATE), prefill=self.engine.reader(), **options)
-            answer = talk.answer
+            reader = self.engine.reader()
+            answer = system.stream((question, SAMPLE_RATE), prefill=reader, **options).answer
         times = {name: round(value, 4) for name, value in answer.timings.items()}
         record.add(ask={
             "question_s": ASKED, "answer_s": round(answer.seconds, 2),
@@ -313,5 +312,5 @@ class Bench:
             self.build("fp8", None, record)
         except ModelError as fault:
             record.add(fp8={"left_out": str(fault)})
-            return
-        record.add(fp8={"decode": [self.rate(context) for context in self.contexts]})
+        else:
+            record.add(fp8={"decode": [self.rate(context) for context in self.contexts]})

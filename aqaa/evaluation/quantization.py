@@ -83,13 +83,11 @@ def compare_formats(
             texts = words(model, prompts)
             spoken, wanted = shipped(model) if recordings else ([], [])
             reference = reference or (logits, texts, spoken)
-            results[name] = {
-                "bytes": size,
-                "scores": compare(reference[0], logits),
-                "questions": compare_answers(reference[1], texts, expected),
-            }
+            facts = {"bytes": size, "scores": compare(reference[0], logits)}
+            facts["questions"] = compare_answers(reference[1], texts, expected)
             if recordings:
-                results[name]["recordings"] = compare_answers(reference[2], spoken, wanted)
+                facts["recordings"] = compare_answers(reference[2], spoken, wanted)
+            results[name] = facts
     finally:
         model.backbone = plain
     return results
@@ -111,9 +109,8 @@ def scores(model, forced, ids, layout):
 
 
 def compare(reference, others):
-    """{"agreement", "relative_error", "kl"} of two lists of scores: the share of positions with the
-    same likeliest id, the error's size over that of the centred scores, the mean divergence in
-    nats."""
+    """{"agreement", "relative_error", "kl"} of two lists of scores: share of positions with the
+    same likeliest id, error's size over that of the centred scores, mean divergence in nats."""
     pairs = list(zip(reference, others, strict=True))
     same = [int(a.argmax() == b.argmax()) for a, b in pairs]
     # A constant added to all scores changes no probability: both are centred.

@@ -22,26 +22,17 @@ import aqaa
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 from aqaa.files import data_folder
+from aqaa.notebook import figures
 from aqaa.notebook.charts import Table, bars, curves, ledger, radar
-from aqaa.notebook.figures import (
-    STYLE,
-    Picture,
-    array,
-    attention,
-    maps,
-    mel,
-    spectrogram,
-    trajectory,
-    waveform,
-)
+from aqaa.notebook.figures import attention, maps, mel, spectrogram, trajectory, waveform
 from aqaa.notebook.strips import KINDS, alignment, blocks, sequence, streams, token_cells
 from aqaa.weights.model_folder import ROLES
 
 __all__ = [
-    "KINDS", "Picture", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars",
-    "blocks", "check", "compare", "curves", "ledger", "maps", "mel", "question", "questions",
-    "radar", "recorded", "released", "sequence", "setup", "shape", "sound", "source",
-    "spectrogram", "streams", "table", "token_cells", "trajectory", "waveform",
+    "KINDS", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars", "blocks",
+    "check", "compare", "curves", "ledger", "maps", "mel", "question", "questions", "radar",
+    "recorded", "released", "sequence", "setup", "shape", "sound", "source", "spectrogram",
+    "streams", "table", "token_cells", "trajectory", "waveform",
 ]  # fmt: skip
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # Hz
 PEAK = 10 ** (-3 / 20)  # of a player's sound: 3 dB below full scale
@@ -57,7 +48,7 @@ def setup(seed=0):
     torch.set_num_threads(1)
     torch.set_printoptions(precision=3, sci_mode=False)
     np.set_printoptions(precision=3, suppress=True)
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams.update(figures.STYLE)
 
 
 class Sound:
@@ -67,7 +58,7 @@ class Sound:
     """
 
     def __init__(self, wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
-        self.wav, self.rate = array(wav, 1, "the sound"), int(rate)
+        self.wav, self.rate = figures.array(wav, 1, "the sound"), int(rate)
         self.title, self.transcript = title, transcript
         if not audio.RATES[0] <= self.rate <= audio.RATES[1]:
             raise ValueError(f"a sound of {rate} samples a second cannot be played: "
