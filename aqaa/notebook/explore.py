@@ -180,9 +180,9 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=
             if spoken:
                 n_groups = size // GROUP_SIZE
                 block |= {"plays": None, "wait": 0.0, "seconds": n_groups * GROUP_SECONDS}
-                for _ in range(n_groups):
+                for group in range(n_groups):
                     plays = max(end, next(ready))
-                    block["plays"] = plays if block["plays"] is None else block["plays"]
+                    block["plays"] = block["plays"] if group else plays
                     block["wait"] += plays - end
                     end = plays + GROUP_SECONDS
             blocks.append(block)

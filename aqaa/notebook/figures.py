@@ -8,7 +8,6 @@ place; maps use viridis, which greys well.
 import base64
 import io
 import re
-from functools import wraps
 from html import escape
 
 import matplotlib
@@ -60,15 +59,7 @@ class Picture:
         )
 
 
-def styled(function):
-    """Draw in our style whatever the reader has set."""
-
-    @wraps(function)
-    def wrapped(*args, **kwargs):
-        with matplotlib.style.context(["default", STYLE]):
-            return function(*args, **kwargs)
-
-    return wrapped
+styled = matplotlib.style.context(["default", STYLE])  # a decorator: whatever the reader has set
 
 
 def canvas(height, rows=1, columns=1, **options):

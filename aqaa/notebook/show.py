@@ -178,12 +178,11 @@ def source(obj):
 
 def recorded(name):
     """A result kept in data/runs/NAME.json: prints where it comes from, returns the dict."""
-    folder = data_folder() / "runs"
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        there = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
-        raise ValueError(f"no run {name!r} is recorded in data/runs: there are {there or 'none'}.")
-    run = json.loads(path.read_text(encoding="utf-8"))
+    paths = {path.stem: path for path in sorted((data_folder() / "runs").glob("*.json"))}
+    if name not in paths:
+        there = ", ".join(paths) or "none"
+        raise ValueError(f"no run {name!r} is recorded in data/runs: there are {there}.")
+    run = json.loads(paths[name].read_text(encoding="utf-8"))
     print(f"recorded on {run['date']}, commit {run['commit']}, {run['hardware']}: {run['command']}")
     return run
 
@@ -225,9 +224,8 @@ def questions(folder=None):
 
 def question(name="capital", folder=None):
     """The first question of that intent (or with that file name), as in `questions`."""
-    known = questions(folder)
-    for entry in known:
+    for entry in questions(folder):
         if name in (entry["intent"], entry["file"], Path(entry["file"]).stem):
             return entry
-    intents = ", ".join(dict.fromkeys(entry["intent"] for entry in known))
+    intents = ", ".join(dict.fromkeys(entry["intent"] for entry in questions(folder)))
     raise ValueError(f"no question {name!r}: choose one of {intents}.")
