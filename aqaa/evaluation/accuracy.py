@@ -58,11 +58,9 @@ class Row:
 
 
 def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progress=False):
-    """Ask an AQAA the evaluation questions of `corpus`, `limit` of each cell at most.
-
-    Returns facts about the run, "summary" (see `summarise`) and "rows" (Rows as dicts). Raises
-    ValueError if the corpus holds no questions.
-    """
+    """Ask an AQAA the evaluation questions of `corpus`, `limit` of each cell at most. Returns facts
+    about the run, "summary" (see `summarise`) and "rows" (Rows as dicts). Raises ValueError if the
+    corpus holds no questions."""
     items = questions(corpus, limit)
     if not items:
         raise ValueError(f"{corpus.folder} holds no evaluation questions: make the corpus again")
@@ -125,10 +123,8 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
 
 
 def make_judge(answers, written, seed=0):
-    """(Judge, number of texts left out): its grammar holds both, its bigrams the answers alone.
-
-    A text with a word that the dictionary lacks cannot be heard: it is left out and never agrees.
-    """
+    """(Judge, number of texts left out): its grammar holds both, its bigrams the answers alone. A
+    text with a word that the dictionary lacks cannot be heard: it is left out and never agrees."""
     answers = {normalise(answer) for answer in answers}
     others = {normalise(text) for text in written} - answers - {""}
     unknown = set(missing_words(others))
@@ -187,9 +183,7 @@ def _percent(entry):
 
 def evaluation_corpus(folder, seed=0, workers=2):
     """The corpus in `folder`; without one, its evaluation questions and their answers are spoken.
-
-    Interrupted speaking goes on. A training corpus that is still growing is taken as it is.
-    """
+    Interrupted speaking goes on. A training corpus that is still growing is taken as it is."""
     from aqaa.corpus import speak
 
     corpus = speak.Corpus(folder) if (Path(folder) / "plan.json").exists() else None

@@ -30,10 +30,8 @@ ARRANGEMENTS = (*KINDS, "interleaved")
 
 def measure(model, preset="mini", device="cpu", seed=0, limit=None):
     """Codebook use of both tokenizers of an AQAA, and next-code perplexity alone and interleaved.
-
     The codes are those that lie beside the weights, of every utterance of the training run; the
-    test is on questions that training never heard, `limit` at most.
-    """
+    test is on questions that training never heard, `limit` at most."""
     beside = files.data_folder() if preset == "mini" else Path(preset).parent
     items = [item for item in plan(seed=seed) if item.role != "answer"]
     pairs = list(zip(items, load_codes(beside / "codes", items), strict=True))
@@ -47,10 +45,8 @@ def measure(model, preset="mini", device="cpu", seed=0, limit=None):
 
 
 def arrange(linguistic, semantic, how, n_linguistic):
-    """Codes of one utterance as ids of the small model, START first: (1 + N,) int64.
-
-    how: "linguistic" or "semantic" takes one stream, "interleaved" both, 2:3, over the same groups.
-    """
+    """Codes of one utterance as ids of the small model, START first: (1 + N,) int64. how:
+    "linguistic" or "semantic" takes one stream, "interleaved" both, 2:3, over the same groups."""
     groups = min(len(linguistic) // LINGUISTIC_PER_GROUP, len(semantic) // SEMANTIC_PER_GROUP)
     first = 1 + np.asarray(linguistic[: groups * LINGUISTIC_PER_GROUP], dtype=np.int64)
     second = np.asarray(semantic[: groups * SEMANTIC_PER_GROUP], dtype=np.int64) + 1 + n_linguistic

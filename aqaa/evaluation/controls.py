@@ -104,10 +104,8 @@ def changes(answer, normal):
 
 
 def direction(manner, answer_wav, normal_wav):
-    """Whether answer_wav differs from the same sentence said normally as RULES[manner] asks.
-
-    Raises ValueError for a manner without a rule, as "normal" is: there is nothing to compare.
-    """
+    """Whether answer_wav differs from the same sentence said normally as RULES[manner] asks. Raises
+    ValueError for a manner without a rule, as "normal" is: there is nothing to compare."""
     if manner not in RULES:
         raise ValueError(f"no rule for the manner {manner!r}: choose one of {', '.join(RULES)}")
     change = compare(answer_wav, normal_wav)

@@ -51,10 +51,8 @@ STEPS = "copy check_kernels check_layer tune prefill decode vocoder ask fp8".spl
 
 def measure(preset="full", device="cuda", seed=0, layers=None, out=None):
     """The record as a dict, which also grows in the file `out`; on a GPU it has a place of its own.
-
     layers: fewer than there are. Its "faults" name what could not be measured. Raises ModelError
-    beforehand if the model does not fit.
-    """
+    beforehand if the model does not fit."""
     config = presets.preset(preset)
     whole = config.backbone.num_hidden_layers
     if layers and layers < whole:
@@ -99,11 +97,9 @@ class Bench:
     def card(self):
         """The name that `plan` knows this GPU by, or None."""
         properties = torch.cuda.get_device_properties(self.device)
-        for gpu in plan.GPUS.values():
-            near = abs(gpu.memory * memory.GIB - properties.total_memory) < 4 * memory.GIB
-            if near and gpu.name.split("-")[0] in properties.name.split():
-                return gpu.name
-        return None
+        size, words = properties.total_memory / memory.GIB, properties.name.split()
+        near = (gpu.name for gpu in plan.GPUS.values() if abs(gpu.memory - size) < 4)
+        return next((name for name in near if name.split("-")[0] in words), None)
 
     def run(self, record):
         """All of it. Raises ModelError if not even the int4 model fits."""

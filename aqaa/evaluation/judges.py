@@ -62,10 +62,8 @@ class Judge:
         return heard.hypstr if heard else ""
 
     def hear_all(self, wavs, strict=False, workers=1, progress=None):
-        """What is heard in each of several wavs, in their order, by `workers` processes.
-
-        progress: the label of a progress bar, or None for no bar.
-        """
+        """What is heard in each of several wavs, in their order, by `workers` processes. progress:
+        the label of a progress bar, or None for no bar."""
         wavs, pool = list(wavs), None
         if workers > 1 and len(wavs) > CHUNK:
             context = multiprocessing.get_context("spawn")  # a fork copies threads half-alive

@@ -19,10 +19,8 @@ OTHERS = {"prompt": ("attend", 33), "fp8": ("int8", Fp8Linear)}  # the same meth
 
 
 class Checks:
-    """Each kernel with random inputs of a BackboneConfig's widths: (result, fp64, limit).
-
-    Limits are shares of the largest value: `rough` in the dtype of the model, `fine` in fp32.
-    """
+    """Each kernel with random inputs of a BackboneConfig's widths: (result, fp64, limit). Limits
+    are shares of the largest value: `rough` in the dtype of the model, `fine` in fp32."""
 
     def __init__(self, backbone, group, device, dtype):
         self.backbone, self.group, self.device, self.dtype = backbone, group, device, dtype

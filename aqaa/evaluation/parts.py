@@ -45,9 +45,7 @@ class Case:
 
 def measure(preset="mini", seed=0, only=None, limit=ROUNDS):
     """{"preset", "seed", "peers", "parts"}: each part, or `only` one, timed in `limit` rounds.
-
-    Raises ValueError for a folder of weights: the bench draws its own.
-    """
+    Raises ValueError for a folder of weights: the bench draws its own."""
     if preset not in PRESETS:
         names = " or ".join(PRESETS)
         raise ValueError(f"bench parts draws its own weights: --preset is {names}, not {preset}.")
@@ -65,9 +63,7 @@ def measure(preset="mini", seed=0, only=None, limit=ROUNDS):
 
 def time_case(case, rounds=ROUNDS):
     """A Case -> a dict: CPU-seconds (one thread) and wall-seconds (all threads) a second of sound.
-
-    times_faster: median ratio of the others' CPU time to ours, within one round.
-    """
+    times_faster: median ratio of the others' CPU time to ours, within one round."""
     runs, threads = {"aqaa": case.run, **case.others}, torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -124,10 +120,8 @@ def semantic(config):
 
 
 def _tokenizer(name, plain, package, encoder, lengths):
-    """Cases of a tokenizer, for sounds of several lengths in seconds.
-
-    package: of the peer; encoder(ready, features (1, T, F)) -> our hidden rows (1, T, D).
-    """
+    """Cases of a tokenizer, for sounds of several lengths in seconds. package: of the peer;
+    encoder(ready, features (1, T, F)) -> our hidden rows (1, T, D)."""
     ways = _prepared(plain)
     peer = getattr(peers, package)(plain) if peers.installed(package) else None
     for seconds in lengths:

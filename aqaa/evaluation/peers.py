@@ -79,11 +79,9 @@ def funasr(tokenizer):
 
 
 def matcha(flow):
-    """Flow -> a function as its decoder: its arguments -> mel (B, n_mels, T).
-
-    The estimator is matcha's; around it stands the Euler loop of CosyVoice, which has no package:
-    both branches of the guidance in one batch, everything anew in every step.
-    """
+    """Flow -> a function as its decoder: its arguments -> mel (B, n_mels, T). The estimator is
+    matcha's; around it stands the Euler loop of CosyVoice, which has no package: both branches of
+    the guidance in one batch, everything anew in every step."""
     from matcha.models.components.decoder import Decoder
 
     c = flow.config

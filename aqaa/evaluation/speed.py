@@ -18,12 +18,13 @@ SIDE_BY_SIDE = ("total_s", "real_time_factor", "stream_first_audio_s", "stream_r
 
 
 def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
-    """A dict of numbers; times are medians over `limit` questions, in seconds.
+    """A dict of numbers; times are medians over `limit` questions, in seconds. busy: measure again
+    while every core also runs somebody else's endless loop; "busy" then holds those numbers, and
+    "busy_over_idle" how many times as long an answer takes."""
+    import torch
 
-    busy: measure again while every core also runs somebody else's endless loop; "busy" then holds
-    those numbers, and "busy_over_idle" how many times as long an answer takes.
-    """
     from aqaa import loading
+    from aqaa.doctor import devices
     from aqaa.weights import model_folder
 
     questions = _questions(limit)
@@ -33,7 +34,9 @@ def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
     model = loading.load(preset, device=device)
     model.ask(questions[0], seed=seed)
     cold["load_and_first_answer_s"] = round(time.perf_counter() - began, 3)
-    results = {"hardware": _hardware(device), **cold, **answering(model, questions, seed)}
+    cuda, cpu = device.startswith("cuda"), f"{devices()['cpu']}, {platform.system()}"
+    hardware = torch.cuda.get_device_name(device) if cuda else cpu
+    results = {"hardware": hardware, **cold, **answering(model, questions, seed)}
     if busy:
         with busy_machine():
             loaded = answering(model, questions, seed)
@@ -48,10 +51,8 @@ def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
 
 
 def turns(runs, rounds, clock=time.perf_counter, warm_up=1):
-    """{name: its times} of runs {name: function}, after `warm_up` rounds that do not count.
-
-    They take turns: a machine that slows down slows all.
-    """
+    """{name: its times} of runs {name: function}, after `warm_up` rounds that do not count. They
+    take turns: a machine that slows down slows all."""
     times = {name: [] for name in runs}
     for turn in range(rounds + warm_up):
         for name, run in runs.items():
@@ -121,13 +122,3 @@ def _cold(question, preset, device):
     results = {name: round(median(seconds), 3) for name, seconds in times.items()}
     own = results["import_aqaa_s"] - median(times["import_nothing_s"])
     return results | {"import_aqaa_s": round(max(0.0, own), 3)}
-
-
-def _hardware(device):
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    from aqaa.doctor import devices
-
-    return f"{devices()['cpu']}, {platform.system()}"

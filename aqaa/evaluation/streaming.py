@@ -24,9 +24,7 @@ CODE_SECONDS = {"linguistic": 0.06, "semantic": 0.04}
 
 def measure(model, seed=0, limit=None):
     """Listening and answering with `limit` shipped questions; of torch's threads one is left.
-
-    Raises ValueError if there are no questions.
-    """
+    Raises ValueError if there are no questions."""
     folder = files.data_folder() / "questions"
     wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[:limit]]
     if not wavs:
@@ -113,10 +111,8 @@ def changes(codes, settled, seconds, kind):
 
 def answering(model, wavs, seed):
     """Medians of seconds from the question's end to the first id and sound, live and offline.
-
     start_delay and stalls are by the clock on any device, from the last id of the question on: how
-    long to wait so that speech never stalls, and how long it would stall if played at once.
-    """
+    long to wait so that speech never stalls, and how long it would stall if played at once."""
     rows = [_answer(model, wav, seed) for wav in wavs]
     return {name: round(median(row[name] for row in rows), 4) for name in rows[0]}
 

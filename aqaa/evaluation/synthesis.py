@@ -28,9 +28,7 @@ OCTAVE_SLIP = 9  # semitones: a larger f0 error is the tracker's and is counted 
 
 def measure(model, corpus, limit=None, workers=1, seed=0):
     """`copy_synthesis` of the answers in `corpus` that no part of the vocoder of `model` has seen.
-
-    Raises ValueError if there are none.
-    """
+    Raises ValueError if there are none."""
     items = [item for item in corpus.items(role="answer") if item.answer_id and held_out(item)]
     if not items:
         raise ValueError(f"{corpus.folder} holds no answers that were kept from training: "
@@ -84,11 +82,9 @@ def copy_synthesis(synthesize, codes, wavs, texts, judge, workers=1, seeds=()):
 
 
 def mel_cepstral_distance(wav, reference):
-    """Mean mel-cepstral distance in dB of two wavs (N,) at 16 kHz, over the reference's speech.
-
-    (10 / ln 10) sqrt(2 sum_k (c_k - r_k)^2), k = 1..24 (Kubichek 1993), where c_k are cosine
-    coefficients of the 80-band log mel magnitudes. NaN if the reference holds no speech.
-    """
+    """Mean mel-cepstral distance in dB of two wavs (N,) at 16 kHz, over the reference's speech. (10
+    / ln 10) sqrt(2 sum_k (c_k - r_k)^2), k = 1..24 (Kubichek 1993), where c_k are cosine
+    coefficients of the 80-band log mel magnitudes. NaN if the reference holds no speech."""
     ours, theirs = _in_step(_cepstra(wav), _cepstra(reference))
     loud = theirs[:, 0] > theirs[:, 0].max(initial=-np.inf) - FLOOR / 20 * np.log(10)
     if not loud.any():

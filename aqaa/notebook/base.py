@@ -37,7 +37,8 @@ def front_end(script):
 
 
 class Widget:
-    """A live (interactive=True) or static view; a page's message {"type": "x"} goes to _on_x."""
+    """A live (interactive=True) or static view; a page's message {"type": "x"} goes to _on_x.
+    _static() lists what `show` draws in its place."""
 
     script = ""  # the file in js/ that draws it
 
@@ -70,9 +71,6 @@ class Widget:
         except Exception as fault:
             self._set(error=str(fault) or type(fault).__name__)
 
-    def _static(self):
-        """The static view: a list of what `show` draws."""
-        raise NotImplementedError
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         """There is no `_repr_html_`: IPython would call it for a live widget as well."""

@@ -111,10 +111,8 @@ def _bars(axis, names, numbers, left=0.0, mark="{:.3g}"):
 @styled
 def ledger(timings, seconds=None, title="", alt=""):
     """Where the time of an answer went: a bar for each part of Answer.timings, and the first sound.
-
     seconds: length of the answer's sound, for the real-time factor. In a stream generate and vocode
-    take turns, so both begin at the same place.
-    """
+    take turns, so both begin at the same place."""
     parts = {name: timings[name] for name in PARTS if name in timings}
     if not parts:
         raise ValueError("ledger needs the timings of an Answer: they hold read, linguistic, "
@@ -147,11 +145,9 @@ def ledger(timings, seconds=None, title="", alt=""):
 
 @styled
 def radar(scores, title="", alt=""):
-    """Scores from 0 to 1 around a circle, with a table of the numbers below.
-
-    scores: name -> score, or system -> {name -> score}; the names of the first system are the
-    spokes. A score of None was not measured: its spoke stays free, and the table says so.
-    """
+    """Scores from 0 to 1 around a circle, with a table of the numbers below. scores: name -> score,
+    or system -> {name -> score}; the names of the first system are the spokes. A score of None was
+    not measured: its spoke stays free, and the table says so."""
     several = scores and all(isinstance(value, dict) for value in scores.values())
     systems = scores if several else {"score": scores}
     names = list(next(iter(systems.values())) or ())

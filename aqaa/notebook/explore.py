@@ -24,9 +24,7 @@ STEPS = {"linguistic": GROUP_SECONDS / config.LINGUISTIC_PER_GROUP,  # s a code
 
 class Tokens(Widget):
     """Both streams of tokens of a sound: point at one, hear its 60 or 40 ms, see its neighbours.
-
-    audio_ids: merged ids, or (linguistic codes, semantic codes); wav (N,) at `rate` Hz.
-    """
+    audio_ids: merged ids, or (linguistic codes, semantic codes); wav (N,) at `rate` Hz."""
 
     script = "tokens"
 
@@ -66,9 +64,7 @@ class Tokens(Widget):
 
 def neighbours(codes, table, count=4):
     """Nearest entries of a codebook (K, D) for each distinct code: {code: [(other, distance)]}.
-
-    Distances are shares of the usual one: the median from that code to all the others.
-    """
+    Distances are shares of the usual one: the median from that code to all the others."""
     codes, table = sorted(set(codes)), table.detach().float().cpu()
     distances = torch.cdist(table[codes], table)  # (codes, K)
     usual = distances.median(1).values.clamp(min=1e-9)
@@ -82,10 +78,8 @@ def neighbours(codes, table, count=4):
 
 class Interleave(Widget):
     """Drag the ratio of text to audio tokens: the blocks of an answer, and when each sound starts.
-
     n_text, n_audio: tokens of the whole answer (audio: cut to groups of 5); first: audio tokens
-    that the vocoder needs before it speaks. Its own work is not counted.
-    """
+    that the vocoder needs before it speaks. Its own work is not counted."""
 
     script = "interleave"
     SPEED = 100  # tokens a second, to begin with
@@ -191,10 +185,8 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=
 
 class Ode(Widget):
     """The flow's way from noise to a mel: drag the step, see the mel, hear it through the vocoder.
-
     states: (bins, frames) at each of `times`; synth(state) gives (N,) samples at `rate` Hz, called
-    once for each state when it is first needed; hop_seconds: of a frame.
-    """
+    once for each state when it is first needed; hop_seconds: of a frame."""
 
     script = "ode"
 

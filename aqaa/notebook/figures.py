@@ -82,9 +82,7 @@ def picture(figure, alt, title="", extra="", colours=PALETTE):
 
 def _few_colours(pixels, colours, apart=10):
     """(H, W, 3) uint8 -> palette image of the commonest colours; others become the nearest.
-
-    Pillow's own methods mix rare colours: a thin line would change its hue, and the legend not.
-    """
+    Pillow's own methods mix rare colours: a thin line would change its hue, and the legend not."""
     packed = pixels.astype(np.int64) @ (65536, 256, 1)
     known, place, counts = np.unique(packed, return_inverse=True, return_counts=True)
     known = np.stack([known >> 16, known >> 8 & 255, known & 255], 1)
@@ -150,9 +148,7 @@ def draw_wave(axis, wav, rate):
 @styled
 def spectrogram(wav, rate=SAMPLE_RATE, title="", alt=""):
     """How strong each pitch is over time: Whisper's log-mel of 80 bins, in dB below the loudest.
-
-    wav: (N,) at `rate` Hz.
-    """
+    wav: (N,) at `rate` Hz."""
     wav = torch.from_numpy(array(wav, 1, "the sound"))
     seconds, bins = len(wav) / rate, 80
     if seconds < 0.03:
@@ -195,20 +191,16 @@ def mel(matrix, hop_seconds=0.010, title="", alt="", bins="mel bin", unit="value
     matrix = array(matrix, 2, "the map")
     n_bins, frames = matrix.shape
     alt = alt or f"map of {n_bins} bins and {frames} frames, {frames * hop_seconds:.2f} s"
-    return _maps([("", matrix)], hop_seconds, title, alt, bins, unit)
+    return maps([("", matrix)], hop_seconds, alt, title, bins, unit)
 
 
+@styled
 def maps(pairs, hop_seconds=0.010, alt="", title="", bins="mel bin", unit="value"):
     """Several (title, (bins, frames)) maps below each other: one time axis, one colour scale."""
     pairs = [(str(name), array(matrix, 2, f"the map {name!r}")) for name, matrix in pairs]
     if not pairs:
         raise ValueError("maps needs at least one pair (title, matrix).")
     alt = alt or "maps below each other: " + ", ".join(name for name, _ in pairs)
-    return _maps(pairs, hop_seconds, title, alt, bins, unit)
-
-
-@styled
-def _maps(pairs, hop_seconds, title, alt, bins, unit):
     height = 0.5 + (2.1 if len(pairs) == 1 else 1.55 * len(pairs))
     figure, axes = canvas(height, len(pairs), sharex=True)
     norm = _norm([matrix for _, matrix in pairs])
@@ -235,9 +227,7 @@ def trajectory(
     states, times, title="", alt="", bins="mel bin", hop_seconds=0.010, unit="log amplitude"
 ):
     """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side.
-
-    hop_seconds between frames; unit of what the states hold; one scale of colours.
-    """
+    hop_seconds between frames; unit of what the states hold; one scale of colours."""
     states = [array(state, 2, "a state") for state in states]
     if not states or len(states) != len(times):
         raise ValueError(f"trajectory needs one time for each state, not {len(times)} for "

@@ -27,10 +27,8 @@ RATES = {"audio alone": TOKENS_PER_SECOND, "text and audio": INTERLEAVE_RATE}  #
 
 class Planner(Widget):
     """Choose GPUs, weight format and context; see memory by part, the rate, and the first sound.
-
     model: 130b, 3b, mini or a folder, as of `aqaa plan`; gpus, weights, context: what is chosen at
-    first, as in `plan`. chosen: the Plan that is shown. The static view compares the usual GPUs.
-    """
+    first, as in `plan`. chosen: the Plan that is shown. The static view compares the usual GPUs."""
 
     script = "planner"
 
@@ -50,9 +48,7 @@ class Planner(Widget):
 
     def plan(self, gpus="1xH200", weights="int4", context=2048):
         """The Plan of GPUs ("4xH100-80"), a format and a context in ids, which the page then shows.
-
-        Raises ValueError for what cannot be; what was shown then stays.
-        """
+        Raises ValueError for what cannot be; what was shown then stays."""
         (setup,) = setups(self.model, [gpus], weights, context=context)
         self.chosen = plan(setup)
         shown = {**self.chosen.to_dict(), "format": setup.format, "card": setup.gpu.memory}

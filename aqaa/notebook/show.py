@@ -52,10 +52,8 @@ def setup(seed=0):
 
 
 class Sound:
-    """A player: wav (N,) float32 at `rate` Hz; mp3: the bytes that it plays.
-
-    level=False keeps the loudness, else the peak is put at -3 dB.
-    """
+    """A player: wav (N,) float32 at `rate` Hz; mp3: the bytes that it plays. level=False keeps the
+    loudness, else the peak is put at -3 dB."""
 
     def __init__(self, wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
         self.wav, self.rate = figures.array(wav, 1, "the sound"), int(rate)

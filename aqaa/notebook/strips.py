@@ -33,10 +33,8 @@ def token_cells(linguistic, semantic):
 @styled
 def streams(linguistic, semantic, wav=None, rate=SAMPLE_RATE, title="", alt=""):
     """Both sequences of codes as strips on one time axis, below the wave if there is one.
-
     linguistic: 60 ms a code, semantic: 40 ms. The shade goes with the code, so that repetitions are
-    seen; codes are printed when they fit (about 3 s).
-    """
+    seen; codes are printed when they fit (about 3 s)."""
     cells = token_cells(linguistic, semantic)
     seconds = max(row[-1][1] for row in cells.values())
     if wav is None:
@@ -87,11 +85,9 @@ def _labels(ids, kinds, id_ranges, text):
 
 @styled
 def sequence(ids, id_ranges, text=None, per_row=50, alt="", title=""):
-    """A merged sequence as coloured cells T, L, S, M, read like a page, with a label in each.
-
-    ids: of the backbone; id_ranges: model.ids; text: model.text, to print its pieces instead of
-    numbers. Of more than 250 ids the codes are not printed.
-    """
+    """A merged sequence as coloured cells T, L, S, M, read like a page, with a label in each. ids:
+    of the backbone; id_ranges: model.ids; text: model.text, to print its pieces instead of numbers.
+    Of more than 250 ids the codes are not printed."""
     ids = integers(ids, "the sequence")
     kinds = kinds_of(ids, id_ranges)
     labels = _labels(ids, kinds, id_ranges, text)

@@ -14,11 +14,9 @@ from aqaa.notebook.base import Widget, pcm16
 
 
 class Recorder(Widget):
-    """A question from the microphone; `audio()` is the recording, else the fallback.
-
-    fallback: a path, (samples, rate), or an entry of `show.questions`. state: "fallback" (static),
-    "idle", "recording", "recorded", or "refused" with the reason in `message`.
-    """
+    """A question from the microphone; `audio()` is the recording, else the fallback. fallback: a
+    path, (samples, rate), or an entry of `show.questions`. state: "fallback" (static), "idle",
+    "recording", "recorded", or "refused" with the reason in `message`."""
 
     script = "recorder"
     LIMIT = 30  # seconds
