@@ -23,12 +23,10 @@ from aqaa.tokenizers.dialogue import Machine
 from aqaa.tokenizers.text import normalise
 
 VARIANTS = {  # what is compared: format, group, method
-    "int8": ("int8", None, "rtn"),
-    "fp8": ("fp8", None, "rtn"),
+    "int8": ("int8", None, "rtn"), "fp8": ("fp8", None, "rtn"),
     "int4 g64 rtn": ("int4", 64, "rtn"),  # 128 does not divide the mini's 704
-    "int4 g64 gptq": ("int4", 64, "gptq"),
-    "int4 g32 gptq": ("int4", 32, "gptq"),
-}
+    "int4 g64 gptq": ("int4", 64, "gptq"), "int4 g32 gptq": ("int4", 32, "gptq"),
+}  # fmt: skip
 CALIBRATION = 256  # dialogues of the training split
 FORCED = 64  # evaluation dialogues whose scores are compared
 QUESTIONS = 930  # evaluation questions answered: all of them

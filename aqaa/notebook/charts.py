@@ -13,11 +13,9 @@ from aqaa.notebook.figures import LINES, array, canvas, picture, printable, styl
 
 DASHES = ("-", "--", "-.", ":")
 PARTS = ("read", "linguistic", "semantic", "generate", "vocode")  # of Answer.timings, in order
-MARKS = (  # of Answer.timings: line, words, and height of the words above the bars
-    ("first_token", ":", "first token", 1.02),
-    ("first_audio", "--", "first sound", 1.13),
-    ("total", "-", "end", 1.02),
-)
+# Of Answer.timings: line, words, and height of the words above the bars.
+MARKS = (("first_token", ":", "first token", 1.02), ("first_audio", "--", "first sound", 1.13),
+         ("total", "-", "end", 1.02))  # fmt: skip
 
 
 @styled
@@ -226,6 +224,5 @@ class Table:
 
 
 def _cell(value):
-    if isinstance(value, torch.Tensor):
-        value = value.item()
+    value = value.item() if isinstance(value, torch.Tensor) else value
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
