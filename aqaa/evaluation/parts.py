@@ -173,9 +173,8 @@ def _decoder(name, seconds, plain, ready, tensors, rate):
     if peers.installed("matcha-tts"):
         peer, few = peers.matcha(plain), 2  # what ten steps make of a difference is the weights'
         case.others["matcha-tts"] = partial(peer, *inputs, 10, rate)
-        case.compare = lambda: {
-            "max_error": _error(run(*inputs, few, rate), peer(*inputs, few, rate))
-        }
+        ours, theirs = (partial(make, *inputs, few, rate) for make in (run, peer))
+        case.compare = lambda: {"max_error": _error(ours(), theirs())}
     return case
 
 

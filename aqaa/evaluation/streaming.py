@@ -74,9 +74,8 @@ def listening(model, wavs, every):
     result = {name: round(middle[name]([row[name] for row in rows]), 4) for name in rows[0]}
     for (kind, after), count in counts.items():
         totals = {pair: count[pair, True] + count[pair, False] for pair in BINS}
-        result[f"{kind}_changed{after}"] = {
-            f"{a}-{b} s": round(count[(a, b), True] / n, 4) for (a, b), n in totals.items() if n
-        }
+        shares = {f"{a}-{b} s": count[(a, b), True] / n for (a, b), n in totals.items() if n}
+        result[f"{kind}_changed{after}"] = {span: round(x, 4) for span, x in shares.items()}
     return result
 
 

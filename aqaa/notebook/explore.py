@@ -46,9 +46,8 @@ class Tokens(Widget):
             self._open(wav=pcm16(self.wav), rate=rate, rows=rows)
 
     def __repr__(self):
-        linguistic, semantic = map(len, self.codes.values())
-        seconds = len(self.wav) / self.rate
-        return f"<tokens: {linguistic} linguistic, {semantic} semantic, {seconds:.2f} s>"
+        counts = ", ".join(f"{len(codes)} {kind}" for kind, codes in self.codes.items())
+        return f"<tokens: {counts}, {len(self.wav) / self.rate:.2f} s>"
 
     def _static(self):
         rows = []
@@ -129,9 +128,9 @@ class Interleave(Widget):
             rows.append([name, *(f"{time:.2f}" for time in times)])
         generated = [(b["start"], b["ready"], f"{b['kind'][0].upper()}{b['count']}")
                      for b in state["blocks"]]  # fmt: skip
-        sounds = [b for b in state["blocks"] if b["kind"] == "audio"]
+        voiced = [b for b in state["blocks"] if b["kind"] == "audio"]
         heard = [(b["plays"], b["plays"] + b["seconds"], f"sound {number}")
-                 for number, b in enumerate(sounds, 1)]  # fmt: skip
+                 for number, b in enumerate(voiced, 1)]  # fmt: skip
         title = (f"{state['text_block']} text, {state['audio_block']} audio tokens, "
                  f"{speed} tokens a second")  # fmt: skip
         words = f"{title}. {state['message']}"

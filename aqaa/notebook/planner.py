@@ -41,10 +41,9 @@ class Planner(Widget):
         if interactive:
             longest = read_model(model)[1].max_seq_len
             contexts = sorted({context, *(n for n in CONTEXTS if n <= longest)})
-            parts = [[name, *look[:2]] for name, look in PARTS.items()]
-            self._open(model=self.chosen.setup.model, gpus=list(GPUS), counts=list(ALL_REDUCE),
-                       formats=list(BITS), rates=RATES, note=reliance(), contexts=contexts,
-                       parts=parts)  # fmt: skip
+            parts, shown = [[name, *look[:2]] for name, look in PARTS.items()], self.chosen.setup
+            self._open(model=shown.model, gpus=list(GPUS), counts=list(ALL_REDUCE), parts=parts,
+                       formats=list(BITS), rates=RATES, note=reliance(), contexts=contexts)
 
     def plan(self, gpus="1xH200", weights="int4", context=2048):
         """The Plan of GPUs ("4xH100-80"), a format and a context in ids, which the page then shows.
