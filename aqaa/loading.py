@@ -5,7 +5,7 @@ import torch
 from aqaa.config import AQAAConfig
 from aqaa.fast import amx as matrix_units
 from aqaa.fast import prepared
-from aqaa.files import ModelError
+from aqaa.files import ModelError, passing_on
 from aqaa.pipeline import AQAA
 from aqaa.weights import model_folder
 from aqaa.weights.model_folder import PARTS
@@ -54,10 +54,8 @@ def load(
     given = released_folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))
     check_choices(given, str(device), amx=amx, speaker=speaker)
     if amx:
-        try:
+        with passing_on():
             matrix_units.compiled()
-        except ValueError as fault:
-            raise ModelError(str(fault)) from None
     folder, config, sources, voice = None, AQAAConfig(), {}, None
     if len(given) < len(ROLES):  # some parts come from a folder like the mini
         folder = model_folder.find(source)

@@ -19,7 +19,6 @@ on there), `finish(seed)` after the last one; it returns what is measured. `lr`,
 
 import csv
 import math
-import os
 import signal
 import sys
 import threading
@@ -32,8 +31,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from aqaa import files
 from aqaa.fast import prepare_training
-from aqaa.files import ModelError, WriteError, brief, probe, reading, replacing, sweep, writing
+from aqaa.files import ModelError, WriteError, brief, probe, reading, replacing, writing
 from aqaa.processor import has_bf16, precision
 
 LOG_EVERY = 20  # steps between two rows of the CSV
@@ -116,7 +116,7 @@ class Trainer:
         self.previous = self.folder / f"{name}.ckpt.previous"
         self.csv_path = self.folder / f"{name}.csv"
         probe(self.folder)
-        sweep(self.folder)
+        files.sweep(self.folder)
         for module in task.modules().values():
             module.to(self.device)
             if self.device.type == "cpu":
@@ -236,10 +236,9 @@ class Trainer:
             why = (str(fault).splitlines()[1:2] or [brief(fault)])[0].strip(" \t.")
             told = f"{path} is no checkpoint of this task ({why})"
             raise ModelError(f"{told}: name another folder.") from None
-        with writing(path):
-            if path == self.previous:  # the next save may not remove the only good one
-                os.replace(path, self.checkpoint)
-            write_rows(self.csv_path, self.rows)  # rows after the checkpoint are run again
+        if path == self.previous:  # the next save may not remove the only good one
+            files.restore(self.checkpoint, path)
+        write_rows(self.csv_path, self.rows)  # rows after the checkpoint are run again
 
     def _check_room(self):
         """Two checkpoints and the finished part must fit. Raises WriteError."""
@@ -266,16 +265,13 @@ class Trainer:
 
     def _plot(self):
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError:  # of the [notebooks] and [train] extras; the CSV has it all
             return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        rows = read_log(self.csv_path)
-        if not rows:
+        if not (rows := read_log(self.csv_path)):
             return
-        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
         for key in [k for k in rows[0] if k not in ("step", "seconds")]:
             points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
             axis.plot(*zip(*points, strict=True), label=key)
@@ -283,7 +279,6 @@ class Trainer:
         axis.legend(fontsize="small")
         with replacing(self.folder / f"{self.name}.png") as part:
             figure.savefig(part, dpi=100, format="png")
-        plt.close(figure)
 
 
 @contextmanager
@@ -330,19 +325,13 @@ def update(loss, parameters, optimizers, clip):
             optimizer.step()
 
 
-def atomic_save(state, path, previous=None):
-    """torch.save, whole or not at all; what was there becomes `previous`. Raises WriteError."""
-    path = Path(path)
-    if previous and path.exists():  # its room is needed: there are never more than two
-        with writing(previous):
-            previous.unlink(missing_ok=True)
-    with replacing(path) as part:
+def atomic_save(state, path, keep=None):
+    """torch.save, whole or not at all; what was there is kept as `keep`. Raises WriteError."""
+    with replacing(path, keep=keep) as part:
         try:
             torch.save(state, part)
         except RuntimeError as fault:
             raise WriteError(path, brief(fault)) from None
-        if previous and path.exists():
-            os.replace(path, previous)
 
 
 def load_checkpoint(path, device, remedy):

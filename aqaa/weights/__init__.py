@@ -1,1 +1,1 @@
-"""Weights on disk, ours and released ones, checked before use; imports every model part. See `aqaa.loading`."""
+"""Weights on disk, ours and released ones, checked before use. See `aqaa.loading`."""
