@@ -66,8 +66,7 @@ def replacing(path, parents=True, mode=0o666, keep=None):
     somebody laid there, and it is on the disk before it takes the name. A process that is killed
     leaves it behind, for `sweep`. If `path` is a link, the file that it leads to is replaced; a
     device or a pipe is written in place. parents: make the folder. mode: the rights, less the
-    umask. keep: the name that the earlier file takes, for `restore`. Raises WriteError.
-    """
+    umask. keep: the name that the earlier file takes, for `restore`. Raises WriteError."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path

@@ -11,7 +11,6 @@ from aqaa.weights import model_folder
 from aqaa.weights.model_folder import PARTS
 from aqaa.weights.sources import ROLES, check_choices, released_folders
 
-PREPARED = ("linguistic", "semantic", "backbone", "flow", "hift")  # laid out for a CPU
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
 
 
@@ -48,8 +47,7 @@ def load(
 
     Raises ModelError at once if a file is missing or cut short, or if the parts do not fit one
     another; and when a part is first used, if it holds a NaN or an infinity, or has not the hash
-    that record.json says.
-    """
+    that record.json says."""
     device, dtype = device_of(device), dtype_of(dtype)
     given = released_folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))
     check_choices(given, str(device), amx=amx, speaker=speaker)
@@ -73,12 +71,13 @@ def load(
     def part(name):
         wanted = dtype if name in CAST else None
         if name in sources:
-            found = sources[name].load(device, wanted)
+            module = sources[name].load(device, wanted)
         elif name == "text":
-            found = model_folder.read_text(folder, config.ids.n_text)
+            module = model_folder.read_text(folder, config.ids.n_text)
         else:
-            found = model_folder.read_part(folder, name, config, device, wanted)
-        return prepared.prepare(found, amx) if device.type == "cpu" and name in PREPARED else found
+            module = model_folder.read_part(folder, name, config, device, wanted)
+        laid_out = device.type == "cpu" and name in PARTS
+        return prepared.prepare(module, amx) if laid_out else module
 
     notes = tuple(source.note for source in sources.values() if source.note)
     return AQAA(config, part, device=device, voice=voice, notes=notes)

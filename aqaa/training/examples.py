@@ -5,8 +5,7 @@ vocabulary; an answer's text begins with its manner, "(slow) …", unless that i
   text   written question -> written answer           asr   speech -> its words
   tts    words (and a manner) -> answer voice          next  speech, continued (audio continuation)
   tqaa   written question -> spoken answer             aqta  spoken question -> written answer
-  aqtaa  spoken question -> written and spoken answer, in blocks of the layout
-"""
+  aqtaa  spoken question -> written and spoken answer, in blocks of the layout"""
 
 import numpy as np
 
@@ -24,7 +23,6 @@ class Book:
 
     def __init__(self, config, tokenizer, items, codes, lines):
         """items: of a corpus; codes: list of (linguistic, semantic) arrays; lines: of `plan.texts`.
-
         Raises ValueError when the answer to a question is missing."""
         self.config, self.tokenizer, self.items, self.lines = config, tokenizer, items, lines
         self.audio = [np.array(interleave.merge(*pair, config.ids), np.int64) for pair in codes]
@@ -54,8 +52,7 @@ class Examples:
     """Draws examples of a mixture {kind: share}; each kind is the method of that name.
 
     noise: share of a question's audio ids that are replaced by others of their kind. layout: how
-    text and audio of an answer share the sequence (by default the released model's).
-    """
+    text and audio of an answer share the sequence (by default the released model's)."""
 
     def __init__(self, book, mixture, *, noise=0.05, layout=None):
         self.book, self.mixture, self.noise, self.ids = book, mixture, noise, book.config.ids
@@ -130,8 +127,7 @@ class Examples:
         """A question and its answer of words, of audio, or of both in the layout's blocks.
 
         marker: a control token that asks for this kind of answer, or None. Returns ids (N,) and
-        weights (N,): the chat template is given, so only question and answer are targets.
-        """
+        weights (N,): the chat template is given, so only question and answer are targets."""
         asked = [("user", question)]
         prompt = dialogue.prompt(asked, self.book.tokenizer, self.ids, marker=marker)
         if words is not None and audio is not None:

@@ -14,8 +14,7 @@ and, only if it needs more than one optimizer (HiFT and its discriminators),
   train_step(batch, step, progress)   dict of numbers to log
 Optional: `event(progress)` is called before each step (the semantic tokenizer turns its quantiser
 on there), `finish(seed)` after the last one; it returns what is measured. `lr`, `warmup` and
-`floor` (share of the rate that is left at the end) override the defaults below.
-"""
+`floor` (share of the rate that is left at the end) override the defaults below."""
 
 import csv
 import math
@@ -84,7 +83,6 @@ class Muon(torch.optim.Muon):
 
 def orthogonal(matrix, dtype, rounds=5):
     """(N, K) -> (N, K) in `dtype`: U S' Vᵀ of the matrix U S Vᵀ, with S' between about 0.7 and 1.2.
-
     The Newton–Schulz iteration x ← a x + b (x xᵀ) x + c (x xᵀ)² x, on the shorter side."""
     a, b, c = 3.4445, -4.7750, 2.0315  # of Keller Jordan's Muon: steepest at zero
     tall = matrix.shape[0] > matrix.shape[1]
@@ -104,8 +102,7 @@ class Trainer:
     take longer. A checkpoint is only ever taken between two steps, and holds the log up to there;
     the one before it is kept as name.ckpt.previous. Raises WriteError before the first step if the
     folder cannot hold them, ModelError if there is a checkpoint to resume from but neither it nor
-    the one before it can be read, or it is of other modules.
-    """
+    the one before it can be read, or it is of other modules."""
 
     def __init__(self, task, folder, name, steps, *, minutes=None, seed=0, device="cpu",
                  resume=False, quiet=False):  # fmt: skip
@@ -148,8 +145,7 @@ class Trainer:
 
         Ctrl-C lets the step end, saves and raises KeyboardInterrupt, so that `--resume` goes on
         from there; a second Ctrl-C, like any fault in mid-step, ends at once and saves nothing.
-        Raises WriteError when the disk fails.
-        """
+        Raises WriteError when the disk fails."""
         if self.step == 0:
             self._save()  # the disk is tried before there is anything to lose
         saved = started = time.monotonic()

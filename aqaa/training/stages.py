@@ -1,8 +1,7 @@
 """The table of the training stages, in the order in which `aqaa train all` runs them.
 
 A new stage is an entry here and the file of its task; the command line, the order, the parents,
-what is exported and the keys of record.json follow. Nothing heavy is imported.
-"""
+what is exported and the keys of record.json follow. Nothing heavy is imported."""
 
 from dataclasses import dataclass, field
 

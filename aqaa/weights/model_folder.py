@@ -1,8 +1,7 @@
 """Weights on disk: one safetensors file a part, beside config.json, tokenizer.json, record.json.
 
 On disk large matrices are fp16 and everything small is fp32; in memory all is fp32. A faulty folder
-gets one sentence (ModelError), and nothing is ever half-written: files are renamed into place.
-"""
+gets one sentence (ModelError), and nothing is ever half-written: files are renamed into place."""
 
 import json
 import shutil
@@ -38,9 +37,6 @@ SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 ANEW, MATCHING = "get the file again", "use matching files"
 
 
-# ---- reading ------------------------------------------------------------------------------------
-
-
 def read_config(folder):
     """AQAAConfig of a folder's config.json. Raises ModelError."""
     path = Path(folder) / "config.json"
@@ -73,10 +69,8 @@ def read_header(path):
 
 
 def read_part(folder, name, config, device, dtype):
-    """The part `name` of an AQAAConfig with its weights, in eval mode. Raises ModelError.
-
-    The module never takes more memory than its file has weights for.
-    """
+    """The part `name` of an AQAAConfig with its weights, in eval mode. Raises ModelError. The
+    module never takes more memory than its file has weights for."""
     path = Path(folder) / f"{name}.safetensors"
     _, count = read_header(path)
     with refusing(f"{path} does not fit config.json", MATCHING, *verify.BROKEN):
@@ -151,9 +145,6 @@ def inspect(folder):
     return rows
 
 
-# ---- writing ------------------------------------------------------------------------------------
-
-
 def save(model, folder):
     """Write every part of an AQAA into `folder`, for `load(folder)`; matrices become fp16."""
     folder = Path(folder)
@@ -179,10 +170,8 @@ def save_part(folder, name, module, meta=None):
 
 
 def gather(folder, config, tokenizer, parts, record):
-    """Make a model folder of files: `tokenizer`, and parts[name] for each of PARTS.
-
-    Raises ModelError before anything is written if one is missing, or holds a NaN or an infinity.
-    """
+    """Make a model folder of files: `tokenizer`, and parts[name] for each of PARTS. Raises
+    ModelError before anything is written if one is missing, or holds a NaN or an infinity."""
     folder, given = Path(folder), {"tokenizer.json": Path(tokenizer)}
     given |= {f"{name}.safetensors": Path(parts[name]) for name in PARTS}
     for path in given.values():

@@ -37,9 +37,7 @@ def read_json(path):
 
 def pickled(path):
     """{name: tensor} of a torch.save file, mapped where its format allows, out of its wrappings.
-
-    Raises ModelError for one that is cut, foreign, or holds code, which is never executed.
-    """
+    Raises ModelError for one that is cut, foreign, or holds code, which is never executed."""
     check_file(path, AGAIN)
     with open(path, "rb") as file:
         mapped = file.read(4) == b"PK\3\4"
@@ -93,10 +91,8 @@ def read_yaml(path):
 
 
 def pick(config, tree, names, path, below):
-    """A dataclass with the values of a yaml's entry `below`, each of the type that it has.
-
-    names: fields, or {field: where it stands}. Raises ModelError for what is no number.
-    """
+    """A dataclass with the values of a yaml's entry `below`, each of the type that it has. names:
+    fields, or {field: where it stands}. Raises ModelError for what is no number."""
     names = names if isinstance(names, dict) else dict(zip(names, names))
     values = {}
     for name, where in names.items():

@@ -1,8 +1,7 @@
 """The published folders as parts of the system: what each file is, whether it fits, how it is read.
 
 Opening a folder looks at headers and small files only, and raises at once whatever is wrong
-(ModelError, one sentence). Weights are read when a part is first used.
-"""
+(ModelError, one sentence). Weights are read when a part is first used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -58,8 +57,7 @@ class Source:
     """A part of a released folder that has been looked at.
 
     sizes: fields of AQAAConfig that its files decide; facts: a line on it; load(device, dtype)
-    reads the weights; note: what is left out of it, if anything.
-    """
+    reads the weights; note: what is left out of it, if anything."""
 
     sizes: dict
     facts: str
@@ -304,9 +302,8 @@ def vocoder_sizes(path):
 def voice(folder, wav):
     """A function from an AQAA to the options of its Vocoder that give it the voice of a recording.
 
-    The recording's own ids and mel are the prompt, and the CAM++ network of campplus.onnx tells
-    who speaks. Raises ModelError.
-    """
+    The recording's own ids and mel are the prompt, and the CAM++ network of campplus.onnx tells who
+    speaks. Raises ModelError."""
     network = file_in(place(folder, "vocoder"), "campplus.onnx")
     try:
         import onnxruntime

@@ -2,8 +2,7 @@
 
 The few kilobytes at the head of each shard tell names, shapes and sizes, so a folder of 265 GB is
 judged in a moment. Weights then go from the mapped file straight to their place in a model built on
-the meta device: the memory of the machine holds the model and, at most, a tensor or two.
-"""
+the meta device: the memory of the machine holds the model and, at most, a tensor or two."""
 
 import re
 import struct
@@ -89,10 +88,8 @@ def _fills(entry):
 
 
 def scan(folder):
-    """{name: Entry} of all shards of a folder: those of its index, or all *.safetensors.
-
-    Raises ModelError for a shard that is missing, broken, or lacks a tensor of the index.
-    """
+    """{name: Entry} of all shards of a folder: those of its index, or all *.safetensors. Raises
+    ModelError for a shard that is missing, broken, or lacks a tensor of the index."""
     folder = Path(folder)
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     placed = _index(index) if index else {}
@@ -137,8 +134,7 @@ def language_model(tensors, folder):
     """Which tensors are the language model's: ({our name: name in the shards}, [other names]).
 
     The model is where layer 0 has a q_proj with a gate_proj beside it: vision towers have q_proj
-    layers of their own. Raises ModelError when there is none, or more than one.
-    """
+    layers of their own. Raises ModelError when there is none, or more than one."""
     ends = (LAYER, QUANTIZED)
     prefixes = [name.removesuffix(end) for end in ends for name in tensors if name.endswith(end)]
     prefixes = [prefix for prefix in prefixes if any(prefix + gate in tensors for gate in GATES)]
@@ -179,9 +175,8 @@ def check(model, tensors, names, folder):
 def stream(tensors, names):
     """(our name, tensor on the CPU) of `names`, shard by shard; a tensor is a view of the file.
 
-    Raises ModelError at the first tensor of a shard whose hash is not that of record.json, if
-    there is one; it is computed while the shard before is read.
-    """
+    Raises ModelError at the first tensor of a shard whose hash is not that of record.json, if there
+    is one; it is computed while the shard before is read."""
     pairs = sorted(names.items(), key=lambda pair: str(tensors[pair[1]].path))
     total = sum(tensors[theirs].bytes for _, theirs in pairs)
     show = None if total > LARGE else True  # None: where somebody looks

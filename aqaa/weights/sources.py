@@ -44,9 +44,7 @@ def roles(folder):
 
 def released_folders(source, given):
     """The folders named in {role: folder or None}; for preset "full" $AQAA_ROLE names the others.
-
-    Raises ModelError if "full" lacks one.
-    """
+    Raises ModelError if "full" lacks one."""
     if source == "full":
         variables = {role: f"AQAA_{role.upper()}" for role in given}
         given = {role: folder or os.environ.get(variables[role]) for role, folder in given.items()}
@@ -59,9 +57,7 @@ def released_folders(source, given):
 
 def check_choices(named, device, dtype=None, amx=False, speaker=None):
     """Raise ModelError for a dtype that weights cannot have, or choices that exclude each other.
-
-    named: released folders by role; device, dtype: names.
-    """
+    named: released folders by role; device, dtype: names."""
     fault = None
     if dtype is not None and dtype not in DTYPES:
         fault = f"weights cannot be {dtype!r}: choose float32, bfloat16 or float16."

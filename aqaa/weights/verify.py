@@ -32,15 +32,11 @@ def shown(value):
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# ---- settings -----------------------------------------------------------------------------------
-
-
 def settings(data):
     """AQAAConfig of what a config.json holds.
 
     Raises ValueError, which names the setting, for an unknown one, for a value of another type or
-    out of range, and for two that contradict each other.
-    """
+    out of range, and for two that contradict each other."""
     config = AQAAConfig.from_dict(_checked(AQAAConfig, data))
     for fault in contradictions(config):
         raise ValueError(fault)
@@ -63,10 +59,8 @@ def _checked(cls, data, where=""):
 
 
 def check_setting(setting, value, place):
-    """Raise ValueError unless `value` has the type of a dataclass field and a plausible size.
-
-    The range follows from the field's default; the sentence calls the value `place`.
-    """
+    """Raise ValueError unless `value` has the type of a dataclass field and a plausible size. The
+    range follows from the field's default; the sentence calls the value `place`."""
     if setting.type is str:
         wanted = "a short name"
         usable = isinstance(value, str) and value.isprintable() and len(value) < 100
@@ -138,15 +132,11 @@ def contradictions(config):
         yield f"ids has the markers {markers}, {wanted} are expected"
 
 
-# ---- weights ------------------------------------------------------------------------------------
-
-
 class Room(TorchFunctionMode):
     """Within it modules are built that a file of `tensors` tensors and `size` bytes can fill.
 
     A module that asks for more stops with a ValueError before that much memory is taken. Without a
-    file: any.
-    """
+    file: any."""
 
     def __init__(self, tensors=math.inf, size=math.inf):
         super().__init__()
@@ -177,10 +167,8 @@ class skip_init(Room):
 
 
 def not_finite(state):
-    """"nan at name[3, 5]" of the first value that is no finite number; "" if there is none.
-
-    state: {name: tensor}.
-    """
+    """"nan at name[3, 5]" of the first value that is no finite number; "" if there is none. state:
+    {name: tensor}."""
     floats = {
         name: t for name, t in state.items()
         if t.is_floating_point() and t.numel() and not t.is_meta
@@ -198,8 +186,7 @@ def _finite(tensors):
     """Are all values of tensors of one dtype finite? One pass, without a copy of a large tensor.
 
     NaN is both the least and the largest of the values around it. Most tensors are small: they are
-    looked at together.
-    """
+    looked at together."""
     if tensors[0].element_size() == 1:  # fp8 has no order
         tensors = [t.float() for t in tensors]
     groups = [t for t in tensors if t.numel() > SMALL]
@@ -215,14 +202,9 @@ def all_finite(state, path):
         raise ModelError(f"{path} holds {fault}, where a finite number is expected: {AGAIN}.")
 
 
-# ---- hashes -------------------------------------------------------------------------------------
-
-
 def recorded(folder):
-    """{file name: its "bytes" and "sha256"} of a folder's record.json; {} without one.
-
-    Raises ModelError.
-    """
+    """{file name: its "bytes" and "sha256"} of a folder's record.json; {} without one. Raises
+    ModelError."""
     path = Path(folder) / "record.json"
     try:
         files = read_json(path).get("files", {}) if path.is_file() else {}
