@@ -175,9 +175,8 @@ def _load(args):
         from aqaa.scale.vllm.client import Server
 
         engine = Server(args.engine)
-    folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
-    settings = {"device": args.device, "dtype": args.dtype, "amx": args.amx}
-    model = loading.load(args.preset, **settings, **folders)
+    names = ("device", "dtype", "amx", "speaker", *RELEASED)
+    model = loading.load(args.preset, **{name: getattr(args, name) for name in names})
     if args.engine == "fast":
         from aqaa.fast.graph_decoder import Engine
 
@@ -218,14 +217,12 @@ def _responder(model, args):
 def _facts(place, answer, streamed):
     """The row of --json."""
     return {
-        "text": answer.text,
-        "audio": str(place),
-        "seconds": round(answer.seconds, 3),
+        "text": answer.text, "audio": str(place), "seconds": round(answer.seconds, 3),
         "first_audio_ms": round(1000 * answer.timings["first_audio"]) if streamed else None,
         "real_time_factor": round(answer.real_time_factor, 3),
         "confidence": round(answer.confidence, 4),
         "tokens": {name: len(answer.tokens[name]) for name in ("text", "linguistic", "semantic")},
-    }
+    }  # fmt: skip
 
 
 def _line(question, place, answer):
@@ -312,17 +309,13 @@ def _listen(args):
     answer = model.ask(question, **_sampling(args))
     linguistic, semantic = interleave.split(question, model.ids)
     rows = {
-        "linguistic": linguistic,
-        "semantic": semantic,
-        "merged": question,
-        "prompt": answer.tokens["prompt"],
-        "answer": answer.tokens["answer"],
+        "linguistic": linguistic, "semantic": semantic, "merged": question,
+        "prompt": answer.tokens["prompt"], "answer": answer.tokens["answer"],
         "answer_linguistic": answer.tokens["linguistic"],
         "answer_semantic": answer.tokens["semantic"],
-        "text": answer.text,
-        "confidence": round(answer.confidence, 4),
+        "text": answer.text, "confidence": round(answer.confidence, 4),
         "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
-    }
+    }  # fmt: skip
     if args.json:
         print(json.dumps({"question": args.question, "seconds": len(wav) / rate, **rows}))
         return

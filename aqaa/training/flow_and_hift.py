@@ -29,6 +29,7 @@ class FlowTask:
     def __init__(self, config, pairs, *, batch_size=16, max_groups=20):
         self.batch_size, self.max_groups = batch_size, max_groups
         self.model = Flow(config.flow, config.mel)
+        self.modules = {"flow": self.model}
         self.items = []
         for wav, ids in pairs:
             ids = torch.as_tensor(np.asarray(ids, np.int64))[: len(ids) // GROUP_SIZE * GROUP_SIZE]
@@ -50,9 +51,6 @@ class FlowTask:
         task = cls(run.config, list(zip(waves, merged, strict=True)))
         run.start(stage, task.model)
         return task
-
-    def modules(self):
-        return {"flow": self.model}
 
     def batch(self, rng):
         """token (B, n), mel (B, n_mels, T) and their lengths (B,), all rows equally long."""
@@ -100,6 +98,7 @@ class HiftTask:
         self.pitch = {}
         self.model = HiFT(config.hift)
         self.adversaries = Discriminators()
+        self.modules = {"hift": self.model, "adversaries": self.adversaries}
         _centre(self.model)
         classifier = list(self.model.f0_predictor.classifier.parameters())  # it speaks in Hz
         rest = [p for p in self.model.parameters() if all(p is not q for q in classifier)]
@@ -109,19 +108,13 @@ class HiftTask:
         }
         options = {"lr": self.LEARNING_RATE, "betas": (0.8, 0.99), "weight_decay": 0, "fused": True}
         adamw = torch.optim.AdamW
-        self._optimizers = {name: adamw(groups, **options) for name, groups in scales.items()}
+        self.optimizers = {name: adamw(groups, **options) for name, groups in scales.items()}
 
     @classmethod
     def from_run(cls, run, stage):
         task = cls(run.config, run.spoken()[1])
         run.start(stage, task.model)
         return task
-
-    def modules(self):
-        return {"hift": self.model, "adversaries": self.adversaries}
-
-    def optimizers(self):
-        return self._optimizers
 
     def batch(self, rng):
         """Random cuts: wav (B, frames * hop) at a random gain, its mel (B, n_mels, frames) and f0
@@ -155,11 +148,11 @@ class HiftTask:
         """One step of both sides at the rate of progress 0..1 (cosine). Returns numbers to log."""
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
         rate = self.FINAL_RATE + (self.LEARNING_RATE - self.FINAL_RATE) * cosine
-        for optimizer in self._optimizers.values():
+        generator, adversary = self.optimizers.values()
+        for optimizer in (generator, adversary):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"] * min(1, (step + 1) / 100)
         made, logs, loss = self._rebuild(batch, own_f0=step >= 200)
-        generator, adversary = self._optimizers.values()
         if progress >= self.adversarial_from:
             truth = self.adversaries(batch["wav"])
             verdict = discriminator_loss(truth, self.adversaries(made.detach()))

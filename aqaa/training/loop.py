@@ -6,11 +6,11 @@ of (seed, n) alone, a run that was interrupted and resumed sees what an unbroken
 A task has
   from_run(run, stage) a class method that makes it for a stage (see run.Run for what it may ask)
   model                the part that is kept in the end
-  modules()            dict of name -> nn.Module, everything that must be saved
+  modules              dict of name -> nn.Module, everything that must be saved
   batch(rng)           dict of tensors, drawn with a numpy Generator
   loss(batch, step)    (scalar loss, dict of numbers to log)
 and, only if it needs more than one optimizer (HiFT and its discriminators),
-  optimizers()         dict of name -> torch optimizer
+  optimizers           dict of name -> torch optimizer
   train_step(batch, step, progress)   dict of numbers to log
 Optional: `event(progress)` is called before each step (the semantic tokenizer turns its quantiser
 on there), `finish(seed)` after the last one; it returns what is measured. `lr`, `warmup` and
@@ -114,14 +114,13 @@ class Trainer:
         self.csv_path = self.folder / f"{name}.csv"
         probe(self.folder)
         files.sweep(self.folder)
-        for module in task.modules().values():
+        for module in task.modules.values():
             module.to(self.device)
             if self.device.type == "cpu":
                 prepare_training(module)  # faster twins, the same gradients
         self.own = not hasattr(task, "train_step")
         self.lr = getattr(task, "lr", 1e-3)
-        modules = task.modules()
-        self.optimizers = build_optimizers(modules, self.lr) if self.own else task.optimizers()
+        self.optimizers = build_optimizers(task.modules, self.lr) if self.own else task.optimizers
         self.step, self.seconds = 0, 0.0
         self.rows = []  # the log
         self.sums, self.count = {}, 0  # the next row of the log will be their mean
@@ -182,10 +181,8 @@ class Trainer:
         rng = np.random.default_rng((self.seed, self.step))
         if hasattr(self.task, "event"):
             self.task.event(progress)
-        batch = {
-            key: value.to(self.device) if torch.is_tensor(value) else value
-            for key, value in self.task.batch(rng).items()
-        }
+        batch = self.task.batch(rng)
+        batch |= {k: value.to(self.device) for k, value in batch.items() if torch.is_tensor(value)}
         if not self.own:
             return self.task.train_step(batch, self.step, progress)
         warmup, floor = getattr(self.task, "warmup", 0.03), getattr(self.task, "floor", 0.02)
@@ -200,13 +197,11 @@ class Trainer:
 
     def _save(self):
         state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "progress": self.progress,
+            "step": self.step, "seconds": self.seconds, "progress": self.progress,
             "log": {"rows": self.rows, "sums": self.sums, "count": self.count},
-            "modules": {key: one.state_dict() for key, one in self.task.modules().items()},
+            "modules": {key: one.state_dict() for key, one in self.task.modules.items()},
             "optimizers": {key: one.state_dict() for key, one in self.optimizers.items()},
-        }
+        }  # fmt: skip
         atomic_save(state, self.checkpoint, self.previous)
 
     def _restore(self, kept):
@@ -222,7 +217,7 @@ class Trainer:
                     raise
                 print(f"aqaa: {fault}", file=sys.stderr)
         try:
-            for key, module in self.task.modules().items():
+            for key, module in self.task.modules.items():
                 module.load_state_dict(state["modules"][key])
             for key, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][key])
@@ -239,7 +234,7 @@ class Trainer:
     def _check_room(self):
         """Two checkpoints and the finished part must fit. Raises WriteError."""
         kept = [path for path in (self.checkpoint, self.previous) if path.exists()]
-        modules = self.task.modules().values()
+        modules = self.task.modules.values()
         module = sum(t.nbytes for one in modules for t in one.state_dict().values())
         moments = sum(
             p.nbytes * (1 if isinstance(optimizer, torch.optim.Muon) else 2)

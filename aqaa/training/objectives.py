@@ -29,6 +29,7 @@ class LanguageTask:
         self.ids = ids = book.config.ids
         self.markers = torch.tensor(sorted((ids.eot, ids.text_start, ids.audio_end)))
         self.model = step1.build(book.config.backbone)
+        self.modules = {"model": self.model}
 
     @classmethod
     def from_run(cls, run, stage):
@@ -38,9 +39,6 @@ class LanguageTask:
         if not run.start(stage, task.model):
             task.hear_alike(*run.codebooks())
         return task
-
-    def modules(self):
-        return {"model": self.model}
 
     @torch.no_grad()
     def hear_alike(self, linguistic, semantic, seed=0):

@@ -62,7 +62,7 @@ class Run:
         result = trainer.run()
         last = trainer.rows[-1].items()
         result["last"] = {key: value for key, value in last if key not in ("step", "seconds")}
-        for module in task.modules().values():
+        for module in task.modules.values():
             module.cpu()
         if hasattr(task, "finish"):
             measured = task.finish(self.seed)
@@ -87,7 +87,8 @@ class Run:
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
             model = self.part(name)
             data = features.utterances(self.out / "features", items, kind)
-            for rows in batches_by_length(data.lengths, 64):
+            by_length = np.argsort(data.lengths, kind="stable")  # so that little is padded
+            for rows in np.split(by_length, range(64, len(items), 64)):
                 x, lengths = data.gather(rows)  # (B, T, D), (B,)
                 if name == "linguistic":
                     hidden = model((x + model.add_shift) * model.rescale, lengths)
@@ -198,12 +199,6 @@ class Run:
         """A file of this run, or else of `init`, where it is called `there`."""
         own = self.out / name
         return self.init / there if self.init and not own.exists() else own
-
-
-def batches_by_length(lengths, size):
-    """Indices of all rows in batches of `size` rows of similar length."""
-    order = np.argsort(lengths, kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def main(stage, **options):

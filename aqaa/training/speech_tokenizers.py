@@ -27,9 +27,8 @@ def upsampled_ctc(head, hidden, lengths, targets, target_lengths, factor):
     (B, T * factor, classes))."""
     batch, rows, _ = hidden.shape
     log_probs = head(hidden).float().reshape(batch, rows * factor, -1).log_softmax(-1)
-    loss = F.ctc_loss(
-        log_probs.transpose(0, 1), targets, lengths * factor, target_lengths, zero_infinity=True
-    )
+    in_time, lengths = log_probs.transpose(0, 1), lengths * factor
+    loss = F.ctc_loss(in_time, targets, lengths, target_lengths, zero_infinity=True)
     return loss, log_probs
 
 
@@ -142,15 +141,13 @@ class LinguisticTask(PhoneTask):
         self.head = nn.Sequential(
             nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, self.factor * CLASSES)
         )
+        self.modules = {"model": self.model, "head": self.head}
 
     @classmethod
     def from_run(cls, run, stage):
         task = super().from_run(run, stage)
         normalise(task.data, task.model)
         return task
-
-    def modules(self):
-        return {"model": self.model, "head": self.head}
 
     def batch(self, rng):
         return self.draw(rng)[1]
@@ -200,9 +197,8 @@ class SemanticTask(PhoneTask):
         size, width = config.n_codebook_size, config.n_audio_state
         self.register.register_buffer("size", torch.ones(size))
         self.register.register_buffer("total", torch.zeros(size, width))
-
-    def modules(self):
-        return {"model": self.model, "decoder": self.decoder, "register": self.register}
+        parts = {"model": self.model, "decoder": self.decoder}
+        self.modules = parts | {"register": self.register}
 
     @property
     def codebook(self):

@@ -27,12 +27,9 @@ from aqaa.weights.verify import all_finite, as_recorded, recorded, skip_init
 ROLES, find = sources.ROLES, sources.find
 
 PARTS = {  # name of the part, and of its file: its class
-    "linguistic": LinguisticTokenizer,
-    "semantic": SemanticTokenizer,
-    "backbone": PlainStep1,
-    "flow": Flow,
-    "hift": HiFT,
-}
+    "linguistic": LinguisticTokenizer, "semantic": SemanticTokenizer, "backbone": PlainStep1,
+    "flow": Flow, "hift": HiFT,
+}  # fmt: skip
 SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 ANEW, MATCHING = "get the file again", "use matching files"
 
@@ -56,7 +53,7 @@ def read_text(folder, n_text):
         tokenizer = TextTokenizer.from_file(path)
     if tokenizer.n_text > n_text:
         counts = f"{tokenizer.n_text} ids, config.json allows {n_text}"
-        raise ModelError(f"{path} has {counts}: use matching files.")
+        raise ModelError(f"{path} has {counts}: {MATCHING}.")
     return tokenizer
 
 

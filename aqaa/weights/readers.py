@@ -91,8 +91,9 @@ def read_yaml(path):
 
 
 def pick(config, tree, names, path, below):
-    """A dataclass with the values of a yaml's entry `below`, each of the type that it has. names:
-    fields, or {field: where it stands}. Raises ModelError for what is no number."""
+    """`config` with values of a yaml's entry `below`, as numbers of their types, or ModelError.
+
+    names: of the fields, or {field: where it stands}."""
     names = names if isinstance(names, dict) else dict(zip(names, names))
     values = {}
     for name, where in names.items():

@@ -55,11 +55,9 @@ def in_bytes(size):
 
 def header(path):
     """{name: Entry} of a shard, from its header alone. ModelError for a pointer, or a cut file."""
-    path = Path(path)
+    path, entries, end = Path(path), {}, 0
     check_file(path, AGAIN)
     size = path.stat().st_size
-    entries = {}
-    end = 0
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -82,9 +80,10 @@ def header(path):
 
 def _fills(entry):
     """Are its bytes what a tensor of its shape takes?"""
-    if not all(type(n) is int and n >= 0 for n in (entry.bytes, *entry.shape)):
-        return False
-    return entry.dtype not in WIDTHS or entry.bytes == entry.numel * WIDTHS[entry.dtype]
+    whole = all(type(n) is int and n >= 0 for n in (entry.bytes, *entry.shape))
+    if not whole or entry.dtype not in WIDTHS:
+        return whole
+    return entry.bytes == entry.numel * WIDTHS[entry.dtype]
 
 
 def scan(folder):
@@ -143,10 +142,9 @@ def language_model(tensors, folder):
         sign = f"(*.{LAYER} beside *.{GATES[0]})"
         fix = "name the folder of Step-Audio-AQAA, -Chat or -TTS-3B"
         raise ModelError(f"{folder} holds {kind} {sign}: {fix}.")
-    (prefix,) = prefixes
+    prefix = prefixes[0]
     body = re.compile(re.escape(prefix) + r"((?:layers\.\d+\.|embed_tokens\.|norm\.).+)")
-    names = {}
-    others = []
+    names, others = {}, []
     for name in tensors:
         if inside := body.fullmatch(name):
             names["model." + inside[1]] = name
@@ -179,8 +177,8 @@ def stream(tensors, names):
     is one; it is computed while the shard before is read."""
     pairs = sorted(names.items(), key=lambda pair: str(tensors[pair[1]].path))
     total = sum(tensors[theirs].bytes for _, theirs in pairs)
-    show = None if total > LARGE else True  # None: where somebody looks
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=show)
+    quiet = None if total > LARGE else True  # None: where nobody looks
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=quiet)
     paths = list(dict.fromkeys(tensors[theirs].path for _, theirs in pairs))
     following = dict(zip(paths, paths[1:]))
     with bar, ThreadPoolExecutor(1) as pool:
@@ -208,8 +206,7 @@ def fill(model, tensors, names, device="cpu", dtype=None):
         weight = tensor.to(device) if is_code else tensor.to(device, dtype)
         # looked at where it is fast, and with what the dtype cut off
         if verify.not_finite({name: numbers(model, name, weight)}):
-            theirs = names[name]
-            path = tensors[theirs].path
+            path, theirs = tensors[names[name]].path, names[name]
             all_finite({theirs: numbers(model, name, tensor)}, path)
             fault = f"{path} has weights in {theirs} too large for {dtype}"
             raise ModelError(f"{fault}: choose bfloat16 or float32.")

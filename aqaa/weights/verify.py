@@ -2,7 +2,9 @@
 
 import math
 import reprlib
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -167,12 +169,9 @@ class skip_init(Room):
 
 
 def not_finite(state):
-    """"nan at name[3, 5]" of the first value that is no finite number; "" if there is none. state:
-    {name: tensor}."""
-    floats = {
-        name: t for name, t in state.items()
-        if t.is_floating_point() and t.numel() and not t.is_meta
-    }  # fmt: skip
+    """"nan at name[3, 5]" of the first value in {name: tensor} that is not finite; "" if none."""
+    real = (t.is_floating_point() and t.numel() and not t.is_meta for t in state.values())
+    floats = dict(compress(state.items(), real))
     dtypes = {t.dtype for t in floats.values()}
     if all(_finite([t for t in floats.values() if t.dtype == dtype]) for dtype in dtypes):
         return ""
@@ -203,19 +202,15 @@ def all_finite(state, path):
 
 
 def recorded(folder):
-    """{file name: its "bytes" and "sha256"} of a folder's record.json; {} without one. Raises
-    ModelError."""
+    """{file: its "bytes" and "sha256"} by a folder's record.json; {} without. Raises ModelError."""
     path = Path(folder) / "record.json"
-    try:
+    with suppress(ValueError, AttributeError):
         files = read_json(path).get("files", {}) if path.is_file() else {}
         rows = files.values()
         kinds = {(type(row.get("bytes", 0)), type(row.get("sha256", ""))) for row in rows}
-        whole = kinds <= {(int, str)} and all(Path(name).name == name for name in files)
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ModelError(f"{path} does not list files with their sizes and hashes: {AGAIN}.")
-    return files
+        if kinds <= {(int, str)} and all(Path(name).name == name for name in files):
+            return files
+    raise ModelError(f"{path} does not list files with their sizes and hashes: {AGAIN}.")
 
 
 def as_recorded(path, hashed=True):
