@@ -7,6 +7,8 @@ vocabulary; an answer's text begins with its manner, "(slow) …", unless that i
   tqaa   written question -> spoken answer             aqta  spoken question -> written answer
   aqtaa  spoken question -> written and spoken answer, in blocks of the layout"""
 
+from functools import cache
+
 import numpy as np
 
 from aqaa.config import AQTA, ASR_MARKER, TQAA, TTS
@@ -26,19 +28,13 @@ class Book:
         Raises ValueError when the answer to a question is missing."""
         self.config, self.tokenizer, self.items, self.lines = config, tokenizer, items, lines
         self.audio = [np.array(interleave.merge(*pair, config.ids), np.int64) for pair in codes]
-        self.words = {}
+        self.encode = cache(tokenizer.encode)  # a text to its ids, the same list each time
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
         self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
         self.answers = {items[i].answer_id: i for i in self.voiced if items[i].answer_id}
         missing = {items[i].answer_id for i in self.questions} - set(self.answers)
         if missing:
             raise ValueError(f"{len(missing)} answers were never spoken, {min(missing)} among them")
-
-    def encode(self, text):
-        """Ids of a text, remembered."""
-        if text not in self.words:
-            self.words[text] = self.tokenizer.encode(text)
-        return self.words[text]
 
     def balance(self):
         """Probability of each question: equal shares for intents, though large ones still lead."""

@@ -106,7 +106,8 @@ class Run:
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the
         codes beside it. Parts that were not trained here come from `init`, unchanged."""
-        makers, record = stages.makers(), self._recorded()
+        record = self._recorded()
+        makers = {stage.part: name for name, stage in stages.STAGES.items()}  # the last of several
         parts = {name: self._part_file(makers[name]) for name in model_folder.PARTS}
         if self.init:
             record = {**self._recorded(self.init), **record}

@@ -54,11 +54,6 @@ def names():
     return (*STAGES, "all")
 
 
-def makers():
-    """{part of a model folder: name of the stage whose weights are exported as that part}."""
-    return {stage.part: name for name, stage in STAGES.items() if stage.part}
-
-
 def described():
     """The stages and what each does, one a line."""
     return "\n".join(f"  {name:<10}  {stage.help}" for name, stage in STAGES.items())
