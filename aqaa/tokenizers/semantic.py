@@ -27,10 +27,8 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x, mask):
         """x (B, T, D), mask None or (B, 1, 1, T), true where a key is real -> (B, T, D)."""
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )  # (B, heads, T, d)
+        split = (y(x).unflatten(-1, (self.heads, -1)) for y in (self.query, self.key, self.value))
+        q, k, v = (y.transpose(1, 2) for y in split)  # (B, heads, T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -74,9 +72,8 @@ class AudioEncoder(nn.Module):
         x = x.transpose(1, 2)  # (B, T / 4, D)
         rows, limit = x.shape[1], len(self.positional_embedding)
         if rows > limit:
-            raise ValueError(
-                f"{rows} rows are more than the {limit} positions of this tokenizer: cut the wave."
-            )
+            fault = f"{rows} rows are more than the {limit} positions of this tokenizer"
+            raise ValueError(f"{fault}: cut the wave.")
         x = x + self.positional_embedding[:rows]
         # Every row attends to all rows of its item, later ones too: this encoder is not causal.
         mask = None if lengths is None else _present(lengths, rows)[:, None, None]
@@ -102,8 +99,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        entries = torch.zeros(config.n_codebook_size, config.n_audio_state)
         self._codebook = nn.Module()
+        entries = torch.zeros(config.n_codebook_size, config.n_audio_state)
         self._codebook.register_buffer("embed", entries)
 
     def forward(self, hidden):
@@ -131,10 +128,7 @@ class SemanticTokenizer(nn.Module):
 
     @classmethod
     def from_onnx(cls, path, n_audio_head=None):
-        """The tokenizer in a released `speech_tokenizer_v1.onnx`, its sizes taken from the file.
-
-        Raises FileNotFoundError, and ValueError for a file that is not such a network.
-        """
+        """The tokenizer in a released `speech_tokenizer_v1.onnx`; errors: see s3_onnx.read."""
         from aqaa.tokenizers.s3_onnx import read
 
         config, state = read(path, n_audio_head)
@@ -173,9 +167,8 @@ class SemanticTokenizer(nn.Module):
         mels, owners = [], []  # a piece's wave
         for owner, wav in enumerate(audio.levelled(wavs, energy_norm, device)):
             # Before padding: the loudest bin of a piece sets the floor of its log-mel.
-            pieces = [self.features(part) for part in wav.split(size) if len(part) >= SHORTEST]
-            mels += pieces
-            owners += [owner] * len(pieces)
+            mels += [self.features(part) for part in wav.split(size) if len(part) >= SHORTEST]
+            owners += [owner] * (len(mels) - len(owners))
         codes = [torch.zeros(0, dtype=torch.long, device=device)] * len(wavs)
         if not mels:
             return codes
