@@ -25,8 +25,8 @@ class Listener:
     question. prefill: None, or a Prefill of the backbone, which reads the prompt as it grows.
     `restarts` counts how often both encoders began anew, the first time not counted.
 
-    `push` first takes the samples (`wav` holds all of them), then looks. An interrupt of a look
-    (Ctrl-C, no memory) leaves everything as it was before: the next look encodes both packets.
+    `push` takes the samples into `wav`, then looks. An interrupt of a look (Ctrl-C, no memory)
+    leaves everything else as it was: the next look encodes both packets.
     """
 
     def __init__(self, model, *, every=0.24, history=(), prefill=None):
@@ -86,14 +86,12 @@ class Listener:
         n_encoded = self.end - self.start
         # Codes depend on where the question starts and on its level: if either moved, start over.
         moved = start != self.start or end < self.end or bool(peak != self.peak)
-        restart = session is None or moved
-        if restart:
+        if restart := session is None or moved:
             session, linguistic, semantic = self.model.linguistic.start(), [], []
             n_encoded = 0
         # Causal: only the new samples go in, and old codes stay.
-        codes, session = self.model.linguistic.push(
-            session, self._level(wav[n_encoded:], peak), final
-        )
+        new = self._level(wav[n_encoded:], peak)
+        codes, session = self.model.linguistic.push(session, new, final)
         linguistic = linguistic + codes.tolist()
         # Both ways, in pieces of 30 s: the piece being spoken is encoded again as a whole.
         if len(wav) > n_encoded:

@@ -96,9 +96,8 @@ def segments(query, key, value, bias, sizes, scaling):
     # Runs of one length share a bias, (G, R·n, n).
     masks = {n: bias[:, :n, :n].reshape(groups, -1, n) for n in set(sizes) if n > 0}
     query = (query * scaling).unflatten(1, (groups, heads // groups))  # (N, G, R, d)
-    parts = zip(sizes, *(x.split(lengths) for x in (query, key, value)), strict=True)
     outs = []
-    for size, q, k, v in parts:
+    for size, q, k, v in zip(sizes, *(x.split(lengths) for x in (query, key, value)), strict=True):
         if size < 0:
             outs.append(torch.zeros_like(q))
             continue

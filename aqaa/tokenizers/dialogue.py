@@ -18,8 +18,7 @@ def prompt(turns, tokenizer, ids, answer=True, marker=None):
 
     turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids,
     or a list of both. Markers spelt out in a text are read as plain text. With answer=False no
-    assistant turn is opened. marker: one of Step-1's control tokens, after `<s>`: it asks for
-    another kind of answer.
+    assistant turn is opened. marker: a control token after `<s>` asks for another kind of answer.
     """
     result = [ids.bos] if marker is None else [ids.bos, marker]
     for role, content in turns:
@@ -163,9 +162,8 @@ class Machine:
         text --block full--> audio --block full--> text ... text --text_end--> audio --eot--> end
 
     eot is legal only when the text has ended and the audio is at the end of a group. A marked piece
-    waits in "open" for audio_start and rests in "closed" behind audio_end, where another piece may
-    follow. With `late_text`, audio may end first: text_start, the rest of the text, text_end, then
-    "closed".
+    waits in "open" for audio_start and rests in "closed" after audio_end, where another may follow.
+    With `late_text`, audio may end first: text_start, the rest of the text, text_end, "closed".
     """
 
     def __init__(self, layout, ids, min_audio=0):
@@ -195,8 +193,11 @@ class Machine:
             place = self.audio_used % GROUP_SIZE  # in the group: L L S S S
             if place >= LINGUISTIC_PER_GROUP:
                 return Allowed("semantic", ids.semantic_start, ids.end, ())
+            markers = ()
             # A marker inside a group would leave codes that the vocoder cannot use.
-            markers = () if place else self._between_groups()
+            if place == 0 and self.audio_total >= self.min_audio:
+                late = (ids.text_start,) if self.layout.late_text else ()
+                markers = (self._stop,) if self.text_done else late
             return Allowed("linguistic", ids.n_text, ids.semantic_start, markers)
         if state == "closed":  # behind a marked piece, or behind text that outlived its audio
             another = self.layout.marked and not self.audio_done
@@ -204,14 +205,6 @@ class Machine:
         if self.finished:
             return Allowed("end", 0, 0, ())
         return Allowed("marker", 0, 0, (ids.audio_start,))
-
-    def _between_groups(self):
-        """Markers that may stand in the place of another group."""
-        if self.audio_total < self.min_audio:
-            return ()  # the answer is too short to stop
-        if self.text_done:
-            return (self._stop,)
-        return (self.ids.text_start,) if self.layout.late_text else ()
 
     def advance(self, token):
         """Take the next id. Raises ValueError if it is not legal here."""
@@ -250,22 +243,18 @@ class Machine:
             self.state = "end"
 
 
+@dataclass(eq=False)
 class TextOnly:
-    """Stands in for a Layout where only text is wanted: text ids, then eot."""
+    """A Layout, and its own Machine, where only text is wanted: text ids, then eot."""
+
+    ids: object = None
+    finished: bool = False
 
     def machine(self, ids, min_audio=0):
-        return TextMachine(ids)
-
-
-class TextMachine:
-    """Stands in for Machine."""
-
-    def __init__(self, ids):
-        self.ids, self.finished = ids, False
+        return TextOnly(ids)
 
     def allowed(self):
-        ids = self.ids
-        return Allowed("text", ids.first_text, ids.n_text, (ids.eot,))
+        return Allowed("text", self.ids.first_text, self.ids.n_text, (self.ids.eot,))
 
     def advance(self, token):
         self.finished = token == self.ids.eot

@@ -32,8 +32,7 @@ FAULTS = (LookupError, TypeError, ValueError, OverflowError, MemoryError, Runtim
 
 
 def read(path, n_audio_head=None):
-    """(SemanticConfig, state dict) of an S3 v1 25 Hz network. Heads are not in the file: 64 wide
-    unless told.
+    """(SemanticConfig, state dict) of an S3 v1 25 Hz network; heads, unless told, are 64 wide.
 
     Raises FileNotFoundError, and ValueError when the file is not such a network, as version 2 and
     the 50 Hz variant of version 1 are not.
@@ -117,8 +116,7 @@ def _tensor(data):
 
 
 def _state(tensors, nodes):
-    """Our names. Linear weights and the codebook are stored transposed (views here), the positional
-    table is not."""
+    """The tensors by our names; linear weights and the codebook are stored transposed."""
     state = {}
     for name, tensor in tensors.items():
         if re.fullmatch(r"encoders\.(positional_embedding|conv[12]\.(weight|bias))", name):

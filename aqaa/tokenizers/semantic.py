@@ -94,20 +94,6 @@ def sinusoids(length, channels, longest=10000.0):
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class Quantizer(nn.Module):
-    """`_codebook.embed` (K, D), as published: the entries that unit vectors are compared with."""
-
-    def __init__(self, config):
-        super().__init__()
-        self._codebook = nn.Module()
-        entries = torch.zeros(config.n_codebook_size, config.n_audio_state)
-        self._codebook.register_buffer("embed", entries)
-
-    def forward(self, hidden):
-        """(..., D) -> (...) codes."""
-        return distances(hidden, self._codebook.embed).argmin(-1)
-
-
 @audio.full_precision
 def distances(hidden, embed):
     """(..., D), (K, D) -> (..., K): squared distance of the unit rows to every entry."""
@@ -122,9 +108,12 @@ class SemanticTokenizer(nn.Module):
 
     def __init__(self, config=None):
         super().__init__()
-        self.config = config or SemanticConfig()
-        self.encoder = AudioEncoder(self.config)
-        self.quantizer = Quantizer(self.config)
+        self.config = c = config or SemanticConfig()
+        self.encoder = AudioEncoder(c)
+        entries = torch.zeros(c.n_codebook_size, c.n_audio_state)  # that unit vectors are next to
+        self.quantizer = nn.Module()
+        self.quantizer._codebook = nn.Module()  # a name of the published file
+        self.quantizer._codebook.register_buffer("embed", entries)
 
     @classmethod
     def from_onnx(cls, path, n_audio_head=None):
@@ -148,7 +137,7 @@ class SemanticTokenizer(nn.Module):
 
     def quantize(self, hidden):
         """(..., D) -> (...) int64 codes."""
-        return self.quantizer(hidden)
+        return distances(hidden, self.quantizer._codebook.embed).argmin(-1)
 
     def features(self, wav):
         """(N,) samples at 16 kHz, N > 200 -> (n_mels, N // 160)."""
