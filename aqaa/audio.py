@@ -30,9 +30,6 @@ QUIET = int(0.75 * SAMPLE_RATE)  # samples of silence that a question keeps at e
 LOUD, FAINT = 10**-2.0, 10**-2.5  # energies that begin speech and carry it on: -20 and -25 dB
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
 def write(path, samples, rate):
     """Write (N,) samples in [-1, 1] (numpy or tensor) as a 16-bit wav, whole or not at all.
 

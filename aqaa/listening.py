@@ -34,7 +34,7 @@ class Listener:
         self.step = max(1, int(every * SAMPLE_RATE))  # samples between two looks
         self.wav = torch.zeros(0, device=model.device)  # (N,)
         self.ids, self.ended = [], False
-        # What the last look knew; `_commit` sets these together.
+        # What the last look knew; these are set together.
         self.heard = self.start = self.end = 0  # samples so far, and the part that was encoded
         self.peak = torch.full((1,), -1.0, device=model.device)  # of that part; -1: none yet
         self.session, self.linguistic, self.semantic = None, [], []
@@ -55,7 +55,8 @@ class Listener:
         self.wav = wav
         if len(wav) - self.heard >= self.step:
             with self._threads():
-                self._commit(self._look())
+                state = self._look()
+            vars(self).update(state)  # one call of C: an interrupt comes before all of it or after
         return self.ids
 
     def finish(self):
@@ -69,7 +70,7 @@ class Listener:
                 state = self._look(final=True)
             if not state["ids"]:
                 raise audio.AudioError(audio.TOO_SHORT)
-            self._commit({**state, "ended": True})
+            vars(self).update(state, ended=True)
         return self.ids
 
     def stream(self, **sampling):
@@ -110,9 +111,6 @@ class Listener:
     def _threads(self):
         decoder = [self.model.decoder] if self.prefill else []
         return suited_to(self.model.linguistic, self.model.semantic, *decoder)
-
-    def _commit(self, state):
-        vars(self).update(state)  # one call of C: an interrupt comes before all of it or after
 
     def _level(self, wav, peak):
         """Samples at the level of the whole question: its peak goes along as one more sample."""

@@ -55,9 +55,6 @@ def called(path):
     return "standard input" if str(path) == "-" else str(path)
 
 
-# ---- bytes ---------------------------------------------------------------------------------------
-
-
 def _bytes(path, name):
     """All bytes of a file, a pipe or standard input, BOUND at most."""
     try:
@@ -197,9 +194,6 @@ def _by_torchcodec(data, name, max_seconds):
 
 def _unreadable(name, reason):
     return refusal(name, f"is not a sound file that can be read ({reason})", "convert it to wav")
-
-
-# ---- samples -------------------------------------------------------------------------------------
 
 
 class _Bytes(io.BytesIO):

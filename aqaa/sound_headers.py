@@ -238,9 +238,6 @@ def _completed_mp3(data, name, max_seconds):
     return tag + b"".join(data[frame.place : frame.place + frame.size] for frame in kept)
 
 
-# ---- mp4 -----------------------------------------------------------------------------------------
-
-
 def check_boxes(data, name):
     """The boxes of an mp4 follow one another; one that reaches beyond the end has been cut."""
     place = 0

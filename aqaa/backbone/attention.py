@@ -77,10 +77,9 @@ def eager(query, key, value, bias, scaling):
 def check_implementation(name):
     """Raise ValueError for an `attn_implementation` but ours; None: transformers chooses."""
     if name not in (None, "sdpa", "eager"):
-        raise ValueError(
-            f"Step-1 has no attention {name!r}, as such kernels do not add its square-root "
-            'distance bias: use attn_implementation="sdpa", or "eager" to see the weights'
-        )
+        fault = "such kernels do not add its square-root distance bias"
+        remedy = 'use attn_implementation="sdpa", or "eager" to see the weights'
+        raise ValueError(f"Step-1 has no attention {name!r}, as {fault}: {remedy}")
 
 
 def segments(query, key, value, bias, sizes, scaling):

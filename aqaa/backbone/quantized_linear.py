@@ -151,9 +151,6 @@ class Fp8Linear(QuantizedLinear):
 FORMATS = {cls.name: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 
 
-# ---- to codes ------------------------------------------------------------------------------------
-
-
 def find_scale(cls, weight, group, search=True):
     """Scales (N, K / group) of `weight` (N, K) in DTYPE, for the format `cls`.
 
@@ -209,9 +206,6 @@ def gptq(cls, weight, scale, hessian):
             errors[:, i - start] = error
         weight[:, end:] -= errors @ upper[start:end, end:]
     return codes[:, order.argsort()]
-
-
-# ---- within a module -----------------------------------------------------------------------------
 
 
 def empty_linears(module, weights, group=None, skip=("lm_head",), device="meta"):

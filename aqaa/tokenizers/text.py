@@ -250,9 +250,6 @@ def _removal_costs(counts):
     return costs
 
 
-# ---- the few protobuf fields of a SentencePiece model --------------------------------------------
-
-
 def read_sentencepiece(data, name="model"):
     """Pieces [(text, score, type)] and model_type of a ModelProto (bytes). Raises ValueError."""
     pieces, model_type, fault = [], UNIGRAM, f"{name} is not a SentencePiece model"

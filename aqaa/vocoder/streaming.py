@@ -132,8 +132,14 @@ class StreamingVocoder:
         token = torch.tensor([waiting], device=self.device)  # (1, N)
         past = torch.cat([self.prompt[0], self.past], 1)
         past_mel = torch.cat([self.prompt[1], self.mel], 1)
+        # a frame that is made again keeps its noise, so that both versions agree
+        frames = self.mel.shape[1] + self._frames(self.spoken, self.spoken + token.shape[1])
+        missing = max(0, frames - self.noise.shape[1])
+        fresh = torch.randn(1, missing, self.mel.shape[2], generator=self.generator)
+        self.noise = torch.cat([self.noise, fresh], 1)
+        noise = torch.cat([self.prompt_noise, self.noise[:, :frames]], 1).mT  # (1, n_mels, frames)
         made = self.flow.inference(  # (1, n_mels, frames)
-            token, prompt_token=past, prompt_feat=past_mel, noise=self._noise(token.shape[1]),
+            token, prompt_token=past, prompt_feat=past_mel, noise=noise.to(self.device),
             first=self.spoken, **self.options,
         )  # fmt: skip
         frames = self._frames(self.spoken, self.spoken + n)
@@ -154,17 +160,6 @@ class StreamingVocoder:
     def _frames(self, start, end):
         """Mel frames of the utterance's tokens start … end - 1."""
         return self.flow.frames(end) - self.flow.frames(start)
-
-    def _noise(self, n_tokens):
-        """Noise for prompt, past and coming frames: (1, n_mels, frames).
-
-        A frame made again keeps its noise, so that both versions agree.
-        """
-        frames = self.mel.shape[1] + self._frames(self.spoken, self.spoken + n_tokens)
-        missing = max(0, frames - self.noise.shape[1])
-        fresh = torch.randn(1, missing, self.mel.shape[2], generator=self.generator)
-        self.noise = torch.cat([self.noise, fresh], 1)
-        return torch.cat([self.prompt_noise, self.noise[:, :frames]], 1).mT.to(self.device)
 
 
 class Vocoder:
