@@ -51,8 +51,11 @@ class QuantizedLinear(nn.Module):
         scales, codes = [], []
         for part in weight.split(rows):
             scale = find_scale(cls, part, group, search)
-            by_gptq = hessian is not None
-            rounded = gptq(cls, part, scale, hessian) if by_gptq else to_nearest(cls, part, scale)
+            if hessian is None:
+                grouped = part.float().unflatten(1, (-1, group))  # (n, K / group, group)
+                rounded = cls.nearest(grouped / scale.float()[..., None]).flatten(1)
+            else:
+                rounded = gptq(cls, part, scale, hessian)
             codes.append(cls.pack(rounded))
             scales.append(scale)
         layer = cls(weight.shape[1], weight.shape[0], group, "meta")
@@ -169,12 +172,6 @@ def find_scale(cls, weight, group, search=True):
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best[..., 0]
-
-
-def to_nearest(cls, weight, scale):
-    """Codes (N, K) of `weight` with scales (N, K / group)."""
-    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
-    return cls.nearest(grouped / scale.float()[..., None]).flatten(1)
 
 
 def gptq(cls, weight, scale, hessian):

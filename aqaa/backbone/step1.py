@@ -137,10 +137,8 @@ class Step1Model(Trunk, Step1PreTrainedModel):
         if cache is not None:  # a static one has more slots than tokens so far
             past, n_key = cache.get_seq_length(), cache.get_mask_sizes(n_query, 0)[0]
         inputs.check_mask(attention_mask, past, n_query, n_key)
-        marks = {
-            "position_ids": position_ids, "seq_idx": seq_idx,
-            "cu_seq_lens": cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q,
-        }  # fmt: skip
+        ends = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+        marks = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seq_lens": ends}
         on_cpu = hidden_states.device.type == "cpu"
         by_runs = self.training and cache is None and not use_cache and on_cpu
         segment_ids = inputs.segments(

@@ -42,9 +42,7 @@ AUTO = {  # for AutoTokenizer; an answer is generated from its end, hence paddin
     "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
     "padding_side": "left", "model_input_names": ["input_ids", "attention_mask"],
 }  # fmt: skip
-AUTO_MARKERS = {
-    "bos_token": ANCHOR, "eos_token": "<|EOT|>", "unk_token": "<unk>", "pad_token": "<unk>",
-}  # fmt: skip
+AUTO_MARKERS = dict(bos_token=ANCHOR, eos_token="<|EOT|>", unk_token="<unk>", pad_token="<unk>")
 
 
 def tagged(text, manner):
