@@ -1,6 +1,7 @@
-"""Faster twins of the plain modules, put in place from outside: `prepare` for answers, `prepare_training` for training.
+"""Faster twins of the plain modules, put in place from outside.
 
-No file of the model imports this package; it may import the model's. Tests hold each twin equal to its plain form.
+Import `prepare` (for answers) and `prepare_training`. May import the three rooms of the model,
+which never import this one; tests hold each twin equal to its plain form.
 """
 
 from aqaa.fast.prepared import prepare, prepare_training
