@@ -69,7 +69,7 @@ def parts(result):
     """Every part at the published size, beside the packages it can be compared with."""
     lines = ["**Every part at its published size**, random weights, fp32 where nothing else is said: CPU-seconds of "
              "one thread for a second of sound, measured in turns with others (as trained: our module before "
-             "`kernels.prepare`, weight norms unfolded; AMX: `--amx`, linear layers on the matrix units of a Xeon, "
+             "`fast.prepare`, weight norms unfolded; AMX: `--amx`, linear layers on the matrix units of a Xeon, "
              "each fp32 product as three of bf16, within the tolerance of the golden tensors).", "",
              "| part | sound, s | aqaa | others | times faster |", "|---|---|---|---|---|"]
     for row in result["parts"]:

@@ -15,13 +15,9 @@ __version__ = "0.1.0"
 __all__ = ["AQAA", "Answer", "AudioError", "ModelError", "Piece", "ask", "load"]
 
 _HOMES = {
-    "AQAA": "pipeline",
-    "Answer": "answer",
-    "Piece": "answer",
-    "AudioError": "sound_headers",
-    "ModelError": "files",
-    "load": "loading",
-}
+    "AQAA": "pipeline", "Answer": "answer", "Piece": "answer", "load": "loading",
+    "AudioError": "sound_headers", "ModelError": "files",
+}  # fmt: skip
 
 
 def __getattr__(name):

@@ -23,9 +23,8 @@ class Answer:
     """A finished answer.
 
     audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text")
-    and codes ("linguistic", "semantic"); timings in seconds, see Ledger; confidence: geometric mean
-    of the probabilities of the text tokens, 0 without text; pieces: (when ready, length) of each
-    part of the sound, in seconds.
+    and codes ("linguistic", "semantic"); timings and pieces: see Ledger; confidence: geometric mean
+    of the probabilities of the text tokens, 0 without text.
     """
 
     text: str
@@ -82,7 +81,7 @@ class Ledger:
     """Seconds of read, linguistic, semantic, generate, vocode, first_token, first_audio, total.
 
     first_* count from the start; first_audio_share is the share of the answer's ids known when the
-    first sound came (not a time). pieces: (when ready, length) of each part of the sound.
+    first sound came (not a time). pieces: (when ready, length) of each part of the sound, seconds.
     """
 
     began: float = field(default_factory=time.perf_counter)

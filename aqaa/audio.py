@@ -8,7 +8,6 @@ of import; its Slaney bank rounds otherwise, which moves the features that model
 
 import io
 import math
-import numbers
 import os
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 from aqaa.config import SAMPLE_RATE
 from aqaa.files import replacing
-from aqaa.sound_files import BLOCK, RATES, bad_rate, called, mono, read
+from aqaa.sound_files import BLOCK, called, check_rate, mono, read
 from aqaa.sound_headers import AudioError, refusal, too_long
 
 TOO_SHORT = "the question is too short to hear anything in it: 0.2 s are needed."
@@ -29,9 +28,6 @@ MAX_SECONDS = 60  # rows of the mini's semantic positions, and what it was train
 SILENCE = 1e-4  # peak of a question that holds nothing to hear, full scale = 1
 QUIET = int(0.75 * SAMPLE_RATE)  # samples of silence that a question keeps at either end
 LOUD, FAINT = 10**-2.0, 10**-2.5  # energies that begin speech and carry it on: -20 and -25 dB
-
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 def write(path, samples, rate):
@@ -76,8 +72,7 @@ def load_question(question, max_seconds=MAX_SECONDS):
             fact = "is a path or a pair (samples, rate)"
             raise refusal("a question", fact, "pass one of them") from None
         samples = mono(_channels_last(samples).split(BLOCK), name)
-    if not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
-        raise bad_rate(name, rate)
+    check_rate(name, rate)
     seconds = len(samples) / rate
     if seconds > max_seconds:
         raise too_long(name, seconds, max_seconds)
@@ -118,9 +113,8 @@ def _channels_last(samples):
     elif dtype.kind == "i" and dtype.itemsize in (2, 4):
         scale = -float(np.iinfo(dtype).min)
     if not scale or samples.ndim not in (1, 2):
-        raise AudioError(
-            "the samples must be numbers in one or two dimensions (float, int16 or int32)."
-        )
+        needed = "numbers in one or two dimensions (float, int16 or int32)"
+        raise AudioError(f"the samples must be {needed}.")
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused later
         samples = samples.astype(np.float64) / scale if scale > 1 else samples
         samples = torch.from_numpy(samples.astype(np.float32))  # in this machine's byte order
@@ -170,10 +164,7 @@ def _resampler(rate, to, device, dtype):
 def _sinc(time, base, rate):
     """Hann-windowed sinc of 6 zero crossings at `time` (in units of the base period)."""
     time = (time * base).clamp(-6, 6)
-    window = torch.cos(time * math.pi / 12) ** 2
-    angle = time * math.pi
-    sinc = torch.where(angle == 0, torch.ones_like(angle), angle.sin() / angle)
-    return sinc * window * (base / rate)
+    return torch.sinc(time) * torch.cos(time * math.pi / 12) ** 2 * (base / rate)
 
 
 def _resample_directly(wav, rate, to, length, piece=1 << 14, phases=1024):
@@ -258,8 +249,7 @@ def fbank(wav, n_mels=80, window="hamming", dither=0.0):
     """Kaldi filter-bank energies: (..., N) at 16 kHz -> (..., (N - 400) // 160 + 1, n_mels), ln.
 
     25 ms frames every 10 ms, without padding; fewer than 400 samples give no frame. Scale the wave
-    by 32768 first where the official recipe does. `window` is "hamming" or "povey"; `dither` is the
-    spread of added noise.
+    by 32768 first where the official recipe does. `window`: "hamming" or "povey"; `dither`: spread.
     """
     if wav.shape[-1] < 400:
         return wav.new_zeros(*wav.shape[:-1], 0, n_mels)
@@ -314,10 +304,8 @@ def mel(wav, config):
     pad = (config.n_fft - config.hop_size) // 2  # frame t is centred on sample (t + 1/2) * hop
     spectrum = torch.view_as_real(_stft(wav, config.n_fft, config.hop_size, config.win_size, pad))
     magnitude = (spectrum.square().sum(-1) + 1e-9).sqrt()  # not zero: its gradient is finite
-    bank = _slaney_bank(
-        config.sampling_rate, config.n_fft, config.num_mels, config.fmin, config.fmax
-    )
-    return (bank.to(wav) @ magnitude).clamp_min(1e-5).log()
+    sizes = config.sampling_rate, config.n_fft, config.num_mels, config.fmin, config.fmax
+    return (_slaney_bank(*sizes).to(wav) @ magnitude).clamp_min(1e-5).log()
 
 
 def _stft(wav, n_fft, hop, win, pad):

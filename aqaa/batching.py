@@ -18,8 +18,8 @@ def ask_all(model, wavs, *, batch=BATCH, seed=0, speak=True, progress=None, **sa
     """A generator of (index, text, wav (N,) float32 or None), in no particular order.
 
     wavs: list of (N,) float at 16 kHz, as are the answers. Questions of similar length are
-    tokenised and generated together; the vocoder takes answers one by one. speak=False leaves the
-    sound out. sampling goes to the generator (temperature, top_p).
+    tokenised and generated together; the vocoder takes answers one by one, and speak=False leaves
+    it out. sampling goes to the generator (temperature, top_p).
     """
     order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))  # little padding in a batch
     bar = {"desc": progress, "disable": not progress, "unit": "question", "leave": False}
@@ -45,21 +45,18 @@ def answer_batch(model, wavs, seed=0, **sampling):
     sounds = [torch.as_tensor(np.asarray(wav, np.float32)).to(model.device) for wav in wavs]
     linguistic = model.linguistic.encode_batch(sounds)
     semantic = model.semantic.encode_batch(sounds)
-    prompts = [
-        model.prompt(interleave.merge(first.cpu(), second.cpu(), model.ids))
-        for first, second in zip(linguistic, semantic, strict=True)
-    ]
-    settings = {"max_tokens": MAX_ANSWER, **own_sampling(model), **sampling}
-    answers = []
-    for steps in generate_batch(
-        model.backbone, prompts, model.ids, model.layout, seed=seed, min_audio=MIN_AUDIO, **settings
-    ):
+    merged = (interleave.merge(first.cpu(), second.cpu(), model.ids)
+              for first, second in zip(linguistic, semantic, strict=True))  # fmt: skip
+    settings = {"max_tokens": MAX_ANSWER, "min_audio": MIN_AUDIO, **own_sampling(), **sampling}
+    common, answers = (model.ids, model.layout), []
+    prompts = list(map(model.prompt, merged))
+    for steps in generate_batch(model.backbone, prompts, *common, seed=seed, **settings):
         text, audio = model.layout.parse([step.id for step in steps], model.ids)
         whole = interleave.groups(audio, model.ids).reshape(-1).tolist()
         answers.append((normalise(model.text.decode(text)), whole))
     return answers
 
 
-def own_sampling(model):
-    """The temperature and top_p of the model's `generate` by default."""
+def own_sampling():
+    """The temperature and top_p of an AQAA's `generate` by default."""
     return {name: SAMPLING[name] for name in ("temperature", "top_p")}

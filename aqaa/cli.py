@@ -1,8 +1,7 @@
 """The command line: arguments in, package calls, exit code out.
 
 0: done, 1: could not, 2: wrong usage, 130: interrupted. Nothing heavy is imported before it is
-known what to do. Each fault is one sentence on stderr.
-"""
+known what to do. Each fault is one sentence on stderr."""
 
 import contextlib
 import errno
@@ -74,11 +73,9 @@ def _sentence(fault, about=""):
     elif isinstance(fault, WriteError):  # its sentence is whole
         text = str(fault)
     elif isinstance(fault, OSError) and fault.strerror:
+        text = f"the system refuses ({fault.strerror}): check the disk and where the output goes."
         if fault.filename is not None:
             text = f"{os.fsdecode(fault.filename)} cannot be used ({fault.strerror})."
-        else:
-            remedy = "check the disk and where the output goes"
-            text = f"the system refuses ({fault.strerror}): {remedy}."
     elif not isinstance(fault, (ValueError, OSError)):  # nobody foresaw it: say where it was
         frames = traceback.extract_tb(fault.__traceback__)
         here = os.path.dirname(__file__)
@@ -98,7 +95,7 @@ def _ask(args):
         raise ValueError("stdin can be read only once: name - once.")
     faults = {question: options.fault_of_question(question) for question in questions}
     usable = [question for question in questions if not faults[question]]
-    failed, respond = 0, None
+    failed, respond = False, None
     with Places(args.output, usable, folder=chat or len(questions) > 1) as places:
         if usable or not questions:  # else nothing is loaded
             _check(args)
@@ -114,32 +111,27 @@ def _ask(args):
             if not fault:  # only now: a bad question is told at once
                 respond = respond or _responder(_load(args), args)
                 done, fault = _try(about, _answer, respond, wav, places, question)
-            if fault:
-                failed += 1
-                row, line = {"question": question, "error": fault}, None  # it is on stderr
-            else:
-                row, line = _facts(question, *done, args.stream), _line(question, *done)
-            if args.json or line:
-                print(json.dumps(row) if args.json else line, flush=True)
-    return int(failed > 0)
+            failed |= bool(fault)
+            if args.json:
+                row = {"error": fault} if fault else _facts(*done, args.stream)
+                print(json.dumps({"question": str(question), **row}), flush=True)
+            elif not fault:  # else it is on stderr
+                print(_line(question, *done), flush=True)
+    return int(failed)
 
 
 def _names_on_stdin():
     """Names of questions, one a line."""
-    if sys.stdin is None:
-        return
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         print("aqaa: names of sound files, one a line; Ctrl-D ends.", file=sys.stderr)
-    for line in sys.stdin:
+    for line in sys.stdin or ():
         if name := line.strip():
             yield name if name != "-" else "./-"  # stdin itself is taken
 
 
 def _try(about, step, *args):
-    """(step(*args), None), or (None, the sentence that was printed): other questions go on.
-
-    Faults of the weights end the run, and so does the end of the reader of our output.
-    """
+    """(step(*args), None), or (None, the sentence that was printed): other questions go on. Faults
+    of the weights end the run, and so does the end of the reader of our output."""
     try:
         return step(*args), None
     except (BrokenPipeError, ModelError):
@@ -174,10 +166,8 @@ def _check(args):
 
 
 def _load(args):
-    """The model of --preset and of the released folders; its notes go to stderr.
-
-    All parts are loaded here, so that the timings of an answer are its own.
-    """
+    """The model of --preset and of the released folders; its notes go to stderr. All parts are
+    loaded here, so that the timings of an answer are its own."""
     from aqaa import loading
 
     engine = None
@@ -185,9 +175,8 @@ def _load(args):
         from aqaa.scale.vllm.client import Server
 
         engine = Server(args.engine)
-    folders = {name: getattr(args, name) for name in (*RELEASED, "speaker")}
-    settings = {"device": args.device, "dtype": args.dtype, "amx": args.amx}
-    model = loading.load(args.preset, **settings, **folders)
+    names = ("device", "dtype", "amx", "speaker", *RELEASED)
+    model = loading.load(args.preset, **{name: getattr(args, name) for name in names})
     if args.engine == "fast":
         from aqaa.fast.graph_decoder import Engine
 
@@ -225,18 +214,15 @@ def _responder(model, args):
     return stream
 
 
-def _facts(question, place, answer, streamed):
+def _facts(place, answer, streamed):
     """The row of --json."""
     return {
-        "question": str(question),
-        "text": answer.text,
-        "audio": str(place),
-        "seconds": round(answer.seconds, 3),
+        "text": answer.text, "audio": str(place), "seconds": round(answer.seconds, 3),
         "first_audio_ms": round(1000 * answer.timings["first_audio"]) if streamed else None,
         "real_time_factor": round(answer.real_time_factor, 3),
         "confidence": round(answer.confidence, 4),
         "tokens": {name: len(answer.tokens[name]) for name in ("text", "linguistic", "semantic")},
-    }
+    }  # fmt: skip
 
 
 def _line(question, place, answer):
@@ -246,10 +232,8 @@ def _line(question, place, answer):
 
 
 class Places:
-    """Where answers go: one wav, or a folder that is made if need be.
-
-    Raises ValueError or OSError before any work is done.
-    """
+    """Where answers go: one wav, or a folder that is made if need be. Raises ValueError or OSError
+    before any work is done."""
 
     def __init__(self, output, questions, folder):
         self.path = Path(output or ("answers" if folder else "answer.wav"))
@@ -257,18 +241,16 @@ class Places:
         self.folder = folder or is_folder
         self.questions = {os.path.realpath(question) for question in questions}
         self.taken, self.made, self.used = set(), False, False
-        fault = None
         if output == "-":
-            fault = "answers are not written to stdout: name a wav or a folder with -o."
-        elif not self.folder and suffix not in ("", ".wav"):
-            fault = f"{self.path} would be written as wav: give it a name that ends in .wav."
-        elif folder and suffix == ".wav" and not is_folder:
+            raise ValueError("answers are not written to stdout: name a wav or a folder with -o.")
+        if not self.folder and suffix not in ("", ".wav"):
+            fault = f"{self.path} would be written as wav"
+            raise ValueError(f"{fault}: give it a name that ends in .wav.")
+        if folder and suffix == ".wav" and not is_folder:
             fault = f"{self.path} would be one wav, and there may be several answers"
-            fault = f"{fault}: name a folder with -o."
-        elif os.path.realpath(self.path) in self.questions:
-            fault = f"{self.path} is the question itself: choose another place with -o."
-        if fault:
-            raise ValueError(fault)
+            raise ValueError(f"{fault}: name a folder with -o.")
+        if os.path.realpath(self.path) in self.questions:
+            raise ValueError(f"{self.path} is the question itself: choose another place with -o.")
         try:
             self._prepare()
         except OSError as fault:
@@ -327,17 +309,13 @@ def _listen(args):
     answer = model.ask(question, **_sampling(args))
     linguistic, semantic = interleave.split(question, model.ids)
     rows = {
-        "linguistic": linguistic,
-        "semantic": semantic,
-        "merged": question,
-        "prompt": answer.tokens["prompt"],
-        "answer": answer.tokens["answer"],
+        "linguistic": linguistic, "semantic": semantic, "merged": question,
+        "prompt": answer.tokens["prompt"], "answer": answer.tokens["answer"],
         "answer_linguistic": answer.tokens["linguistic"],
         "answer_semantic": answer.tokens["semantic"],
-        "text": answer.text,
-        "confidence": round(answer.confidence, 4),
+        "text": answer.text, "confidence": round(answer.confidence, 4),
         "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
-    }
+    }  # fmt: skip
     if args.json:
         print(json.dumps({"question": args.question, "seconds": len(wav) / rate, **rows}))
         return
@@ -347,20 +325,23 @@ def _listen(args):
         print(f"{name} ({len(row)}): {' '.join(map(str, row))}" if ids else f"{name}: {row}")
 
 
+def _rest(args, *own):
+    """The arguments by name, without the command and those named."""
+    return {name: value for name, value in vars(args).items() if name not in ("verb", *own)}
+
+
 def _train(args):
     options.check_train(args)
     from aqaa.training import run
 
-    own = ("verb", "stage")
-    return run.main(args.stage, **{k: value for k, value in vars(args).items() if k not in own})
+    return run.main(**_rest(args))
 
 
 def _bench(args):
     options.check_bench(args)
     from aqaa.evaluation import bench
 
-    chosen = {name: value for name, value in vars(args).items() if name not in ("verb", "what", "json")}
-    return bench.main(args.what, as_json=args.json, **chosen)
+    return bench.main(args.what, as_json=args.json, **_rest(args, "what", "json"))
 
 
 def _plan(args):

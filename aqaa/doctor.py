@@ -1,7 +1,6 @@
 """`aqaa doctor`: what this machine has, and what it lacks for asking, training and judging.
 
-`aqaa doctor FOLDER`: what a folder of weights is good for, by names and headers alone.
-"""
+`aqaa doctor FOLDER`: what a folder of weights is good for, by names and headers alone."""
 
 import importlib.metadata
 import json
@@ -10,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from itertools import chain
 
 from aqaa.files import ModelError, fingerprint
@@ -31,10 +31,8 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def main(folders=(), preset="mini", as_json=False):
-    """Print a report on this machine, or on `folders`, and its faults on stderr.
-
-    Returns 0 if `aqaa ask` can work here (or all folders are whole and fit), else 1.
-    """
+    """Print a report on this machine, or on `folders`, and its faults on stderr. Returns 0 if `aqaa
+    ask` can work here (or all folders are whole and fit), else 1."""
     report, faults = _folders(folders) if folders else _machine(preset)
     if as_json and report:
         print(json.dumps(report))
@@ -50,12 +48,8 @@ def main(folders=(), preset="mini", as_json=False):
 
 def _machine(preset):
     """({title: {name: value}}, faults) of what is here; a list takes a line for each entry."""
-    report = {
-        "versions": versions(),
-        "devices": devices(),
-        "speech engines": engines(),
-        "weights": weights(preset),
-    }
+    report = {"versions": versions(), "devices": devices(), "speech engines": engines()}
+    report["weights"] = weights(preset)
     fault = report["weights"].get("fault")
     return report, [fault] if fault else []
 
@@ -76,22 +70,21 @@ def _folders(names):
             reason = " ".join(str(fault).split())
             faults.append(f"{name} cannot be read ({reason}): get the folder again.")
     if sources and not faults:
-        faults += _together(sources)
+        from aqaa.weights import released
+
+        if len(sources) == sum(map(len, released.PARTS.values())):  # do they make a system?
+            with listed(faults):
+                released.combine(released.PUBLISHED, sources)
     return report, faults
 
 
-def _together(sources):
-    """Why the parts of several folders make no system; [] if they do, or if some are missing."""
-    from aqaa.config import AQAAConfig
-    from aqaa.weights import released
-
-    if len(sources) < sum(map(len, released.PARTS.values())):
-        return []
+@contextmanager
+def listed(faults):
+    """Within it a ModelError becomes an entry of the list `faults`."""
     try:
-        released.combine(AQAAConfig(), sources)
+        yield
     except ModelError as fault:
-        return [str(fault)]
-    return []
+        faults.append(str(fault))
 
 
 def _places(name):
@@ -102,10 +95,8 @@ def _places(name):
 
 
 def folder(path):
-    """(rows for the report, {part: released.Source} of what is whole) of a folder.
-
-    Loads no weights.
-    """
+    """(rows for the report, {part: released.Source} of what is whole) of a folder, without loading
+    weights."""
     from aqaa.weights import model_folder, released
     from aqaa.weights.shards import in_bytes
 
@@ -121,20 +112,16 @@ def folder(path):
         faults.append(f"{path} holds nothing that aqaa knows: {remedy}.")
     else:
         for part, look in chain(*(released.PARTS[role].items() for role in rows["roles"])):
-            try:
+            rows[part] = "not usable"
+            with listed(faults):
                 sources[part] = look(path)
                 rows[part] = sources[part].facts
                 rows |= {"note": sources[part].note} if sources[part].note else {}
-            except ModelError as fault:
-                rows[part] = "not usable"
-                faults.append(str(fault))
     if "semantic" in sources:
         same = fingerprint(path / released.ONNX)["sha256"] == FIRST_S3
         rows["semantic"] += f", {'' if same else 'not '}the file of CosyVoice-300M-25Hz"
-    try:
+    with listed(faults):
         released.recorded(path, hashes=True)
-    except ModelError as fault:
-        faults.append(str(fault))
     return rows | {"faults": faults}, sources
 
 
@@ -189,10 +176,8 @@ def devices():
 
 
 def engines():
-    """Where each speech engine is, or how to get it.
-
-    Only `aqaa train corpus` and `aqaa bench accuracy` need them.
-    """
+    """Where each speech engine is, or how to get it. Only `aqaa train corpus` and `aqaa bench
+    accuracy` need them."""
     return {
         name: shutil.which(name) or f"missing (for {purpose}): apt-get install {packages}"
         for name, (purpose, packages) in ENGINES.items()

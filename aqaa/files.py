@@ -27,9 +27,7 @@ MB = 1_000_000
 MEMORY = "/dev/shm"  # files here never reach a disk
 SPARE = 256 * MB  # a container may have far less of it
 NEW_FILE = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | os.O_WRONLY  # through no link
-LEFT = re.compile(  # a name that `process_tag` is in
-    r"(?:^aqaa-|\.)([0-9a-f]{8})-(\d+)(?:-\w+|\.[0-9a-f]{8}\.part)$"
-)
+LEFT = re.compile(r"(?:^aqaa-|\.)([0-9a-f]{8})-(\d+)(?:-\w+|\.[0-9a-f]{8}\.part)$")  # process_tag()
 DAMAGE = (  # what the readers of json, npz, pickle and safetensors raise for a damaged file
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
     pickle.PickleError, zipfile.BadZipFile, zlib.error,
@@ -61,20 +59,23 @@ def brief(fault):
 
 
 @contextmanager
-def replacing(path, parents=True, mode=0o666):
+def replacing(path, parents=True, mode=0o666, keep=None):
     """A path to write to, in the same folder; it takes the name `path` if all goes well.
 
     If not, it goes away. The part is a new file with the rights of any new file, never one that
     somebody laid there, and it is on the disk before it takes the name. A process that is killed
     leaves it behind, for `sweep`. If `path` is a link, the file that it leads to is replaced; a
     device or a pipe is written in place. parents: make the folder. mode: the rights, less the
-    umask. Raises WriteError.
-    """
+    umask. keep: the name that the earlier file takes, for `restore`. Raises WriteError."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
     part = path.with_name(f".{path.name[:40]}.{process_tag()}.{secrets.token_hex(4)}.part")
+    keep = keep if path.exists() else None
+    if keep:  # the room of the one before is needed: there are never more than two
+        with writing(keep):
+            Path(keep).unlink(missing_ok=True)
     try:
         with writing(path):
             if parents:
@@ -85,12 +86,20 @@ def replacing(path, parents=True, mode=0o666):
             _sync(part, os.O_RDWR)
             if part.stat().st_mode != rights:  # some libraries put a file of their own there
                 part.chmod(stat.S_IMODE(rights))
+            if keep:
+                os.replace(path, keep)
             os.replace(part, path)
             with suppress(OSError):  # not every file system syncs a folder
                 _sync(path.parent, os.O_RDONLY)
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def restore(path, kept):
+    """Give the name `path` back to the earlier file that `replacing` kept. Raises WriteError."""
+    with writing(path):
+        os.replace(kept, path)
 
 
 def _sync(path, flags):
@@ -111,8 +120,8 @@ def writing(path):
         raise
     except OSError as fault:
         names = [name for name in (fault.filename, fault.filename2) if isinstance(name, str)]
-        parents = [Path(os.path.abspath(name)) for name in names]
-        if names and not any(folder == p.parent or folder.is_relative_to(p) for p in parents):
+        places = [Path(os.path.abspath(name)) for name in names]
+        if names and not any(folder == p.parent or folder.is_relative_to(p) for p in places):
             raise  # of a file that was read
         raise WriteError(path, fault.strerror or brief(fault), fault.errno) from None
     except Exception:  # torch and safetensors have faults of their own for a full disk
@@ -193,15 +202,31 @@ def _alive(pid):
 
 
 @contextmanager
-def reading(path, remedy):
-    """Within it DAMAGE that a reader raises becomes a ModelError about `path`."""
+def refusing(sentence, remedy, *kinds):
+    """Within it exceptions of these kinds become a ModelError: `sentence (reason): remedy.`"""
     try:
         yield
     except ModelError:
         raise
-    except DAMAGE as fault:
-        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else brief(fault)
-        raise ModelError(f"{path} is cut short or damaged ({reason}): {remedy}.") from None
+    except kinds as fault:
+        reason = getattr(fault, "strerror", None) or brief(fault)
+        raise ModelError(f"{sentence} ({reason}): {remedy}.") from None
+
+
+@contextmanager
+def passing_on(remedy=""):
+    """Within it the sentence of a ValueError becomes that of a ModelError, with a remedy if any."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except ValueError as fault:
+        raise ModelError(f"{brief(fault)}; {remedy}." if remedy else fault) from None
+
+
+def reading(path, remedy):
+    """Within it DAMAGE that a reader raises becomes a ModelError about `path`."""
+    return refusing(f"{path} is cut short or damaged", remedy, *DAMAGE)
 
 
 def parse_json(text, nan=False):
@@ -245,9 +270,8 @@ def check_file(path, remedy=TRAIN):
         raise ModelError(f"{path} is missing: {remedy}.")
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ModelError(
-                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`."
-            )
+            kind = "a Git LFS pointer, not the file itself"
+            raise ModelError(f"{path} is {kind}: run `git lfs pull`.")
 
 
 # ---- names and places ---------------------------------------------------------------------------
@@ -274,7 +298,6 @@ def server_address(url, other=""):
     except ValueError:  # a port that is no number
         usable = False
     if not usable:
-        raise ValueError(
-            f"{url!r} is no address of a server: write it as http://127.0.0.1:8000{other}."
-        )
+        example = f"http://127.0.0.1:8000{other}"
+        raise ValueError(f"{url!r} is no address of a server: write it as {example}.")
     return parts

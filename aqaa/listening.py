@@ -25,8 +25,8 @@ class Listener:
     question. prefill: None, or a Prefill of the backbone, which reads the prompt as it grows.
     `restarts` counts how often both encoders began anew, the first time not counted.
 
-    `push` first takes the samples (`wav` holds all of them), then looks. An interrupt of a look
-    (Ctrl-C, no memory) leaves everything as it was before: the next look encodes both packets.
+    `push` takes the samples into `wav`, then looks. An interrupt of a look (Ctrl-C, no memory)
+    leaves everything else as it was: the next look encodes both packets.
     """
 
     def __init__(self, model, *, every=0.24, history=(), prefill=None):
@@ -34,7 +34,7 @@ class Listener:
         self.step = max(1, int(every * SAMPLE_RATE))  # samples between two looks
         self.wav = torch.zeros(0, device=model.device)  # (N,)
         self.ids, self.ended = [], False
-        # What the last look knew; `_commit` sets these together.
+        # What the last look knew; these are set together.
         self.heard = self.start = self.end = 0  # samples so far, and the part that was encoded
         self.peak = torch.full((1,), -1.0, device=model.device)  # of that part; -1: none yet
         self.session, self.linguistic, self.semantic = None, [], []
@@ -55,7 +55,8 @@ class Listener:
         self.wav = wav
         if len(wav) - self.heard >= self.step:
             with self._threads():
-                self._commit(self._look())
+                state = self._look()
+            vars(self).update(state)  # one call of C: an interrupt comes before all of it or after
         return self.ids
 
     def finish(self):
@@ -69,7 +70,7 @@ class Listener:
                 state = self._look(final=True)
             if not state["ids"]:
                 raise audio.AudioError(audio.TOO_SHORT)
-            self._commit({**state, "ended": True})
+            vars(self).update(state, ended=True)
         return self.ids
 
     def stream(self, **sampling):
@@ -86,14 +87,12 @@ class Listener:
         n_encoded = self.end - self.start
         # Codes depend on where the question starts and on its level: if either moved, start over.
         moved = start != self.start or end < self.end or bool(peak != self.peak)
-        restart = session is None or moved
-        if restart:
+        if restart := session is None or moved:
             session, linguistic, semantic = self.model.linguistic.start(), [], []
             n_encoded = 0
         # Causal: only the new samples go in, and old codes stay.
-        codes, session = self.model.linguistic.push(
-            session, self._level(wav[n_encoded:], peak), final
-        )
+        new = self._level(wav[n_encoded:], peak)
+        codes, session = self.model.linguistic.push(session, new, final)
         linguistic = linguistic + codes.tolist()
         # Both ways, in pieces of 30 s: the piece being spoken is encoded again as a whole.
         if len(wav) > n_encoded:
@@ -112,9 +111,6 @@ class Listener:
     def _threads(self):
         decoder = [self.model.decoder] if self.prefill else []
         return suited_to(self.model.linguistic, self.model.semantic, *decoder)
-
-    def _commit(self, state):
-        vars(self).update(state)  # one call of C: an interrupt comes before all of it or after
 
     def _level(self, wav, peak):
         """Samples at the level of the whole question: its peak goes along as one more sample."""

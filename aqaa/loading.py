@@ -5,13 +5,12 @@ import torch
 from aqaa.config import AQAAConfig
 from aqaa.fast import amx as matrix_units
 from aqaa.fast import prepared
-from aqaa.files import ModelError
+from aqaa.files import ModelError, passing_on
 from aqaa.pipeline import AQAA
 from aqaa.weights import model_folder
 from aqaa.weights.model_folder import PARTS
 from aqaa.weights.sources import ROLES, check_choices, released_folders
 
-PREPARED = ("linguistic", "semantic", "backbone", "flow", "hift")  # laid out for a CPU
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
 
 
@@ -48,16 +47,13 @@ def load(
 
     Raises ModelError at once if a file is missing or cut short, or if the parts do not fit one
     another; and when a part is first used, if it holds a NaN or an infinity, or has not the hash
-    that record.json says.
-    """
+    that record.json says."""
     device, dtype = device_of(device), dtype_of(dtype)
     given = released_folders(source, dict(zip(ROLES, (tokenizer, backbone, vocoder))))
     check_choices(given, str(device), amx=amx, speaker=speaker)
     if amx:
-        try:
+        with passing_on():
             matrix_units.compiled()
-        except ValueError as fault:
-            raise ModelError(str(fault)) from None
     folder, config, sources, voice = None, AQAAConfig(), {}, None
     if len(given) < len(ROLES):  # some parts come from a folder like the mini
         folder = model_folder.find(source)
@@ -75,12 +71,13 @@ def load(
     def part(name):
         wanted = dtype if name in CAST else None
         if name in sources:
-            found = sources[name].load(device, wanted)
+            module = sources[name].load(device, wanted)
         elif name == "text":
-            found = model_folder.read_text(folder, config.ids.n_text)
+            module = model_folder.read_text(folder, config.ids.n_text)
         else:
-            found = model_folder.read_part(folder, name, config, device, wanted)
-        return prepared.prepare(found, amx) if device.type == "cpu" and name in PREPARED else found
+            module = model_folder.read_part(folder, name, config, device, wanted)
+        laid_out = device.type == "cpu" and name in PARTS
+        return prepared.prepare(module, amx) if laid_out else module
 
     notes = tuple(source.note for source in sources.values() if source.note)
     return AQAA(config, part, device=device, voice=voice, notes=notes)

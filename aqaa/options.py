@@ -1,8 +1,7 @@
 """What can be typed after `aqaa`: the parser, and faults that arguments and file names show alone.
 
 Nothing heavy is imported here, so that a wrong command is told at once. options.toml lists the
-commands and their options.
-"""
+commands and their options."""
 
 import argparse
 import difflib
@@ -18,20 +17,20 @@ from aqaa import __version__
 from aqaa.evaluation.bench import BENCHES
 from aqaa.files import server_address
 from aqaa.training import stages
-from aqaa.weights.sources import (
-    DTYPES,
-    RELEASED,
-    check_choices,
-    find,
-    released_folders,
-    roles,
-)
+from aqaa.weights import sources
+from aqaa.weights.sources import DTYPES, RELEASED, find
 
 SAMPLING = {"temperature": 0.3, "top_p": 0.9}  # what help says; a test compares the pipeline's own
 WORDS = {  # what options.toml leaves open
     **RELEASED, **SAMPLING, "dtypes": ", ".join(DTYPES),
     "benches": ", ".join(BENCHES), "cores": os.cpu_count(),
 }  # fmt: skip
+STAT_FAULTS = {  # what a fault of os.stat means for the name of a question
+    errno.ENOENT: "does not exist: check the name.",
+    errno.ENOTDIR: "does not exist: check the name.",
+    errno.ELOOP: "is a loop of links: name the file itself.",
+    errno.ENAMETOOLONG: "is a name longer than any file can have: check the name.",
+}
 COMMANDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 SHARED = COMMANDS.pop("shared")
 
@@ -171,46 +170,40 @@ def fault_of_question(name):
     try:
         state = os.stat(name)
     except (OSError, ValueError) as fault:
-        return f"{name or repr(name)} {_reason(fault)}"
+        reason = getattr(fault, "strerror", None) or fault
+        other = f"cannot be read ({reason}): check its name and permissions."
+        return f"{name or repr(name)} {STAT_FAULTS.get(getattr(fault, 'errno', None), other)}"
     kind = state.st_mode
-    regular, pipe = stat.S_ISREG(kind), stat.S_ISFIFO(kind)
+    regular, pipe, fault = stat.S_ISREG(kind), stat.S_ISFIFO(kind), None
     if stat.S_ISDIR(kind):
-        return f"{name} is a folder: name a sound file in it."
-    if pipe and os.path.exists(os.path.realpath(name)):  # not `<(command)`, which has been opened
-        remedy = f"use `aqaa ask - < {name}`"
-        return f"{name} is a named pipe, which may never be written to: {remedy}."
-    if not regular and not pipe:
-        return f"{name} is a device or a socket: name a sound file."
-    if regular and not state.st_size:
-        return f"{name} is empty: record or copy it again."
-    if not os.access(name, os.R_OK):
-        return f"{name} cannot be read (Permission denied): check its permissions."
-    return None
-
-
-def _reason(fault):
-    """What a fault of os.stat means for the name of a question."""
-    missing = "does not exist: check the name."
-    reasons = {
-        errno.ENOENT: missing,
-        errno.ENOTDIR: missing,
-        errno.ELOOP: "is a loop of links: name the file itself.",
-        errno.ENAMETOOLONG: "is a name longer than any file can have: check the name.",
-    }
-    reason = getattr(fault, "strerror", None) or fault
-    other = f"cannot be read ({reason}): check its name and permissions."
-    return reasons.get(getattr(fault, "errno", None), other)
+        fault = "is a folder: name a sound file in it."
+    elif pipe and os.path.exists(os.path.realpath(name)):  # not `<(command)`, already opened
+        fault = f"is a named pipe, which may never be written to: use `aqaa ask - < {name}`."
+    elif not regular and not pipe:
+        fault = "is a device or a socket: name a sound file."
+    elif regular and not state.st_size:
+        fault = "is empty: record or copy it again."
+    elif not os.access(name, os.R_OK):
+        fault = "cannot be read (Permission denied): check its permissions."
+    return fault and f"{name} {fault}"
 
 
 def check_model(args):
     """The options that choose weights, engine and device, before loading. Raises ValueError."""
     check_device(args.device)
-    named = released_folders(args.preset, {role: getattr(args, role) or None for role in RELEASED})
-    check_choices(named, args.device, args.dtype, args.amx, args.speaker)
+    named = {role: getattr(args, role) or None for role in RELEASED}
+    named = sources.released_folders(args.preset, named)
+    sources.check_choices(named, args.device, args.dtype, args.amx, args.speaker)
     if len(named) < len(RELEASED):
         check_preset(args.preset)
     for role, folder in named.items():
-        _check_released(role, folder)
+        if not os.path.isdir(folder):
+            remedy = f"--{role} names the folder that holds the released files"
+            raise ValueError(f"no folder at {folder}: {remedy}.")
+        places = [Path(folder), *Path(folder).iterdir()]  # Step-Audio-TTS-3B has two vocoders
+        if not any(role in sources.roles(place) for place in places if place.is_dir()):
+            fault = f"{folder} holds nothing of {RELEASED[role]}"
+            raise ValueError(f"{fault}: name its folder with --{role}.")
     if args.speaker is not None:
         _check_readable(args.speaker)
     if args.engine not in (None, "fast"):
@@ -224,9 +217,9 @@ def _check_readable(name):
 
 def check_device(name):
     """Raise ValueError for a device that torch has no name for, or a GPU without a driver."""
-    remedy = "try --device cpu"
+    fault = f"device {name!r} is not usable here"
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d{1,3})?", name):
-        raise ValueError(f"device {name!r} is not usable here: {remedy}.")
+        raise ValueError(f"{fault}: try --device cpu.")
     amd = os.path.exists("/dev/kfd")  # torch calls its GPUs cuda as well
     if name.startswith("cuda") and sys.platform == "linux" and not amd:
         import ctypes
@@ -234,8 +227,7 @@ def check_device(name):
         try:
             ctypes.CDLL("libcuda.so.1")
         except OSError:
-            fault = f"device {name!r} is not usable here, it has no GPU driver"
-            raise ValueError(f"{fault}: {remedy}.") from None
+            raise ValueError(f"{fault}, it has no GPU driver: try --device cpu.") from None
 
 
 def check_preset(name):
@@ -243,16 +235,6 @@ def check_preset(name):
     config = find(name) / "config.json"
     if name != "mini" and not config.is_file():
         raise ValueError(f"{config} is missing: name a folder like data/mini.")
-
-
-def _check_released(role, folder):
-    if not os.path.isdir(folder):
-        remedy = f"--{role} names the folder that holds the released files"
-        raise ValueError(f"no folder at {folder}: {remedy}.")
-    places = [Path(folder), *Path(folder).iterdir()]  # Step-Audio-TTS-3B has two vocoders inside
-    if not any(role in roles(place) for place in places if place.is_dir()):
-        fault = f"{folder} holds nothing of {RELEASED[role]}"
-        raise ValueError(f"{fault}: name its folder with --{role}.")
 
 
 def check_train(args):
@@ -273,8 +255,8 @@ def check_bench(args):
     if args.out and os.path.isdir(args.out):
         raise ValueError(f"--out {args.out} is a folder: name a file.")
     if args.out and not os.path.isdir(os.path.dirname(os.path.realpath(args.out))):
-        fault = f"--out {args.out} cannot be written, its folder does not exist"
-        raise ValueError(f"{fault}: make it first.")
+        fault = "cannot be written, its folder does not exist: make it first."
+        raise ValueError(f"--out {args.out} {fault}")
 
 
 def check_convert(args):
@@ -292,9 +274,7 @@ def check_folder(path, option):
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place):
-        fault = f"cannot be a folder, {place} is a file"
-    elif not os.access(place, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be a folder, {place} is a file: name another.")
+    if not os.access(place, os.W_OK):
         fault = f"cannot be written, {place} does not allow it"
-    else:
-        return
-    raise ValueError(f"{option} {path} {fault}: name another.")
+        raise ValueError(f"{option} {path} {fault}: name another.")

@@ -1,8 +1,7 @@
 """The whole way from a question to an answer, and the time each step of it takes.
 
 `ask` answers at once, `stream` hands out sound while the rest is still being generated, `chat`
-keeps a history as text (AQAA paper 2.4: audio would cost fourteen times the tokens). Every step can
-be called by itself.
+keeps a history as text (AQAA paper 2.4: audio would cost fourteen times the tokens).
 """
 
 import time
@@ -114,8 +113,7 @@ class AQAA:
     def generate(self, prompt, *, layout=None, **sampling):
         """Ids of a dialogue -> Steps (id, kind, logprob), one by one, as the layout allows.
 
-        sampling: temperature, top_p, seed, max_tokens, repetition (see backbone.generation), by
-        default SAMPLING.
+        sampling: temperature, top_p, seed, max_tokens, repetition, see SAMPLING and generation.
         """
         layout = layout or self.layout
         sampling = {**SAMPLING, "min_audio": MIN_AUDIO, **sampling}
@@ -128,8 +126,7 @@ class AQAA:
         """The words of a question (a sound, or audio ids), as the backbone understands them."""
         ids = self.listen(question)
         prompt = self.prompt(ids, marker=ASR_MARKER)
-        # Speech has far fewer words than audio ids: this limit only ends a loop.
-        limit = len(ids) + 8
+        limit = len(ids) + 8  # speech has far fewer words than audio ids: this only ends a loop
         steps = self.generate(prompt, layout=TextOnly(), temperature=0, max_tokens=limit)
         return self.text.decode(text_ids(steps))
 
@@ -147,8 +144,7 @@ class AQAA:
     def ask(self, question, *, history=(), **sampling):
         """A question (a path, (samples, rate), or ids of `listen`) -> Answer. Raises AudioError.
 
-        sampling: temperature, top_p, seed, max_tokens … as in `generate`. The same seed gives the
-        same answer.
+        sampling: as in `generate`. The same seed gives the same answer.
         """
         return Talk(self, question, history, sampling, live=False).answer
 
@@ -208,7 +204,13 @@ class Talk:
 
     def _run(self):
         """Generate, vocode, and give out Pieces."""
-        for step in self._generated():
+        while True:
+            with self.ledger.step("generate"):
+                step = next(self._source, None)
+            if step is None:
+                break
+            self.ledger.mark("first_token")
+            self.steps.append(step)
             if step.kind in SPOKEN:
                 self._waiting.append(step.id)
             # Live, each group of 2 linguistic and 3 semantic ids goes on at once; the flow looks
@@ -226,17 +228,6 @@ class Talk:
             wave = self._vocode(self.model.vocoder.synthesize, codes, self.seed)
         yield self._piece(wave)
         self._answer = self._finish()
-
-    def _generated(self):
-        """Steps of the source, timed and kept."""
-        while True:
-            with self.ledger.step("generate"):
-                step = next(self._source, None)
-            if step is None:
-                return
-            self.ledger.mark("first_token")
-            self.steps.append(step)
-            yield step
 
     def _vocode(self, make, *args):
         """The (N,) samples that make(*args) gives, on the CPU, timed and kept."""
@@ -260,21 +251,15 @@ class Talk:
     def _finish(self):
         """The Answer of all steps."""
         ids = [step.id for step in self.steps]
-        linguistic, semantic = interleave.split(ids, self.model.ids)
+        tokens = {"prompt": self.prompt, "answer": ids, "text": text_ids(self.steps)}
+        tokens["linguistic"], tokens["semantic"] = interleave.split(ids, self.model.ids)
         logprobs = [step.logprob for step in self.steps if step.kind == "text"]
         self.ledger.mark("total")
         self.ledger.times["first_audio_share"] = self._n_first / len(ids)
+        confidence = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
         return Answer(
-            text=self._text.strip(),
-            audio=torch.cat(self.sound),
-            sample_rate=self.model.vocoder.sample_rate,
-            tokens={
-                "prompt": self.prompt, "answer": ids, "text": text_ids(self.steps),
-                "linguistic": linguistic, "semantic": semantic,
-            },
-            timings=self.ledger.times,
-            confidence=exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0,
-            pieces=tuple(self.ledger.pieces),
+            self._text.strip(), torch.cat(self.sound), self.model.vocoder.sample_rate, tokens,
+            self.ledger.times, confidence, tuple(self.ledger.pieces),
         )  # fmt: skip
 
 

@@ -15,28 +15,25 @@ from aqaa.files import write_json
 from aqaa.processor import cpuinfo
 
 
-def cpu_name():
-    """Model of the processor and the threads that torch uses."""
-    model = cpuinfo("model name") or platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} thread(s)"
-
-
 def commit():
     """Short hash of the code's commit: $AQAA_COMMIT (for a copy without history), or git's."""
     if named := os.environ.get("AQAA_COMMIT"):
         return named
+    command, folder = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
     try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True,
-        ).stdout.strip()  # fmt: skip
+        return subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, encoding="utf-8").strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def provenance(device="cpu"):
-    """Date, commit and hardware of a result."""
-    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu_name()
+    """Date, commit and hardware of a result: the GPU, or the processor and torch's threads."""
+    if str(device).startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        model = cpuinfo("model name") or platform.processor() or platform.machine()
+        name = f"{model}, {torch.get_num_threads()} thread(s)"
     today = datetime.date.today().isoformat()
     return {"date": today, "commit": commit(), "hardware": name, "torch": torch.__version__}
 

@@ -1,11 +1,11 @@
 """Sound files as people have them: every usual format is read whole, or refused when cut off.
 
 libsndfile decodes, once aqaa.sound_headers has put the stated lengths right. A converter (ffmpeg on
-the PATH, or torchcodec) reads what browsers and phones record. Everything is bounded: bytes, rate,
-values decoded, waiting.
+the PATH, or torchcodec) reads what browsers and phones record. Bytes, rate and waiting are bounded.
 """
 
 import io
+import numbers
 import os
 import select
 import shutil
@@ -31,11 +31,10 @@ CONVERTER_SECONDS = 120
 def read(path, max_seconds=None):
     """Read a sound file, a pipe, or standard input ("-"): (samples (N,) float32, rate in Hz).
 
-    All that libsndfile knows, and webm, m4a … by a converter. Channels are averaged; where they
-    cancel, the loudest one is taken. Raises AudioError for a path that is missing, a folder, empty,
-    not sound, cut off as far as the format can tell (sizes in the header, Ogg's last page, an mp3's
-    frame count), without samples, longer than `max_seconds`, larger than BOUND or VALUES, of a rate
-    beyond RATES, or with values that are not finite.
+    All that libsndfile knows, and webm, m4a … by a converter; channels: see `mono`. Raises
+    AudioError for a path that is missing, a folder, empty, not sound, cut off as far as the format
+    can tell (see sound_headers), without samples, longer than `max_seconds`, larger than BOUND or
+    VALUES, of a rate beyond RATES, or with values that are not finite.
     """
     name = called(path)
     data = _bytes(path, name)
@@ -54,9 +53,6 @@ def read(path, max_seconds=None):
 def called(path):
     """The name of the sound at a path in error messages."""
     return "standard input" if str(path) == "-" else str(path)
-
-
-# ---- bytes ---------------------------------------------------------------------------------------
 
 
 def _bytes(path, name):
@@ -83,13 +79,13 @@ def _bytes(path, name):
         raise refusal(name, "does not exist", "check the name") from None
     except (OSError, ValueError) as fault:
         reason = getattr(fault, "strerror", None) or fault
-        fact, remedy = f"cannot be read ({reason})", "check its name and permissions"
-        raise refusal(name, fact, remedy) from None
+        remedy = "check its name and permissions"
+        raise refusal(name, f"cannot be read ({reason})", remedy) from None
     if not data:
         fact = f"nothing came through {name}"
         raise AudioError(f"{fact}: start what writes a sound into it, then ask again.")
     if len(data) > BOUND:
-        raise _too_large(name, "")
+        raise _too_large(name)
     return data
 
 
@@ -128,9 +124,8 @@ def _drained(descriptor, name, blocks=True):
     return b"".join(pieces)
 
 
-def _too_large(name, of):
-    fact = f"holds more than {BOUND >> 20} MiB{of}"
-    return refusal(name, fact, "cut it into shorter questions")
+def _too_large(name, of=""):
+    return refusal(name, f"holds more than {BOUND >> 20} MiB{of}", "cut it into shorter questions")
 
 
 # ---- formats that libsndfile does not know -------------------------------------------------------
@@ -201,9 +196,6 @@ def _unreadable(name, reason):
     return refusal(name, f"is not a sound file that can be read ({reason})", "convert it to wav")
 
 
-# ---- samples -------------------------------------------------------------------------------------
-
-
 class _Bytes(io.BytesIO):
     """Bytes for libsndfile, which may seek to odd places in a damaged file without a traceback."""
 
@@ -226,8 +218,7 @@ def _decoded(data, name, max_seconds):
         file.seekable = lambda: False  # soundfile would seek after each block: some codecs cannot
         rate, channels, expected = file.samplerate, file.channels, file.frames
         known = 0 <= expected < 1 << 62
-        if not RATES[0] <= rate <= RATES[1]:
-            raise bad_rate(name, rate)
+        check_rate(name, rate)
         if max_seconds and known and expected > max_seconds * rate:
             raise too_long(name, expected / rate, max_seconds)
         blocks, total = [], 0
@@ -279,5 +270,7 @@ def mono(blocks, name):
     return mixed.contiguous()
 
 
-def bad_rate(name, rate):
-    return refusal(name, f"claims {rate!r} samples a second", "save it again at 8 to 96 kHz")
+def check_rate(name, rate):
+    """Raise AudioError for a rate that is no number within RATES."""
+    if not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
+        raise refusal(name, f"claims {rate!r} samples a second", "save it again at 8 to 96 kHz")

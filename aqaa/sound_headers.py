@@ -86,11 +86,6 @@ def _size(data):
     return None
 
 
-def _is_open(stated):
-    """Whether a size says that the writer did not know it: none, or one of the largest."""
-    return stated <= 0 or OPEN_SIZE <= stated <= 0xFFFFFFFF or stated >= 1 << 62
-
-
 def _ends_in_chunks(data, start):
     """Whether all that follows are chunks with names: then a size of 0 is meant."""
     return all(
@@ -102,8 +97,8 @@ def _ends_in_chunks(data, start):
 def completed(data, name, max_seconds):
     """The file, its sizes put right where the writer left them open. AudioError if it is cut off.
 
-    A size of 0, of all ones or near the largest is no promise: samples go on to the end. One that
-    is too large by at most FEW bytes is a slip of the writer. Beyond that, sound is missing.
+    Samples of an open size go on to the end. One that is too large by at most FEW bytes is a slip
+    of the writer; beyond that, sound is missing.
     """
     if data[:4] == b"OggS":
         _check_last_page(data, name)
@@ -114,7 +109,8 @@ def completed(data, name, max_seconds):
         return data
     present = len(data) - size.start
     missing = size.stated - present
-    left_open = _is_open(size.stated)
+    # No promise, since the writer did not know it: none, or one of the largest.
+    left_open = size.stated <= 0 or OPEN_SIZE <= size.stated <= 0xFFFFFFFF or size.stated >= 1 << 62
     if not left_open and missing > FEW:
         raise cut_off(name, f", {missing} bytes are missing")
     if present <= 0 or not (left_open or missing > 0):
@@ -212,8 +208,7 @@ def _mp3_frames(data):
 def _completed_mp3(data, name, max_seconds):
     """An mp3 with one tag that counts all its frames: without, libsndfile guesses the length.
 
-    A tag that counts too few (two files joined) is replaced; one that counts more than there are
-    says that the file is cut off.
+    A tag that counts too few (two files joined) is replaced; one that counts too many: cut off.
     """
     frames, seconds = [], 0.0
     for frame in _mp3_frames(data):
@@ -241,9 +236,6 @@ def _completed_mp3(data, name, max_seconds):
     tag = header + bytes(_side_bytes(data, first)) + struct.pack(">4sII", b"Info", 1, len(kept))
     tag = tag.ljust(_mp3_header(header, 0).size, b"\0")
     return tag + b"".join(data[frame.place : frame.place + frame.size] for frame in kept)
-
-
-# ---- mp4 -----------------------------------------------------------------------------------------
 
 
 def check_boxes(data, name):

@@ -1,10 +1,10 @@
-"""The house: which room of aqaa/ imports which. `python -m notebooks.house` draws house.svg anew."""
+"""The house: which room of aqaa/ imports which. `python -m notebooks.house` draws house.svg."""
 
 import ast
 from pathlib import Path
 
 ROOT, PICTURE = Path(__file__).resolve().parent.parent, Path(__file__).with_suffix(".svg")
-FLOORS = (  # bottom to top; a file imports from floors below its own, and from its own floor without a circle
+FLOORS = (  # bottom to top; a file imports from below, and from its own floor without a circle
     "config files processor pitch",
     "sound_headers sound_files audio records",
     "tokenizers backbone vocoder",  # these three never from each other
@@ -20,8 +20,8 @@ FLOORS = (  # bottom to top; a file imports from floors below its own, and from 
     "cli options", "__main__",
 )
 APART = {"tokenizers", "backbone", "vocoder"}
-WIDTH, BOX, ROW, STEP = 800, (108, 34), 58, 46  # pixels; who imports a neighbour stands a STEP above
-PAINT, DIRECT, IMPLIED = 'fill="#eef4fa" stroke="#333"', "#0072B2", "#ccc"  # of boxes, of arrows
+WIDTH, BOX, ROW, STEP = 800, (108, 34), 54, 42  # pixels
+PAINT, SHADES = 'fill="#fff" stroke="#333"', ("#f4f4f0", "#e8eef4")  # of boxes, of floors
 
 
 def texts():
@@ -45,13 +45,18 @@ def imported(text, modules):
 
 
 def graph(texts):
-    """{module: set of the modules that it imports} of {module: text}; the package itself, which is lazy, left out."""
-    return {name: set(imported(text, texts)) - {"aqaa", name} for name, text in texts.items() if name != "aqaa"}
+    """{module: the modules that it imports} of {module: text}; `aqaa` itself is lazy: left out."""
+    return {
+        name: set(imported(text, texts)) - {"aqaa", name}
+        for name, text in texts.items()
+        if name != "aqaa"
+    }
 
 
 def rooms(texts):
     """{room: (its lines in hundreds, sorted rooms that it imports)}, bottom to top."""
-    lines, below = ({room: kind() for floor in FLOORS for room in floor.split()} for kind in (int, set))
+    names = [room for floor in FLOORS for room in floor.split()]
+    lines, below = dict.fromkeys(names, 0), {room: set() for room in names}
     for name, others in graph(texts).items():
         lines[part_of(name)] += len(texts[name].splitlines())
         below[part_of(name)] |= set(map(part_of, others)) - {part_of(name)}
@@ -59,31 +64,44 @@ def rooms(texts):
 
 
 def draw(house):
-    """The house as SVG: an arrow leads to each imported room, a dark one where no other way leads there."""
+    """The house as SVG. An arrow leads to an imported room where no chain of other arrows does."""
     def reach(room):
         return set(house[room][1]).union(*map(reach, house[room][1]))
-    places, y, arrows, boxes = {}, 10 - ROW, [], []
-    for number, floor in enumerate(line.split() for line in reversed(FLOORS)):
+
+    places, y, bands, arrows, boxes = {}, 10, [], [], []
+    for floor in (line.split() for line in reversed(FLOORS)):
         steps = [len(reach(room) & set(floor)) for room in floor]
-        y += ROW + STEP * max(steps)
-        for i, room in enumerate(floor):  # floors of few rooms turn left and right: arrows do not pile up
-            x = WIDTH * (2 * i + 1) // (2 * len(floor)) + (len(floor) < 4) * (70, -70)[number % 2]
-            places[room] = x, y - STEP * steps[i]
+        height = ROW + STEP * max(steps)
+        colour = SHADES[len(bands) % 2]
+        bands.append(f'<rect y="{y}" width="{WIDTH}" height="{height}" fill="{colour}"/>')
+        for i, room in enumerate(floor):  # whoever imports a neighbour stands a step above it
+            x = WIDTH * (2 * i + 1) // (2 * len(floor))
+            if len(floor) == 1:  # lone rooms turn left and right, so that arrows do not pile up
+                x += (150, -150)[len(bands) % 2]
+            places[room] = x, y + (ROW - BOX[1]) // 2 + STEP * (max(steps) - steps[i])
+        y += height
     for room, (lines, below) in house.items():
-        (x, top), size = places[room], f"{lines:,} lines" if lines else "small"
-        boxes += [f'<rect x="{x - BOX[0] // 2}" y="{top}" width="{BOX[0]}" height="{BOX[1]}" {PAINT}/>',
-                  f'<text x="{x}" y="{top + 15}"><tspan font-weight="bold">{room}</tspan>',
-                  f'<tspan x="{x}" dy="14">{size}</tspan></text>']
+        (x, top), empty = places[room], "small" if below else "to come"
+        size = f"{lines:,} lines" if lines else empty
+        boxes += [
+            f'<rect x="{x - BOX[0] // 2}" y="{top}" width="{BOX[0]}" height="{BOX[1]}" {PAINT}/>',
+            f'<text x="{x}" y="{top + 15}"><tspan font-weight="bold">{room}</tspan>',
+            f'<tspan x="{x}" dy="14">{size}</tspan></text>',
+        ]
         for other in below:
-            (to, end), implied = places[other], any(other in reach(third) for third in below)
+            if any(other in reach(third) for third in below):
+                continue
+            to, end = places[other]
             middle = (top + BOX[1] + end) // 2
             path = f"M{x} {top + BOX[1]}C{x} {middle} {to} {middle} {to} {end - 2}l-3-6m3 6l3-6"
-            arrows.append((not implied, f'<path d="{path}" stroke="{IMPLIED if implied else DIRECT}"/>'))
+            arrows.append(f'<path d="{path}"/>')
+    desc = (f"{room}, {lines} lines: {' '.join(below)}" for room, (lines, below) in house.items())
+    size = f'viewBox="0 0 {WIDTH} {y + 10}" style="background:#fff"'
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + ROW}" style="background:#fff">', "<desc>",
-        *(f"{room}, {lines} lines: {' '.join(below)}" for room, (lines, below) in house.items()),
-        "</desc>", '<g fill="none">', *(path for _, path in sorted(arrows)),
-        '</g><g font-family="sans-serif" font-size="12" text-anchor="middle">', *boxes, "</g></svg>\n"])
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', "<desc>", *desc, "</desc>", *bands,
+        '<g fill="none" stroke="#0072B2">', *arrows, "</g>",
+        '<g font-family="sans-serif" font-size="12" text-anchor="middle">', *boxes, "</g></svg>\n",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

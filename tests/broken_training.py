@@ -34,9 +34,7 @@ class Task:
         torch.manual_seed(0)
         layers = [torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 4)]
         self.net = torch.nn.Sequential(*layers)
-
-    def modules(self):
-        return {"net": self.net}
+        self.modules = {"net": self.net}
 
     def batch(self, rng):
         sys.audit("step")

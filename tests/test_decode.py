@@ -11,7 +11,7 @@ import tests.interpreter  # noqa: F401  first: it sets the interpreter up
 from aqaa import files, loading
 from aqaa.backbone.generation import generate
 from aqaa.backbone.memory import check_room
-from aqaa.backbone.quantized_linear import Int4Linear, linears, put
+from aqaa.backbone.quantized_linear import Int4Linear, linears
 from aqaa.backbone.step1 import Step1Config, Step1ForCausalLM
 from aqaa.config import BackboneConfig
 from aqaa.fast import graph_decoder, triton_kernels
@@ -96,7 +96,7 @@ def narrow():
         num_attention_groups=2, max_seq_len=64,
     )).eval()  # fmt: skip
     for name, part in list(linears(model, skip=("lm_head",))):
-        put(model, name, Int4Linear.from_weights(part.weight.detach() * 4, 64))
+        model.set_submodule(name, Int4Linear.from_weights(part.weight.detach() * 4, 64))
     for layer in model.model.layers:
         layer.post_attention_layernorm.weight.data.uniform_(0.5, 1.5)
     return model

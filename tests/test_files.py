@@ -271,5 +271,17 @@ def test_there_is_one_atomic_writer():
     rename = re.compile(r"os\.(replace|rename)\(|\.rename\(|NamedTemporaryFile|mkstemp")
     texts = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.py")}
     found = {name: len(rename.findall(text)) for name, text in texts.items()}
-    generations = 2  # the checkpoint before the last one is kept
-    assert {name: n for name, n in found.items() if n} == {"files.py": 1, "training/loop.py": generations}
+    writes, keeps, restores = 1, 1, 1
+    assert {name: n for name, n in found.items() if n} == {"files.py": writes + keeps + restores}
+
+
+def test_the_earlier_file_is_kept_once_and_comes_back(tmp_path):
+    path, kept = tmp_path / "file", tmp_path / "file.previous"
+    for number in "123":
+        with replacing(path, keep=kept) as part:
+            part.write_text(number, encoding="utf-8")
+    with pytest.raises(ZeroDivisionError), replacing(path) as part:
+        raise ZeroDivisionError
+    assert [path.read_text(encoding="utf-8"), kept.read_text(encoding="utf-8")] == ["3", "2"]
+    files.restore(path, kept)
+    assert names(tmp_path) == ["file"] and path.read_text(encoding="utf-8") == "2"

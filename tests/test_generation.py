@@ -173,7 +173,7 @@ class Anything:
         return self
 
     def allowed(self):
-        return Allowed("text", 0, IDS.end, (), False, False)
+        return Allowed("text", 0, IDS.end, ())
 
     def advance(self, token):
         pass

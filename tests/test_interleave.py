@@ -1,5 +1,6 @@
 """Codes to ids and back, the layouts of an answer, and the machine that allows nothing else."""
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -88,7 +89,6 @@ def test_every_layout_can_be_parsed_and_obeys_its_machine(name, marked, text, n_
     machine, kinds = layout.machine(MINI), interleave.kinds(answer, MINI)
     for token, kind in zip(answer, kinds, strict=True):
         may = machine.allowed()
-        assert may.may_stop == (MINI.eot in may.markers) and may.may_end_text == (MINI.text_end in may.markers)
         if interleave.KINDS[kind] != "marker":
             assert interleave.KINDS[kind] == may.kind
         machine.advance(token)
@@ -114,7 +114,7 @@ def test_any_walk_of_the_machine_parses_into_whole_groups(name, seed):
     layout = replace(LAYOUTS[name], late_text=bool(seed % 2))
     machine, answer = layout.machine(MINI, min_audio=10), []
     while not machine.finished and len(answer) < 200:
-        may = machine.copy().allowed()
+        may = copy(machine).allowed()
         markers = may.markers if random.random() < 0.3 or may.stop == 0 else ()
         answer.append(int(random.choice(markers) if markers else random.integers(may.start, may.stop)))
         machine.advance(answer[-1])

@@ -30,10 +30,8 @@ class Task:
     def __init__(self, stop=None, halt=None, poison=None):
         torch.manual_seed(5)
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.LayerNorm(1))
+        self.modules = {"net": self.net}
         self.stop, self.halt, self.poison, self.seen, self.at = stop, halt, poison, [], None
-
-    def modules(self):
-        return {"net": self.net}
 
     def event(self, progress):
         self.at = round(progress * STEPS)
@@ -58,9 +56,7 @@ class PairTask(Task):
     def __init__(self, **options):
         super().__init__(**options)
         self.own = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9)
-
-    def optimizers(self):
-        return {"own": self.own}
+        self.optimizers = {"own": self.own}
 
     def train_step(self, batch, step, progress):
         loss, logs = self.loss(batch, step)
@@ -287,7 +283,7 @@ def test_no_checkpoint_left_is_one_sentence(tmp_path, damage):
 def test_a_checkpoint_of_another_task_is_one_sentence(tmp_path, other):
     train(Task(), tmp_path)
     task = Task()
-    task.net = other
+    task.modules = {"net": other}
     with pytest.raises(ModelError, match="toy.ckpt is no checkpoint of this task .*: name another folder.$"):
         trainer(task, tmp_path, resume=True)
 

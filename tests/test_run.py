@@ -303,11 +303,3 @@ def test_held_out_is_a_stable_twentieth_of_the_answers():
     kept = [name for name in (f"a{i:04d}" for i in range(4000)) if plan.held_out(Item("answer", name))]
     assert 150 < len(kept) < 250 and kept[:3] == [name for name in kept if name <= kept[2]]
     assert not any(plan.held_out(Item(role, name)) for role in ("question", "generic") for name in kept)
-
-
-def test_batches_by_length_hold_every_row_once():
-    lengths = np.random.default_rng(0).integers(1, 50, 37)
-    batches = K.batches_by_length(lengths, 8)
-    assert sorted(np.concatenate(batches)) == list(range(37)) and max(map(len, batches)) == 8
-    ends = [(lengths[rows].min(), lengths[rows].max()) for rows in batches]
-    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))

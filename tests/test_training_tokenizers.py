@@ -190,7 +190,7 @@ def semantic_task(**options):
 def quantising_task(training=True):
     task = semantic_task()
     task.event(1.0)
-    for module in task.modules().values():
+    for module in task.modules.values():
         module.train(training)
     return task
 
@@ -323,7 +323,7 @@ def test_resuming_on_either_side_of_the_quantiser_gives_the_same_bits(tmp_path, 
         task.event = interrupt
         with pytest.raises(KeyboardInterrupt) if stop is not None else nullcontext():
             Trainer(task, folder, "toy", 10, quiet=True, resume=True).run()
-        return {key: module.state_dict() for key, module in task.modules().items()}
+        return {key: module.state_dict() for key, module in task.modules.items()}
 
     train(tmp_path / "cut", stop)
     whole, cut = train(tmp_path / "whole"), train(tmp_path / "cut")

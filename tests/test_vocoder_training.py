@@ -103,7 +103,7 @@ def test_flow_learns(waves):
     torch.manual_seed(0)
     pairs = [(w, np.arange(len(w) // 1920 * 5) % 50) for w in waves]
     task, rng = FlowTask(TINY, pairs, batch_size=4, max_groups=4), np.random.default_rng(0)
-    optimizer = torch.optim.AdamW(task.modules()["flow"].parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(task.modules["flow"].parameters(), 1e-2)
     losses = []
     for step in range(20):
         loss, _ = task.loss(task.batch(rng), step)

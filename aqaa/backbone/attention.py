@@ -77,10 +77,9 @@ def eager(query, key, value, bias, scaling):
 def check_implementation(name):
     """Raise ValueError for an `attn_implementation` but ours; None: transformers chooses."""
     if name not in (None, "sdpa", "eager"):
-        raise ValueError(
-            f"Step-1 has no attention {name!r}, as such kernels do not add its square-root "
-            'distance bias: use attn_implementation="sdpa", or "eager" to see the weights'
-        )
+        fault = "such kernels do not add its square-root distance bias"
+        remedy = 'use attn_implementation="sdpa", or "eager" to see the weights'
+        raise ValueError(f"Step-1 has no attention {name!r}, as {fault}: {remedy}")
 
 
 def segments(query, key, value, bias, sizes, scaling):
@@ -96,9 +95,8 @@ def segments(query, key, value, bias, sizes, scaling):
     # Runs of one length share a bias, (G, R·n, n).
     masks = {n: bias[:, :n, :n].reshape(groups, -1, n) for n in set(sizes) if n > 0}
     query = (query * scaling).unflatten(1, (groups, heads // groups))  # (N, G, R, d)
-    parts = zip(sizes, *(x.split(lengths) for x in (query, key, value)), strict=True)
     outs = []
-    for size, q, k, v in parts:
+    for size, q, k, v in zip(sizes, *(x.split(lengths) for x in (query, key, value)), strict=True):
         if size < 0:
             outs.append(torch.zeros_like(q))
             continue

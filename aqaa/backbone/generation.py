@@ -1,8 +1,8 @@
 """Streaming decoding under the rules of an answer layout: only legal ids are scored and drawn.
 
-The layout's machine (aqaa.tokenizers.interleave) is handed in; before each step it says which rows
-of the vocabulary are legal, and only those rows of the output layer are computed. One loop serves
-all: a Decoder turns new ids into hidden states, `draw` makes the next id of every Row of them.
+Before each step the layout's machine says which rows of the vocabulary are legal, and only those
+rows of the output layer are computed. One loop serves all: a Decoder turns new ids into hidden
+states, `draw` makes the next id of every Row of them.
 """
 
 from dataclasses import dataclass
@@ -18,23 +18,20 @@ SHRINK = 0.75  # a batch is made smaller at this share of unfinished rows: that 
 
 
 class Step(NamedTuple):
-    """One id of an answer.
-
-    logprob: its natural log probability among the legal ids, before temperature and top_p.
-    """
+    """One id of an answer."""
 
     id: int
     kind: str  # "text", "linguistic", "semantic", "marker"
-    logprob: float
+    logprob: float  # natural, among the legal ids, before temperature and top_p
 
 
 @dataclass(frozen=True)
 class Repetition:
     """Repetition-aware sampling (Step-Audio's TTS script): the last id is banned if it is frequent.
 
-    It is banned if it occurs more than share · window times among the last `window` ids, prompt
-    included. With `kinds` only ids of the kind about to come are counted, and only for those kinds:
-    runs of one audio id can be silence.
+    That is more than share · window times among the last `window` ids, prompt included. With
+    `kinds`, only ids of the kind about to come count, if it is one of them: runs of one audio id
+    can be silence.
     """
 
     window: int = 10
@@ -118,9 +115,8 @@ class Prefill:
     """A prompt that is read while it grows, so that an answer can begin as soon as it ends.
 
     room: ids of the longest prompt and its answer together; the cache is made for them at once.
-    `ids` are those whose keys and values stand in the cache: they are recorded only after they were
-    fed, so whatever interrupts a reading (Ctrl-C, no memory) costs time and changes no answer.
-    decoder: one that is there already, in place of a new Decoder.
+    `ids` are those whose keys and values stand in the cache, recorded only after they were fed: an
+    interrupt (Ctrl-C, no memory) changes no answer. decoder: used in place of a new Decoder.
     """
 
     def __init__(self, model, room, decoder=None):
@@ -197,8 +193,7 @@ def choose(scores, temperature, top_p, generator):
         probs = ranked[ranked.cumsum(-1) - ranked < top_p]
     # A uniform point falls into the step of an id with the probability of that id.
     cumulative = probs.cumsum(-1)
-    options = {"dtype": cumulative.dtype, "device": cumulative.device}
-    point = torch.rand(1, generator=generator, **options) * cumulative[-1]
+    point = cumulative.new_empty(1).uniform_(generator=generator) * cumulative[-1]
     index = torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1)
     return int(index if order is None else order[index])
 
@@ -272,9 +267,8 @@ def check_sampling(temperature, top_p, max_tokens):
 def room_for(limit, n_prompt, max_tokens):
     """How many ids may follow a prompt. Raises ValueError if it is empty or fills the context."""
     if not 0 < n_prompt < limit:
-        raise ValueError(
-            f"the prompt has {n_prompt} ids; the model takes 1 to {limit - 1}: shorten the question"
-        )
+        fault = f"the prompt has {n_prompt} ids; the model takes 1 to {limit - 1}"
+        raise ValueError(f"{fault}: shorten the question")
     return min(max_tokens, limit - n_prompt)
 
 

@@ -18,6 +18,7 @@ _GENERATION = inspect.signature(GenerationMixin.prepare_inputs_for_generation).p
 CACHE = "cache" if "cache" in _GENERATION else "past_key_values"
 
 TELLING = re.compile("cache|past|mask|bias|position|seq|segment|document|length|state|causal")
+KNOWN = "cache, attention_mask, position_ids, segment_ids, seq_idx, cu_seq_lens_q"
 HARMLESS = {"cache_position", "is_causal", "max_length_q", "max_length_k", "output_hidden_states"}
 
 
@@ -25,23 +26,17 @@ def refuse_unknown(keywords):
     """Raise TypeError for a keyword that would change what tokens see; others may be ignored."""
     for name, value in keywords.items():
         if name == "is_causal" and value is False:
-            raise TypeError(
-                "is_causal=False asks for attention to later tokens, which Step-1 never has: "
-                "leave it out"
-            )
+            fault = "is_causal=False asks for attention to later tokens, which Step-1 never has"
+            raise TypeError(f"{fault}: leave it out")
         if value is not None and name not in HARMLESS and TELLING.search(name):
-            raise TypeError(
-                f"Step-1 does not know {name!r}, which sounds like a cache, a mask or positions: "
-                "it takes cache, attention_mask, position_ids, segment_ids, seq_idx, cu_seq_lens_q"
-            )
+            fault = f"Step-1 does not know {name!r}, which sounds like a cache, a mask or positions"
+            raise TypeError(f"{fault}: it takes {KNOWN}")
 
 
 def one_cache(cache, past_key_values):
     """The cache, under either name. Raises TypeError for two caches, or for what is none."""
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise TypeError(
-            "`cache` and `past_key_values` are two names of one thing: give one of them"
-        )
+        raise TypeError("`cache` and `past_key_values` are two names of one thing: give only one")
     cache = past_key_values if cache is None else cache
     if cache is not None and not isinstance(cache, Cache):
         name = type(cache).__name__
@@ -54,26 +49,22 @@ def check_mask(mask, first, n_query, n_key):
     if mask is None or mask.dim() != 2 or torch.compiler.is_compiling():
         return
     if not first + n_query <= mask.shape[1] <= n_key:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {int(first)} and "
-            f"{n_query} are new: it needs one column for each of them"
-        )
+        tokens = f"{mask.shape[1]} tokens, but the cache holds {int(first)} and {n_query} are new"
+        raise ValueError(f"attention_mask covers {tokens}: it needs one column for each of them")
 
 
 def segments(hidden_states, mask, segment_ids, marks, cache, past, by_runs):
     """Segment ids (B, T) if rows hold several examples, else None.
 
     They are those given, or what `marks` say: the last three inputs of `example_ids`, by name.
-    by_runs: rows of one example get ids too. Raises ValueError if a cache or a mask for each query
-    is there as well.
+    by_runs: rows of one example get ids too. ValueError with a cache, or a mask for each query.
     """
     shape, packed = hidden_states.shape[:2], any(value is not None for value in marks.values())
     if mask is not None and mask.dim() != 2:
         others = segment_ids, marks["seq_idx"], marks["cu_seq_lens"]
         if any(value is not None for value in others):
-            raise ValueError(
-                "the mask already says which token sees which: leave out segment_ids and their like"
-            )
+            fault = "the mask already says which token sees which"
+            raise ValueError(f"{fault}: leave out segment_ids and their like")
         return None
     if segment_ids is not None:
         segment_ids = segment_ids if mask is None else segment_ids * (mask != 0)
@@ -82,15 +73,14 @@ def segments(hidden_states, mask, segment_ids, marks, cache, past, by_runs):
     elif torch.compiler.is_compiling():  # no number may be looked at
         segment_ids = example_ids(shape, mask, **marks) if packed and cache is None else None
     elif packed or mask is not None:
-        new = None if mask is None else mask[:, past : past + shape[1]]
-        ids = example_ids(shape, new, **marks)
+        mask = None if mask is None else mask[:, past : past + shape[1]]
+        ids = example_ids(shape, mask, **marks)
         segment_ids = ids if by_runs or ids.amax() > 1 else None
     elif by_runs:
         segment_ids = hidden_states.new_ones(shape, dtype=torch.long)
     if segment_ids is not None and cache is not None:
-        raise ValueError(
-            "several examples in a row cannot be continued with a cache: give each its own row"
-        )
+        fault = "several examples in a row cannot be continued with a cache"
+        raise ValueError(f"{fault}: give each its own row")
     return segment_ids
 
 
@@ -99,15 +89,13 @@ def example_ids(shape, mask=None, position_ids=None, seq_idx=None, cu_seq_lens=N
 
     An example begins where any of the inputs says so, as trainers send them: position_ids (B|1, T)
     do not go on by one; seq_idx (B|1, T) or the numbers in mask (B, T) change; cu_seq_lens (N+1,)
-    has a boundary in the flattened rows. Padding (mask 0) is passed over, so the positions of
-    padded rows, counted in either way, make one example. Raises ValueError for inputs of another
-    length.
+    has a boundary in the flattened rows. Padding (mask 0) is passed over, so positions that count
+    it, or do not, make one example. Raises ValueError for inputs of another length.
     """
     labels = [x for x in (mask, position_ids, seq_idx) if x is not None]
     if odd := [tuple(x.shape) for x in labels if x.dim() > 2 or x.shape[-1] != shape[1]]:
-        raise ValueError(
-            f"a mask, position_ids or seq_idx of shape {odd[0]} do not fit {tuple(shape)} tokens"
-        )
+        inputs = "a mask, position_ids or seq_idx"
+        raise ValueError(f"{inputs} of shape {odd[0]} do not fit {tuple(shape)} tokens")
     device = cu_seq_lens.device if not labels else labels[0].device
     slots = torch.arange(shape[1], device=device).expand(shape)
     visible = torch.ones_like(slots, dtype=torch.bool) if mask is None else mask != 0
@@ -119,10 +107,9 @@ def example_ids(shape, mask=None, position_ids=None, seq_idx=None, cu_seq_lens=N
         return label != label.gather(1, previous.clamp(min=0))
 
     begins = torch.zeros_like(visible)
-    if mask is not None:
-        begins |= changes(mask)
-    if seq_idx is not None:
-        begins |= changes(seq_idx)
+    for label in (mask, seq_idx):
+        if label is not None:
+            begins |= changes(label)
     if cu_seq_lens is not None:
         flat = torch.arange(shape[0] * shape[1], device=device).view(shape)
         ends = cu_seq_lens.flatten().to(device, torch.long)

@@ -2,9 +2,8 @@
 
 int4 keeps a scale for each `group` inputs of each output, int8 and fp8 one for each output. All
 three are symmetric: weight = code · scale. Codes come from rounding to the nearest, with a search
-for the scale that errs least, or from GPTQ (Frantar et al. 2023), which rounds one input after
-another and lets those to come make up for the error. `forward` is the readable reference: unpack,
-then an ordinary product; aqaa/fast/triton_kernels.py does it in one pass. Shapes: W (N, K).
+for the scale that errs least, or from GPTQ (Frantar et al. 2023). `forward` is the reference:
+unpack, then an ordinary product; aqaa/fast/triton_kernels.py does it in one pass. Shapes: W (N, K).
 """
 
 import torch
@@ -38,10 +37,9 @@ class QuantizedLinear(nn.Module):
         self.group = group or self.group_by_default or in_features
         check_group(in_features, self.group)
         width, groups = in_features * self.bits // 8, in_features // self.group
-        codes = torch.empty(out_features, width, dtype=self.storage, device=device)
-        scale = torch.empty(out_features, groups, dtype=DTYPE, device=device)
-        self.register_buffer("qweight", codes)
-        self.register_buffer("scale", scale)
+        for name, size, dtype in (("qweight", width, self.storage), ("scale", groups, DTYPE)):
+            buffer = torch.empty(out_features, size, dtype=dtype, device=device)
+            self.register_buffer(name, buffer)
 
     @classmethod
     def from_weights(cls, weight, group=None, hessian=None, search=True):
@@ -54,9 +52,11 @@ class QuantizedLinear(nn.Module):
         for part in weight.split(rows):
             scale = find_scale(cls, part, group, search)
             if hessian is None:
-                codes.append(cls.pack(to_nearest(cls, part, scale)))
+                grouped = part.float().unflatten(1, (-1, group))  # (n, K / group, group)
+                rounded = cls.nearest(grouped / scale.float()[..., None]).flatten(1)
             else:
-                codes.append(cls.pack(gptq(cls, part, scale, hessian)))
+                rounded = gptq(cls, part, scale, hessian)
+            codes.append(cls.pack(rounded))
             scales.append(scale)
         layer = cls(weight.shape[1], weight.shape[0], group, "meta")
         layer.qweight, layer.scale = torch.cat(codes), torch.cat(scales)
@@ -154,9 +154,6 @@ class Fp8Linear(QuantizedLinear):
 FORMATS = {cls.name: cls for cls in (Int4Linear, Int8Linear, Fp8Linear)}
 
 
-# ---- to codes ------------------------------------------------------------------------------------
-
-
 def find_scale(cls, weight, group, search=True):
     """Scales (N, K / group) of `weight` (N, K) in DTYPE, for the format `cls`.
 
@@ -177,12 +174,6 @@ def find_scale(cls, weight, group, search=True):
     return best[..., 0]
 
 
-def to_nearest(cls, weight, scale):
-    """Codes (N, K) of `weight` with scales (N, K / group)."""
-    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
-    return cls.nearest(grouped / scale.float()[..., None]).flatten(1)
-
-
 def gptq(cls, weight, scale, hessian):
     """Codes (N, K) of `weight` by GPTQ: inputs that matter most first, later ones correct errors.
 
@@ -190,10 +181,8 @@ def gptq(cls, weight, scale, hessian):
     static groups). hessian (K, K): the mean of x xᵀ. Raises ValueError if it is not finite.
     """
     if not hessian.isfinite().all():
-        raise ValueError(
-            "the calibration dialogues gave activations that are not finite: "
-            "the weights are damaged"
-        )
+        fault = "the calibration dialogues gave activations that are not finite"
+        raise ValueError(f"{fault}: the weights are damaged")
     weight, hessian = weight.float(), hessian.to(weight.device, torch.float32).clone()
     diagonal = hessian.diagonal()  # a view
     diagonal += DAMP * diagonal.mean().clamp(min=1e-8)
@@ -216,14 +205,11 @@ def gptq(cls, weight, scale, hessian):
     return codes[:, order.argsort()]
 
 
-# ---- within a module -----------------------------------------------------------------------------
-
-
 def empty_linears(module, weights, group=None, skip=("lm_head",), device="meta"):
     """Replace the linear layers within `module` by empty ones of a format, to be filled."""
     cls = format_of(weights)
     for name, linear in list(linears(module, skip)):
-        put(module, name, cls(linear.in_features, linear.out_features, group, device))
+        module.set_submodule(name, cls(linear.in_features, linear.out_features, group, device))
     return module
 
 
@@ -250,12 +236,6 @@ def numbers(module, name, tensor):
     owner, _, leaf = name.rpartition(".")
     fp8 = leaf == "qweight" and isinstance(module.get_submodule(owner), Fp8Linear)
     return tensor.view(torch.float8_e4m3fn) if fp8 else tensor
-
-
-def put(module, name, child):
-    """Set the submodule of a dotted name."""
-    parent, _, last = name.rpartition(".")
-    setattr(module.get_submodule(parent), last, child)
 
 
 def format_of(weights):

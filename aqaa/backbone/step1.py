@@ -62,10 +62,8 @@ class Step1Config(PreTrainedConfig):
     def validate_architecture(self):
         heads, groups = self.num_attention_heads, self.num_attention_groups
         if self.hidden_size % heads or heads % groups:
-            raise ValueError(
-                f"{heads} heads must divide hidden_size {self.hidden_size} "
-                f"and be a multiple of {groups} groups"
-            )
+            rule = f"divide hidden_size {self.hidden_size} and be a multiple of {groups} groups"
+            raise ValueError(f"{heads} heads must {rule}")
 
 
 class Step1AQAAConfig(Step1Config):
@@ -139,18 +137,15 @@ class Step1Model(Trunk, Step1PreTrainedModel):
         if cache is not None:  # a static one has more slots than tokens so far
             past, n_key = cache.get_seq_length(), cache.get_mask_sizes(n_query, 0)[0]
         inputs.check_mask(attention_mask, past, n_query, n_key)
-        marks = {
-            "position_ids": position_ids, "seq_idx": seq_idx,
-            "cu_seq_lens": cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q,
-        }  # fmt: skip
+        ends = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+        marks = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seq_lens": ends}
         on_cpu = hidden_states.device.type == "cpu"
         by_runs = self.training and cache is None and not use_cache and on_cpu
         segment_ids = inputs.segments(
             hidden_states, attention_mask, segment_ids, marks, cache, past, by_runs
         )
         if segment_ids is not None:
-            packed = self._packed(hidden_states, segment_ids)
-            return BaseModelOutputWithPast(last_hidden_state=packed)
+            return BaseModelOutputWithPast(self._packed(hidden_states, segment_ids))
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         bias = self.bias(n_query, n_key, past)
@@ -162,8 +157,7 @@ class Step1Model(Trunk, Step1PreTrainedModel):
     def _packed(self, hidden_states, segment_ids):
         """Packed rows: run by run on a CPU, through one mask on a GPU, which likes few large calls.
 
-        Also through a mask where an example has gaps, where weights are to be seen, and where the
-        call is compiled.
+        Also through a mask where an example has gaps, for "eager", and where the call is compiled.
         """
         on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         by_runs = on_cpu and self.config._attn_implementation != "eager"

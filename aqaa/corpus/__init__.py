@@ -1,1 +1,4 @@
-"""What is said, by whom, and how: plan, voices, recordings and codes."""
+"""What is said, by whom, and how: facts, plan, voices, recordings, codes and dialogues.
+
+Import its modules. May import weights and what lies below; evaluation and training import it.
+"""

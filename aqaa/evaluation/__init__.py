@@ -1,1 +1,4 @@
-"""Measuring: what answers say, how they say it, what codes and vocoder keep, and how fast."""
+"""Measuring: judges of answers, controls of manner, speed, codes, vocoder; `bench` runs them all.
+
+Import its modules. May import scale and what lies below, never training.
+"""

@@ -1,9 +1,9 @@
 """`aqaa bench accuracy`: does the mini answer right, in words and in sound, on new questions?
 
-Every evaluation question of the corpus is asked. The text is compared word for word, the sound is
-given to the judge (lenient and strict), and the teacher's own recording of the same answer is
-judged beside it: that is the ceiling. The judge's grammar holds all answers of the curriculum and
-every text the model wrote, so that it may hear the model say something else than its text.
+The text is compared word for word, the sound is given to the judge (lenient and strict), and the
+teacher's own recording of the same answer is judged beside it: that is the ceiling. The judge's
+grammar holds all answers of the curriculum and every text the model wrote, so that it may hear the
+model say something else than its text.
 """
 
 import time
@@ -19,22 +19,14 @@ from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.tokenizers.text import normalise
 
 CELLS = {  # of the corpus, and what they are called in the table
-    "seen_seen": "seen wording, seen voice",
-    "seen_new": "seen wording, new voice",
-    "new_seen": "new wording, seen voice",
-    "new_new": "new wording, new voice",
-    "slot_seen": "seen wording, unseen slot",
-    "read_only": "facts only ever read",
-}
+    "seen_seen": "seen wording, seen voice", "seen_new": "seen wording, new voice",
+    "new_seen": "new wording, seen voice", "new_new": "new wording, new voice",
+    "slot_seen": "seen wording, unseen slot", "read_only": "facts only ever read",
+}  # fmt: skip
 METRICS = {  # of a Row, and their heading
-    "text": "text",
-    "lenient": "spoken",
-    "strict": "strict",
-    "agrees": "agrees",
-    "manner_ok": "manner",
-    "teacher_lenient": "ceiling",
-    "teacher_strict": "c.strict",
-}
+    "text": "text", "lenient": "spoken", "strict": "strict", "agrees": "agrees",
+    "manner_ok": "manner", "teacher_lenient": "ceiling", "teacher_strict": "c.strict",
+}  # fmt: skip
 HEARD = {"lenient": "heard", "strict": "heard_strict"}  # how the judge listens, and its sentence
 UNDERSTANDING = "Voice Understanding"
 FEWEST_ANSWERS = 500  # a smaller grammar makes guessing easy
@@ -65,41 +57,29 @@ class Row:
     teacher_strict: bool | None = None
 
 
-# ---- measuring ----------------------------------------------------------------------------------
-
-
-def measure(
-    model, corpus, limit=None, text_only=False, seed=0, workers=2, progress=False, **sampling
-):
-    """Ask an AQAA the evaluation questions of `corpus`, `limit` of each cell at most.
-
-    Returns facts about the run, "summary" (see `summarise`) and "rows" (Rows as dicts). sampling:
-    temperature, top_p. Raises ValueError if the corpus holds no questions.
-    """
+def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progress=False):
+    """Ask an AQAA the evaluation questions of `corpus`, `limit` of each cell at most. Returns facts
+    about the run, "summary" (see `summarise`) and "rows" (Rows as dicts). Raises ValueError if the
+    corpus holds no questions."""
     items = questions(corpus, limit)
     if not items:
         raise ValueError(f"{corpus.folder} holds no evaluation questions: make the corpus again")
     started = time.monotonic()
-    rows = [
-        Row(i.id, i.cell, i.category, i.intent, i.voice, i.text, normalise(i.answer),
-            manner=i.manner or "normal")
-        for i in items
-    ]  # fmt: skip
+    rows = [Row(i.id, i.cell, i.category, i.intent, i.voice, i.text, normalise(i.answer),
+                manner=i.manner or "normal") for i in items]  # fmt: skip
     sounds = [None] * len(rows)
-    answers = ask_all(
-        model, [recording(corpus, item) for item in items], seed=seed, speak=not text_only,
-        progress="asking" if progress else None, **sampling,
-    )  # fmt: skip
-    for i, written, sound in answers:
+    wavs, label = [recording(corpus, item) for item in items], "asking" if progress else None
+    for i, written, sound in ask_all(model, wavs, seed=seed, speak=not text_only, progress=label):
         rows[i].written, rows[i].text = written, written == rows[i].expected
         sounds[i] = sound
         rows[i].seconds = 0.0 if sound is None else round(len(sound) / SAMPLE_RATE, 3)
-    settings = {name: repr(value) for name, value in {**own_sampling(model), **sampling}.items()}
+    settings = {name: repr(value) for name, value in own_sampling().items()}
     facts = {"questions": len(rows), "seed": seed, "sampling": settings}
     if not text_only:
         facts |= score_sound(rows, items, sounds, corpus, workers, seed, progress)
-    facts["minutes"] = round((time.monotonic() - started) / 60, 2)
-    return {**facts, "summary": summarise(rows), "rows": [asdict(row) for row in rows]}
+    minutes = round((time.monotonic() - started) / 60, 2)
+    rows_as_dicts = [asdict(row) for row in rows]
+    return {**facts, "minutes": minutes, "summary": summarise(rows), "rows": rows_as_dicts}
 
 
 def questions(corpus, limit=None):
@@ -134,11 +114,8 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
             if item.answer_id in taught:
                 setattr(row, f"teacher_{mode}", taught[item.answer_id] == row.expected)
     texts = {row.expected for row in rows if row.manner in RULES}
-    normal = {
-        normalise(item.answer): recording(corpus, item)
-        for item in spoken.values()
-        if item.manner == "normal" and normalise(item.answer) in texts
-    }
+    normal = {normalise(item.answer): item for item in spoken.values() if item.manner == "normal"}
+    normal = {text: recording(corpus, normal[text]) for text in texts & set(normal)}
     for row, sound in zip(rows, sounds, strict=True):
         if row.manner in RULES and row.expected in normal:
             row.manner_ok = direction(row.manner, sound, normal[row.expected])
@@ -146,10 +123,8 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
 
 
 def make_judge(answers, written, seed=0):
-    """(Judge, number of texts left out): its grammar holds both, its bigrams the answers alone.
-
-    A text with a word that the dictionary lacks cannot be heard: it is left out and never agrees.
-    """
+    """(Judge, number of texts left out): its grammar holds both, its bigrams the answers alone. A
+    text with a word that the dictionary lacks cannot be heard: it is left out and never agrees."""
     answers = {normalise(answer) for answer in answers}
     others = {normalise(text) for text in written} - answers - {""}
     unknown = set(missing_words(others))
@@ -157,19 +132,16 @@ def make_judge(answers, written, seed=0):
     return Judge(answers | sayable, bigrams=answers, seed=seed), len(others - sayable)
 
 
-# ---- summing up ---------------------------------------------------------------------------------
-
-
 def share(values):
     """{"n", "share", "error"} of booleans, None left out. error: the standard error with two
     successes and two failures more (Agresti & Coull 1998): a perfect score of few is not exact."""
     values = [bool(value) for value in values if value is not None]
-    n = len(values)
-    if not n:
+    if not values:
         return {"n": 0, "share": None, "error": None}
-    adjusted = (sum(values) + 2) / (n + 4)
+    n, right = len(values), sum(values)
+    adjusted = (right + 2) / (n + 4)
     error = float(np.sqrt(adjusted * (1 - adjusted) / (n + 4)))
-    return {"n": n, "share": sum(values) / n, "error": error}
+    return {"n": n, "share": right / n, "error": error}
 
 
 def summarise(rows):
@@ -178,15 +150,12 @@ def summarise(rows):
     groups |= {name: [row for row in rows if row.cell == cell] for cell, name in CELLS.items()}
     for name in sorted({row.category for row in rows}):
         groups[name] = [row for row in rows if row.category == name]
-    groups[f"{UNDERSTANDING}, new voices"] = [
-        row for row in rows if row.category == UNDERSTANDING and row.cell.endswith("_new")
-    ]
+    understood = [row for row in rows if row.category == UNDERSTANDING]
+    new_voices = [row for row in understood if row.cell.endswith("_new")]
+    groups[f"{UNDERSTANDING}, new voices"] = new_voices
     groups |= {f"manner: {name}": [row for row in rows if row.manner == name] for name in RULES}
-    return {
-        name: {metric: share(getattr(row, metric) for row in members) for metric in METRICS}
-        for name, members in groups.items()
-        if members
-    }
+    return {name: {metric: share(getattr(row, metric) for row in members) for metric in METRICS}
+            for name, members in groups.items() if members}  # fmt: skip
 
 
 def table(result):
@@ -199,32 +168,22 @@ def table(result):
         n = max(entry["n"] for entry in scores.values())
         cells = "".join(f"{_percent(entry):>12}" for entry in scores.values())
         lines.append(f"{name:<{width}}{n:5}{cells}")
-    lines += [
-        f"{result['questions']} questions in {result['minutes']} min; in percent ± standard error.",
-        "manner: rules over length, f0 level, f0 range and energy; the moods too, "
-        "they do not measure emotion.",
-    ]
-    if result.get("answers", FEWEST_ANSWERS) < FEWEST_ANSWERS:
-        few = result["answers"]
+    facts = f"{result['questions']} questions in {result['minutes']} min"
+    lines += [f"{facts}; in percent ± standard error.", "manner: rules over length, f0 level, f0 "
+              "range and energy; the moods too, they do not measure emotion."]  # fmt: skip
+    if (few := result.get("answers", FEWEST_ANSWERS)) < FEWEST_ANSWERS:
         lines.append(f"The judge chose among only {few} answers: its lenient scores flatter.")
     return "\n".join(lines)
 
 
 def _percent(entry):
-    if entry["share"] is None:
-        return "-"
-    return f"{100 * entry['share']:.1f} ±{100 * entry['error']:.1f}"
-
-
-# ---- the corpus ---------------------------------------------------------------------------------
+    known = entry["share"] is not None
+    return f"{100 * entry['share']:.1f} ±{100 * entry['error']:.1f}" if known else "-"
 
 
 def evaluation_corpus(folder, seed=0, workers=2):
     """The corpus in `folder`; without one, its evaluation questions and their answers are spoken.
-
-    Speaking that was interrupted goes on. A training corpus that is still growing is taken as it
-    is.
-    """
+    Interrupted speaking goes on. A training corpus that is still growing is taken as it is."""
     from aqaa.corpus import speak
 
     corpus = speak.Corpus(folder) if (Path(folder) / "plan.json").exists() else None
@@ -235,12 +194,9 @@ def evaluation_corpus(folder, seed=0, workers=2):
     wanted = {item.answer_id for item in asked}
     # The normal form of a manner's answer is the reference that the manner is measured against.
     texts = {item.answer for item in asked if item.manner in RULES}
-    answers = [
-        item
-        for item in items
-        if item.role == "answer"
-        and (item.answer_id in wanted or item.manner == "normal" and item.answer in texts)
-    ]
+    answers = [item for item in items if item.role == "answer"]
+    answers = [item for item in answers if item.answer_id in wanted
+               or item.manner == "normal" and item.answer in texts]  # fmt: skip
     if corpus and corpus.head["hash"] != speak.plan_hash(answers + asked):
         return corpus
     return speak.speak(answers + asked, folder, workers)

@@ -1,9 +1,8 @@
-"""The one entry of every measurement, `aqaa bench NAME`.
+"""The one entry of every measurement, `aqaa bench NAME`: a new one is an entry here and a file.
 
 A measurement is a module with `measure(...)`, which returns a plain dict. The names of its
 arguments say what it needs: a loaded `model`, the `corpus` of evaluation questions, options of the
-command line (preset, device, seed, limit, ...). `table(result)` is what a reader sees of it;
-without one, a line a value. A new measurement is an entry here and a file.
+command line. `table(result)` is what a reader sees of it; without one, a line a value.
 """
 
 import importlib
@@ -12,23 +11,17 @@ import json
 from pathlib import Path
 
 BENCHES = {  # name: its module in aqaa.evaluation
-    "speed": "speed",
-    "accuracy": "accuracy",
-    "synthesis": "synthesis",
-    "codes": "codes",
-    "parts": "parts",
-    "quantize": "quantization",
-    "streaming": "streaming",
-    "scale": "gpu_speed",
-}
+    "speed": "speed", "accuracy": "accuracy", "synthesis": "synthesis", "codes": "codes",
+    "parts": "parts", "quantize": "quantization", "streaming": "streaming", "scale": "gpu_speed",
+}  # fmt: skip
 
 
 def main(name, *, preset="mini", device="cpu", out=None, as_json=False, **options):
     """Measure `name`, print its table or JSON, write JSON to the file `out`. Returns 1 for faults.
 
-    options: whatever else it may take; None, or one that it does not take, is left out. "rows" of
-    a result, its single cases, stand in the file only. A measurement that takes `out` writes and
-    prints each number as it is made. Raises FileNotFoundError if the folder of `out` is missing.
+    options: whatever else it may take. "rows" of a result, its single cases, stand in the file
+    only. A measurement that takes `out` writes and prints each number as it is made. Raises
+    FileNotFoundError if the folder of `out` is missing.
     """
     from aqaa.files import write_json
     from aqaa.records import about
@@ -55,10 +48,6 @@ def main(name, *, preset="mini", device="cpu", out=None, as_json=False, **option
     if as_json:
         print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
     elif "out" not in wanted:
-        print(getattr(bench, "table", lines)(result))
+        rows = "\n".join(f"{name:28} {value}" for name, value in result.items())
+        print(bench.table(result) if hasattr(bench, "table") else rows)
     return int(bool(result.get("faults")))
-
-
-def lines(result):
-    """A dict as text, a line a value."""
-    return "\n".join(f"{name:28} {value}" for name, value in result.items())

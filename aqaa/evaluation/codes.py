@@ -1,9 +1,9 @@
 """`aqaa bench codes`: are the codes healthy, and do the two streams help each other?
 
-Usage: how many codes occur, and how evenly (perplexity). Streams: the paper's reason for two
-codebooks is that the next token is easier to predict when linguistic and semantic tokens are
-interleaved than for either alone (AQAA paper 2.1, after Step-Audio 3.1). `streams` repeats that
-with one small language model trained three times, on the same utterances in the same order.
+The paper's reason for two codebooks is that the next token is easier to predict when linguistic and
+semantic tokens are interleaved than for either alone (AQAA paper 2.1, after Step-Audio 3.1).
+`streams` repeats that with one small language model trained three times, on the same utterances in
+the same order.
 """
 
 from pathlib import Path
@@ -22,39 +22,31 @@ from aqaa.corpus.plan import plan
 START = 0  # the id before the first code; linguistic codes follow it, then semantic ones
 IGNORED = -1
 STEPS = 3000  # of 24 utterances each: about two passes
-TINY = dict(
-    hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-    num_attention_groups=1, max_seq_len=4096,
-)  # fmt: skip
+TINY = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            num_attention_groups=1, max_seq_len=4096)  # fmt: skip
 KINDS = ("linguistic", "semantic")
 ARRANGEMENTS = (*KINDS, "interleaved")
 
 
 def measure(model, preset="mini", device="cpu", seed=0, limit=None):
     """Codebook use of both tokenizers of an AQAA, and next-code perplexity alone and interleaved.
-
     The codes are those that lie beside the weights, of every utterance of the training run; the
-    test is on questions that training never heard, `limit` at most.
-    """
+    test is on questions that training never heard, `limit` at most."""
     beside = files.data_folder() if preset == "mini" else Path(preset).parent
     items = [item for item in plan(seed=seed) if item.role != "answer"]
     pairs = list(zip(items, load_codes(beside / "codes", items), strict=True))
     train = [pair for item, pair in pairs if item.split == "train"]
     test = [pair for item, pair in pairs if item.split == "eval"][:limit]
     sizes = (model.ids.n_linguistic, model.ids.n_semantic)
-    streamed = zip(KINDS, zip(*train, *test), sizes)
-    use = {kind: usage(rows, size) for kind, rows, size in streamed}
+    use = {kind: usage(*codes) for kind, *codes in zip(KINDS, zip(*train, *test), sizes)}
     perplexity = streams(train, test, *sizes, steps=STEPS, seed=seed, device=device)
     counts = {"utterances": len(train), "test_utterances": len(test), "steps": STEPS}
     return {**use, **counts, "next_code_perplexity": perplexity}
 
 
 def arrange(linguistic, semantic, how, n_linguistic):
-    """Codes of one utterance as ids of the small model, START first: (1 + N,) int64.
-
-    how: "linguistic" or "semantic" takes one stream, "interleaved" both, 2:3. All three cover the
-    same groups.
-    """
+    """Codes of one utterance as ids of the small model, START first: (1 + N,) int64. how:
+    "linguistic" or "semantic" takes one stream, "interleaved" both, 2:3, over the same groups."""
     groups = min(len(linguistic) // LINGUISTIC_PER_GROUP, len(semantic) // SEMANTIC_PER_GROUP)
     first = 1 + np.asarray(linguistic[: groups * LINGUISTIC_PER_GROUP], dtype=np.int64)
     second = np.asarray(semantic[: groups * SEMANTIC_PER_GROUP], dtype=np.int64) + 1 + n_linguistic
@@ -67,8 +59,7 @@ def streams(
     train, test, n_linguistic, n_semantic, *, steps=300, batch=24, lr=3e-3, seed=0, device="cpu",
     quiet=False,
 ):  # fmt: skip
-    """Perplexity of the next code on `test` after training the same small model on each
-    arrangement.
+    """Perplexity of the next code on `test` after training one small model on each arrangement.
 
     train, test: lists of (linguistic (2G,), semantic (3G,)) code arrays. Returns {arrangement:
     {kind: perplexity}} and, under "change", the relative change of each kind from alone to

@@ -1,8 +1,7 @@
 """How an answer is said, measured: length, rate, pitch level, pitch range, loudness.
 
-A manner is judged against the same sentence said normally. The four moods are rules over these
-measures, the same rules by which the curriculum's moods were made; they are not a measurement of
-emotion.
+A manner is judged against the same sentence said normally. The four moods are the rules over these
+measures by which the curriculum's moods were made; they do not measure emotion.
 """
 
 import re
@@ -21,17 +20,14 @@ OUTLIER = 9  # semitones from the median: farther ones are errors of the tracker
 # Smallest changes that count: relative, semitones, semitones, dB.
 MARGIN = {"seconds": 0.05, "f0": 0.5, "f0_range": 0.0, "energy": 1.0}
 RULES = {  # what goes up (+1) or down (-1) against the normal manner; all of a row's must hold
-    "slow": {"seconds": 1},
-    "fast": {"seconds": -1},
-    "high": {"f0": 1},
-    "low": {"f0": -1},
-    "loud": {"energy": 1},
-    "soft": {"energy": -1},
+    "slow": {"seconds": 1}, "fast": {"seconds": -1},
+    "high": {"f0": 1}, "low": {"f0": -1},
+    "loud": {"energy": 1}, "soft": {"energy": -1},
     "happy": {"seconds": -1, "f0": 1, "f0_range": 1},
     "sad": {"seconds": 1, "f0": -1, "f0_range": -1, "energy": -1},
     "angry": {"seconds": -1, "energy": 1},
     "calm": {"seconds": 1, "f0": -1, "energy": -1},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,9 +47,8 @@ class Measures:
 
 
 def measure(wav, text=None):
-    """Measures of wav (N,) float at 16 kHz. The rate counts the syllables of `text`, or without a
-    text the energy's peaks (good to about a syllable in six). Raises ValueError if wav is not
-    one-dimensional."""
+    """Measures of wav (N,) float at 16 kHz. The rate counts the syllables of `text`, else the
+    energy's peaks (good to about a syllable in six). Raises ValueError for another shape of wav."""
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1:
         raise ValueError(f"measure takes one mono wav (N,), got shape {wav.shape}")
@@ -70,13 +65,9 @@ def measure(wav, text=None):
     median = float(np.median(voiced)) if len(voiced) else 0.0
     semitones = 12 * np.log2(voiced / median) if median else np.zeros(1)
     low, high = np.percentile(semitones[np.abs(semitones) < OUTLIER], (10, 90))
-    return Measures(
-        seconds=seconds,
-        rate=(syllables(text) if text else envelope_peaks(part)) / seconds,
-        f0=median,
-        f0_range=float(high - low),
-        energy=float(10 * np.log10(power[speech].mean())),
-    )
+    rate = (syllables(text) if text else envelope_peaks(part)) / seconds
+    energy = float(10 * np.log10(power[speech].mean()))
+    return Measures(seconds, rate, median, float(high - low), energy)
 
 
 def syllables(text):
@@ -107,19 +98,14 @@ def changes(answer, normal):
     """As `compare`, of two Measures; one that either of the two lacks does not change."""
     longer = answer.seconds / normal.seconds if answer.seconds and normal.seconds else 1.0
     higher = answer.f0 / normal.f0 if answer.f0 and normal.f0 else 1.0
-    return {
-        "seconds": longer - 1,
-        "f0": 12 * float(np.log2(higher)),
-        "f0_range": answer.f0_range - normal.f0_range,
-        "energy": answer.energy - normal.energy,
-    }
+    wider, louder = answer.f0_range - normal.f0_range, answer.energy - normal.energy
+    f0_change = 12 * float(np.log2(higher))
+    return {"seconds": longer - 1, "f0": f0_change, "f0_range": wider, "energy": louder}
 
 
 def direction(manner, answer_wav, normal_wav):
-    """Whether answer_wav differs from the same sentence said normally as RULES[manner] asks.
-
-    Raises ValueError for a manner without a rule, as "normal" is: there is nothing to compare.
-    """
+    """Whether answer_wav differs from the same sentence said normally as RULES[manner] asks. Raises
+    ValueError for a manner without a rule, as "normal" is: there is nothing to compare."""
     if manner not in RULES:
         raise ValueError(f"no rule for the manner {manner!r}: choose one of {', '.join(RULES)}")
     change = compare(answer_wav, normal_wav)

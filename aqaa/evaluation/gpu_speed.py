@@ -1,5 +1,4 @@
-"""`aqaa bench scale`: what the full-scale model does on this GPU, with random weights of its true
-size.
+"""`aqaa bench scale`: what the full-scale model does on this GPU, with random weights.
 
 Speed depends on sizes and not on values, so nothing has to be downloaded: weights are drawn on the
 GPU itself. Every number is written to the record as soon as it is measured; what could not be
@@ -7,15 +6,16 @@ measured is named there with the reason. On a CPU with the mini's sizes the same
 """
 
 import gc
-import itertools
 import platform
 import resource
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from statistics import median
+from itertools import cycle, islice
+from statistics import fmean, median
 
 import torch
+import transformers
 
 from aqaa import config as presets
 from aqaa import files, loading
@@ -45,22 +45,19 @@ REPEATS = 5
 TUNED = 8  # layers whose weights a kernel is tuned on: more than any cache holds
 COPIED = 4 << 30  # bytes
 PARTS = ("linguistic", "semantic", "flow", "hift")
-STEPS = (  # methods of a Bench, in order: what later ones build upon comes first
-    "copy", "check_kernels", "check_layer", "tune", "prefill", "decode", "vocoder", "ask", "fp8",
-)  # fmt: skip
+# Methods of a Bench, in order: what later ones build upon comes first.
+STEPS = "copy check_kernels check_layer tune prefill decode vocoder ask fp8".split()
 
 
 def measure(preset="full", device="cuda", seed=0, layers=None, out=None):
     """The record as a dict, which also grows in the file `out`; on a GPU it has a place of its own.
-
     layers: fewer than there are. Its "faults" name what could not be measured. Raises ModelError
-    beforehand if the model does not fit.
-    """
-    config, device = presets.preset(preset), loading.device_of(device)
+    beforehand if the model does not fit."""
+    config = presets.preset(preset)
     whole = config.backbone.num_hidden_layers
     if layers and layers < whole:
         config = replace(config, backbone=replace(config.backbone, num_hidden_layers=layers))
-    bench = Bench(config, device, seed, whole=whole)
+    bench = Bench(config, loading.device_of(device), seed, whole=whole)
     record = bench.record(out)
     bench.run(record)
     return record.data
@@ -87,21 +84,22 @@ class Bench:
             name = f"{(card or 'gpu').split('-')[0].lower()}-{model}-int4"
             name += "" if layers == self.whole else f"-{layers}-layers"
             out = files.data_folder() / "runs" / f"{name}.json"
-        setup = {
-            "model": model, "layers": layers, "gpus": f"1x{card}" if card else str(self.device),
-            "weights": "int4", "group": self.group, "sizes": asdict(self.config.backbone),
-        }  # fmt: skip
+        gpus, sizes = f"1x{card}" if card else str(self.device), asdict(self.config.backbone)
+        setup = {"model": model, "layers": layers, "gpus": gpus, "weights": "int4",
+                 "group": self.group, "sizes": sizes}  # fmt: skip
+        triton = getattr(triton_kernels.triton, "__version__", None)
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "transformers": transformers.__version__, "triton": triton,
+                    "cuda": torch.version.cuda}  # fmt: skip
         head = about("scale" if complete else "scale-rehearsal", str(self.device))
-        return Record(out, {**head, "versions": versions(), "setup": setup})
+        return Record(out, {**head, "versions": versions, "setup": setup})
 
     def card(self):
         """The name that `plan` knows this GPU by, or None."""
         properties = torch.cuda.get_device_properties(self.device)
-        for gpu in plan.GPUS.values():
-            near = abs(gpu.memory * memory.GIB - properties.total_memory) < 4 * memory.GIB
-            if near and gpu.name.split("-")[0] in properties.name.split():
-                return gpu.name
-        return None
+        size, words = properties.total_memory / memory.GIB, properties.name.split()
+        near = (gpu.name for gpu in plan.GPUS.values() if abs(gpu.memory - size) < 4)
+        return next((name for name in near if name.split("-")[0] in words), None)
 
     def run(self, record):
         """All of it. Raises ModelError if not even the int4 model fits."""
@@ -113,8 +111,6 @@ class Bench:
                 peak = torch.cuda.max_memory_allocated(self.device) / memory.GIB
                 record.add(peak_memory_gib=round(peak, 2))
 
-    # ---- the model ------------------------------------------------------------------------------
-
     def build(self, weights, group, record):
         """Draw the model, and an engine with a cache of `size` slots. Raises ModelError."""
         if self.gpu:
@@ -124,15 +120,12 @@ class Bench:
         sizes = self.config.backbone
         self.model = random_backbone(sizes, weights, group, self.device, dtype, self.seed)
         self.clock()
-        tensors = (*self.model.parameters(), *self.model.buffers())
+        resident = sum(x.nbytes for x in (*self.model.parameters(), *self.model.buffers()))
         self.engine = Engine(self.model, self.size, self.fast)
         if weights == "int4":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-            record.add(
-                build_s=round(time.perf_counter() - began, 2),
-                resident_bytes=sum(x.nbytes for x in tensors),
-                host_peak_gib=round(peak / 2**20, 2),
-            )
+            seconds = round(time.perf_counter() - began, 2)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB of KiB
+            record.add(build_s=seconds, resident_bytes=resident, host_peak_gib=round(peak, 2))
 
     def check_fits(self, weights, group):
         """Raise ModelError, before anything is allocated, with how many layers would fit."""
@@ -141,11 +134,10 @@ class Bench:
         try:
             memory.check_room(sizes, self.size, free, weights, group)
         except ModelError as fault:
-            linears = memory.linear_bytes(sizes, weights, group)
-            cache = self.size * memory.cache_bytes(sizes)
-            layer = (linears + cache) / sizes.num_hidden_layers
+            layers = memory.linear_bytes(sizes, weights, group)
+            layers += self.size * memory.cache_bytes(sizes)
             fixed = 2 * memory.table_bytes(sizes) + memory.buffer_bytes(sizes, weights, 0, 1)
-            fitting = max(0, int((free - fixed) / layer))
+            fitting = max(0, int((free - fixed) / layers * sizes.num_hidden_layers))
             raise ModelError(f"{fault} Or take part of it: --layers {fitting}.") from None
 
     def clock(self):
@@ -157,8 +149,6 @@ class Bench:
     def time(self, work, repeats=None):
         """Median seconds of work(), after one run that does not count."""
         return median(turns({"": work}, repeats or REPEATS, self.clock)[""])
-
-    # ---- measurements ---------------------------------------------------------------------------
 
     def copy(self, record):
         """Bytes read and written a second by a plain copy: what memory really gives."""
@@ -176,29 +166,23 @@ class Bench:
         errors, wrong = kernel_bench.errors(self.config.backbone, self.group, self.device, dtype)
         record.add(kernel_errors=errors)
         if wrong:
-            names = ", ".join(wrong)
-            raise ValueError(f"these kernels differ from fp64 by more than rounding does: {names}")
+            raise ValueError("these kernels differ from fp64 by more than rounding does: "
+                             f"{', '.join(wrong)}")  # fmt: skip
 
     def check_layer(self, record):
-        """A layer by kernels beside unpacked weights and plain torch: a prompt, a few ids, single
-        ids.
-
-        Raises ValueError if the two differ by more than 5 % of the largest value.
-        """
+        """A layer by kernels beside unpacked weights and plain torch: a prompt, few ids, single
+        ids. Raises ValueError if the two differ by more than 5 % of the largest value."""
         usable, x = triton_kernels.usable(self.device), self.embeddings(41)  # (1, 41, D)
         small = replace(self.config.backbone, num_hidden_layers=1, vocab_size=64)
         model = random_backbone(small, "int4", self.group, self.device, x.dtype, self.seed)
-        hidden = []
-        for fast in (False, usable):
-            engine = Engine(model, 64, fast)
-            rows = [engine.feed(part).float() for part in x.split([33, 5, 1, 1, 1], 1)]
-            hidden.append(torch.cat(rows))
-        plain, quick = hidden
+        engines, parts = (Engine(model, 64, fast) for fast in (False, usable)), [33, 5, 1, 1, 1]
+        plain, quick = (torch.cat([engine.feed(part).float() for part in x.split(parts, 1)])
+                        for engine in engines)  # fmt: skip
         error = ((quick - plain).abs().max() / plain.abs().max()).item()
         record.add(layer_error=error, kernels=usable)
         if not error < 0.05:
-            share = f"{error:.3g} of the largest value"
-            raise ValueError(f"the kernels differ from plain torch by {share}")
+            raise ValueError("the kernels differ from plain torch by "
+                             f"{error:.3g} of the largest value")  # fmt: skip
 
     def tune(self, record):
         """The best tile of each int4 kernel, and the bandwidth that it reaches alone."""
@@ -245,8 +229,7 @@ class Bench:
     def rate(self, context):
         """Generate after a context that is in the cache already: only its length matters."""
         ids, layout = self.config.ids, dialogue.layout()
-        words = itertools.cycle(range(ids.first_text, ids.n_text))
-        prompt = list(itertools.islice(words, context))
+        prompt = list(islice(cycle(range(ids.first_text, ids.n_text)), context))
         reader = self.engine.reader()
         reader.ids = list(prompt)  # as if they had been read
         machine, vocabulary = layout.machine(ids), Vocabulary(self.model)
@@ -259,12 +242,11 @@ class Bench:
         counted = len(times) - 1 - min(SETTLING, len(times) // 2)
         rate = counted / (times[-1] - times[-1 - counted])
         alone = self.time(partial(self.feed_at, context, self.embeddings(1)), 20)
-        read, head = self.step_bytes(context), self.model.lm_head.weight[0].nbytes
-        head *= sum(legal) / len(legal)
-        row = {
-            "context": context, "tokens_per_s": round(rate, 2), "step_ms": round(1000 * alone, 3),
-            "step_gb": round(read / 1e9, 3), "head_gb": round(head / 1e9, 3),
-        }  # fmt: skip
+        read = self.step_bytes(context)
+        head = self.model.lm_head.weight[0].nbytes * fmean(legal)
+        row = {"context": context, "tokens_per_s": round(rate, 2),
+               "step_ms": round(1000 * alone, 3), "step_gb": round(read / 1e9, 3),
+               "head_gb": round(head / 1e9, 3)}  # fmt: skip
         if self.bandwidth:
             row["share_of_copy"] = round((read + head) * rate / self.bandwidth, 4)
             row["step_share_of_copy"] = round(read / alone / self.bandwidth, 4)
@@ -284,8 +266,8 @@ class Bench:
         spoken = group * int(SPOKEN * TOKENS_PER_SECOND / GROUP_SIZE)
         seconds = len(spoken) / TOKENS_PER_SECOND
         work = self.time(partial(system.vocoder.synthesize, spoken), 3)
-        row = {"seconds": round(seconds, 2), "work_s": round(work, 4)}
-        record.add(vocoder={**row, "rtf": round(work / seconds, 4)})
+        rounded = round(seconds, 2), round(work, 4), round(work / seconds, 4)
+        record.add(vocoder=dict(zip(("seconds", "work_s", "rtf"), rounded)))
 
     def ask(self, record):
         """A spoken question, answered by all parts as a stream; the second answer counts."""
@@ -293,8 +275,8 @@ class Bench:
         question = torch.randn(int(ASKED * SAMPLE_RATE), generator=generator) / 10
         options = {"max_tokens": ANSWER, "min_audio": ANSWER, "seed": self.seed}
         for _ in range(2):
-            talk = system.stream((question, SAMPLE_RATE), prefill=self.engine.reader(), **options)
-            answer = talk.answer
+            reader = self.engine.reader()
+            answer = system.stream((question, SAMPLE_RATE), prefill=reader, **options).answer
         times = {name: round(value, 4) for name, value in answer.timings.items()}
         record.add(ask={
             "question_s": ASKED, "answer_s": round(answer.seconds, 2),
@@ -326,17 +308,5 @@ class Bench:
             self.build("fp8", None, record)
         except ModelError as fault:
             record.add(fp8={"left_out": str(fault)})
-            return
-        record.add(fp8={"decode": [self.rate(context) for context in self.contexts]})
-
-
-def versions():
-    """Library versions, for the record."""
-    import transformers
-
-    return {
-        "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "triton": triton_kernels.triton.__version__ if triton_kernels.triton else None,
-        "cuda": torch.version.cuda,
-    }  # fmt: skip
+        else:
+            record.add(fp8={"decode": [self.rate(context) for context in self.contexts]})

@@ -1,5 +1,4 @@
-"""Kernels one at a time, at the model's sizes: each against fp64, and how fast tiles read
-weights."""
+"""Kernels one at a time, at the model's sizes: each against fp64, and how fast tiles read."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,14 +15,12 @@ from aqaa.scale.random_model import draw
 ROWS = 112  # outputs of a matrix that is checked: rows do not depend on one another
 SLOTS = 64  # of a cache that is checked
 CHECKS = ("heads", "few", "gated", "added", "tiles", "attend", "prompt", "unpack", "int8", "fp8")
+OTHERS = {"prompt": ("attend", 33), "fp8": ("int8", Fp8Linear)}  # the same method for other inputs
 
 
 class Checks:
-    """Each kernel with random inputs of a BackboneConfig's widths.
-
-    A method of CHECKS returns (the kernel's result, fp64, limit). Limits are shares of the largest
-    value: `rough` for results in the dtype of the model, `fine` for those in fp32.
-    """
+    """Each kernel with random inputs of a BackboneConfig's widths: (result, fp64, limit). Limits
+    are shares of the largest value: `rough` in the dtype of the model, `fine` in fp32."""
 
     def __init__(self, backbone, group, device, dtype):
         self.backbone, self.group, self.device, self.dtype = backbone, group, device, dtype
@@ -96,9 +93,6 @@ class Checks:
         wide = (x.double() for x in (query, keys, values, slopes))
         return out, attention_kernels.attend_eager(*wide, first, scale), self.rough
 
-    def prompt(self):
-        return self.attend(33)
-
     def unpack(self):
         layer = self.layer()
         return kernels.unpack(layer, self.dtype), layer.dequantized(self.dtype), 0.0
@@ -107,9 +101,6 @@ class Checks:
         layer, x = self.layer(cls), self.noise(2, self.size, dtype=self.dtype)
         result = kernels.product_bytes(layer, x, x.new_empty(2, ROWS))
         return result, exact(layer, x), self.rough
-
-    def fp8(self):
-        return self.int8(Fp8Linear)
 
 
 def exact(layer, x):
@@ -121,15 +112,15 @@ def errors(backbone, group, device, dtype):
     """({kernel: largest error over the largest value, or its fault}, names of those that fail)."""
     checks, shares, failed = Checks(backbone, group, device, dtype), {}, []
     for name in CHECKS:
+        method, *options = OTHERS.get(name, (name,))
         try:
-            result, wanted, limit = getattr(checks, name)()
+            result, wanted, limit = getattr(checks, method)(*options)
             error = (result.double() - wanted.double()).abs().max() / wanted.abs().max()
             shares[name] = error.item() if error.isfinite() else str(error.item())
             good = error <= limit
         except Exception as fault:  # a kernel that does not compile must not hide the others
             shares[name], good = _fault(fault), False
-        if not good:
-            failed.append(name)
+        failed += [] if good else [name]
     return shares, failed
 
 
@@ -138,12 +129,11 @@ def _fault(fault):
 
 
 def tune(engine, layers, seconds):
-    """Sets TILES of the kernels for an Engine's int4 layers -> {kernel and size: {"tile",
-    "gb_per_s", "tiles": {tile: GB/s}}}.
+    """Sets TILES of the kernels for an Engine's int4 layers -> {kernel and size: a dict of tile,
+    gb_per_s and tiles {tile: GB/s}}.
 
     layers: how many layers' weights a kernel reads in turn, more than a cache holds.
-    seconds(launch, layers) -> seconds a layer. Candidates are compiled beforehand, different
-    kernels at once.
+    seconds(launch, layers) -> seconds a layer.
     """
     device, stack = engine.device, engine.fused.layers
     heads, out, both, down = stack[0][:4]
@@ -157,7 +147,7 @@ def tune(engine, layers, seconds):
         ("gated", both): lambda layer: layer[2].multiply("gated", x, inner),
         ("added", down): lambda layer: layer[3].multiply("added", y, stream),
     }
-    # One compilation serves `out` and `down`.
+    # Compiled beforehand, different kernels at once. One compilation serves `out` and `down`.
     different = [launch for (_, rows), launch in launches.items() if rows is not down]
     with ThreadPoolExecutor(len(different)) as pool:
         for tile in kernels.CANDIDATES:
@@ -177,8 +167,8 @@ def tune(engine, layers, seconds):
                 results[f"{kernel} {tile}"] = _fault(fault)
         best = kernels.TILES[key] = max(rates, key=rates.get, default=kernels.TILE)
         named = {" ".join(map(str, tile)): rate for tile, rate in rates.items()}
-        row = {"tile": best, "gb_per_s": rates.get(best), "tiles": named}
-        results[f"{kernel} {rows.size} to {rows.rows}"] = row
+        name, top = f"{kernel} {rows.size} to {rows.rows}", rates.get(best)
+        results[name] = {"tile": best, "gb_per_s": top, "tiles": named}
     return results
 
 
@@ -190,12 +180,12 @@ def others(engine, seconds):
     query = stream.to(keys.dtype).view(1, 1, -1, engine.width)
     scale, parts = engine.width**-0.5, engine.model.modules()
     gate = next(part for part in parts if getattr(part, "out_features", 0) == down.size)
+    context = (query, keys, values, engine.slopes, engine.first, scale, stream)
     launches = {
         "pack_normed": lambda _: kernels.pack(stream, heads.group, norm, 1e-5),
         "pack_inner": lambda _: kernels.pack(inner, down.group),
-        "attend": lambda _: attention_kernels.attend(
-            query, keys, values, engine.slopes, engine.first, scale, stream),
+        "attend": lambda _: attention_kernels.attend(*context),
         "unpack_gate": lambda _: kernels.unpack(gate, keys.dtype),
-    }  # fmt: skip
+    }
     times = {name: seconds(launch, [None] * 8) for name, launch in launches.items()}
     return {name: round(1e6 * each, 2) for name, each in times.items()}

@@ -6,10 +6,8 @@ SCALE = (1.0, 5.0)  # marks that a listener can give
 
 
 def interval(marks, level=0.95):
-    """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two.
-
-    No mean of marks lies outside their scale, so the interval ends there.
-    """
+    """(mean, low, high) by Student's t over the marks; low and high are None for fewer than two. No
+    mean of marks lies outside their scale, so the interval ends there."""
     from scipy.stats import t  # here: it is slow to import, and few notebooks need it
 
     mean = fmean(marks)

@@ -1,11 +1,10 @@
-"""`aqaa bench parts`: what each part costs at the sizes of a preset, beside the implementations it
-is from.
+"""`aqaa bench parts`: what each part costs at a preset's sizes, beside the code that it is from.
 
 Weights and sounds are random and seeded: neither changes the work. All who do the same work take
 turns in one run, on the same weights, and their results are compared. "as trained" is our module
 before `prepared.prepare`: for HiFT, which no package holds, that is the published order of work
-(weight norms in every call, every convolution direct). "AMX" stands for linear layers on the matrix
-units of a Xeon that has them: fp32 in three products of bf16.
+(weight norms in every call, every convolution direct). "AMX": linear layers on the matrix units of
+a Xeon that has them, fp32 in three products of bf16.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from operator import truediv
 from statistics import median
 
 import torch
@@ -34,32 +34,26 @@ LAYER_VOCABULARY = 1024  # rows of the embedding around a single layer, which is
 
 @dataclass
 class Case:
-    """One line of the table: `run` does `seconds` of sound, `others` do the same work.
-
-    compare() -> dict of differences between their results.
-    """
+    """A line of the table: `run` does `seconds` of sound, `others` do the same work."""
 
     name: str
     seconds: float
     run: Callable
     others: dict
-    compare: Callable = dict
+    compare: Callable = dict  # () -> dict of differences between their results
 
 
 def measure(preset="mini", seed=0, only=None, limit=ROUNDS):
     """{"preset", "seed", "peers", "parts"}: each part, or `only` one, timed in `limit` rounds.
-
-    Raises ValueError for a folder of weights: the bench draws its own.
-    """
+    Raises ValueError for a folder of weights: the bench draws its own."""
     if preset not in PRESETS:
         names = " or ".join(PRESETS)
         raise ValueError(f"bench parts draws its own weights: --preset is {names}, not {preset}.")
-    chosen = list(PARTS) if only is None else [only]
-    if only is None and preset == "full":
-        chosen.remove("backbone")  # 3 GB for a single layer: only when asked for
+    # A single layer of the full backbone takes 3 GB: only when asked for.
+    usual = [name for name in PARTS if preset != "full" or name != "backbone"]
     installed = {name: version(name) if peers.installed(name) else None for name in peers.PACKAGES}
     rows = []
-    for name in chosen:
+    for name in [only] if only else usual:
         torch.manual_seed(seed)
         for case in PARTS[name](PRESETS[preset]()):
             rows.append(case if isinstance(case, dict) else time_case(case, limit))
@@ -68,11 +62,8 @@ def measure(preset="mini", seed=0, only=None, limit=ROUNDS):
 
 
 def time_case(case, rounds=ROUNDS):
-    """A Case -> a dict: CPU-seconds (one thread) and wall-seconds (all threads) for a second of
-    sound.
-
-    times_faster: median ratio of the others' CPU time to ours, within one round.
-    """
+    """A Case -> a dict: CPU-seconds (one thread) and wall-seconds (all threads) a second of sound.
+    times_faster: median ratio of the others' CPU time to ours, within one round."""
     runs, threads = {"aqaa": case.run, **case.others}, torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -83,21 +74,13 @@ def time_case(case, rounds=ROUNDS):
             wall = turns(runs, 1, time.perf_counter)
     finally:
         torch.set_num_threads(threads)
-
-    def per_second(times):
-        return {name: round(min(row) / case.seconds, 4) for name, row in times.items()}
-
-    ratios = {}
-    for name in case.others:
-        pairs = zip(cpu[name], cpu["aqaa"], strict=True)
-        ratios[name] = round(median(theirs / ours for theirs, ours in pairs), 2)
-    return {
-        "part": case.name, "seconds": case.seconds, "threads": threads, "cpu": per_second(cpu),
-        "wall": per_second(wall), "times_faster": ratios, **differences,
-    }  # fmt: skip
-
-
-# ---- the parts ----------------------------------------------------------------------------------
+    row = {"part": case.name, "seconds": case.seconds, "threads": threads}
+    for clock, times in (("cpu", cpu), ("wall", wall)):
+        row[clock] = {name: round(min(each) / case.seconds, 4) for name, each in times.items()}
+    ours = cpu.pop("aqaa")
+    ratios = {name: median(map(truediv, theirs, ours)) for name, theirs in cpu.items()}
+    row["times_faster"] = {name: round(ratio, 2) for name, ratio in ratios.items()}
+    return row | differences
 
 
 def _random(name, config):
@@ -123,11 +106,7 @@ def linguistic(config):
     plain.centroids.normal_()
     plain.add_shift.fill_(-10)
     plain.rescale.fill_(0.2)
-
-    def hidden(ready, wav):
-        return ready(ready.features(wav)[None])[0]
-
-    yield from _tokenizer("linguistic", plain, "funasr", peers.funasr, hidden, (5,))
+    return _tokenizer("linguistic", plain, "funasr", type(plain).__call__, (5,))
 
 
 def semantic(config):
@@ -136,21 +115,15 @@ def semantic(config):
     entries = plain.quantizer._codebook.embed
     entries.normal_()
     entries /= entries.norm(dim=1, keepdim=True)
-
-    def hidden(ready, wav):
-        return ready.hidden(ready.features(wav)[None])[0][0]
-
-    yield from _tokenizer("semantic", plain, "s3tokenizer", peers.s3tokenizer, hidden, (5, 30))
+    hidden = type(plain).hidden
+    return _tokenizer("semantic", plain, "s3tokenizer", lambda *x: hidden(*x)[0], (5, 30))
 
 
-def _tokenizer(name, plain, package, build_peer, hidden, lengths):
-    """Cases of a tokenizer, for sounds of several lengths in seconds.
-
-    build_peer(plain) -> a function of a wave: (hidden, codes); hidden(ready, wav) -> our hidden
-    rows.
-    """
+def _tokenizer(name, plain, package, encoder, lengths):
+    """Cases of a tokenizer, for sounds of several lengths in seconds. package: of the peer;
+    encoder(ready, features (1, T, F)) -> our hidden rows (1, T, D)."""
     ways = _prepared(plain)
-    peer = build_peer(plain) if peers.installed(package) else None
+    peer = getattr(peers, package)(plain) if peers.installed(package) else None
     for seconds in lengths:
         wav = 0.2 * torch.randn(seconds * SAMPLE_RATE)
         for how, ready in ways.items():
@@ -164,8 +137,8 @@ def _tokenizer(name, plain, package, build_peer, hidden, lengths):
                     return {}
                 wanted, codes = peer(wav)
                 ours = encode()
+                error = _error(encoder(ready, ready.features(wav)[None])[0], wanted)
                 equal = int((ours == codes).sum())
-                error = _error(hidden(ready, wav), wanted)
                 return {"max_error": error, "codes": len(ours), "codes_equal": equal}
 
             yield Case(name + how, seconds, encode, others, compare)
@@ -184,8 +157,7 @@ def flow(config):
 
     for how, ready in ways.items():
         yield Case(f"flow{how}", seconds, whole(ready), {"as trained": whole(plain)})
-    mu, speaker = torch.randn(1, n, frames), torch.randn(1, n)
-    tensors = noise, mu, speaker, torch.zeros(1, n, frames)
+    tensors = noise, torch.randn(1, n, frames), torch.randn(1, n), torch.zeros(1, n, frames)
     for how, ready in ways.items():
         yield _decoder(f"flow decoder{how}", seconds, plain, ready, tensors, rate)
     if has_bf16():
@@ -196,18 +168,14 @@ def flow(config):
 
 def _decoder(name, seconds, plain, ready, tensors, rate):
     noise, *told = tensors
-    others, compare = {}, dict
+    inputs, run = (noise, None, *told), ready.decoder
+    case = Case(name, seconds, partial(run, *inputs, 10, rate), {})
     if peers.installed("matcha-tts"):
-        peer = peers.matcha(plain)
-        others["matcha-tts"] = partial(peer, noise, None, *told, 10, rate)
-
-        def compare():
-            few = 2  # steps: what ten steps make of a difference is the weights' doing
-            ours = ready.decoder(noise, None, *told, few, rate)
-            return {"max_error": _error(ours, peer(noise, None, *told, few, rate))}
-
-    run = partial(ready.decoder, noise, None, *told, 10, rate)
-    return Case(name, seconds, run, others, compare)
+        peer, few = peers.matcha(plain), 2  # what ten steps make of a difference is the weights'
+        case.others["matcha-tts"] = partial(peer, *inputs, 10, rate)
+        ours, theirs = (partial(make, *inputs, few, rate) for make in (run, peer))
+        case.compare = lambda: {"max_error": _error(ours(), theirs())}
+    return case
 
 
 def hift(config):
@@ -255,10 +223,8 @@ def backbone(config):
 
         times = turns({"step": step}, steps, warm_up=0)["step"]
     ms = 1000 * median(times)
-    row = {
-        "part": "backbone", "dtype": str(token.dtype), "layers": sizes.num_hidden_layers,
-        "past": past, "threads": torch.get_num_threads(), "ms": round(ms, 3),
-    }  # fmt: skip
+    row = {"part": "backbone", "dtype": str(token.dtype), "layers": sizes.num_hidden_layers,
+           "past": past, "threads": torch.get_num_threads(), "ms": round(ms, 3)}  # fmt: skip
     speed = {"tokens_per_s": round(1000 / ms, 1)} if whole else {"ms_per_layer": round(ms, 1)}
     yield row | speed
 
@@ -266,18 +232,12 @@ def backbone(config):
 PARTS = {part.__name__: part for part in (linguistic, semantic, flow, hift, backbone)}
 
 
-# ---- the table ----------------------------------------------------------------------------------
-
-
 def table(result):
     """A result as Markdown."""
-    lines = [
-        f"{result['preset']}, {result['hardware']}. Seconds for a second of sound: CPU time of "
-        "1 thread (wall, all threads).",
-        "",
-        "| part | sound, s | aqaa | others | aqaa is faster | results agree |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [f"{result['preset']}, {result['hardware']}. Seconds for a second of sound: CPU time "
+             "of 1 thread (wall, all threads).", "",
+             "| part | sound, s | aqaa | others | aqaa is faster | results agree |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for row in result["parts"]:
         if "cpu" not in row:
             ms = row.get("ms_per_layer")
@@ -294,6 +254,6 @@ def table(result):
         cells = (row["part"], row["seconds"], ours, others, ratios, agree)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if missing := [package for package, number in result["peers"].items() if not number]:
-        where = "pip install 'aqaa[peers]' brings them into the table."
-        lines += ["", f"Not installed: {', '.join(missing)}. {where}"]
+        lines += ["", f"Not installed: {', '.join(missing)}. "
+                      "pip install 'aqaa[peers]' brings them into the table."]  # fmt: skip
     return "\n".join(lines)

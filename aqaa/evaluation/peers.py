@@ -1,9 +1,7 @@
-"""The implementations that the parts come from, at the same sizes and with the same weights as
-ours.
+"""The implementations that the parts come from, at the same sizes and with our weights.
 
 Each function takes one of our modules and gives a function of the same inputs, which runs the
-peer's own classes the way their authors run them. They need `pip install 'aqaa[peers]'` and raise
-ModuleNotFoundError without.
+peer's classes the way their authors do. Raises ModuleNotFoundError without the extra `peers`.
 """
 
 import contextlib
@@ -62,17 +60,13 @@ def funasr(tokenizer):
     def encode(wav):
         front_cache, rows = {}, []
         cache = {
-            "start_idx": 0,
-            "chunk_size": [0, c.chunk_rows, c.overlap_rows],
-            "opt": None,
+            "start_idx": 0, "chunk_size": [0, c.chunk_rows, c.overlap_rows], "opt": None,
             "feats": torch.zeros(1, c.overlap_rows, c.input_size),
-            "encoder_chunk_look_back": c.look_back,
-            "tail_chunk": False,
-        }
+            "encoder_chunk_look_back": c.look_back, "tail_chunk": False,
+        }  # fmt: skip
         pieces = wav.split(STRIDE)
-        for i, piece in enumerate(pieces):
-            final = i == len(pieces) - 1
-            lengths = torch.tensor([len(piece)])
+        for i, piece in enumerate(pieces, 1):
+            final, lengths = i == len(pieces), torch.tensor([len(piece)])
             features, _ = front(piece[None], lengths, cache=front_cache, is_final=final)
             if features.numel():
                 features = (features + tokenizer.add_shift) * tokenizer.rescale
@@ -85,12 +79,9 @@ def funasr(tokenizer):
 
 
 def matcha(flow):
-    """Flow -> a function as its decoder: (noise, mask, mu, speaker, cond, n_timesteps, rate) -> mel
-    (B, n_mels, T).
-
-    The estimator is matcha's; around it stands the Euler loop of CosyVoice, which has no package:
-    both branches of the guidance in one batch, everything anew in every step.
-    """
+    """Flow -> a function as its decoder: its arguments -> mel (B, n_mels, T). The estimator is
+    matcha's; around it stands the Euler loop of CosyVoice, which has no package: both branches of
+    the guidance in one batch, everything anew in every step."""
     from matcha.models.components.decoder import Decoder
 
     c = flow.config

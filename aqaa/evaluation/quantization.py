@@ -1,9 +1,8 @@
 """`aqaa bench quantize`: what fewer bits do to the mini: to its scores, its answers and its bytes.
 
-Two comparisons with the unquantised model. Teacher-forced: over the answers of evaluation
-dialogues, how far the scores of legal ids are off, and how often the likeliest id stays. Free:
-greedy answers to evaluation questions, and to the shipped recordings; are their words the same, and
-are they right?
+Teacher-forced, over the answers of evaluation dialogues: how far are the scores of legal ids off
+those of the unquantised model, and how often does the likeliest id stay? Free: are the words of
+greedy answers to evaluation questions and the shipped recordings the same, and are they right?
 """
 
 import copy
@@ -24,12 +23,10 @@ from aqaa.tokenizers.dialogue import Machine
 from aqaa.tokenizers.text import normalise
 
 VARIANTS = {  # what is compared: format, group, method
-    "int8": ("int8", None, "rtn"),
-    "fp8": ("fp8", None, "rtn"),
+    "int8": ("int8", None, "rtn"), "fp8": ("fp8", None, "rtn"),
     "int4 g64 rtn": ("int4", 64, "rtn"),  # 128 does not divide the mini's 704
-    "int4 g64 gptq": ("int4", 64, "gptq"),
-    "int4 g32 gptq": ("int4", 32, "gptq"),
-}
+    "int4 g64 gptq": ("int4", 64, "gptq"), "int4 g32 gptq": ("int4", 32, "gptq"),
+}  # fmt: skip
 CALIBRATION = 256  # dialogues of the training split
 FORCED = 64  # evaluation dialogues whose scores are compared
 QUESTIONS = 930  # evaluation questions answered: all of them
@@ -48,19 +45,13 @@ def measure(model, preset="mini", seed=0, limit=QUESTIONS, progress=True):
 
 def table(result):
     """A result as text, a line a format."""
-    lines = [
-        f"{'':15}{'MB':>7}{'same id':>9}{'error':>8}{'KL':>9}"
-        f"{'right':>8}{'of right':>10}{'kept':>8}{'same':>8}"
-    ]
+    lines = [f"{'':15}{'MB':>7}{'same id':>9}{'error':>8}{'KL':>9}"
+             f"{'right':>8}{'of right':>10}{'kept':>8}{'same':>8}"]  # fmt: skip
     for name, facts in result["formats"].items():
         size = sum(facts["bytes"][part] for part in ("linear", "scale", "other")) / 1e6
-        score, answers = facts["scores"], facts["questions"]
-        error, kl = score["relative_error"], score["kl"]
-        right, of, kept, same = (answers[key] for key in ("right", "of_right", "kept", "same"))
-        lines.append(
-            f"{name:15}{size:7.2f}{score['agreement']:9.4f}{error:8.4f}{kl:9.5f}"
-            f"{right:8.4f}{of:10.4f}{kept:8.4f}{same:8.4f}"
-        )
+        row = "{:15}{:7.2f}{agreement:9.4f}{relative_error:8.4f}{kl:9.5f}"
+        row += "{right:8.4f}{of_right:10.4f}{kept:8.4f}{same:8.4f}"
+        lines.append(row.format(name, size, **facts["scores"], **facts["questions"]))
     return "\n".join(lines)
 
 
@@ -69,9 +60,9 @@ def compare_formats(
 ):
     """{name: facts} of the unquantised backbone of an AQAA ("none") and of each variant of it.
 
-    forced, asked: Dialogues for scores and for answers; calibration: Dialogues for gptq. bytes: see
-    n_bytes; planned: of the linear layers with their scales, as aqaa/scale/plan.py counts them.
-    scores: see `compare`; questions, recordings: see `compare_answers`.
+    forced, asked, calibration: Dialogues for scores, for answers, for gptq. bytes: see n_bytes;
+    planned: of the linear layers with their scales, as aqaa/scale/plan.py counts them. scores: see
+    `compare`; questions, recordings: see `compare_answers`.
     """
     plain, prompts = model.backbone, [dialogue.prompt for dialogue in asked]
     expected = [dialogue.answer for dialogue in asked]
@@ -90,19 +81,14 @@ def compare_formats(
             texts = words(model, prompts)
             spoken, wanted = shipped(model) if recordings else ([], [])
             reference = reference or (logits, texts, spoken)
-            results[name] = {
-                "bytes": size,
-                "scores": compare(reference[0], logits),
-                "questions": compare_answers(reference[1], texts, expected),
-            }
+            facts = {"bytes": size, "scores": compare(reference[0], logits)}
+            facts["questions"] = compare_answers(reference[1], texts, expected)
             if recordings:
-                results[name]["recordings"] = compare_answers(reference[2], spoken, wanted)
+                facts["recordings"] = compare_answers(reference[2], spoken, wanted)
+            results[name] = facts
     finally:
         model.backbone = plain
     return results
-
-
-# ---- scores -------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -121,9 +107,8 @@ def scores(model, forced, ids, layout):
 
 
 def compare(reference, others):
-    """{"agreement", "relative_error", "kl"} of two lists of scores: the share of positions with the
-    same likeliest id, the error's size over that of the centred scores, the mean divergence in
-    nats."""
+    """{"agreement", "relative_error", "kl"} of two lists of scores: share of positions with the
+    same likeliest id, error's size over that of the centred scores, mean divergence in nats."""
     pairs = list(zip(reference, others, strict=True))
     same = [int(a.argmax() == b.argmax()) for a, b in pairs]
     # A constant added to all scores changes no probability: both are centred.
@@ -134,9 +119,6 @@ def compare(reference, others):
     divergence = [float((p.exp() * (p - q)).sum()) for p, q in logs]
     error, n = float(error / size) ** 0.5, len(same)
     return {"agreement": sum(same) / n, "relative_error": error, "kl": sum(divergence) / n}
-
-
-# ---- answers ------------------------------------------------------------------------------------
 
 
 class WordsMachine(Machine):
@@ -166,12 +148,10 @@ def shipped(model):
 
 
 def compare_answers(before, after, expected):
-    """{"n", "right", "of_right", "kept", "same"} of answers after a change, against those before
-    it.
+    """{"n", "right", "of_right", "kept", "same"} of answers after a change, against those before.
 
     right: share of answers that are the expected ones; of_right: over the same share before; kept:
-    share of those right before that still are; same: share of answers that are word for word as
-    before.
+    share of those right before that still are; same: share that are word for word as before.
     """
     rows, n = list(zip(before, after, expected, strict=True)), len(expected)
     was = sum(old == wanted for old, _, wanted in rows)

@@ -1,5 +1,4 @@
-"""`aqaa bench speed`: how long each part takes, and when the first sound comes; --busy also under
-load."""
+"""`aqaa bench speed`: how long each part takes and when sound begins; --busy also under load."""
 
 import os
 import platform
@@ -14,19 +13,18 @@ from statistics import median
 
 REPEATS = 5
 COLD = 3  # fresh processes of each kind, in turns
-SIDE_BY_SIDE = (  # numbers that are measured on a busy machine too
-    "total_s", "real_time_factor", "stream_first_audio_s", "stream_real_time_factor",
-    "tokens_per_s",
-)  # fmt: skip
+SIDE_BY_SIDE = ("total_s", "real_time_factor", "stream_first_audio_s", "stream_real_time_factor",
+                "tokens_per_s")  # measured on a busy machine too  # fmt: skip
 
 
 def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
-    """A dict of numbers; times are medians over `limit` questions, in seconds.
+    """A dict of numbers; times are medians over `limit` questions, in seconds. busy: measure again
+    while every core also runs somebody else's endless loop; "busy" then holds those numbers, and
+    "busy_over_idle" how many times as long an answer takes."""
+    import torch
 
-    busy: measure again while every core also runs somebody else's endless loop; "busy" then holds
-    those numbers, and "busy_over_idle" how many times as long an answer takes.
-    """
     from aqaa import loading
+    from aqaa.doctor import devices
     from aqaa.weights import model_folder
 
     questions = _questions(limit)
@@ -36,7 +34,9 @@ def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
     model = loading.load(preset, device=device)
     model.ask(questions[0], seed=seed)
     cold["load_and_first_answer_s"] = round(time.perf_counter() - began, 3)
-    results = {"hardware": _hardware(device), **cold, **answering(model, questions, seed)}
+    cuda, cpu = device.startswith("cuda"), f"{devices()['cpu']}, {platform.system()}"
+    hardware = torch.cuda.get_device_name(device) if cuda else cpu
+    results = {"hardware": hardware, **cold, **answering(model, questions, seed)}
     if busy:
         with busy_machine():
             loaded = answering(model, questions, seed)
@@ -44,19 +44,15 @@ def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
         results["busy_loops"] = os.cpu_count()
         results["busy_over_idle"] = round(loaded["total_s"] / results["total_s"], 2)
     results["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    results["parameters"] = {}
-    for name in model_folder.PARTS:
-        network = getattr(model, "decoder" if name == "backbone" else name)
-        results["parameters"][name] = sum(p.numel() for p in network.parameters())
-    return results
+    networks = {name: "decoder" if name == "backbone" else name for name in model_folder.PARTS}
+    sizes = {part: sum(p.numel() for p in getattr(model, network).parameters())
+             for part, network in networks.items()}  # fmt: skip
+    return {**results, "parameters": sizes}
 
 
 def turns(runs, rounds, clock=time.perf_counter, warm_up=1):
-    """{name: its times} of runs {name: function}, which take turns: a machine that slows down slows
-    all.
-
-    The first `warm_up` rounds do not count.
-    """
+    """{name: its times} of runs {name: function}, after `warm_up` rounds that do not count. They
+    take turns: a machine that slows down slows all."""
     times = {name: [] for name in runs}
     for turn in range(rounds + warm_up):
         for name, run in runs.items():
@@ -112,33 +108,17 @@ def _questions(count):
 
 
 def _cold(question, preset, device):
-    """Fresh processes, in turns: medians in seconds.
-
-    "ask_cold_to_wav_s" is the whole command, as the shell sees it; imports are measured the same
-    way.
-    """
+    """Fresh processes, in turns: medians in seconds. "ask_cold_to_wav_s" is the whole command."""
     with tempfile.TemporaryDirectory() as folder:
-        wav = f"{folder}/answer.wav"
-        options = ["--preset", preset, "--device", device, "-o", wav]
+        options = ["--preset", preset, "--device", device, "-o", f"{folder}/answer.wav"]
         commands = {
-            "import_nothing_s": ["-c", "pass"],
-            "import_aqaa_s": ["-c", "import aqaa"],
+            "import_nothing_s": ["-c", "pass"], "import_aqaa_s": ["-c", "import aqaa"],
             "import_torch_s": ["-c", "import torch"],
             "ask_cold_to_wav_s": ["-m", "aqaa", "ask", question, *options],
-        }
+        }  # fmt: skip
         start = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
         runs = {name: partial(start, [sys.executable, *words]) for name, words in commands.items()}
         times = turns(runs, COLD, warm_up=0)
     results = {name: round(median(seconds), 3) for name, seconds in times.items()}
     own = results["import_aqaa_s"] - median(times["import_nothing_s"])
     return results | {"import_aqaa_s": round(max(0.0, own), 3)}
-
-
-def _hardware(device):
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    from aqaa.doctor import devices
-
-    return f"{devices()['cpu']}, {platform.system()}"

@@ -1,9 +1,9 @@
 """`aqaa bench streaming`: how early can an answer begin, when listening begins with the question?
 
 Every shipped question is played to a Listener in packets of 20 ms. Counted are the codes that are
-taken back later, by their distance from the end of what had been heard; timed are listening itself,
-and the way from the end of the question to the first id and the first sound. On a CPU the times are
-work of one thread, not time of the clock.
+taken back later, by their distance from the end of what had been heard; timed are listening, and
+the way from the question's end to the first id and the first sound. On a CPU the times are work of
+one thread, not time of the clock.
 """
 
 import time
@@ -24,15 +24,12 @@ CODE_SECONDS = {"linguistic": 0.06, "semantic": 0.04}
 
 def measure(model, seed=0, limit=None):
     """Listening and answering with `limit` shipped questions; of torch's threads one is left.
-
-    Raises ValueError if there are no questions.
-    """
+    Raises ValueError if there are no questions."""
     folder = files.data_folder() / "questions"
     wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[:limit]]
     if not wavs:
-        raise ValueError(
-            f"{folder} holds no wav files: set AQAA_DATA to the `data` folder of a clone of aqaa."
-        )
+        raise ValueError(f"{folder} holds no wav files: "
+                         "set AQAA_DATA to the `data` folder of a clone of aqaa.")  # fmt: skip
     torch.set_num_threads(1)
     model.ask((wavs[0], SAMPLE_RATE), seed=seed)  # the first call is slower
     rows = {f"every {every} s": listening(model, wavs, every) for every in STEPS}
@@ -42,9 +39,8 @@ def measure(model, seed=0, limit=None):
 def table(result):
     """A result as text, a line a value."""
     rows = {title: row for title, row in result.items() if isinstance(row, dict)}
-    return "\n".join(
-        f"{title:13} {name:22} {value}" for title in rows for name, value in rows[title].items()
-    )
+    return "\n".join(f"{title:13} {name:22} {value}"
+                     for title in rows for name, value in rows[title].items())  # fmt: skip
 
 
 def timer(model):
@@ -65,8 +61,7 @@ def heard(model, wav, looks=None, **options):
 
 
 def listening(model, wavs, every):
-    """Listening with a look every so many seconds: means over questions, seconds of work as
-    medians.
+    """Listening with a look every so many seconds: means over questions, medians of work.
 
     equal: share of questions whose ids are those of offline listening; prompt_known: share of the
     prompt that stands in the cache before the last look; work: of both encoders, for a second of
@@ -75,15 +70,12 @@ def listening(model, wavs, every):
     """
     counts = {(kind, after): Counter() for kind in CODE_SECONDS for after in ("", "_after_peak")}
     rows = [_listen(model, wav, every, counts) for wav in wavs]
-    result = {}
-    for name in rows[0]:
-        middle = median if name.startswith("work") else mean
-        result[name] = round(middle([row[name] for row in rows]), 4)
+    middle = {name: median if name.startswith("work") else mean for name in rows[0]}
+    result = {name: round(middle[name]([row[name] for row in rows]), 4) for name in rows[0]}
     for (kind, after), count in counts.items():
         totals = {pair: count[pair, True] + count[pair, False] for pair in BINS}
-        result[f"{kind}_changed{after}"] = {
-            f"{a}-{b} s": round(count[(a, b), True] / n, 4) for (a, b), n in totals.items() if n
-        }
+        shares = {f"{a}-{b} s": count[(a, b), True] / n for (a, b), n in totals.items() if n}
+        result[f"{kind}_changed{after}"] = {span: round(x, 4) for span, x in shares.items()}
     return result
 
 
@@ -104,11 +96,9 @@ def _listen(model, wav, every, counts):
             if final or not after:
                 now = samples / SAMPLE_RATE
                 count.update(changes(codes[kind], getattr(listener, kind), now, kind))
-    return {
-        "equal": ids == expected, "prompt_known": known / len(prompt),
-        "restarts": listener.restarts, "looks_after_peak": mean(settled or [0]),
-        "work": live / seconds, "work_offline": offline / seconds,
-    }  # fmt: skip
+    return {"equal": ids == expected, "prompt_known": known / len(prompt),
+            "restarts": listener.restarts, "looks_after_peak": mean(settled or [0]),
+            "work": live / seconds, "work_offline": offline / seconds}  # fmt: skip
 
 
 def changes(codes, settled, seconds, kind):
@@ -119,12 +109,9 @@ def changes(codes, settled, seconds, kind):
 
 
 def answering(model, wavs, seed):
-    """Medians, in seconds from the end of the question: to the first id and sound, live and
-    offline.
-
+    """Medians of seconds from the question's end to the first id and sound, live and offline.
     start_delay and stalls are by the clock on any device, from the last id of the question on: how
-    long to wait so that speech never stalls, and how long it would stall if played at once.
-    """
+    long to wait so that speech never stalls, and how long it would stall if played at once."""
     rows = [_answer(model, wav, seed) for wav in wavs]
     return {name: round(median(row[name] for row in rows), 4) for name in rows[0]}
 
@@ -138,17 +125,17 @@ def _answer(model, wav, seed):
         times[name] = clock() - began
         return result
 
-    def start(talk):  # a stream, once its first sound is made
-        next(iter(talk))
-        return talk
-
     def first_id(ids, **options):
         return next(model.generate(model.prompt(ids), seed=seed, **options))
+
+    def first_sound(talk):  # the stream, once its first sound is made
+        next(iter(talk))
+        return talk
 
     one, other = heard(model, wav), heard(model, wav)
     timed("first_id", lambda: first_id(one.finish(), prefill=one.prefill))
     timed("first_id_offline", lambda: first_id(model.listen(sound)))
-    timed("first_sound_offline", lambda: start(model.stream(sound, seed=seed)))
-    talk = timed("first_sound", lambda: start(other.stream(seed=seed)))
+    timed("first_sound_offline", lambda: first_sound(model.stream(sound, seed=seed)))
+    talk = timed("first_sound", lambda: first_sound(other.stream(seed=seed)))
     delay, gaps = talk.answer.playout
     return {**times, "start_delay": delay, "stalls": sum(gaps[1:])}

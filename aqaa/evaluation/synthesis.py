@@ -28,25 +28,20 @@ OCTAVE_SLIP = 9  # semitones: a larger f0 error is the tracker's and is counted 
 
 def measure(model, corpus, limit=None, workers=1, seed=0):
     """`copy_synthesis` of the answers in `corpus` that no part of the vocoder of `model` has seen.
-
-    Raises ValueError if there are none.
-    """
+    Raises ValueError if there are none."""
     items = [item for item in corpus.items(role="answer") if item.answer_id and held_out(item)]
     if not items:
-        raise ValueError(
-            f"{corpus.folder} holds no answers that were kept from training: make the corpus again"
-        )
-    items = items[:limit]
-    texts = [item.text for item in items]
-    wavs = [torch.from_numpy(accuracy.recording(corpus, item)) for item in items]
+        raise ValueError(f"{corpus.folder} holds no answers that were kept from training: "
+                         "make the corpus again")  # fmt: skip
+    texts = [item.text for item in items[:limit]]
+    wavs = [accuracy.recording(corpus, item) for item in items[:limit]]
     codes = []
-    for wav in wavs:
+    for wav in map(torch.from_numpy, wavs):
         linguistic = model.linguistic.encode(wav, energy_norm=False)
         semantic = model.semantic.encode(wav, energy_norm=False)
         codes.append(interleave.merge(linguistic, semantic, model.ids))
     judge, _ = accuracy.make_judge(accuracy.all_answers(), texts, seed)
     seeds = range(seed, seed + TAKES)
-    wavs = [wav.numpy() for wav in wavs]
     result = copy_synthesis(model.synthesize, codes, wavs, texts, judge, workers, seeds)
     return {**result, "takes": TAKES}
 
@@ -55,16 +50,15 @@ def copy_synthesis(synthesize, codes, wavs, texts, judge, workers=1, seeds=()):
     """Score of a vocoder on true codes: a dict of n, shares and means, and what was misheard.
 
     synthesize: audio ids (5G,), 0-based -> wav (N,). codes: a list of such ids. wavs: the
-    recordings they were made from, (N,) float at 16 kHz. texts: what these say. judge: a Judge over
-    at least these texts. `lenient` and `strict` are shares heard right in the synthesis,
-    `teacher_lenient` and `teacher_strict` in the recordings. With seeds each answer is spoken once
-    for each, by synthesize(ids, seed=seed), and scores are over all takes: the flow starts from
-    noise, and a few answers more or less are heard right with each.
+    recordings they were made from, (N,) float at 16 kHz. texts: what these say, all known to the
+    judge. `lenient` and `strict` are shares heard right in the synthesis, `teacher_lenient` and
+    `teacher_strict` in the recordings. With seeds each answer is spoken once for each, by
+    synthesize(ids, seed=seed), and scores are over all takes: the flow starts from noise, and a few
+    answers more or less are heard right with each.
     """
     speakers = [partial(synthesize, seed=seed) for seed in seeds] or [synthesize]
-    made = [
-        np.asarray(speak(ids), dtype=np.float32).reshape(-1) for speak in speakers for ids in codes
-    ]
+    spoken = (speak(ids) for speak in speakers for ids in codes)
+    made = [np.asarray(wav, dtype=np.float32).reshape(-1) for wav in spoken]
     wanted = [normalise(text) for text in texts]
     result, misheard = {"n": len(wanted)}, []
     for mode in ("lenient", "strict"):
@@ -88,13 +82,9 @@ def copy_synthesis(synthesize, codes, wavs, texts, judge, workers=1, seeds=()):
 
 
 def mel_cepstral_distance(wav, reference):
-    """Mean mel-cepstral distance in dB of two recordings (N,) at 16 kHz, over the reference's
-    speech.
-
-    (10 / ln 10) sqrt(2 sum_k (c_k - r_k)^2), k = 1..24 (Kubichek 1993), where c_k are cosine
-    coefficients of the 80-band log mel magnitudes. NaN if the reference holds no speech. Comparable
-    only with numbers made the same way.
-    """
+    """Mean mel-cepstral distance in dB of two wavs (N,) at 16 kHz, over the reference's speech. (10
+    / ln 10) sqrt(2 sum_k (c_k - r_k)^2), k = 1..24 (Kubichek 1993), where c_k are cosine
+    coefficients of the 80-band log mel magnitudes. NaN if the reference holds no speech."""
     ours, theirs = _in_step(_cepstra(wav), _cepstra(reference))
     loud = theirs[:, 0] > theirs[:, 0].max(initial=-np.inf) - FLOOR / 20 * np.log(10)
     if not loud.any():
@@ -121,9 +111,8 @@ def _in_step(ours, theirs):
 def f0_error(wav, reference):
     """Melody of wav (N,) against reference: {"semitones", "slips", "voicing"}.
 
-    semitones: median absolute error over frames that are voiced in both. slips: share of those that
-    are off by more than 9 semitones. voicing: share of all frames where one is voiced and the other
-    is not. NaN where nothing counts.
+    semitones: median absolute error over frames that are voiced in both. slips: share of those off
+    by more than 9. voicing: share of frames voiced in one alone. NaN where nothing counts.
     """
     ours, theirs = _in_step(*(f0(np.asarray(x, dtype=np.float32)) for x in (wav, reference)))
     both = (ours > 0) & (theirs > 0)

@@ -1,1 +1,4 @@
-"""What notebooks draw and play with: `show` (figures and players), `widgets` (interactive)."""
+"""What the notebooks draw and play with: `show` (figures, players) and `widgets` (interactive).
+
+Import those two. May import everything but the command line; nothing else imports it.
+"""

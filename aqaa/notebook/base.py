@@ -30,17 +30,15 @@ def front_end(script):
     colours = json.dumps({kind: colour for kind, (_, colour) in KINDS.items()})
     names = ("common.js", f"{script}.js", "widgets.css")
     common, own, style = ((SCRIPTS / name).read_text(encoding="utf-8") for name in names)
-    return type(script.title(), (anywidget.AnyWidget,), {
-        "_esm": f"const COLORS = {colours};\n{common}{own}",
-        "_css": style,
-        "data": traitlets.Dict().tag(sync=True),  # never changes
-        "state": traitlets.Dict().tag(sync=True),  # changes; a page loaded later begins with it
-    })  # fmt: skip
+    # The data never change; the state does, and a page loaded later begins with it.
+    synced = {name: traitlets.Dict().tag(sync=True) for name in ("data", "state")}
+    parts = {"_esm": f"const COLORS = {colours};\n{common}{own}", "_css": style, **synced}
+    return type(script.title(), (anywidget.AnyWidget,), parts)
 
 
 class Widget:
-    """A view that is live (interactive=True) or static; the page's message {"type": "x"} goes to
-    _on_x."""
+    """A live (interactive=True) or static view; a page's message {"type": "x"} goes to _on_x.
+    _static() lists what `show` draws in its place."""
 
     script = ""  # the file in js/ that draws it
 
@@ -73,9 +71,6 @@ class Widget:
         except Exception as fault:
             self._set(error=str(fault) or type(fault).__name__)
 
-    def _static(self):
-        """The static view: a list of what `show` draws."""
-        raise NotImplementedError
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         """There is no `_repr_html_`: IPython would call it for a live widget as well."""

@@ -13,11 +13,9 @@ from aqaa.notebook.figures import LINES, array, canvas, picture, printable, styl
 
 DASHES = ("-", "--", "-.", ":")
 PARTS = ("read", "linguistic", "semantic", "generate", "vocode")  # of Answer.timings, in order
-MARKS = (  # of Answer.timings: line, words, and height of the words above the bars
-    ("first_token", ":", "first token", 1.02),
-    ("first_audio", "--", "first sound", 1.13),
-    ("total", "-", "end", 1.02),
-)
+# Of Answer.timings: line, words, and height of the words above the bars.
+MARKS = (("first_token", ":", "first token", 1.02), ("first_audio", "--", "first sound", 1.13),
+         ("total", "-", "end", 1.02))  # fmt: skip
 
 
 @styled
@@ -29,8 +27,7 @@ def curves(
     rows: dicts, or the path of a CSV; columns: which ones (default all but seconds). xlabel,
     ylabel: what the axes measure, with its unit; by default the names of the columns. marks:
     {words: x} of places to point out. The axis is logarithmic where log is true and all values are
-    positive. Lines that nobody can tell apart are named in the alt text: "A and B lie on one
-    another".
+    positive. The alt text names lines that lie on one another.
     """
     if isinstance(rows, (str, Path)):
         if not Path(rows).is_file():
@@ -39,8 +36,8 @@ def curves(
             rows = list(csv.DictReader(file))
     if not rows or x not in rows[0]:
         raise ValueError(f"curves needs rows with a column {x!r}.")
-    known = dict.fromkeys(name for row in rows for name in row)
-    names = columns or [name for name in known if name not in (x, "seconds")]
+    known = dict.fromkeys(name for row in rows for name in row if name not in (x, "seconds"))
+    names = columns or list(known)
     series = {name: [(float(row[x]), float(row[name])) for row in rows
                      if row.get(name) not in (None, "")] for name in names}  # fmt: skip
     if not series or not all(series.values()):
@@ -72,8 +69,7 @@ def curves(
 
 
 def _covered(axis, first, second, apart=3):
-    """Whether two lines [(x, y)] are never `apart` pixels from each other, where both have
-    values."""
+    """Whether two lines [(x, y)] are never `apart` pixels apart where both have values."""
     first, second = dict(first), dict(second)
     shared = [x for x in first if x in second]
     if not shared:
@@ -102,8 +98,7 @@ def _bars(axis, names, numbers, left=0.0, mark="{:.3g}"):
     look = {"color": LINES[5], "edgecolor": "0.3", "linewidth": 0.8}
     drawn = axis.barh(range(len(names)), numbers, left=left, **look)
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    labels = [mark.format(number) for number in numbers]
-    axis.bar_label(drawn, labels, padding=4, bbox=paper, zorder=4)
+    axis.bar_label(drawn, map(mark.format, numbers), padding=4, bbox=paper, zorder=4)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.margins(x=0.12)
@@ -114,10 +109,8 @@ def _bars(axis, names, numbers, left=0.0, mark="{:.3g}"):
 @styled
 def ledger(timings, seconds=None, title="", alt=""):
     """Where the time of an answer went: a bar for each part of Answer.timings, and the first sound.
-
     seconds: length of the answer's sound, for the real-time factor. In a stream generate and vocode
-    take turns, so both begin at the same place.
-    """
+    take turns, so both begin at the same place."""
     parts = {name: timings[name] for name in PARTS if name in timings}
     if not parts:
         raise ValueError("ledger needs the timings of an Answer: they hold read, linguistic, "
@@ -143,18 +136,16 @@ def ledger(timings, seconds=None, title="", alt=""):
     if seconds:
         label += f"; the sound lasts {seconds:.2f} s, real-time factor {total / seconds:.2f}"
     axis.set_xlabel(label)
-    words = (f"where the time of an answer went: bars for {', '.join(parts)}; "
-             "marks at first token and first sound")  # fmt: skip
-    return picture(figure, alt or words, title, colours=16)
+    alt = alt or (f"where the time of an answer went: bars for {', '.join(parts)}; "
+                  "marks at first token and first sound")  # fmt: skip
+    return picture(figure, alt, title, colours=16)
 
 
 @styled
 def radar(scores, title="", alt=""):
-    """Scores from 0 to 1 around a circle, with a table of the numbers below.
-
-    scores: name -> score, or system -> {name -> score}; the names of the first system are the
-    spokes. A score of None was not measured: its spoke stays free, and the table says so.
-    """
+    """Scores from 0 to 1 around a circle, with a table of the numbers below. scores: name -> score,
+    or system -> {name -> score}; the names of the first system are the spokes. A score of None was
+    not measured: its spoke stays free, and the table says so."""
     several = scores and all(isinstance(value, dict) for value in scores.values())
     systems = scores if several else {"score": scores}
     names = list(next(iter(systems.values())) or ())
@@ -167,16 +158,14 @@ def radar(scores, title="", alt=""):
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     for i, (system, values) in enumerate(systems.items()):
         ring = [np.nan if values[name] is None else values[name] for name in names]
-        axis.plot(
-            [*angles, angles[0]], [*ring, ring[0]], color=LINES[i % len(LINES)], linewidth=1.8,
-            linestyle=DASHES[i % len(DASHES)], marker="osD^v"[i % 5], label=printable(system),
-        )  # fmt: skip
+        look = {"color": LINES[i % len(LINES)], "linewidth": 1.8, "marker": "osD^v"[i % 5],
+                "linestyle": DASHES[i % len(DASHES)], "label": printable(system)}  # fmt: skip
+        axis.plot([*angles, angles[0]], [*ring, ring[0]], **look)
     axis.set_theta_zero_location("N")
     axis.set_theta_direction(-1)
     axis.set_rlabel_position(180 / len(names))
     axis.set_xticks(angles, [printable(name) for name in names])
-    for label, angle in zip(axis.get_xticklabels(), angles):
-        side = np.sin(angle)
+    for label, side in zip(axis.get_xticklabels(), np.sin(angles)):
         outward = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
         label.set_horizontalalignment(outward)
     axis.set_yticks((0.25, 0.5, 0.75, 1), ("25 %", "50 %", "75 %", "100 %"), fontsize=8)
@@ -235,6 +224,5 @@ class Table:
 
 
 def _cell(value):
-    if isinstance(value, torch.Tensor):
-        value = value.item()
+    value = value.item() if isinstance(value, torch.Tensor) else value
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)

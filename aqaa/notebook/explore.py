@@ -1,5 +1,4 @@
-"""Widgets to look into a sound and the way it is made: tokens, blocks, the flow's steps,
-manners."""
+"""Widgets to look into a sound and its making: tokens, blocks, the flow's steps, manners."""
 
 import threading
 from itertools import groupby
@@ -19,17 +18,13 @@ from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import MANNERS, tagged
 
 FIRST = 3 * GROUP_SIZE  # audio tokens before the first sound: two groups, and one looked ahead
-STEPS = {  # s a code
-    "linguistic": GROUP_SECONDS / config.LINGUISTIC_PER_GROUP,
-    "semantic": GROUP_SECONDS / config.SEMANTIC_PER_GROUP,
-}
+STEPS = {"linguistic": GROUP_SECONDS / config.LINGUISTIC_PER_GROUP,  # s a code
+         "semantic": GROUP_SECONDS / config.SEMANTIC_PER_GROUP}  # fmt: skip
 
 
 class Tokens(Widget):
     """Both streams of tokens of a sound: point at one, hear its 60 or 40 ms, see its neighbours.
-
-    audio_ids: merged ids, or (linguistic codes, semantic codes); wav (N,) at `rate` Hz.
-    """
+    audio_ids: merged ids, or (linguistic codes, semantic codes); wav (N,) at `rate` Hz."""
 
     script = "tokens"
 
@@ -42,20 +37,17 @@ class Tokens(Widget):
                              "(linguistic, semantic).")
         self.wav, self.rate = array(wav, 1, "the sound"), rate
         tables = (model.linguistic.centroids, model.semantic.quantizer._codebook.embed)
-        self.near = {kind: neighbours(self.codes[kind], table)
-                     for kind, table in zip(STEPS, tables)}  # fmt: skip
+        self.near = dict(zip(STEPS, map(neighbours, self.codes.values(), tables)))
         super().__init__(interactive)
         if interactive:
-            near = {kind: {str(code): rows for code, rows in by_code.items()}
-                    for kind, by_code in self.near.items()}  # fmt: skip
-            rows = [{"kind": kind, "step": STEPS[kind], "codes": codes, "near": near[kind]}
+            rows = [{"kind": kind, "step": STEPS[kind], "codes": codes,
+                     "near": {str(code): others for code, others in self.near[kind].items()}}
                     for kind, codes in self.codes.items()]  # fmt: skip
             self._open(wav=pcm16(self.wav), rate=rate, rows=rows)
 
     def __repr__(self):
-        linguistic, semantic = map(len, self.codes.values())
-        seconds = len(self.wav) / self.rate
-        return f"<tokens: {linguistic} linguistic, {semantic} semantic, {seconds:.2f} s>"
+        counts = ", ".join(f"{len(codes)} {kind}" for kind, codes in self.codes.items())
+        return f"<tokens: {counts}, {len(self.wav) / self.rate:.2f} s>"
 
     def _static(self):
         rows = []
@@ -71,9 +63,7 @@ class Tokens(Widget):
 
 def neighbours(codes, table, count=4):
     """Nearest entries of a codebook (K, D) for each distinct code: {code: [(other, distance)]}.
-
-    Distances are shares of the usual one: the median from that code to all the others.
-    """
+    Distances are shares of the usual one: the median from that code to all the others."""
     codes, table = sorted(set(codes)), table.detach().float().cpu()
     distances = torch.cdist(table[codes], table)  # (codes, K)
     usual = distances.median(1).values.clamp(min=1e-9)
@@ -87,14 +77,12 @@ def neighbours(codes, table, count=4):
 
 class Interleave(Widget):
     """Drag the ratio of text to audio tokens: the blocks of an answer, and when each sound starts.
-
     n_text, n_audio: tokens of the whole answer (audio: cut to groups of 5); first: audio tokens
-    that the vocoder must have before it speaks. Time is counted in tokens: a vocoder adds its own
-    work.
-    """
+    that the vocoder needs before it speaks. Its own work is not counted."""
 
     script = "interleave"
     SPEED = 100  # tokens a second, to begin with
+    SETTING = ("text_block", "audio_block", "tokens_per_second")
 
     def __init__(self, n_text, n_audio, interactive=False, first=FIRST):
         if n_text < 1 or n_audio < GROUP_SIZE:
@@ -102,20 +90,19 @@ class Interleave(Widget):
                              "tokens.")
         self.n_text, self.n_audio = int(n_text), int(n_audio) // GROUP_SIZE * GROUP_SIZE
         self.first = first
-        whole = self.n_text + 1  # of a layout that has all text first
-        self.layouts = {name: [layout.text_block if layout.text_block is not None else whole,
-                               layout.audio_block]
+        self.layouts = {name: [layout.text_block, layout.audio_block]
                         for name, layout in dialogue.LAYOUTS.items()}  # fmt: skip
+        for sizes in self.layouts.values():
+            if sizes[0] is None:  # all text first
+                sizes[0] = self.n_text + 1
         super().__init__(interactive, blocks=[])
         self.plan()
         if interactive:
             self._open(layouts=self.layouts, n_text=self.n_text, n_audio=self.n_audio)
 
     def plan(self, text_block=10, audio_block=15, tokens_per_second=SPEED):
-        """The blocks in order, see `schedule`; the page shows them. text_block 0: no text at
-        all."""
-        setting = {"text_block": text_block, "audio_block": audio_block,
-                   "tokens_per_second": tokens_per_second}  # fmt: skip
+        """The blocks in order, see `schedule`; the page shows them. text_block 0: no text."""
+        setting = dict(zip(self.SETTING, (text_block, audio_block, tokens_per_second)))
         blocks = schedule(self.n_text, self.n_audio, *setting.values(), self.first)
         sounds = [block for block in blocks if block["kind"] == "audio"]
         waits = [block["wait"] for block in sounds if block["wait"] > 1e-6]
@@ -125,8 +112,7 @@ class Interleave(Widget):
         return blocks
 
     def _on_set(self, message, _):
-        names = ("text_block", "audio_block", "tokens_per_second")
-        self.plan(**{name: int(message.get(name, self._state[name])) for name in names})
+        self.plan(**{name: int(message.get(name, self._state[name])) for name in self.SETTING})
 
     def __repr__(self):
         ratio = f"{self._state['text_block']}:{self._state['audio_block']}"
@@ -142,21 +128,20 @@ class Interleave(Widget):
             rows.append([name, *(f"{time:.2f}" for time in times)])
         generated = [(b["start"], b["ready"], f"{b['kind'][0].upper()}{b['count']}")
                      for b in state["blocks"]]  # fmt: skip
-        sounds = [b for b in state["blocks"] if b["kind"] == "audio"]
+        voiced = [b for b in state["blocks"] if b["kind"] == "audio"]
         heard = [(b["plays"], b["plays"] + b["seconds"], f"sound {number}")
-                 for number, b in enumerate(sounds, 1)]  # fmt: skip
+                 for number, b in enumerate(voiced, 1)]  # fmt: skip
         title = (f"{state['text_block']} text, {state['audio_block']} audio tokens, "
                  f"{speed} tokens a second")  # fmt: skip
         words = f"{title}. {state['message']}"
+        drawn = show.alignment(generated, heard, ("generated", "heard"), title, words)
         head = ["layout", "first sound, s", "silence later, s", "all generated, s"]
         caption = f"The layouts of the paper's Table 1 at {speed} tokens a second"
-        return [show.alignment(generated, heard, ("generated", "heard"), title, words),
-                show.table(rows, head, caption)]  # fmt: skip
+        return [drawn, show.table(rows, head, caption)]
 
 
 def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=FIRST):
-    """Blocks of an answer as they are generated: dicts of kind, count (tokens), start and ready
-    (s).
+    """Blocks of an answer as they are generated: dicts of kind, count, start and ready (s).
 
     Those of audio also have plays (s, when its sound starts), seconds of sound, and wait (s of
     silence before or in it, once the voice has begun). The voice begins with `first` audio tokens,
@@ -168,9 +153,8 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=
         raise ValueError(f"{tokens_per_second} tokens a second never make an answer: "
                          "pass a number above 0.")
     ids, groups = config.IdsConfig(), n_audio // GROUP_SIZE
-    linguistic, semantic = config.LINGUISTIC_PER_GROUP * groups, config.SEMANTIC_PER_GROUP * groups
-    audio_ids = interleave.merge([0] * linguistic, [0] * semantic, ids)
     text_ids = [ids.first_text] * n_text if text_block else []
+    audio_ids = interleave.merge([0, 0] * groups, [0, 0, 0] * groups, ids)
     layout = dialogue.Layout("yours", text_block, audio_block)
     answer = layout.arrange(text_ids, audio_ids, ids)[:-1]  # without eot
     # how many ids are known with each audio token, then when each group is ready
@@ -189,9 +173,9 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=
             if spoken:
                 n_groups = size // GROUP_SIZE
                 block |= {"plays": None, "wait": 0.0, "seconds": n_groups * GROUP_SECONDS}
-                for _ in range(n_groups):
+                for group in range(n_groups):
                     plays = max(end, next(ready))
-                    block["plays"] = plays if block["plays"] is None else block["plays"]
+                    block["plays"] = block["plays"] if group else plays
                     block["wait"] += plays - end
                     end = plays + GROUP_SECONDS
             blocks.append(block)
@@ -200,10 +184,8 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=
 
 class Ode(Widget):
     """The flow's way from noise to a mel: drag the step, see the mel, hear it through the vocoder.
-
     states: (bins, frames) at each of `times`; synth(state) gives (N,) samples at `rate` Hz, called
-    once for each state when it is first needed; hop_seconds: of a frame.
-    """
+    once for each state when it is first needed; hop_seconds: of a frame."""
 
     script = "ode"
 
@@ -222,12 +204,11 @@ class Ode(Widget):
             low, high = float(last.min()), float(last.max())
             scaled = [255 * (state - low) / max(high - low, 1e-6) for state in self.states]
             palette = (255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).round()
-            self._open(
-                pictures=[state.clip(0, 255).astype(np.uint8).tobytes() for state in scaled],
-                bins=last.shape[0], frames=last.shape[1], times=self.times, rate=rate,
-                sounds=[pcm16(self.sound(k)) for k in range(len(states))],
-                palette=palette.astype(np.uint8).tobytes(), hop=hop_seconds, low=low, high=high,
-            )  # fmt: skip
+            pictures = [state.clip(0, 255).astype(np.uint8).tobytes() for state in scaled]
+            sounds = [pcm16(self.sound(k)) for k in range(len(states))]
+            self._open(pictures=pictures, bins=last.shape[0], frames=last.shape[1],
+                       times=self.times, rate=rate, sounds=sounds, hop=hop_seconds, low=low,
+                       high=high, palette=palette.astype(np.uint8).tobytes())  # fmt: skip
 
     def sound(self, step):
         """(N,) samples of what the vocoder makes of the state after `step` steps."""
@@ -250,8 +231,7 @@ class Ode(Widget):
 
 
 class VoiceControl(Widget):
-    """Say a sentence in a manner: choose it and the temperature, press Speak, compare what is
-    measured.
+    """Say a sentence in a manner: choose it and the temperature, press Speak, compare measures.
 
     The backbone is asked as in its training for synthesis: the TTS marker after bos, the sentence
     with its manner as a tag ("(slow) the river runs") as the user's turn, and an answer of audio
@@ -275,12 +255,10 @@ class VoiceControl(Widget):
             self._open(groups={name: list(group) for name, group in self.GROUPS.items()})
 
     def speak(self, manner="normal", temperature=SAMPLING["temperature"], seed=0, sentence=None):
-        """(N,) samples at model.vocoder.sample_rate. Raises ValueError for an unknown manner or an
-        empty sentence."""
+        """(N,) samples at model.vocoder.sample_rate. ValueError: unknown manner, empty sentence."""
         sentence = self.sentence if sentence is None else sentence.strip().lower()
-        if manner != "normal" and manner not in MANNERS:
-            known = ", ".join(MANNERS)
-            raise ValueError(f"unknown manner {manner!r}: choose one of normal, {known}.")
+        if manner not in (known := ("normal", *MANNERS)):
+            raise ValueError(f"unknown manner {manner!r}: choose one of {', '.join(known)}.")
         if not sentence:
             raise ValueError("there is nothing to say: type a sentence.")
         model = self.model
@@ -324,11 +302,10 @@ class VoiceControl(Widget):
         for manner in self.manners:
             if not any(take["manner"] == manner for take in self.takes):
                 self.speak(manner)
-        rate, rows, sounds = self.model.vocoder.sample_rate, [], []
-        for take in reversed(self.takes):
-            manner = take["manner"]
-            measured = take["seconds"], round(take["f0"]), take["energy"]
-            rows.append([manner, take["temperature"], *measured])
-            sounds.append(show.sound(take["wav"], rate, manner, self.sentence, level=False))
+        rate, takes = self.model.vocoder.sample_rate, self.takes[::-1]
+        sounds = [show.sound(take["wav"], rate, take["manner"], self.sentence, level=False)
+                  for take in takes]  # fmt: skip
+        rows = [[take["manner"], take["temperature"], take["seconds"], round(take["f0"]),
+                 take["energy"]] for take in takes]  # fmt: skip
         head = ["manner", "temperature", "speech, s", "pitch, Hz", "level, dB"]
         return [show.compare(*sounds), show.table(rows, head, "Measured")]

@@ -1,5 +1,4 @@
-"""Pictures that a committed notebook can hold: small, the same bytes each time, and readable
-without colour.
+"""Pictures for a committed notebook: small, always the same bytes, readable without colour.
 
 Every figure is a PNG of few colours on white (so that a dark page does not swallow it) with a text
 that says what is in it. Lines and bars differ in colour (Okabe and Ito's palette) and in dash or
@@ -9,7 +8,6 @@ place; maps use viridis, which greys well.
 import base64
 import io
 import re
-from functools import wraps
 from html import escape
 
 import matplotlib
@@ -61,15 +59,7 @@ class Picture:
         )
 
 
-def styled(function):
-    """Draw in our style whatever the reader has set."""
-
-    @wraps(function)
-    def wrapped(*args, **kwargs):
-        with matplotlib.style.context(["default", STYLE]):
-            return function(*args, **kwargs)
-
-    return wrapped
+styled = matplotlib.style.context(["default", STYLE])  # a decorator: whatever the reader has set
 
 
 def canvas(height, rows=1, columns=1, **options):
@@ -92,9 +82,7 @@ def picture(figure, alt, title="", extra="", colours=PALETTE):
 
 def _few_colours(pixels, colours, apart=10):
     """(H, W, 3) uint8 -> palette image of the commonest colours; others become the nearest.
-
-    Pillow's own methods mix rare colours: a thin line would change its hue, and the legend not.
-    """
+    Pillow's own methods mix rare colours: a thin line would change its hue, and the legend not."""
     packed = pixels.astype(np.int64) @ (65536, 256, 1)
     known, place, counts = np.unique(packed, return_inverse=True, return_counts=True)
     known = np.stack([known >> 16, known >> 8 & 255, known & 255], 1)
@@ -117,9 +105,8 @@ def array(values, dims, name):
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers in a tensor or an array.") from None
     if values.ndim != dims:
-        plural = "s" if dims > 1 else ""
-        shape = values.shape
-        raise ValueError(f"{name} must have {dims} dimension{plural}, not the shape {shape}.")
+        expected = f"{dims} dimension{'s' * (dims > 1)}"
+        raise ValueError(f"{name} must have {expected}, not the shape {values.shape}.")
     if not values.size or not np.isfinite(values).all():
         fact = "holds NaN or infinity" if values.size else "is empty"
         raise ValueError(f"{name} {fact}: nothing can be drawn.")
@@ -129,8 +116,8 @@ def array(values, dims, name):
 def integers(codes, name):
     """A row of codes or ids -> list of ints."""
     codes = codes.tolist() if hasattr(codes, "tolist") else codes
-    whole = isinstance(codes, (list, tuple))
-    if not whole or not all(isinstance(code, (int, np.integer)) for code in codes):
+    row = isinstance(codes, (list, tuple))
+    if not row or not all(isinstance(code, (int, np.integer)) for code in codes):
         raise ValueError(f"{name} must be one row of whole numbers.")
     if not codes:
         raise ValueError(f"{name} is empty: nothing can be drawn.")
@@ -144,16 +131,15 @@ def waveform(wav, rate=SAMPLE_RATE, title="", alt=""):
     figure, (axis,) = canvas(1.7)
     draw_wave(axis, wav, rate)
     axis.set_xlabel("time (s)")
-    words = f"waveform of a sound of {len(wav) / rate:.2f} s"
-    return picture(figure, alt or words, title, colours=16)
+    alt = alt or f"waveform of a sound of {len(wav) / rate:.2f} s"
+    return picture(figure, alt, title, colours=16)
 
 
 def draw_wave(axis, wav, rate):
     """A filled outline: the lowest and the highest sample of each pixel's time."""
     edges = _edges(len(wav), 600)
     low, high = np.minimum.reduceat(wav, edges), np.maximum.reduceat(wav, edges)
-    time = edges / rate
-    axis.fill_between(time, low, high, color=LINES[0], linewidth=0.6)
+    axis.fill_between(edges / rate, low, high, color=LINES[0], linewidth=0.6)
     limit = max(float(np.abs(wav).max()), 1e-3) * 1.05
     axis.set(xlim=(0, len(wav) / rate), ylim=(-limit, limit), ylabel="amplitude")
     axis.yaxis.set_major_locator(MaxNLocator(3))
@@ -162,9 +148,7 @@ def draw_wave(axis, wav, rate):
 @styled
 def spectrogram(wav, rate=SAMPLE_RATE, title="", alt=""):
     """How strong each pitch is over time: Whisper's log-mel of 80 bins, in dB below the loudest.
-
-    wav: (N,) at `rate` Hz.
-    """
+    wav: (N,) at `rate` Hz."""
     wav = torch.from_numpy(array(wav, 1, "the sound"))
     seconds, bins = len(wav) / rate, 80
     if seconds < 0.03:
@@ -186,15 +170,13 @@ def spectrogram(wav, rate=SAMPLE_RATE, title="", alt=""):
 
 
 def _edges(size, most):
-    """Where `most` pieces of a row begin, evenly over all of it, so that time stays where it
-    was."""
+    """Where `most` pieces of a row begin, evenly over all of it, so that time stays in place."""
     count = min(size, most)
     return np.arange(count) * size // count
 
 
 def _map(axis, matrix, width, norm, levels=LEVELS, height=None):
-    """(bins, frames) as an image of `width` seconds or frames; frames that share a pixel are
-    averaged."""
+    """(bins, frames) as an image of `width` seconds or frames; a pixel averages its frames."""
     edges = _edges(matrix.shape[1], COLUMNS)
     matrix = np.add.reduceat(matrix, edges, axis=1) / np.diff([*edges, matrix.shape[1]])
     extent = (0, width, 0, height or len(matrix))
@@ -209,21 +191,16 @@ def mel(matrix, hop_seconds=0.010, title="", alt="", bins="mel bin", unit="value
     matrix = array(matrix, 2, "the map")
     n_bins, frames = matrix.shape
     alt = alt or f"map of {n_bins} bins and {frames} frames, {frames * hop_seconds:.2f} s"
-    return _maps([("", matrix)], hop_seconds, title, alt, bins, unit)
+    return maps([("", matrix)], hop_seconds, alt, title, bins, unit)
 
 
+@styled
 def maps(pairs, hop_seconds=0.010, alt="", title="", bins="mel bin", unit="value"):
-    """Several (title, (bins, frames)) maps below each other, on one time axis and one scale of
-    colours."""
+    """Several (title, (bins, frames)) maps below each other: one time axis, one colour scale."""
     pairs = [(str(name), array(matrix, 2, f"the map {name!r}")) for name, matrix in pairs]
     if not pairs:
         raise ValueError("maps needs at least one pair (title, matrix).")
     alt = alt or "maps below each other: " + ", ".join(name for name, _ in pairs)
-    return _maps(pairs, hop_seconds, title, alt, bins, unit)
-
-
-@styled
-def _maps(pairs, hop_seconds, title, alt, bins, unit):
     height = 0.5 + (2.1 if len(pairs) == 1 else 1.55 * len(pairs))
     figure, axes = canvas(height, len(pairs), sharex=True)
     norm = _norm([matrix for _, matrix in pairs])
@@ -250,9 +227,7 @@ def trajectory(
     states, times, title="", alt="", bins="mel bin", hop_seconds=0.010, unit="log amplitude"
 ):
     """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side.
-
-    hop_seconds between frames; unit of what the states hold; one scale of colours.
-    """
+    hop_seconds between frames; unit of what the states hold; one scale of colours."""
     states = [array(state, 2, "a state") for state in states]
     if not states or len(states) != len(times):
         raise ValueError(f"trajectory needs one time for each state, not {len(times)} for "
@@ -272,8 +247,7 @@ def trajectory(
     figure.supxlabel("time (s)", fontsize=10)
     figure.supylabel(bins, fontsize=10)
     figure.colorbar(image, ax=axes, label=unit, pad=0.01)
-    first, last = float(times[0]), float(times[-1])
-    words = f"{len(states)} pictures of a mel at times {first:g} to {last:g}"
+    words = f"{len(states)} pictures of a mel at times {float(times[0]):g} to {float(times[-1]):g}"
     return picture(figure, alt or words, title)
 
 
@@ -310,8 +284,7 @@ def attention(
 
 
 def write(axis, x, y, label, size=8, rotation=0, **options):
-    """Text in the middle of a cell, left out of the layout (hundreds of them would slow it
-    down)."""
+    """Text in the middle of a cell, left out of the layout, which hundreds would slow down."""
     options = {"ha": "center", "va": "center", "clip_on": True, **options}
     axis.text(x, y, label, fontsize=size, rotation=rotation, **options).set_in_layout(False)
 

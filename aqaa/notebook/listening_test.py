@@ -39,8 +39,7 @@ class Listening(Widget):
         return [self.pairs[which][0] for which in self._state["order"]]
 
     def rate_all(self, marks):
-        """One listener's marks, in the order of `pairs`. Raises ValueError unless all are 1 to
-        5."""
+        """One listener's marks in the order of `pairs`. Raises ValueError unless all are 1 to 5."""
         if len(marks) != len(self.pairs) or not all(mark in (1, 2, 3, 4, 5) for mark in marks):
             raise ValueError(f"a listener gives {len(self.pairs)} marks from 1 to 5, not "
                              f"{list(marks)}.")
@@ -48,12 +47,8 @@ class Listening(Widget):
         return self.result()
 
     def result(self):
-        """{name: {"n", "mean", "low", "high"}}: mean opinion score and its 95 % interval; of
-        several names also "all".
-
-        low and high are None for a single mark, and never leave the scale. Empty before the first
-        listener.
-        """
+        """{name: {"n", "mean", "low", "high"}}, with "all" of several names: mean opinion score and
+        its 95 % interval, None for a single mark. Empty before the first listener."""
         marks = {}
         for row in self.marks:
             for (name, *_), mark in zip(self.pairs, row):
@@ -64,11 +59,9 @@ class Listening(Widget):
         scores = dict(zip(self._state["order"], message["scores"]))
         result = self.rate_all([scores[k] for k in range(len(self.pairs))])
         listeners = f"{len(self.marks)} listener{'s' * (len(self.marks) > 1)}"
-        self._set(
-            done=True,
-            results=[{"title": name, **row} for name, row in result.items()],
-            message=f"Thank you. {listeners} so far; result() has these numbers in the next cell.",
-        )
+        results = [{"title": name, **row} for name, row in result.items()]
+        message = f"Thank you. {listeners} so far; result() has these numbers in the next cell."
+        self._set(done=True, results=results, message=message)
 
     def _on_again(self, *_):
         self._set(done=False, order=self._order(), message="")
@@ -82,9 +75,9 @@ class Listening(Widget):
         marks = show.table([["1 bad", "2 poor", "3 fair", "4 good", "5 excellent"]],
                            caption="How natural does each sound seem?")  # fmt: skip
         if self.marks:
-            rows = [[name, row["n"], *("–" if row[key] is None else f"{row[key]:.2f}"
-                                       for key in ("mean", "low", "high"))]
-                    for name, row in self.result().items()]  # fmt: skip
+            rows = [[name, n, *("–" if value is None else f"{value:.2f}" for value in interval)]
+                    for name, n, *interval in
+                    ([name, *row.values()] for name, row in self.result().items())]  # fmt: skip
             marks = show.table(rows, ["sound", "marks", "mean", "from", "to"],
                                "Mean opinion score with its 95 % confidence interval")  # fmt: skip
         return [show.compare(*named, rate=self.rate), marks]

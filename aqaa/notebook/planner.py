@@ -1,5 +1,4 @@
-"""The planner: choose GPUs, a weight format and a context; see what fits, and how fast it could
-talk.
+"""The planner: choose GPUs, a weight format and a context; see what fits, and how fast it talks.
 
 Every number is a sum of aqaa/scale/plan.py, which says what in it is arithmetic and what assumed.
 """
@@ -23,18 +22,13 @@ PARTS = {  # of Plan.memory: words, colour (black print is readable on each), ha
 SHOWN = ("bf16", "fp8", "int4")  # in the static view; int8 weighs what fp8 does
 COLUMNS = ("First sound: s after a question of 3 s. Wait: s from the first id on, for an answer so "
            "long never to stall.")  # fmt: skip
-RATES = {  # tokens/s that speech uses up
-    "audio alone": TOKENS_PER_SECOND,
-    "text and audio": INTERLEAVE_RATE,
-}
+RATES = {"audio alone": TOKENS_PER_SECOND, "text and audio": INTERLEAVE_RATE}  # tokens/s of speech
 
 
 class Planner(Widget):
     """Choose GPUs, weight format and context; see memory by part, the rate, and the first sound.
-
     model: 130b, 3b, mini or a folder, as of `aqaa plan`; gpus, weights, context: what is chosen at
-    first, as in `plan`. chosen: the Plan that is shown. The static view compares the usual GPUs.
-    """
+    first, as in `plan`. chosen: the Plan that is shown. The static view compares the usual GPUs."""
 
     script = "planner"
 
@@ -46,19 +40,14 @@ class Planner(Widget):
         self.plan(gpus, weights, context)
         if interactive:
             longest = read_model(model)[1].max_seq_len
-            self._open(
-                model=self.chosen.setup.model, gpus=list(GPUS), counts=list(ALL_REDUCE),
-                formats=list(BITS), rates=RATES, note=reliance(),
-                contexts=sorted({context, *(n for n in CONTEXTS if n <= longest)}),
-                parts=[[name, *look[:2]] for name, look in PARTS.items()],
-            )  # fmt: skip
+            contexts = sorted({context, *(n for n in CONTEXTS if n <= longest)})
+            parts, shown = [[name, *look[:2]] for name, look in PARTS.items()], self.chosen.setup
+            self._open(model=shown.model, gpus=list(GPUS), counts=list(ALL_REDUCE), parts=parts,
+                       formats=list(BITS), rates=RATES, note=reliance(), contexts=contexts)
 
     def plan(self, gpus="1xH200", weights="int4", context=2048):
-        """The Plan of GPUs ("4xH100-80"), a format and a context in ids; the page shows it from now
-        on.
-
-        Raises ValueError for what cannot be; what was shown then stays.
-        """
+        """The Plan of GPUs ("4xH100-80"), a format and a context in ids, which the page then shows.
+        Raises ValueError for what cannot be; what was shown then stays."""
         (setup,) = setups(self.model, [gpus], weights, context=context)
         self.chosen = plan(setup)
         shown = {**self.chosen.to_dict(), "format": setup.format, "card": setup.gpu.memory}
@@ -81,12 +70,8 @@ class Planner(Widget):
         asked = setups(self.model, context=setup.context)
         plans = [plan(setup) for setup in asked if setup.weights in SHOWN]
         title = f"{setup.model}, {setup.context} ids of context, one listener"
-        caption = f"{title}. {reliance()} {COLUMNS}"
-        return [
-            show.table([[self._state["message"]]], ["Chosen"]),
-            compared(plans, title),
-            show.table([_row(plan) for plan in plans], caption=caption),
-        ]
+        table = show.table(map(_row, plans), caption=f"{title}. {reliance()} {COLUMNS}")
+        return [show.table([[self._state["message"]]], ["Chosen"]), compared(plans, title), table]
 
 
 def reliance():
@@ -117,10 +102,8 @@ def in_words(plan):
     else:
         verdict = (f"less than audio uses up: an answer of 10 s must wait for {wait:.1f} s, "
                    "longer ones more")  # fmt: skip
-    return (
-        f"{setup.format} on {setup.gpus} with {setup.context} ids: {_filled(plan)}; at most "
-        f"{plan.ceiling:.0f} tokens a second, by estimate {plan.rate:.0f}, {verdict}."
-    )
+    return (f"{setup.format} on {setup.gpus} with {setup.context} ids: {_filled(plan)}; at most "
+            f"{plan.ceiling:.0f} tokens a second, by estimate {plan.rate:.0f}, {verdict}.")
 
 
 def _row(plan):
@@ -140,11 +123,9 @@ def _row(plan):
 
 @styled
 def compared(plans, title="", alt=""):
-    """Memory of one card by part beside its size, and the rates, of several Plans: a row for
-    each."""
-    figure, (memory, rates) = canvas(
-        1.1 + 0.22 * len(plans), 1, 2, sharey=True, gridspec_kw={"width_ratios": (1.2, 1)}
-    )
+    """Memory of one card by part beside its size, and the rates, of several Plans: a row each."""
+    height, ratios = 1.1 + 0.22 * len(plans), {"width_ratios": (1.2, 1)}
+    figure, (memory, rates) = canvas(height, 1, 2, sharey=True, gridspec_kw=ratios)
     rows, left = range(len(plans)), [0.0] * len(plans)
     for name, (words, colour, hatch) in PARTS.items():
         sizes = [plan.memory[name] for plan in plans]

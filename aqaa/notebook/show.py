@@ -1,9 +1,5 @@
 """What a notebook cell shows without a front end: players, tables, code, records, every figure.
 
-    from aqaa.notebook import show
-    show.setup(seed)
-    show.spectrogram(wav, title="A question")
-
 Nothing here needs JavaScript or a network, and the same input gives the same bytes.
 """
 
@@ -26,26 +22,17 @@ import aqaa
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 from aqaa.files import data_folder
+from aqaa.notebook import figures
 from aqaa.notebook.charts import Table, bars, curves, ledger, radar
-from aqaa.notebook.figures import (
-    STYLE,
-    Picture,
-    array,
-    attention,
-    maps,
-    mel,
-    spectrogram,
-    trajectory,
-    waveform,
-)
+from aqaa.notebook.figures import attention, maps, mel, spectrogram, trajectory, waveform
 from aqaa.notebook.strips import KINDS, alignment, blocks, sequence, streams, token_cells
 from aqaa.weights.model_folder import ROLES
 
 __all__ = [
-    "KINDS", "Picture", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars",
-    "blocks", "check", "compare", "curves", "ledger", "maps", "mel", "question", "questions",
-    "radar", "recorded", "released", "sequence", "setup", "shape", "sound", "source",
-    "spectrogram", "streams", "table", "token_cells", "trajectory", "waveform",
+    "KINDS", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars", "blocks",
+    "check", "compare", "curves", "ledger", "maps", "mel", "question", "questions", "radar",
+    "recorded", "released", "sequence", "setup", "shape", "sound", "source", "spectrogram",
+    "streams", "table", "token_cells", "trajectory", "waveform",
 ]  # fmt: skip
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # Hz
 PEAK = 10 ** (-3 / 20)  # of a player's sound: 3 dB below full scale
@@ -54,26 +41,22 @@ PUBLISHED = dict(zip(ROLES, FOLDERS))
 
 
 def setup(seed=0):
-    """Begin a notebook: seeds, three digits, our figure style, and one thread: small matrices gain
-    nothing from a second one, and lose much where another program wants its core."""
+    """Begin a notebook: seeds, three digits, our figure style, one thread (see processor.py)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     torch.set_printoptions(precision=3, sci_mode=False)
     np.set_printoptions(precision=3, suppress=True)
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams.update(figures.STYLE)
 
 
 class Sound:
-    """A player: wav (N,) at `rate` Hz; level=False keeps its loudness, else the peak is put at -3
-    dB.
-
-    `wav` is float32, `mp3` the bytes that it plays.
-    """
+    """A player: wav (N,) float32 at `rate` Hz; mp3: the bytes that it plays. level=False keeps the
+    loudness, else the peak is put at -3 dB."""
 
     def __init__(self, wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
-        self.wav, self.rate = array(wav, 1, "the sound"), int(rate)
+        self.wav, self.rate = figures.array(wav, 1, "the sound"), int(rate)
         self.title, self.transcript = title, transcript
         if not audio.RATES[0] <= self.rate <= audio.RATES[1]:
             raise ValueError(f"a sound of {rate} samples a second cannot be played: "
@@ -90,7 +73,7 @@ class Sound:
         return f"<sound {self.seconds:.2f} s @ {self.rate} Hz{words}>"
 
     def _repr_html_(self):
-        parts = (self.title or "sound", self.transcript, f"{self.seconds:.2f} s")
+        parts = self.title or "sound", self.transcript, f"{self.seconds:.2f} s"
         named = ", ".join(filter(None, parts))
         data = base64.b64encode(self.mp3).decode()
         words = f"<div>“{escape(self.transcript)}”</div>" if self.transcript else ""
@@ -134,8 +117,7 @@ class Player:
 
 
 def compare(*pairs, rate=SAMPLE_RATE, transcript="", level=True):
-    """Players side by side: (title, wav), (title, wav, transcript), or what `sound` gave (any
-    rate)."""
+    """Players side by side: (title, wav), (title, wav, transcript), or Sounds of any rate."""
     if not pairs:
         raise ValueError("compare needs sounds: pairs (title, wav), or what show.sound returned.")
     sounds = []
@@ -154,8 +136,7 @@ table = Table  # as notebooks call it
 
 
 def shape(name, tensor, *axes):
-    """Print the shape with the names of its axes: `mel  (batch 1, bins 80, frames 258)
-    float32`."""
+    """Print a shape with the names of its axes: `mel  (batch 1, bins 80, frames 258)  float32`."""
     sizes = tuple(tensor.shape) if hasattr(tensor, "shape") else (len(tensor),)
     if len(axes) != len(sizes):
         raise ValueError(f"{name} has {len(sizes)} axes {sizes}: give as many names, not "
@@ -195,12 +176,11 @@ def source(obj):
 
 def recorded(name):
     """A result kept in data/runs/NAME.json: prints where it comes from, returns the dict."""
-    folder = data_folder() / "runs"
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        there = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
-        raise ValueError(f"no run {name!r} is recorded in data/runs: there are {there or 'none'}.")
-    run = json.loads(path.read_text(encoding="utf-8"))
+    paths = {path.stem: path for path in sorted((data_folder() / "runs").glob("*.json"))}
+    if name not in paths:
+        there = ", ".join(paths) or "none"
+        raise ValueError(f"no run {name!r} is recorded in data/runs: there are {there}.")
+    run = json.loads(paths[name].read_text(encoding="utf-8"))
     print(f"recorded on {run['date']}, commit {run['commit']}, {run['hardware']}: {run['command']}")
     return run
 
@@ -229,8 +209,7 @@ def check(condition, message):
 
 
 def questions(folder=None):
-    """The spoken questions of data/questions: dicts with file, path, transcript, answer, intent,
-    …"""
+    """The spoken questions of data/questions: dicts with file, path, transcript, answer, …"""
     folder = Path(folder) if folder else data_folder() / "questions"
     index = folder / "questions.json"
     if not index.is_file():
@@ -243,9 +222,8 @@ def questions(folder=None):
 
 def question(name="capital", folder=None):
     """The first question of that intent (or with that file name), as in `questions`."""
-    known = questions(folder)
-    for entry in known:
+    for entry in questions(folder):
         if name in (entry["intent"], entry["file"], Path(entry["file"]).stem):
             return entry
-    intents = ", ".join(dict.fromkeys(entry["intent"] for entry in known))
+    intents = ", ".join(dict.fromkeys(entry["intent"] for entry in questions(folder)))
     raise ValueError(f"no question {name!r}: choose one of {intents}.")

@@ -11,11 +11,9 @@ from aqaa.notebook.figures import array, canvas, integers, picture, printable, s
 from aqaa.tokenizers import interleave
 
 KINDS = {  # letter and colour (Okabe and Ito, a marker grey); black print is readable on each
-    "text": ("T", "#56B4E9"),
-    "linguistic": ("L", "#E69F00"),
-    "semantic": ("S", "#2AA983"),
-    "marker": ("M", "#D0D0D0"),
-}
+    "text": ("T", "#56B4E9"), "linguistic": ("L", "#E69F00"),
+    "semantic": ("S", "#2AA983"), "marker": ("M", "#D0D0D0"),
+}  # fmt: skip
 AUDIO = ("linguistic", "semantic")
 CELL = 0.84  # height of a cell; rows are 1 apart
 MANY = 250  # ids of a sequence, beyond which printed codes would make the picture too large a file
@@ -35,26 +33,24 @@ def token_cells(linguistic, semantic):
 @styled
 def streams(linguistic, semantic, wav=None, rate=SAMPLE_RATE, title="", alt=""):
     """Both sequences of codes as strips on one time axis, below the wave if there is one.
-
     linguistic: 60 ms a code, semantic: 40 ms. The shade goes with the code, so that repetitions are
-    seen; codes are printed when they fit (about 3 s).
-    """
+    seen; codes are printed when they fit (about 3 s)."""
     cells = token_cells(linguistic, semantic)
     seconds = max(row[-1][1] for row in cells.values())
     if wav is None:
-        figure, axes = canvas(1.6, 1, sharex=True, height_ratios=[1.15])
+        figure, (axis,) = canvas(1.6)
     else:
         wave = array(wav, 1, "the sound")
         seconds = max(seconds, len(wave) / rate)
-        figure, axes = canvas(1.6 + 1.2, 2, sharex=True, height_ratios=[1.0, 1.15])
-        figures.draw_wave(axes[0], wave, rate)
+        figure, (above, axis) = canvas(1.6 + 1.2, 2, sharex=True, height_ratios=[1.0, 1.15])
+        figures.draw_wave(above, wave, rate)
     for y, (kind, row) in zip((1, 0), cells.items()):
         fits = (row[0][1] - row[0][0]) / seconds * 600 > 8
         labels = [str(code) for *_, code in row] if fits else None
-        _boxes(axes[-1], y, row, KINDS[kind][1], labels, 90)
-    axes[-1].set_yticks((1, 0), ["L linguistic\n60 ms each", "S semantic\n40 ms each"], fontsize=9)
-    axes[-1].set(xlim=(0, seconds), ylim=(-0.5, 1.5), xlabel="time (s)")
-    axes[-1].tick_params(axis="y", length=0)
+        _boxes(axis, y, row, KINDS[kind][1], labels, 90)
+    axis.set_yticks((1, 0), ["L linguistic\n60 ms each", "S semantic\n40 ms each"], fontsize=9)
+    axis.set(xlim=(0, seconds), ylim=(-0.5, 1.5), xlabel="time (s)")
+    axis.tick_params(axis="y", length=0)
     first, second = map(len, cells.values())
     words = (f"{first} linguistic codes of 60 ms and {second} semantic codes of 40 ms "
              "on one time axis")  # fmt: skip
@@ -64,18 +60,15 @@ def streams(linguistic, semantic, wav=None, rate=SAMPLE_RATE, title="", alt=""):
 def _boxes(axis, y, spans, colour, labels=None, rotation=0, size=7):
     """A row of boxes (start, end, code): the shade of a colour goes with the code."""
     base = np.array(matplotlib.colors.to_rgb(colour))
+    numbers = [code if isinstance(code, int) else sum(map(ord, str(code))) for *_, code in spans]
     # The golden ratio sends neighbouring codes to shades that are far apart.
-    pale = [0.1 + 0.7 * (_number(code) * 0.618034 % 1) for *_, code in spans]
+    pale = [0.1 + 0.7 * (number * 0.618034 % 1) for number in numbers]
     shades = [base + (1 - base) * share for share in pale]
     starts, widths = [start for start, *_ in spans], [end - start for start, end, _ in spans]
     axis.bar(starts, CELL, widths, y - CELL / 2, align="edge", color=shades, edgecolor="white",
              linewidth=0.6)  # fmt: skip
     for (start, end, _), label in zip(spans, labels or ()):
         write(axis, (start + end) / 2, y, label, size, rotation)
-
-
-def _number(code):
-    return code if isinstance(code, int) else sum(ord(letter) for letter in str(code))
 
 
 def kinds_of(ids, id_ranges):
@@ -92,11 +85,9 @@ def _labels(ids, kinds, id_ranges, text):
 
 @styled
 def sequence(ids, id_ranges, text=None, per_row=50, alt="", title=""):
-    """A merged sequence as coloured cells T, L, S, M, read like a page, with a label in each.
-
-    ids: of the backbone; id_ranges: model.ids; text: model.text, to print its pieces instead of
-    numbers. Of more than 250 ids the codes are not printed.
-    """
+    """A merged sequence as coloured cells T, L, S, M, read like a page, with a label in each. ids:
+    of the backbone; id_ranges: model.ids; text: model.text, to print its pieces instead of numbers.
+    Of more than 250 ids the codes are not printed."""
     ids = integers(ids, "the sequence")
     kinds = kinds_of(ids, id_ranges)
     labels = _labels(ids, kinds, id_ranges, text)
@@ -109,8 +100,8 @@ def sequence(ids, id_ranges, text=None, per_row=50, alt="", title=""):
         _kind_cells(axis, -row, kinds[part], labels[part], upright=False)
     axis.set_yticks([-row for row in range(rows)], [str(row * per_row) for row in range(rows)])
     axis.set(xlim=(0, max(min(per_row, len(ids)), 25)), ylim=(0.5 - rows, 0.5), ylabel="place")
-    _key(figure, axis, kinds)
-    return picture(figure, alt or f"sequence of {len(ids)} ids: {_count(kinds)}", title)
+    words = f"sequence of {len(ids)} ids: {_key(figure, axis, kinds)}"
+    return picture(figure, alt or words, title)
 
 
 def _kind_cells(axis, y, kinds, labels, upright):
@@ -124,16 +115,15 @@ def _kind_cells(axis, y, kinds, labels, upright):
 
 
 def _key(figure, axis, kinds):
+    """The key of the colours; how many there are of each kind, in words."""
     axis.spines[:].set_visible(False)
     axis.set_xticks([])
     axis.tick_params(axis="y", length=0)
+    shown = {kind: look for kind, look in KINDS.items() if kind in kinds}
     handles = [Patch(color=colour, label=f"{letter} {kind}")
-               for kind, (letter, colour) in KINDS.items() if kind in kinds]  # fmt: skip
+               for kind, (letter, colour) in shown.items()]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=9)
-
-
-def _count(kinds):
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in shown)
 
 
 @styled
@@ -150,11 +140,10 @@ def blocks(steps, ids, text, times=None, alt="", title=""):
     clock = _clock(times, len(tokens))
     ends = _block_ends(kinds)
     widest = max([b - a for a, b in zip([0, *ends], ends[:-1])] + [25])
-    lines = []  # (name, first, last): a long block goes on in the next line
-    for number, (a, b) in enumerate(zip([0, *ends], ends), 1):
-        for first in range(a, b, widest):
-            name = f"block {number}" if first == a else ""
-            lines.append((name, first, min(first + widest, b)))
+    # (name, first, last): a long block goes on in the next line
+    lines = [(f"block {number}" if first == a else "", first, min(first + widest, b))
+             for number, (a, b) in enumerate(zip([0, *ends], ends), 1)
+             for first in range(a, b, widest)]  # fmt: skip
     figure, (axis,) = canvas(0.5 + 0.5 * len(lines))
     for y, (_, a, b) in enumerate(lines):
         _kind_cells(axis, -y, kinds[a:b], labels[a:b], upright=True)
@@ -163,8 +152,8 @@ def blocks(steps, ids, text, times=None, alt="", title=""):
         write(axis, widest + 0.3, -y, f"{at}{seconds:.2f} s of sound", 8, ha="left", clip_on=False)
     axis.set_yticks([-y for y in range(len(lines))], [name for name, *_ in lines])
     axis.set(xlim=(0, widest * 1.27), ylim=(0.5 - len(lines), 0.5))
-    _key(figure, axis, kinds)
-    return picture(figure, alt or f"answer of {len(ends)} blocks: {_count(kinds)}", title)
+    words = f"answer of {len(ends)} blocks: {_key(figure, axis, kinds)}"
+    return picture(figure, alt or words, title)
 
 
 def _block_ends(kinds):
@@ -194,8 +183,7 @@ def alignment(x, y, names=("words", "codes"), title="", alt=""):
     figure, (axis,) = canvas(1.9)
     first, last = min(box[0] for box in [*x, *y]), max(box[1] for box in [*x, *y])
     for place, row, colour in ((1, x, KINDS["text"][1]), (0, y, KINDS["linguistic"][1])):
-        pixels = 600 / (last - first)
-        widths = [(end - start) * pixels for start, end, _ in row]
+        widths = [(end - start) * (600 / (last - first)) for start, end, _ in row]  # pixels
         flat = all(7 * len(str(label)) < width for width, (*_, label) in zip(widths, row))
         labels = [printable(label) if flat or width > 9 else ""
                   for width, (*_, label) in zip(widths, row)]  # fmt: skip

@@ -14,12 +14,9 @@ from aqaa.notebook.base import Widget, pcm16
 
 
 class Recorder(Widget):
-    """A question from the microphone; `audio()` is the recording, else the fallback: a notebook
-    always goes on.
-
-    fallback: a path, (samples, rate), or an entry of `show.questions`. state: "fallback" (static),
-    "idle", "recording", "recorded", or "refused" with the reason in `message`.
-    """
+    """A question from the microphone; `audio()` is the recording, else the fallback. fallback: a
+    path, (samples, rate), or an entry of `show.questions`. state: "fallback" (static), "idle",
+    "recording", "recorded", or "refused" with the reason in `message`."""
 
     script = "recorder"
     LIMIT = 30  # seconds
@@ -54,16 +51,14 @@ class Recorder(Widget):
         return self._state["message"]
 
     def audio(self, rate=SAMPLE_RATE):
-        """The recording, else the fallback: (N,) float32 tensor at `rate` Hz.
-
-        Raises RuntimeError while it is recording.
-        """
+        """The recording, else the fallback: (N,) float32 tensor at `rate` Hz. Raises RuntimeError
+        while it is recording."""
         if self.state == "recording":
             raise RuntimeError("the recorder is still recording: press its Stop button, then run "
                                "this cell again.")
-        if self.state == "recorded":
-            return audio.resample(self._recording, self._rate, to=rate)
-        return audio.resample(self.fallback, SAMPLE_RATE, to=rate)
+        recorded = self.state == "recorded"
+        wav, own = (self._recording, self._rate) if recorded else (self.fallback, SAMPLE_RATE)
+        return audio.resample(wav, own, to=rate)
 
     def __repr__(self):
         seconds = "" if self.state == "recording" else f", {len(self.audio()) / SAMPLE_RATE:.2f} s"
@@ -116,9 +111,8 @@ class Player(Widget):
     """Plays an answer while it is being made: show it in one cell, call `play_stream` in the next.
 
     answer: the finished Answer, None before that and after a stop. heard: (N,) samples of it, or of
-    what was made before the stop. report: chunks, gaps (how often the sound had to wait for its
-    next piece), first_ms (from the call to the first sound), and where this was counted: on the
-    "page", or in the "kernel", which knows when pieces were ready.
+    what was made before the stop. report: see `waits`; first_ms counts from the call, and "where"
+    is the "page", or the "kernel", which knows when pieces were ready.
 
     With "Run All" the kernel reads what a page says only after the last cell, but a page sees at
     once what changes in the state. So pieces travel in the state until the page has said that it is
@@ -143,11 +137,9 @@ class Player(Widget):
         return self._state["text"].strip()
 
     def play_stream(self, model, question, **sampling):
-        """Ask the model; interactive: returns at once and plays, otherwise collects; returns
-        itself.
+        """Ask the model, and return itself: interactive at once, otherwise when the answer is made.
 
-        question: a Recorder, or what model.stream takes; sampling: as there. An answer that still
-        plays is stopped.
+        question: a Recorder, or what model.stream takes, as sampling. What still plays is stopped.
         """
         if isinstance(question, Recorder):
             question = (question.audio(), SAMPLE_RATE)
@@ -170,10 +162,8 @@ class Player(Widget):
         self._say("silence")
 
     def join(self, timeout=None):
-        """Wait until the answer is made (seconds at most). Raises what went wrong meanwhile.
-
-        The page's Stop button is not heard while a cell waits.
-        """
+        """Wait until the answer is made (seconds at most); the page's Stop button is not heard
+        meanwhile. Raises what went wrong."""
         if self._thread is not None:
             self._thread.join(timeout)
         fault, self._fault = self._fault, None
@@ -255,8 +245,7 @@ class Player(Widget):
 
 
 def waits(pieces):
-    """Play-out of pieces [(ready s, seconds of sound)]: chunks, gaps (waits between them),
-    first_ms."""
+    """Play-out of pieces [(ready s, seconds of sound)]: chunks, gaps (waits between), first_ms."""
     end, gaps = None, 0
     for ready, seconds in pieces:
         gaps += end is not None and ready > end

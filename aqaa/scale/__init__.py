@@ -1,1 +1,4 @@
-"""What 130 billion parameters need: quantised weights, a plan of memory and time, other engines."""
+"""What 130 billion parameters need: quantised weights, a plan, many GPUs, several listeners, vLLM.
+
+Import its modules. May import corpus and what lies below, never evaluation or training.
+"""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aqaa.backbone import attention
-from aqaa.backbone.quantized_linear import QuantizedLinear, format_of, linears, put
+from aqaa.backbone.quantized_linear import QuantizedLinear, format_of, linears
 from aqaa.config import check_group, largest_group
 
 
@@ -79,7 +79,8 @@ def group_for(cls, group, widths):
 def replace_linears(module, cls, group=None, skip=(), hessians=None):
     """Quantise the linear layers within `module`, in place; hessians: {name: (K, K)} for GPTQ."""
     for name, linear in list(linears(module, skip)):
-        put(module, name, cls.from_linear(linear, group, hessian=(hessians or {}).get(name)))
+        hessian = (hessians or {}).get(name)
+        module.set_submodule(name, cls.from_linear(linear, group, hessian=hessian))
     return module
 
 
@@ -89,7 +90,7 @@ def dequantized(module):
         if isinstance(part, QuantizedLinear):
             linear = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(part.dequantized(), requires_grad=False)
-            put(module, name, linear)
+            module.set_submodule(name, linear)
     return module
 
 

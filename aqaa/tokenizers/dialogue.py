@@ -4,7 +4,6 @@ A layout decides how the text and the audio of an answer share one sequence. Its
 ids may come next while the backbone generates, so that every answer can be taken apart again.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +18,7 @@ def prompt(turns, tokenizer, ids, answer=True, marker=None):
 
     turns: (role, content) pairs; the role "user" is written "human"; content is text, or audio ids,
     or a list of both. Markers spelt out in a text are read as plain text. With answer=False no
-    assistant turn is opened. marker: one of Step-1's control tokens, after `<s>`: it asks for
-    another kind of answer.
+    assistant turn is opened. marker: a control token after `<s>` asks for another kind of answer.
     """
     result = [ids.bos] if marker is None else [ids.bos, marker]
     for role, content in turns:
@@ -30,7 +28,8 @@ def prompt(turns, tokenizer, ids, answer=True, marker=None):
 
 def _turn(role, content, tokenizer):
     """Header and content of a turn; text at its start is encoded with the header, as officially."""
-    mixed = isinstance(content, (list, tuple)) and any(_nested(part) for part in content)
+    parts = content if isinstance(content, (list, tuple)) else ()
+    mixed = any(isinstance(part, str) or hasattr(part, "__len__") for part in parts)
     text, encoded = ("human" if role == "user" else role) + "\n", []
     for part in [*content, []] if mixed else [content, []]:
         if isinstance(part, str):
@@ -43,10 +42,6 @@ def _turn(role, content, tokenizer):
     return encoded
 
 
-def _nested(part):
-    return isinstance(part, str) or hasattr(part, "__len__")
-
-
 class Allowed(NamedTuple):
     """What may come next: ids start..stop-1 of one kind, or one of the markers."""
 
@@ -54,8 +49,6 @@ class Allowed(NamedTuple):
     start: int
     stop: int
     markers: tuple  # those of text_end, text_start, audio_start, audio_end, eot that are legal here
-    may_end_text: bool
-    may_stop: bool
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,7 @@ class Layout:
 
     Blocks of `text_block` text ids, then `audio_block` audio ids. The id after the last text id is
     text_end; from there on only audio comes, then eot. If the audio ends first, text_start says so,
-    and the rest of the text follows: where text runs far ahead of speech this never happens, and
-    without `late_text` the machine forbids it.
+    and the rest of the text follows; without `late_text` the machine forbids that.
     """
 
     name: str
@@ -88,14 +80,19 @@ class Layout:
     def arrange_pieces(self, pieces, ids):
         """An answer of several pieces (text, audio), each spoken in one manner.
 
-        With marked=True the pieces keep their markers (Table 2, best row); otherwise each is
-        interleaved and they are joined. `join` gives the third row of that table. Only marked
-        pieces can be decoded under constraint.
+        With marked=True the pieces keep their markers (Table 2, best row); otherwise they are
+        joined. `join` gives that table's third row. Only marked pieces have a Machine.
         """
         answer = []
         for text, audio in pieces:
             text, audio = [int(t) for t in text], [int(a) for a in audio]
-            _check_piece(text, audio, ids)
+            wrong = next((t for t in text if not ids.first_text <= t < ids.n_text), None)
+            if wrong is not None:
+                text_ids = f"{ids.first_text}..{ids.n_text - 1}"
+                raise ValueError(f"id {wrong} is not a text id: those lie in {text_ids}")
+            if len(audio) % GROUP_SIZE or groups(audio, ids).size != len(audio):
+                needed = "whole groups of 2 linguistic and 3 semantic ids"
+                raise ValueError(f"the audio of an answer must be {needed}")
             body = self._interleave(text, audio, ids)
             answer += [ids.audio_start, *body, ids.audio_end] if self.marked else body
         return answer + [ids.eot]
@@ -135,32 +132,19 @@ class Layout:
         return Machine(self, ids, min_audio)
 
 
-def _check_piece(text, audio, ids):
-    wrong = [t for t in text if not ids.first_text <= t < ids.n_text]
-    if wrong:
-        text_ids = f"{ids.first_text}..{ids.n_text - 1}"
-        raise ValueError(f"id {wrong[0]} is not a text id: those lie in {text_ids}")
-    if len(audio) % GROUP_SIZE or groups(audio, ids).size != len(audio):
-        raise ValueError(
-            "the audio of an answer must be whole groups of 2 linguistic and 3 semantic ids"
-        )
-
-
 def join(pieces):
     """One piece out of several: texts joined, audios joined (Table 2, marker removal)."""
     return [t for text, _ in pieces for t in text], [a for _, audio in pieces for a in audio]
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout("audio_only", 0, 15),
-        Layout("ratio_6_50", 6, 50, late_text=True),  # 5 text ids a second: no faster than speech
-        Layout("ratio_3_5", 3, 5),
-        Layout("text_cot", None, 15),
-        Layout("ratio_10_15", 10, 15),
-    )
-}
+TABLE_1 = (
+    Layout("audio_only", 0, 15),
+    Layout("ratio_6_50", 6, 50, late_text=True),  # 5 text ids a second: no faster than speech
+    Layout("ratio_3_5", 3, 5),
+    Layout("text_cot", None, 15),
+    Layout("ratio_10_15", 10, 15),
+)
+LAYOUTS = {layout.name: layout for layout in TABLE_1}
 
 
 def layout(name="ratio_10_15"):
@@ -178,9 +162,8 @@ class Machine:
         text --block full--> audio --block full--> text ... text --text_end--> audio --eot--> end
 
     eot is legal only when the text has ended and the audio is at the end of a group. A marked piece
-    waits in "open" for audio_start and rests in "closed" behind audio_end, where another piece may
-    follow. With `late_text`, audio may end first: text_start, the rest of the text, text_end, then
-    "closed".
+    waits in "open" for audio_start and rests in "closed" after audio_end, where another may follow.
+    With `late_text`, audio may end first: text_start, the rest of the text, text_end, "closed".
     """
 
     def __init__(self, layout, ids, min_audio=0):
@@ -201,40 +184,27 @@ class Machine:
     def finished(self):
         return self.state == "end"
 
-    def copy(self):
-        """An independent machine in the same state."""
-        return copy.copy(self)
-
     def allowed(self):
         """Allowed: the kind and range of the next id, and the markers that may come instead."""
         ids, state = self.ids, self.state
         if state == "text":
-            return Allowed("text", ids.first_text, ids.n_text, (ids.text_end,), True, False)
+            return Allowed("text", ids.first_text, ids.n_text, (ids.text_end,))
         if state == "audio":
             place = self.audio_used % GROUP_SIZE  # in the group: L L S S S
             if place >= LINGUISTIC_PER_GROUP:
-                return Allowed("semantic", ids.semantic_start, ids.end, (), False, False)
+                return Allowed("semantic", ids.semantic_start, ids.end, ())
+            markers = ()
             # A marker inside a group would leave codes that the vocoder cannot use.
-            markers = () if place else self._between_groups()
-            start, stop, may_stop = ids.n_text, ids.semantic_start, ids.eot in markers
-            return Allowed("linguistic", start, stop, markers, False, may_stop)
-        markers = {"open": (ids.audio_start,), "closed": self._after_piece(), "end": ()}[state]
-        kind = "end" if state == "end" else "marker"
-        return Allowed(kind, 0, 0, markers, False, ids.eot in markers)
-
-    def _between_groups(self):
-        """Markers that may stand in the place of another group."""
-        if self.audio_total < self.min_audio:
-            return ()  # the answer is too short to stop
-        if self.text_done:
-            return (self._stop,)
-        return (self.ids.text_start,) if self.layout.late_text else ()
-
-    def _after_piece(self):
-        """Markers in "closed": behind a marked piece, or behind text that outlived its audio."""
-        if self.layout.marked and not self.audio_done:
-            return (self.ids.audio_start, self.ids.eot)
-        return (self._stop,)
+            if place == 0 and self.audio_total >= self.min_audio:
+                late = (ids.text_start,) if self.layout.late_text else ()
+                markers = (self._stop,) if self.text_done else late
+            return Allowed("linguistic", ids.n_text, ids.semantic_start, markers)
+        if state == "closed":  # behind a marked piece, or behind text that outlived its audio
+            another = self.layout.marked and not self.audio_done
+            return Allowed("marker", 0, 0, (ids.audio_start, ids.eot) if another else (self._stop,))
+        if self.finished:
+            return Allowed("end", 0, 0, ())
+        return Allowed("marker", 0, 0, (ids.audio_start,))
 
     def advance(self, token):
         """Take the next id. Raises ValueError if it is not legal here."""
@@ -273,22 +243,18 @@ class Machine:
             self.state = "end"
 
 
+@dataclass(eq=False)
 class TextOnly:
-    """Stands in for a Layout where only text is wanted: text ids, then eot."""
+    """A Layout, and its own Machine, where only text is wanted: text ids, then eot."""
+
+    ids: object = None
+    finished: bool = False
 
     def machine(self, ids, min_audio=0):
-        return TextMachine(ids)
-
-
-class TextMachine:
-    """Stands in for Machine."""
-
-    def __init__(self, ids):
-        self.ids, self.finished = ids, False
+        return TextOnly(ids)
 
     def allowed(self):
-        ids = self.ids
-        return Allowed("text", ids.first_text, ids.n_text, (ids.eot,), False, True)
+        return Allowed("text", self.ids.first_text, self.ids.n_text, (self.ids.eot,))
 
     def advance(self, token):
         self.finished = token == self.ids.eot

@@ -1,8 +1,7 @@
 """From two streams of codes to one stream of ids, and back.
 
 The *merge* puts two linguistic and three semantic codes into a group of 120 ms (AQAA paper 2.1).
-Codes become ids by an offset: text ids come first in the vocabulary, then linguistic, then semantic
-ones. Everything works on ints: no torch.
+Codes become ids by an offset: text ids come first, then linguistic, then semantic ones. No torch.
 """
 
 import re
@@ -20,13 +19,11 @@ AUDIO_STRING = re.compile(r"<audio_(\d+)>")
 def kinds(tokens, ids):
     """Kind of each id, as an index into KINDS, for loss masks.
 
-    tokens (T,) ids of the backbone; ids an IdsConfig. Returns (T,) int8. Ids beyond the audio ids
-    count as markers.
+    tokens (T,) ids; ids an IdsConfig. Returns (T,) int8; ids beyond the audio ids are markers.
     """
-    tokens = np.asarray(tokens, dtype=np.int64)
     edges = np.array([ids.first_text, ids.n_text, ids.semantic_start, ids.end])
     table = np.array([MARKER, TEXT, LINGUISTIC, SEMANTIC, MARKER], dtype=np.int8)
-    return table[np.searchsorted(edges, tokens, side="right")]
+    return table[np.searchsorted(edges, np.asarray(tokens, dtype=np.int64), side="right")]
 
 
 def merge(linguistic, semantic, ids):
@@ -49,9 +46,8 @@ def _codes(codes, size, name):
     """(T,) int64, checked."""
     codes = np.asarray(codes, dtype=np.int64)
     if codes.ndim != 1:
-        raise ValueError(
-            f"{name} codes must be one row of numbers, not an array of shape {codes.shape}"
-        )
+        shape = f"an array of shape {codes.shape}"
+        raise ValueError(f"{name} codes must be one row of numbers, not {shape}")
     if len(codes) and not 0 <= codes.min() <= codes.max() < size:
         given = f"{codes.min()}..{codes.max()}"
         raise ValueError(f"{name} codes must lie in 0..{size - 1}; these lie in {given}")
@@ -84,8 +80,8 @@ def to_string(tokens, ids):
     """Audio ids as Step-Audio writes them in a prompt: `<audio_17><audio_4>…`, else ValueError."""
     for token in tokens:
         if not ids.n_text <= token < ids.end:
-            audio_ids = f"{ids.n_text}..{ids.end - 1}"
-            raise ValueError(f"id {token} is not an audio id: those lie in {audio_ids}")
+            fault = f"id {token} is not an audio id"
+            raise ValueError(f"{fault}: those lie in {ids.n_text}..{ids.end - 1}")
     return "".join(f"<audio_{token - ids.n_text}>" for token in tokens)
 
 

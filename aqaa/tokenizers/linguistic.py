@@ -4,11 +4,11 @@ Paraformer's streaming encoder (FunASR SANMEncoderChunkOpt), then the nearest of
 The encoder works in chunks of 240 ms: four new rows, run together with the five rows before them,
 which also look at the keys and values that the four chunks before have left in the same layer. So
 a chunk needs nothing from the chunks beside it in its own layer, and all chunks of an utterance go
-through a layer at once: training, offline encoding and live streaming are one `forward`, which
-takes any number of chunks and the state that earlier ones have left.
+through a layer at once: training, offline encoding and live streaming are one `forward`.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -41,9 +41,8 @@ def read_mvn(path):
         if tag.startswith(("<AddShift>", "<Rescale>")) and line.startswith("<LearnRateCoef>"):
             vectors[tag.split(">")[0]] = torch.tensor([float(v) for v in line.split()[3:-1]])
     if len(vectors) != 2:
-        raise ValueError(
-            f"{path} is no Kaldi normalisation file: <AddShift> and <Rescale> are missing."
-        )
+        missing = "<AddShift> and <Rescale> are missing"
+        raise ValueError(f"{path} is no Kaldi normalisation file: {missing}.")
     return vectors["<AddShift"], vectors["<Rescale"]
 
 
@@ -83,10 +82,8 @@ class SANMAttention(nn.Module):
     def _attend(self, q, keys, values, mask):
         """Plain products: for 9 queries and 25 keys, a fused kernel is far slower to train."""
         # Chunks do not see one another here: they become items of the batch.
-        q, keys, values = (
-            t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (q, keys, values)
-        )  # (B C, heads, R or keys, d)
+        split = (y.flatten(0, 1).unflatten(-1, (self.heads, -1)) for y in (q, keys, values))
+        q, keys, values = (y.transpose(1, 2) for y in split)  # (B C, heads, R or keys, d)
         bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -1e10)
         bias = bias.flatten(0, 1)[:, None, None]  # (B C, 1, 1, keys)
         scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2) + bias  # (B C, heads, R, keys)
@@ -100,16 +97,6 @@ class SANMAttention(nn.Module):
         return filtered.transpose(1, 2).reshape(v.shape) + v
 
 
-class FeedForward(nn.Module):
-    def __init__(self, size, units):
-        super().__init__()
-        self.w_1 = nn.Linear(size, units)
-        self.w_2 = nn.Linear(units, size)
-
-    def forward(self, x):
-        return self.w_2(F.relu(self.w_1(x), inplace=True))
-
-
 class EncoderLayer(nn.Module):
     """Pre-norm block; the first has no first residual, as its width changes (560 to D)."""
 
@@ -118,7 +105,10 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(in_size, EPS)
         self.self_attn = SANMAttention(config, in_size)
         self.norm2 = nn.LayerNorm(config.output_size, EPS)
-        self.feed_forward = FeedForward(config.output_size, config.linear_units)
+        size, units = config.output_size, config.linear_units
+        self.feed_forward = nn.Sequential(OrderedDict(
+            w_1=nn.Linear(size, units), relu=nn.ReLU(inplace=True), w_2=nn.Linear(units, size),
+        ))  # fmt: skip
 
     def forward(self, x, mask, valid, past):
         y, past = self.self_attn(self.norm1(x), mask, valid, past)
@@ -175,7 +165,10 @@ class SANMEncoder(nn.Module):
         # Zero rows before the first one count as present, as officially; absent chunks do not.
         valid = present.unflatten(1, (chunks, -1))
         valid = F.pad(valid, (c.overlap_rows, 0), value=True)  # (B, C, 9)
-        behind = self._behind(chunks, past.n_rows, rows.device).expand(batch, -1, -1)
+        # Of the keys that four earlier chunks would have left, those before the first do not exist.
+        place = torch.arange(c.look_back + chunks - 1, device=rows.device).unfold(0, c.look_back, 1)
+        behind = place >= c.look_back - past.n_rows // c.chunk_rows  # (C, look_back)
+        behind = behind.repeat_interleave(c.chunk_rows, 1).expand(batch, -1, -1)
         mask = torch.cat([behind, valid], 2)  # (B, C, 25)
 
         keys = []
@@ -185,13 +178,6 @@ class SANMEncoder(nn.Module):
         y = self.after_norm(x[:, :, c.overlap_rows :])  # the five rows before were context only
         y = y.flatten(1, 2)[:, :n_rows]  # (B, T, D)
         return y, EncoderPast(past.n_rows + n_rows, stream[:, -c.overlap_rows :], keys)
-
-    def _behind(self, chunks, n_rows, device):
-        """(C, look_back * 4): which keys of earlier chunks exist when `n_rows` rows are done."""
-        c = self.config
-        place = torch.arange(c.look_back, device=device)
-        place = place + torch.arange(chunks, device=device)[:, None]  # (C, look_back)
-        return (place >= c.look_back - n_rows // c.chunk_rows).repeat_interleave(c.chunk_rows, 1)
 
 
 def positions(start, count, depth, device):
@@ -250,16 +236,14 @@ class LinguisticTokenizer(nn.Module):
         batch, n_rows, _ = rows.shape
         if n_rows == 0:
             return rows.new_zeros(batch, 0, self.config.output_size)
-        if lengths is None:
-            lengths = torch.full((batch,), n_rows)
+        lengths = torch.full((batch,), n_rows) if lengths is None else lengths
         past = self.encoder.start(batch, rows.device)
         return self.encoder(rows, lengths.to(rows.device), past)[0]
 
     def quantize(self, hidden):
         """(..., T, output_size) -> (..., T) codes: the nearest centroid."""
-        flat = hidden.reshape(-1, hidden.shape[-1]).float()
-        codes = torch.cdist(flat, self.centroids.float()).argmin(-1)
-        return codes.reshape(hidden.shape[:-1])
+        flat = hidden.flatten(0, -2).float()
+        return torch.cdist(flat, self.centroids.float()).argmin(-1).view(hidden.shape[:-1])
 
     @torch.no_grad()
     def encode(self, wav, energy_norm=True):
@@ -276,8 +260,6 @@ class LinguisticTokenizer(nn.Module):
         lengths = torch.tensor([len(r) for r in rows])
         hidden = self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
         return [codes[:n] for codes, n in zip(self.quantize(hidden), lengths)]
-
-    # ---- live ----
 
     def start(self):
         """A new listening session."""
@@ -314,11 +296,10 @@ class LinguisticTokenizer(nn.Module):
         elif len(frames):  # the first row is centred on the first frame, which repeats before it
             frames = torch.cat([frames[:1].expand(self.config.lfr_m // 2, -1), frames])
 
-        past, hidden = state.past, frames.new_zeros(0, self.config.output_size)
+        past, hidden = state.past, frames.new_zeros(1, 0, self.config.output_size)
         if rows > 0:
             features = self._rows(frames, rows)[None]  # (1, rows, 560)
             lengths = torch.tensor([rows], device=frames.device)
             hidden, past = self.encoder(features, lengths, past)
-            hidden = hidden[0]
         kept = frames[rows * self.config.lfr_n :] if len(frames) else state.frames
-        return hidden, LinguisticState(past, n_samples, waiting, kept, final)
+        return hidden[0], LinguisticState(past, n_samples, waiting, kept, final)

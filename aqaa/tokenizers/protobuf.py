@@ -11,11 +11,11 @@ def fields(data):
     while place < len(data):
         key, place = _varint(data, place)
         kind = key & 7
+        if kind not in (0, 1, 2, 5):
+            raise ValueError(f"it has a field of kind {kind}")
         if kind == 0:
             value, place = _varint(data, place)
         else:
-            if kind not in (1, 2, 5):
-                raise ValueError(f"it has a field of kind {kind}")
             size, place = _varint(data, place) if kind == 2 else ({1: 8, 5: 4}[kind], place)
             value = data[place : place + size]
             place += size

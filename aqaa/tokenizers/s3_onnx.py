@@ -32,11 +32,10 @@ FAULTS = (LookupError, TypeError, ValueError, OverflowError, MemoryError, Runtim
 
 
 def read(path, n_audio_head=None):
-    """(SemanticConfig, state dict) of an S3 v1 25 Hz network. Heads are not in the file: 64 wide
-    unless told.
+    """(SemanticConfig, state dict) of an S3 v1 25 Hz network; heads, unless told, are 64 wide.
 
-    Raises FileNotFoundError, and ValueError when the file is not such a network; the 50 Hz variant
-    of version 1 and version 2, which would give other codes, are told by their convolutions.
+    Raises FileNotFoundError, and ValueError when the file is not such a network, as version 2 and
+    the 50 Hz variant of version 1 are not.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,10 +47,10 @@ def read(path, n_audio_head=None):
         tensors, nodes, strides = _parts(graph)
     except FAULTS as fault:
         raise ValueError(f"{path} is no ONNX file ({fault}): download it again.") from None
-    if any("fsmn" in node for node, _ in nodes):
-        raise ValueError(f"{path} is version 2 of the S3 tokenizer: {WANTED} is needed.")
-    if 1 in strides:
-        raise ValueError(f"{path} is the 50 Hz S3 tokenizer: {WANTED} is needed.")
+    version_2 = any("fsmn" in node for node, _ in nodes)
+    if version_2 or 1 in strides:
+        fact = "version 2 of the S3 tokenizer" if version_2 else "the 50 Hz S3 tokenizer"
+        raise ValueError(f"{path} is {fact}: {WANTED} is needed.")
     state = _state(tensors, nodes)
     needed = ("encoder.conv1.weight", "encoder.positional_embedding", "quantizer._codebook.embed")
     for name in needed:
@@ -59,14 +58,10 @@ def read(path, n_audio_head=None):
             raise ValueError(f"{path} is no 25 Hz S3 tokenizer: it has no {name}.")
     conv, positions, codebook = (state[name] for name in needed)
     size, n_mels, _ = conv.shape
-    return SemanticConfig(
-        n_codebook_size=len(codebook),
-        n_mels=n_mels,
-        n_audio_ctx=len(positions),
-        n_audio_state=size,
-        n_audio_head=n_audio_head or max(1, size // HEAD_SIZE),
-        n_audio_layer=sum(name.endswith(".attn.key.weight") for name in state),
-    ), state
+    heads = n_audio_head or max(1, size // HEAD_SIZE)
+    layers = sum(name.endswith(".attn.key.weight") for name in state)
+    config = SemanticConfig(len(codebook), n_mels, len(positions), size, heads, layers)
+    return config, state
 
 
 def _parts(graph):
@@ -108,28 +103,20 @@ def _stride(attributes):
 
 def _tensor(data):
     """TensorProto -> (name, float32 tensor), None for a tensor of integers."""
-    shape, floats = [], [np.zeros(0, np.float32)]
-    name, kind, raw = "", 0, None
-    for number, value in fields(data):
-        if number == 1:
-            shape += _integers(value)
-        elif number == 2:
-            kind = value
-        elif number == 4:
-            floats.append(np.frombuffer(value, np.float32))
-        elif number == 8:
-            name = _text(value)
-        elif number == 9:
-            raw = value
+    parts = list(fields(data))  # 1 dims, 2 data_type, 4 float_data, 8 name, 9 raw_data
+    last = dict(parts)
+    name, kind, raw = _text(last.get(8, b"")), last.get(2, 0), last.get(9)
     if kind not in DTYPES:
         return name, None
+    shape = [size for number, value in parts if number == 1 for size in _integers(value)]
+    floats = [np.frombuffer(value, np.float32) for number, value in parts if number == 4]
+    floats.append(np.zeros(0, np.float32))
     array = np.concatenate(floats) if raw is None else np.frombuffer(raw, DTYPES[kind])
     return name, torch.from_numpy(array.astype(np.float32, copy=False).reshape(shape))
 
 
 def _state(tensors, nodes):
-    """Our names. Linear weights and the codebook are stored transposed (views here), the positional
-    table is not."""
+    """The tensors by our names; linear weights and the codebook are stored transposed."""
     state = {}
     for name, tensor in tensors.items():
         if re.fullmatch(r"encoders\.(positional_embedding|conv[12]\.(weight|bias))", name):

@@ -27,10 +27,8 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x, mask):
         """x (B, T, D), mask None or (B, 1, 1, T), true where a key is real -> (B, T, D)."""
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )  # (B, heads, T, d)
+        split = (y(x).unflatten(-1, (self.heads, -1)) for y in (self.query, self.key, self.value))
+        q, k, v = (y.transpose(1, 2) for y in split)  # (B, heads, T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -74,9 +72,8 @@ class AudioEncoder(nn.Module):
         x = x.transpose(1, 2)  # (B, T / 4, D)
         rows, limit = x.shape[1], len(self.positional_embedding)
         if rows > limit:
-            raise ValueError(
-                f"{rows} rows are more than the {limit} positions of this tokenizer: cut the wave."
-            )
+            fault = f"{rows} rows are more than the {limit} positions of this tokenizer"
+            raise ValueError(f"{fault}: cut the wave.")
         x = x + self.positional_embedding[:rows]
         # Every row attends to all rows of its item, later ones too: this encoder is not causal.
         mask = None if lengths is None else _present(lengths, rows)[:, None, None]
@@ -97,20 +94,6 @@ def sinusoids(length, channels, longest=10000.0):
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class Quantizer(nn.Module):
-    """`_codebook.embed` (K, D), as published: the entries that unit vectors are compared with."""
-
-    def __init__(self, config):
-        super().__init__()
-        entries = torch.zeros(config.n_codebook_size, config.n_audio_state)
-        self._codebook = nn.Module()
-        self._codebook.register_buffer("embed", entries)
-
-    def forward(self, hidden):
-        """(..., D) -> (...) codes."""
-        return distances(hidden, self._codebook.embed).argmin(-1)
-
-
 @audio.full_precision
 def distances(hidden, embed):
     """(..., D), (K, D) -> (..., K): squared distance of the unit rows to every entry."""
@@ -125,16 +108,16 @@ class SemanticTokenizer(nn.Module):
 
     def __init__(self, config=None):
         super().__init__()
-        self.config = config or SemanticConfig()
-        self.encoder = AudioEncoder(self.config)
-        self.quantizer = Quantizer(self.config)
+        self.config = c = config or SemanticConfig()
+        self.encoder = AudioEncoder(c)
+        entries = torch.zeros(c.n_codebook_size, c.n_audio_state)  # that unit vectors are next to
+        self.quantizer = nn.Module()
+        self.quantizer._codebook = nn.Module()  # a name of the published file
+        self.quantizer._codebook.register_buffer("embed", entries)
 
     @classmethod
     def from_onnx(cls, path, n_audio_head=None):
-        """The tokenizer in a released `speech_tokenizer_v1.onnx`, its sizes taken from the file.
-
-        Raises FileNotFoundError, and ValueError for a file that is not such a network.
-        """
+        """The tokenizer in a released `speech_tokenizer_v1.onnx`; errors: see s3_onnx.read."""
         from aqaa.tokenizers.s3_onnx import read
 
         config, state = read(path, n_audio_head)
@@ -154,7 +137,7 @@ class SemanticTokenizer(nn.Module):
 
     def quantize(self, hidden):
         """(..., D) -> (...) int64 codes."""
-        return self.quantizer(hidden)
+        return distances(hidden, self.quantizer._codebook.embed).argmin(-1)
 
     def features(self, wav):
         """(N,) samples at 16 kHz, N > 200 -> (n_mels, N // 160)."""
@@ -173,9 +156,8 @@ class SemanticTokenizer(nn.Module):
         mels, owners = [], []  # a piece's wave
         for owner, wav in enumerate(audio.levelled(wavs, energy_norm, device)):
             # Before padding: the loudest bin of a piece sets the floor of its log-mel.
-            pieces = [self.features(part) for part in wav.split(size) if len(part) >= SHORTEST]
-            mels += pieces
-            owners += [owner] * len(pieces)
+            mels += [self.features(part) for part in wav.split(size) if len(part) >= SHORTEST]
+            owners += [owner] * (len(mels) - len(owners))
         codes = [torch.zeros(0, dtype=torch.long, device=device)] * len(wavs)
         if not mels:
             return codes

@@ -1,9 +1,8 @@
 """Text to ids: Step-1's SentencePiece Unigram model, or a small one of the mini's sentences.
 
-Both are one `tokenizers.Tokenizer`. The published file is a protobuf of 74,752 pieces; its few
-fields are read here, so that no SentencePiece library is needed. (AutoTokenizer of transformers 5
-rebuilds it as BPE and gets most strings wrong.) The mini keeps Step-1's marker ids 0..67 and has
-about 3 characters in a piece.
+Both are one `tokenizers.Tokenizer`. The published file is a protobuf of 74,752 pieces, read here
+without a SentencePiece library. (AutoTokenizer of transformers 5 rebuilds it as BPE and gets most
+strings wrong.) The mini keeps Step-1's marker ids 0..67 and has about 3 characters in a piece.
 """
 
 import json
@@ -32,6 +31,10 @@ STEP1_MARKERS = (
     "<text_end>", "<|TTS|>", "<|ASR|>", "<|TQAA|>", "<|AQTA|>", *ROLES, *TAGS,
     *(f"<unused_{i}>" for i in range(52, FIRST_TEXT)),
 )  # fmt: skip
+MINI_NORMALIZERS = [
+    normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(),
+    normalizers.Replace("’", "'"), normalizers.Replace(Regex("[^a-z']+"), " "), normalizers.Strip(),
+]  # fmt: skip
 MAX_PIECE = 4  # characters, ▁ included: keeps pieces near 3 characters
 LONGEST_PIECE = 1000  # bytes of a published piece: the library cannot take endless ones
 ANCHOR = "<s>"  # stands before a text that must not get a leading space
@@ -39,9 +42,7 @@ AUTO = {  # for AutoTokenizer; an answer is generated from its end, hence paddin
     "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
     "padding_side": "left", "model_input_names": ["input_ids", "attention_mask"],
 }  # fmt: skip
-AUTO_MARKERS = {
-    "bos_token": ANCHOR, "eos_token": "<|EOT|>", "unk_token": "<unk>", "pad_token": "<unk>",
-}  # fmt: skip
+AUTO_MARKERS = dict(bos_token=ANCHOR, eos_token="<|EOT|>", unk_token="<unk>", pad_token="<unk>")
 
 
 def tagged(text, manner):
@@ -82,10 +83,8 @@ class TextTokenizer:
         """Read Step-1's tokenizer.model (Unigram, byte fallback). FileNotFoundError, ValueError."""
         pieces, model_type = read_sentencepiece(_bytes(path), path)
         if model_type != UNIGRAM:
-            raise ValueError(
-                f"{path} holds a SentencePiece model of type {model_type}; "
-                "only Unigram (1) is supported"
-            )
+            fault = f"{path} holds a SentencePiece model of type {model_type}"
+            raise ValueError(f"{fault}; only Unigram (1) is supported")
         # The first three, <unk> <s> </s>, are markers whatever types and scores the file gives.
         vocab = [(piece, 0.0 if i < 3 else score) for i, (piece, score, _) in enumerate(pieces)]
         tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
@@ -111,7 +110,7 @@ class TextTokenizer:
         if room < len(alphabet):
             least = FIRST_TEXT + len(alphabet)
             raise ValueError(f"n_text must be at least {least} to hold markers and letters")
-        normalizer, words = _mini_normalizer(), Counter()
+        normalizer, words = normalizers.Sequence(MINI_NORMALIZERS), Counter()
         for text in texts:
             words.update(SPACE + word for word in normalizer.normalize_str(text).split())
         pieces = train_unigram(words, room, alphabet)
@@ -130,13 +129,13 @@ class TextTokenizer:
         prefix=False: the text goes on after a marker, without Step-1's leading space piece.
         specials=False: markers spelt out in the text are read letter by letter.
         """
-        parts = [text] if specials else _break_markers(text, self.markers)
+        # Cut inside each marker, so that no part holds one.
+        cuts = [] if specials else [match.start() + 1 for match in self.markers.finditer(text)]
         encoded = [self.anchor] if bos else []
-        for i, part in enumerate(parts):
-            if prefix and i == 0:
-                encoded += self.tokenizer.encode(part, add_special_tokens=False).ids
-            else:  # the official code also meets such a text with a marker in front
-                encoded += self.tokenizer.encode(ANCHOR + part, add_special_tokens=False).ids[1:]
+        for a, b in zip([0, *cuts], [*cuts, len(text)]):
+            anchored = a > 0 or not prefix  # the official code also puts a marker in front
+            part = ANCHOR * anchored + text[a:b]
+            encoded += self.tokenizer.encode(part, add_special_tokens=False).ids[anchored:]
         return encoded
 
     def decode(self, ids, skip_specials=True):
@@ -157,12 +156,6 @@ class TextTokenizer:
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
 
 
-def _break_markers(text, markers):
-    """Cut a text inside each of its markers, so that no part holds one."""
-    cuts = [match.start() + 1 for match in markers.finditer(text)]
-    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-
-
 def _finished(tokenizer, special, plain):
     """Add the decoder and the markers, which are cut out of a text before all else.
 
@@ -170,27 +163,16 @@ def _finished(tokenizer, special, plain):
     """
     steps = decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    special = [AddedToken(piece, special=True, normalized=False) for piece in special]
-    plain = [AddedToken(piece, special=False, normalized=False) for piece in plain]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(plain)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
     return tokenizer
-
-
-def _mini_normalizer():
-    return normalizers.Sequence([
-        normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(),
-        normalizers.Replace("’", "'"), normalizers.Replace(Regex("[^a-z']+"), " "),
-        normalizers.Strip(),
-    ])  # fmt: skip
 
 
 def _bytes(path):
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no tokenizer at {path}: give a tokenizer.json or a tokenizer.model"
-        )
+        remedy = "give a tokenizer.json or a tokenizer.model"
+        raise FileNotFoundError(f"no tokenizer at {path}: {remedy}")
     return path.read_bytes()
 
 
@@ -266,12 +248,9 @@ def _removal_costs(counts):
     return costs
 
 
-# ---- the few protobuf fields of a SentencePiece model --------------------------------------------
-
-
 def read_sentencepiece(data, name="model"):
     """Pieces [(text, score, type)] and model_type of a ModelProto (bytes). Raises ValueError."""
-    pieces, model_type = [], UNIGRAM
+    pieces, model_type, fault = [], UNIGRAM, f"{name} is not a SentencePiece model"
     try:
         for number, value in fields(memoryview(data)):
             if number == 1:  # repeated SentencePiece: 1 piece, 2 score, 3 type
@@ -282,10 +261,8 @@ def read_sentencepiece(data, name="model"):
                 pieces.append((bytes(entry[1]).decode(), score, entry.get(3, 1)))
             elif number == 2:  # TrainerSpec: 3 model_type
                 model_type = dict(fields(value)).get(3, UNIGRAM)
-    except (LookupError, TypeError, ValueError, struct.error) as fault:
-        raise ValueError(
-            f"{name} is not a SentencePiece model: it is cut short or something else"
-        ) from fault
+    except (LookupError, TypeError, ValueError, struct.error) as error:
+        raise ValueError(f"{fault}: it is cut short or something else") from error
     if not pieces:
-        raise ValueError(f"{name} is not a SentencePiece model: it holds no pieces")
+        raise ValueError(f"{fault}: it holds no pieces")
     return pieces, model_type

@@ -5,8 +5,9 @@ vocabulary; an answer's text begins with its manner, "(slow) …", unless that i
   text   written question -> written answer           asr   speech -> its words
   tts    words (and a manner) -> answer voice          next  speech, continued (audio continuation)
   tqaa   written question -> spoken answer             aqta  spoken question -> written answer
-  aqtaa  spoken question -> written and spoken answer, in blocks of the layout
-"""
+  aqtaa  spoken question -> written and spoken answer, in blocks of the layout"""
+
+from functools import cache
 
 import numpy as np
 
@@ -24,23 +25,16 @@ class Book:
 
     def __init__(self, config, tokenizer, items, codes, lines):
         """items: of a corpus; codes: list of (linguistic, semantic) arrays; lines: of `plan.texts`.
-
         Raises ValueError when the answer to a question is missing."""
         self.config, self.tokenizer, self.items, self.lines = config, tokenizer, items, lines
         self.audio = [np.array(interleave.merge(*pair, config.ids), np.int64) for pair in codes]
-        self.words = {}
+        self.encode = cache(tokenizer.encode)  # a text to its ids, the same list each time
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
         self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
         self.answers = {items[i].answer_id: i for i in self.voiced if items[i].answer_id}
         missing = {items[i].answer_id for i in self.questions} - set(self.answers)
         if missing:
             raise ValueError(f"{len(missing)} answers were never spoken, {min(missing)} among them")
-
-    def encode(self, text):
-        """Ids of a text, remembered."""
-        if text not in self.words:
-            self.words[text] = self.tokenizer.encode(text)
-        return self.words[text]
 
     def balance(self):
         """Probability of each question: equal shares for intents, though large ones still lead."""
@@ -54,8 +48,7 @@ class Examples:
     """Draws examples of a mixture {kind: share}; each kind is the method of that name.
 
     noise: share of a question's audio ids that are replaced by others of their kind. layout: how
-    text and audio of an answer share the sequence (by default the released model's).
-    """
+    text and audio of an answer share the sequence (by default the released model's)."""
 
     def __init__(self, book, mixture, *, noise=0.05, layout=None):
         self.book, self.mixture, self.noise, self.ids = book, mixture, noise, book.config.ids
@@ -130,8 +123,7 @@ class Examples:
         """A question and its answer of words, of audio, or of both in the layout's blocks.
 
         marker: a control token that asks for this kind of answer, or None. Returns ids (N,) and
-        weights (N,): the chat template is given, so only question and answer are targets.
-        """
+        weights (N,): the chat template is given, so only question and answer are targets."""
         asked = [("user", question)]
         prompt = dialogue.prompt(asked, self.book.tokenizer, self.ids, marker=marker)
         if words is not None and audio is not None:

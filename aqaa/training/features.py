@@ -1,8 +1,7 @@
 """What the audio tokenizers learn from: features of every utterance, computed once, and batches.
 
 On disk they are plain .npy arrays of concatenated rows with a .json of lengths beside them, written
-whole or not at all.
-"""
+whole or not at all."""
 
 import multiprocessing
 import signal
@@ -34,9 +33,6 @@ PHONE_IDS = {name: i for i, name in enumerate(PHONES, 1)}  # 0 is the CTC blank
 def phone_ids(phones):
     """CMU phone names to 1-based ids. Unknown names, such as pauses, are left out."""
     return [PHONE_IDS[phone] for phone in phones if phone in PHONE_IDS]
-
-
-# ---- made once and stored --------------------------------------------------------------------
 
 
 def as_heard(item, wav):
@@ -99,15 +95,11 @@ def _load(path, rows):
         return np.array(array)
 
 
-# ---- in memory -------------------------------------------------------------------------------
-
-
 class Utterances:
     """Feature rows of many utterances (fp16), with phones and, for the semantic part, f0.
 
     rows: (sum T, D), lengths: (N,), phones: list of N lists of ids, extra: dict of (sum T, ...)
-    arrays, weights: (N,) relative chance of each to be drawn.
-    """
+    arrays, weights: (N,) relative chance of each to be drawn."""
 
     def __init__(self, rows, lengths, phones, extra=None, weights=None):
         self.rows, self.lengths = rows, np.asarray(lengths)
@@ -131,9 +123,8 @@ class Utterances:
 
 
 def utterances(folder, items, kind):
-    """Stored features as `Utterances`: kind "lfr" (CMVN comes later) or "log_mel" (with f0).
-
-    Raises ModelError when they are damaged."""
+    """Stored features as `Utterances`: kind "lfr" (CMVN comes later) or "log_mel" (with f0). Raises
+    ModelError when they are damaged."""
     folder = Path(folder)
     path = folder / "features.json"
     with reading(path, AGAIN):
@@ -157,10 +148,8 @@ def normalise(data, model):
 
 
 class LengthBuckets:
-    """Draws batches of items of similar length, so that little is padded.
-
-    lengths: (N,) frames. budget: frames in a batch. weights: relative chance of each item (equal).
-    """
+    """Draws batches of items of similar length, so that little is padded. lengths: (N,) frames.
+    budget: frames in a batch. weights: relative chance of each item (equal)."""
 
     def __init__(self, lengths, budget, weights=None):
         self.lengths, self.budget = np.asarray(lengths), budget

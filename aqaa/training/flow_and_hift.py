@@ -24,12 +24,12 @@ class FlowTask:
 
     config: AQAAConfig. pairs: list of (wav (N,) int16 at the mel's sampling rate, ids (n,) 0-based
     interleaved audio ids); mels are made once and kept. A batch holds cuts of one length, whole
-    groups, so that nothing is padded.
-    """
+    groups, so that nothing is padded."""
 
     def __init__(self, config, pairs, *, batch_size=16, max_groups=20):
         self.batch_size, self.max_groups = batch_size, max_groups
         self.model = Flow(config.flow, config.mel)
+        self.modules = {"flow": self.model}
         self.items = []
         for wav, ids in pairs:
             ids = torch.as_tensor(np.asarray(ids, np.int64))[: len(ids) // GROUP_SIZE * GROUP_SIZE]
@@ -52,9 +52,6 @@ class FlowTask:
         run.start(stage, task.model)
         return task
 
-    def modules(self):
-        return {"flow": self.model}
-
     def batch(self, rng):
         """token (B, n), mel (B, n_mels, T) and their lengths (B,), all rows equally long."""
         # The length of one utterance, drawn by its share of the sound; only those as long serve.
@@ -72,9 +69,8 @@ class FlowTask:
             start = self.model.frames(first)
             mels.append(mel[:, start : start + self.model.frames(n * GROUP_SIZE)])
         batch = {"token": torch.stack(tokens), "mel": torch.stack(mels)}
-        for name, rows in list(batch.items()):
-            batch[f"{name}_len"] = torch.full((len(rows),), rows.shape[-1])
-        return batch
+        lengths = {f"{k}_len": torch.full((len(v),), v.shape[-1]) for k, v in batch.items()}
+        return batch | lengths
 
     def loss(self, batch, step=0):
         return self.model.compute_loss(**batch, mu_weight=1.0, token_noise=0.03)
@@ -85,8 +81,7 @@ class HiftTask:
 
     config: AQAAConfig. wavs: list of (N,) int16 at the mel's sampling rate. adversarial_from: the
     share of training after which the adversaries play. The networks run in bfloat16 autocast, STFTs
-    and losses in float32.
-    """
+    and losses in float32."""
 
     RESOLUTIONS = ((256, 64), (512, 128), (1024, 256))  # n_fft, hop of the STFT loss
     LEARNING_RATE, FINAL_RATE = 8e-4, 5e-5
@@ -103,6 +98,7 @@ class HiftTask:
         self.pitch = {}
         self.model = HiFT(config.hift)
         self.adversaries = Discriminators()
+        self.modules = {"hift": self.model, "adversaries": self.adversaries}
         _centre(self.model)
         classifier = list(self.model.f0_predictor.classifier.parameters())  # it speaks in Hz
         rest = [p for p in self.model.parameters() if all(p is not q for q in classifier)]
@@ -111,21 +107,14 @@ class HiftTask:
             "adversary": [{"params": list(self.adversaries.parameters()), "scale": 0.5}],
         }
         options = {"lr": self.LEARNING_RATE, "betas": (0.8, 0.99), "weight_decay": 0, "fused": True}
-        self._optimizers = {
-            name: torch.optim.AdamW(groups, **options) for name, groups in scales.items()
-        }
+        adamw = torch.optim.AdamW
+        self.optimizers = {name: adamw(groups, **options) for name, groups in scales.items()}
 
     @classmethod
     def from_run(cls, run, stage):
         task = cls(run.config, run.spoken()[1])
         run.start(stage, task.model)
         return task
-
-    def modules(self):
-        return {"hift": self.model, "adversaries": self.adversaries}
-
-    def optimizers(self):
-        return self._optimizers
 
     def batch(self, rng):
         """Random cuts: wav (B, frames * hop) at a random gain, its mel (B, n_mels, frames) and f0
@@ -157,9 +146,13 @@ class HiftTask:
 
     def train_step(self, batch, step, progress):
         """One step of both sides at the rate of progress 0..1 (cosine). Returns numbers to log."""
-        self._set_rate(step, progress)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        rate = self.FINAL_RATE + (self.LEARNING_RATE - self.FINAL_RATE) * cosine
+        generator, adversary = self.optimizers.values()
+        for optimizer in (generator, adversary):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"] * min(1, (step + 1) / 100)
         made, logs, loss = self._rebuild(batch, own_f0=step >= 200)
-        generator, adversary = self._optimizers.values()
         if progress >= self.adversarial_from:
             truth = self.adversaries(batch["wav"])
             verdict = discriminator_loss(truth, self.adversaries(made.detach()))
@@ -193,13 +186,6 @@ class HiftTask:
         }
         logs = {name: value.item() for name, value in losses.items()}
         return made, logs, losses["stft"] + losses["mel"] + losses["f0_hz"] / self.F0_SCALE
-
-    def _set_rate(self, step, progress):
-        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-        rate = self.FINAL_RATE + (self.LEARNING_RATE - self.FINAL_RATE) * cosine
-        for optimizer in self._optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"] * min(1, (step + 1) / 100)
 
 
 @torch.no_grad()

@@ -6,20 +6,18 @@ of (seed, n) alone, a run that was interrupted and resumed sees what an unbroken
 A task has
   from_run(run, stage) a class method that makes it for a stage (see run.Run for what it may ask)
   model                the part that is kept in the end
-  modules()            dict of name -> nn.Module, everything that must be saved
+  modules              dict of name -> nn.Module, everything that must be saved
   batch(rng)           dict of tensors, drawn with a numpy Generator
   loss(batch, step)    (scalar loss, dict of numbers to log)
 and, only if it needs more than one optimizer (HiFT and its discriminators),
-  optimizers()         dict of name -> torch optimizer
+  optimizers           dict of name -> torch optimizer
   train_step(batch, step, progress)   dict of numbers to log
 Optional: `event(progress)` is called before each step (the semantic tokenizer turns its quantiser
 on there), `finish(seed)` after the last one; it returns what is measured. `lr`, `warmup` and
-`floor` (share of the rate that is left at the end) override the defaults below.
-"""
+`floor` (share of the rate that is left at the end) override the defaults below."""
 
 import csv
 import math
-import os
 import signal
 import sys
 import threading
@@ -32,8 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from aqaa import files
 from aqaa.fast import prepare_training
-from aqaa.files import ModelError, WriteError, brief, probe, reading, replacing, sweep, writing
+from aqaa.files import ModelError, WriteError, brief, probe, reading, replacing, writing
 from aqaa.processor import has_bf16, precision
 
 LOG_EVERY = 20  # steps between two rows of the CSV
@@ -84,7 +83,6 @@ class Muon(torch.optim.Muon):
 
 def orthogonal(matrix, dtype, rounds=5):
     """(N, K) -> (N, K) in `dtype`: U S' Vᵀ of the matrix U S Vᵀ, with S' between about 0.7 and 1.2.
-
     The Newton–Schulz iteration x ← a x + b (x xᵀ) x + c (x xᵀ)² x, on the shorter side."""
     a, b, c = 3.4445, -4.7750, 2.0315  # of Keller Jordan's Muon: steepest at zero
     tall = matrix.shape[0] > matrix.shape[1]
@@ -104,8 +102,7 @@ class Trainer:
     take longer. A checkpoint is only ever taken between two steps, and holds the log up to there;
     the one before it is kept as name.ckpt.previous. Raises WriteError before the first step if the
     folder cannot hold them, ModelError if there is a checkpoint to resume from but neither it nor
-    the one before it can be read, or it is of other modules.
-    """
+    the one before it can be read, or it is of other modules."""
 
     def __init__(self, task, folder, name, steps, *, minutes=None, seed=0, device="cpu",
                  resume=False, quiet=False):  # fmt: skip
@@ -116,15 +113,14 @@ class Trainer:
         self.previous = self.folder / f"{name}.ckpt.previous"
         self.csv_path = self.folder / f"{name}.csv"
         probe(self.folder)
-        sweep(self.folder)
-        for module in task.modules().values():
+        files.sweep(self.folder)
+        for module in task.modules.values():
             module.to(self.device)
             if self.device.type == "cpu":
                 prepare_training(module)  # faster twins, the same gradients
         self.own = not hasattr(task, "train_step")
         self.lr = getattr(task, "lr", 1e-3)
-        modules = task.modules()
-        self.optimizers = build_optimizers(modules, self.lr) if self.own else task.optimizers()
+        self.optimizers = build_optimizers(task.modules, self.lr) if self.own else task.optimizers
         self.step, self.seconds = 0, 0.0
         self.rows = []  # the log
         self.sums, self.count = {}, 0  # the next row of the log will be their mean
@@ -148,8 +144,7 @@ class Trainer:
 
         Ctrl-C lets the step end, saves and raises KeyboardInterrupt, so that `--resume` goes on
         from there; a second Ctrl-C, like any fault in mid-step, ends at once and saves nothing.
-        Raises WriteError when the disk fails.
-        """
+        Raises WriteError when the disk fails."""
         if self.step == 0:
             self._save()  # the disk is tried before there is anything to lose
         saved = started = time.monotonic()
@@ -186,10 +181,8 @@ class Trainer:
         rng = np.random.default_rng((self.seed, self.step))
         if hasattr(self.task, "event"):
             self.task.event(progress)
-        batch = {
-            key: value.to(self.device) if torch.is_tensor(value) else value
-            for key, value in self.task.batch(rng).items()
-        }
+        batch = self.task.batch(rng)
+        batch |= {k: value.to(self.device) for k, value in batch.items() if torch.is_tensor(value)}
         if not self.own:
             return self.task.train_step(batch, self.step, progress)
         warmup, floor = getattr(self.task, "warmup", 0.03), getattr(self.task, "floor", 0.02)
@@ -204,13 +197,11 @@ class Trainer:
 
     def _save(self):
         state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "progress": self.progress,
+            "step": self.step, "seconds": self.seconds, "progress": self.progress,
             "log": {"rows": self.rows, "sums": self.sums, "count": self.count},
-            "modules": {key: one.state_dict() for key, one in self.task.modules().items()},
+            "modules": {key: one.state_dict() for key, one in self.task.modules.items()},
             "optimizers": {key: one.state_dict() for key, one in self.optimizers.items()},
-        }
+        }  # fmt: skip
         atomic_save(state, self.checkpoint, self.previous)
 
     def _restore(self, kept):
@@ -226,7 +217,7 @@ class Trainer:
                     raise
                 print(f"aqaa: {fault}", file=sys.stderr)
         try:
-            for key, module in self.task.modules().items():
+            for key, module in self.task.modules.items():
                 module.load_state_dict(state["modules"][key])
             for key, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][key])
@@ -236,15 +227,14 @@ class Trainer:
             why = (str(fault).splitlines()[1:2] or [brief(fault)])[0].strip(" \t.")
             told = f"{path} is no checkpoint of this task ({why})"
             raise ModelError(f"{told}: name another folder.") from None
-        with writing(path):
-            if path == self.previous:  # the next save may not remove the only good one
-                os.replace(path, self.checkpoint)
-            write_rows(self.csv_path, self.rows)  # rows after the checkpoint are run again
+        if path == self.previous:  # the next save may not remove the only good one
+            files.restore(self.checkpoint, path)
+        write_rows(self.csv_path, self.rows)  # rows after the checkpoint are run again
 
     def _check_room(self):
         """Two checkpoints and the finished part must fit. Raises WriteError."""
         kept = [path for path in (self.checkpoint, self.previous) if path.exists()]
-        modules = self.task.modules().values()
+        modules = self.task.modules.values()
         module = sum(t.nbytes for one in modules for t in one.state_dict().values())
         moments = sum(
             p.nbytes * (1 if isinstance(optimizer, torch.optim.Muon) else 2)
@@ -266,16 +256,13 @@ class Trainer:
 
     def _plot(self):
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError:  # of the [notebooks] and [train] extras; the CSV has it all
             return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        rows = read_log(self.csv_path)
-        if not rows:
+        if not (rows := read_log(self.csv_path)):
             return
-        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
         for key in [k for k in rows[0] if k not in ("step", "seconds")]:
             points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
             axis.plot(*zip(*points, strict=True), label=key)
@@ -283,7 +270,6 @@ class Trainer:
         axis.legend(fontsize="small")
         with replacing(self.folder / f"{self.name}.png") as part:
             figure.savefig(part, dpi=100, format="png")
-        plt.close(figure)
 
 
 @contextmanager
@@ -330,19 +316,13 @@ def update(loss, parameters, optimizers, clip):
             optimizer.step()
 
 
-def atomic_save(state, path, previous=None):
-    """torch.save, whole or not at all; what was there becomes `previous`. Raises WriteError."""
-    path = Path(path)
-    if previous and path.exists():  # its room is needed: there are never more than two
-        with writing(previous):
-            previous.unlink(missing_ok=True)
-    with replacing(path) as part:
+def atomic_save(state, path, keep=None):
+    """torch.save, whole or not at all; what was there is kept as `keep`. Raises WriteError."""
+    with replacing(path, keep=keep) as part:
         try:
             torch.save(state, part)
         except RuntimeError as fault:
             raise WriteError(path, brief(fault)) from None
-        if previous and path.exists():
-            os.replace(path, previous)
 
 
 def load_checkpoint(path, device, remedy):

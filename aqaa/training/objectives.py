@@ -1,8 +1,7 @@
 """Training of the backbone: next-token prediction on packed rows of examples (examples.py).
 
 Pre-training and supervised fine-tuning share this objective; their mixtures and the parents of
-their weights stand in stages.py.
-"""
+their weights stand in stages.py."""
 
 import numpy as np
 import torch
@@ -19,8 +18,7 @@ class LanguageTask:
     """Next-token prediction; the softmax runs over the ids that a layout's machine would allow.
 
     book, mixture, noise, layout: as of `Examples`. A batch has `rows` rows of `length` ids. floor:
-    share of the learning rate `lr` that is left at the end.
-    """
+    share of the learning rate `lr` that is left at the end."""
 
     warmup = 0.02
 
@@ -31,6 +29,7 @@ class LanguageTask:
         self.ids = ids = book.config.ids
         self.markers = torch.tensor(sorted((ids.eot, ids.text_start, ids.audio_end)))
         self.model = step1.build(book.config.backbone)
+        self.modules = {"model": self.model}
 
     @classmethod
     def from_run(cls, run, stage):
@@ -41,15 +40,10 @@ class LanguageTask:
             task.hear_alike(*run.codebooks())
         return task
 
-    def modules(self):
-        return {"model": self.model}
-
     @torch.no_grad()
     def hear_alike(self, linguistic, semantic, seed=0):
-        """Start the audio embeddings from the codebooks (K, D): like sounds have like vectors.
-
-        A random projection keeps the distances of the codes, whatever the width of the model.
-        """
+        """Start the audio embeddings from the codebooks (K, D): like sounds have like vectors. A
+        random projection keeps the distances of the codes, whatever the width of the model."""
         table = self.model.model.embed_tokens.weight  # (vocabulary, hidden)
         generator = torch.Generator().manual_seed(seed)
         first = self.ids.n_text

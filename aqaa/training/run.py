@@ -1,8 +1,7 @@
 """`aqaa train STAGE`: the stages of the mini (stages.py), each resumable.
 
 A stage reads what earlier ones left in the run folder and leaves a checkpoint, a CSV, a plot and an
-entry in record.json. `export` gathers the finished parts into a model folder for `aqaa.load`.
-"""
+entry in record.json. `export` gathers the finished parts into a model folder for `aqaa.load`."""
 
 import shutil
 import time
@@ -63,7 +62,7 @@ class Run:
         result = trainer.run()
         last = trainer.rows[-1].items()
         result["last"] = {key: value for key, value in last if key not in ("step", "seconds")}
-        for module in task.modules().values():
+        for module in task.modules.values():
             module.cpu()
         if hasattr(task, "finish"):
             measured = task.finish(self.seed)
@@ -71,8 +70,6 @@ class Run:
             result |= measured
         model_folder.save_part(self.out / "parts", stage.name, task.model)
         self._record(stage.name, result)
-
-    # --- stages that train nothing ------------------------------------------------------------
 
     def corpus(self):
         speak.main(self.corpus_folder, self.scale, self.seed, self.workers, self.resume)
@@ -88,9 +85,10 @@ class Run:
         sizes = {"linguistic": self.config.ids.n_linguistic, "semantic": self.config.ids.n_semantic}
         codes = {name: [None] * len(items) for name in sizes}
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
-            model = self.part(name, model_folder.build(name, self.config))
+            model = self.part(name)
             data = features.utterances(self.out / "features", items, kind)
-            for rows in batches_by_length(data.lengths, 64):
+            by_length = np.argsort(data.lengths, kind="stable")  # so that little is padded
+            for rows in np.split(by_length, range(64, len(items), 64)):
                 x, lengths = data.gather(rows)  # (B, T, D), (B,)
                 if name == "linguistic":
                     hidden = model((x + model.add_shift) * model.rescale, lengths)
@@ -108,22 +106,17 @@ class Run:
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the
         codes beside it. Parts that were not trained here come from `init`, unchanged."""
-        record, parts = self._recorded(), {}
-        makers = stages.makers()
-        for name in model_folder.PARTS:
-            parts[name] = self.out / "parts" / f"{makers[name]}.safetensors"
-            if self.init and not parts[name].exists():
-                parts[name] = self.init / f"{name}.safetensors"
+        record = self._recorded()
+        makers = {stage.part: name for name, stage in stages.STAGES.items()}  # the last of several
+        parts = {name: self._part_file(makers[name]) for name in model_folder.PARTS}
         if self.init:
             record = {**self._recorded(self.init), **record}
-        tokenizer = self._text_path()
+        tokenizer = self._own("tokenizer.json", "tokenizer.json")
         model_folder.gather(self.export_folder, self.config, tokenizer, parts, record)
         if (self.out / "codes.npz").exists():
             with replacing(self.export_folder.parent / "codes" / "codes.npz") as part:
                 shutil.copyfile(self.out / "codes.npz", part)
         print(f"wrote {self.export_folder}")
-
-    # --- what tasks ask for -------------------------------------------------------------------
 
     def items(self):
         """(the corpus, every item whose sound the tokenizers read: train, dev and eval)."""
@@ -151,9 +144,8 @@ class Run:
 
     def codebooks(self):
         """The centroids (K, D) of both audio tokenizers."""
-        linguistic = self.part("linguistic", model_folder.build("linguistic", self.config))
-        semantic = self.part("semantic", model_folder.build("semantic", self.config))
-        return linguistic.centroids, semantic.quantizer._codebook.embed
+        linguistic = self.part("linguistic").centroids
+        return linguistic, self.part("semantic").quantizer._codebook.embed
 
     def book(self):
         """The training split as ids, with the text tokenizer (trained here when missing). The plan
@@ -162,7 +154,7 @@ class Run:
         items = [item for item in planned if item.split == "train"]
         codes = load_codes(self.out, items, data_folder() / "codes")
         lines = texts(planned)
-        path = self._text_path()
+        path = self._own("tokenizer.json", "tokenizer.json")  # ids must mean what they meant
         if not path.exists():
             words = {item.text for item in items}
             words |= {line[key] for line in lines for key in ("question", "answer")}
@@ -172,7 +164,6 @@ class Run:
 
     def start(self, stage, module):
         """Give `module` the weights that a stage starts from: those of its parent, or of `init`.
-
         Returns whether there are any."""
         if stage.parent:
             self.part(stage.parent, module)
@@ -181,15 +172,12 @@ class Run:
         module.train()
         return bool(stage.parent or self.init)
 
-    def part(self, name, module):
+    def part(self, name, module=None):
         """`module` with the weights that stage `name` left, or else those of `init`, in eval mode.
-
         Raises ModelError before that stage ran."""
-        if self.init and not (self.out / "parts" / f"{name}.safetensors").exists():
-            return model_folder.load_part(self.init, stages.STAGES[name].part, module)
-        return model_folder.load_part(self.out / "parts", name, module)
-
-    # --- bookkeeping --------------------------------------------------------------------------
+        path = self._part_file(name)
+        module = module or model_folder.build(stages.STAGES[name].part, self.config)
+        return model_folder.load_part(path.parent, path.stem, module)
 
     def _record(self, name, result):
         record = self._recorded()
@@ -204,16 +192,14 @@ class Run:
         remedy = "remove it; it only says how the parts were trained"
         return read_object(path, remedy) if path.exists() else {}
 
-    def _text_path(self):
-        """This run's text tokenizer, or that of `init`: ids must mean what they meant."""
-        own = self.out / "tokenizer.json"
-        return self.init / "tokenizer.json" if self.init and not own.exists() else own
+    def _part_file(self, stage):
+        part = stages.STAGES[stage].part
+        return self._own(f"parts/{stage}.safetensors", f"{part}.safetensors")
 
-
-def batches_by_length(lengths, size):
-    """Indices of all rows in batches of `size` rows of similar length."""
-    order = np.argsort(lengths, kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    def _own(self, name, there):
+        """A file of this run, or else of `init`, where it is called `there`."""
+        own = self.out / name
+        return self.init / there if self.init and not own.exists() else own
 
 
 def main(stage, **options):

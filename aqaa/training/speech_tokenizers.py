@@ -5,8 +5,7 @@ phones with CTC through a head that is thrown away; k-means over its output give
 Semantic (CosyVoice 1.0: supervised VQ inside a recogniser): the encoder first learns without a
 quantiser, then the codebook starts from k-means of its normalised output and is trained straight
 through, while a decoder that is thrown away must read phones, melody (f0) and the mel out of the
-codes alone.
-"""
+codes alone."""
 
 import numpy as np
 import torch
@@ -21,20 +20,15 @@ from aqaa.training.features import PHONES, LengthBuckets, normalise
 CLASSES = len(PHONES) + 1  # and the CTC blank
 
 
-# ---- phones ----------------------------------------------------------------------------------
-
-
 def upsampled_ctc(head, hidden, lengths, targets, target_lengths, factor):
     """CTC with `factor` outputs a row, so that fast speech has more frames than phones.
 
     head: Linear D -> factor * classes. hidden: (B, T, D). Returns (loss per phone, log-probs
-    (B, T * factor, classes)).
-    """
+    (B, T * factor, classes))."""
     batch, rows, _ = hidden.shape
     log_probs = head(hidden).float().reshape(batch, rows * factor, -1).log_softmax(-1)
-    loss = F.ctc_loss(
-        log_probs.transpose(0, 1), targets, lengths * factor, target_lengths, zero_infinity=True
-    )
+    in_time, lengths = log_probs.transpose(0, 1), lengths * factor
+    loss = F.ctc_loss(in_time, targets, lengths, target_lengths, zero_infinity=True)
     return loss, log_probs
 
 
@@ -65,9 +59,6 @@ def spec_augment(x, rng, bands, n_mels, widest=12, time_widest=6):
     return x
 
 
-# ---- k-means ---------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def kmeans(x, count, rounds=25, seed=0):
     """Lloyd's k-means from random rows, empty clusters re-seeded. x (N, D) -> (count, D)."""
@@ -86,7 +77,6 @@ def kmeans(x, count, rounds=25, seed=0):
 
 def nearest(x, centroids, rows=16384):
     """Index of the nearest centroid of each row of x (N, D), and its squared distance, both (N,).
-
     Computed `rows` rows at a time: the whole table of distances would not fit into memory."""
     square = (centroids**2).sum(1)
     codes, distance = [], []
@@ -97,22 +87,24 @@ def nearest(x, centroids, rows=16384):
     return torch.cat(codes), torch.cat(distance)
 
 
-# ---- the tasks -------------------------------------------------------------------------------
-
-
 class PhoneTask:
     """What both tasks share: utterances with phones, drawn in batches of similar length.
 
     data: Utterances. tests: {name: rows of `data` on which errors are measured}. budget: rows of
-    features in a batch. `factor`: CTC outputs a row; `masks`: options of spec_augment; `level`: the
-    deviation of a random loudness.
-    """
+    features in a batch. `kind`: of the features. `factor`: CTC outputs a row. `masks`: options of
+    spec_augment. `level`: the deviation of a random loudness."""
 
     lr = 2e-3
 
     def __init__(self, config, data, tests=None, budget=1200):
         self.config, self.data, self.tests = config, data, tests or {}
         self.buckets = LengthBuckets(data.lengths, budget, data.weights)
+
+    @classmethod
+    def from_run(cls, run, stage):
+        task = cls(getattr(run.config, stage.part), *run.utterances(cls.kind))
+        run.start(stage, task.model)
+        return task
 
     def draw(self, rng):
         """(indices of the utterances, tensors); of these `x` (B, T, D) is masked, `clean` not."""
@@ -139,7 +131,7 @@ class PhoneTask:
 class LinguisticTask(PhoneTask):
     """CTC on phones through the streaming encoder; rows (T, 560) are normalised LFR features."""
 
-    factor, level = 3, 0.25
+    kind, factor, level = "lfr", 3, 0.25
 
     def __init__(self, config, data, tests=None, budget=1200):
         super().__init__(config, data, tests, budget)
@@ -149,16 +141,13 @@ class LinguisticTask(PhoneTask):
         self.head = nn.Sequential(
             nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, self.factor * CLASSES)
         )
+        self.modules = {"model": self.model, "head": self.head}
 
     @classmethod
     def from_run(cls, run, stage):
-        task = cls(run.config.linguistic, *run.utterances("lfr"))
-        run.start(stage, task.model)
+        task = super().from_run(run, stage)
         normalise(task.data, task.model)
         return task
-
-    def modules(self):
-        return {"model": self.model, "head": self.head}
 
     def batch(self, rng):
         return self.draw(rng)[1]
@@ -193,10 +182,9 @@ class SemanticTask(PhoneTask):
     """Recognition and prosody through a quantiser that comes after `quantise_from` of the training.
 
     rows: (T, 4 * 128) log-mel at 25 Hz; extra: "f0" (T, 4) in octaves above F0_FLOOR, 0 where
-    unvoiced.
-    """
+    unvoiced."""
 
-    factor, level = 2, 0.05
+    kind, factor, level = "log_mel", 2, 0.05
     masks = {"bands": 4, "widest": 16, "time_widest": 4}
 
     def __init__(self, config, data, tests=None, budget=2000, quantise_from=0.6):
@@ -209,15 +197,8 @@ class SemanticTask(PhoneTask):
         size, width = config.n_codebook_size, config.n_audio_state
         self.register.register_buffer("size", torch.ones(size))
         self.register.register_buffer("total", torch.zeros(size, width))
-
-    @classmethod
-    def from_run(cls, run, stage):
-        task = cls(run.config.semantic, *run.utterances("log_mel"))
-        run.start(stage, task.model)
-        return task
-
-    def modules(self):
-        return {"model": self.model, "decoder": self.decoder, "register": self.register}
+        parts = {"model": self.model, "decoder": self.decoder}
+        self.modules = parts | {"register": self.register}
 
     @property
     def codebook(self):
@@ -280,9 +261,8 @@ class SemanticTask(PhoneTask):
         return ctc + 2.0 * melody + 0.3 * voicing + 1.0 * mel + 0.25 * commit, logs
 
     def quantise(self, unit, mask):
-        """Nearest codes of the valid rows of unit (B, T, D): vectors (B, T, D) and codes (n,).
-
-        In training the codebook follows the rows by moving averages; dead codes are re-seeded."""
+        """Nearest codes of the valid rows of unit (B, T, D): vectors (B, T, D) and codes (n,). In
+        training the codebook follows the rows by moving averages; dead codes are re-seeded."""
         flat = unit[mask].detach()  # (n, D)
         with torch.autocast(flat.device.type, enabled=False):  # bf16 would change one code in 14
             codes, _ = nearest(flat, self.codebook)

@@ -1,8 +1,7 @@
 """The table of the training stages, in the order in which `aqaa train all` runs them.
 
 A new stage is an entry here and the file of its task; the command line, the order, the parents,
-what is exported and the keys of record.json follow. Nothing heavy is imported.
-"""
+what is exported and the keys of record.json follow. Nothing heavy is imported."""
 
 from dataclasses import dataclass, field
 
@@ -53,11 +52,6 @@ STAGES = {stage.name: stage for stage in TABLE}
 def names():
     """What can be asked for: every stage, and "all" of them in order."""
     return (*STAGES, "all")
-
-
-def makers():
-    """{part of a model folder: name of the stage whose weights are exported as that part}."""
-    return {stage.part: name for name, stage in STAGES.items() if stage.part}
 
 
 def described():

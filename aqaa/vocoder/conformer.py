@@ -35,9 +35,8 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x, positions, mask):
         """x (B, T, D), positions (2T - 1, D), mask (B, T) bool or None -> (B, T, D)."""
-        q = self.linear_q(x).unflatten(-1, (self.heads, -1))  # (B, T, H, d), as k and v
-        k = self.linear_k(x).unflatten(-1, (self.heads, -1))
-        v = self.linear_v(x).unflatten(-1, (self.heads, -1))
+        layers = self.linear_q, self.linear_k, self.linear_v
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)  # (B, T, H, d)
         p = self.linear_pos(positions).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         # u and v are queries that all positions share: some keys and distances always attract
         content = (q + self.pos_bias_u).transpose(1, 2) @ k.permute(0, 2, 3, 1)  # (B, H, T, T)

@@ -55,10 +55,7 @@ class ConditionalCFM(nn.Module):
         super().__init__()
         self.config = config
         n = config.output_size
-        self.estimator = UNet(
-            4 * n, n, config.channels, config.n_blocks, config.num_mid_blocks, config.num_heads,
-            config.attention_head_dim,
-        )  # fmt: skip
+        self.estimator = UNet(4 * n, n, config)
 
     def time_steps(self, n, like):
         """0 = t_0 < ... < t_n = 1, denser at the start, in the dtype of `like`, as published."""
@@ -77,9 +74,8 @@ class ConditionalCFM(nn.Module):
         conditional, unconditional = v.chunk(2)
         return (1 + rate) * conditional - rate * unconditional
 
-    def forward(self, noise, mask, mu, speaker, cond, n_timesteps, rate):
-        """Euler from noise (B, n_mels, T) at t = 0 to the mel at t = 1."""
-        x = noise
+    def forward(self, x, mask, mu, speaker, cond, n_timesteps, rate):
+        """Euler from noise x (B, n_mels, T) at t = 0 to the mel at t = 1."""
         for t, following in pairwise(self.time_steps(n_timesteps, mu)):
             x = x + (following - t) * self.velocity(x, mask, mu, t, speaker, cond, rate)
         return x
@@ -182,10 +178,8 @@ class Flow(nn.Module):
             prompt_token = token[:, :0]
             prompt_feat = weight.new_zeros(b, 0, config.output_size)
         prompt = self.normalise(prompt_feat.to(weight)).transpose(1, 2)  # (B, n_mels, T_p)
-        p = prompt_token.shape[1]
-        t_p = prompt.shape[2]
-        if token_len is None:
-            token_len = torch.full((b,), n)
+        p, t_p = prompt_token.shape[1], prompt.shape[2]
+        token_len = torch.full((b,), n) if token_len is None else token_len
         begin = self.frames(first)
         mel_len = torch.tensor([self.frames(first + int(k)) - begin for k in token_len])
         frames = self.frames(first + n) - begin
@@ -195,9 +189,8 @@ class Flow(nn.Module):
         # 2. the prompt's mel as the beginning that is given: it sets voice, pitch and loudness
         cond = F.pad(prompt, (0, frames))  # (B, n_mels, T_p + T)
         # 3. from noise to mel; noise below 1 gives a calmer, more probable voice
-        if noise is None:
-            noise = torch.randn_like(mu)
-        noise = noise.to(mu) * (config.temperature if temperature is None else temperature)
+        noise = torch.randn_like(mu) if noise is None else noise.to(mu)
+        noise = noise * (config.temperature if temperature is None else temperature)
         rate = config.inference_cfg_rate if cfg_rate is None else cfg_rate
         steps = n_timesteps or config.n_timesteps
         x = self.decoder(noise, mask, mu, self.speaker(embedding, b), cond, steps, rate)

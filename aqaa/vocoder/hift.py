@@ -1,8 +1,7 @@
 """HiFT: mel spectrogram to wave by a neural source filter and an inverse STFT (CosyVoice).
 
-A small network reads the pitch off the mel; harmonics of that pitch form a source signal;
-convolutions shape the source, guided by the mel, into magnitude and phase of a very short STFT,
-whose inverse is the wave.
+A small network reads the pitch off the mel; harmonics of that pitch form a source signal, which
+convolutions shape, guided by the mel, into a very short STFT, whose inverse is the wave.
 """
 
 from dataclasses import dataclass

@@ -16,8 +16,7 @@ class WaveStream:
     """HiFT over a mel that grows: `push(mel)` returns the samples that are settled.
 
     context: mel frames of the past that are run again (more than the network's reach changes
-    nothing). fade: frames over which two versions of a border are blended. Pitch phase and noise
-    are carried in a SourceState.
+    nothing). fade: frames over which two versions of a border are blended.
     """
 
     def __init__(self, hift, *, context=24, fade=4, seed=0):
@@ -74,11 +73,10 @@ class StreamingVocoder:
     """One utterance: `push(ids)` returns samples that are ready (often none), `finish()` the rest.
 
     chunks: groups spoken in the first, second … chunk, the last number repeating; look_ahead:
-    groups that must be known beyond a chunk; look_back: groups of the past that the flow
-    continues. prompt_token (1, P), prompt_feat (1, T, n_mels) and embedding (1, spk_embed_dim) are
-    the voice, where the flow takes one; every chunk sees them. The sound depends on ids and seed
-    alone, not on how the ids were divided among pushes. Raises ValueError for chunks without a
-    group.
+    groups that must be known beyond a chunk; look_back: groups of the past that the flow continues.
+    prompt_token (1, P), prompt_feat (1, T, n_mels), embedding (1, spk_embed_dim): the voice, where
+    the flow takes one; every chunk sees them. The sound depends on ids and seed alone, not on how
+    the ids were divided among pushes. Raises ValueError for chunks without a group.
     """
 
     def __init__(
@@ -87,16 +85,14 @@ class StreamingVocoder:
         cfg_rate=None,
     ):  # fmt: skip
         if not chunks or min(chunks) < 1 or min(look_ahead, look_back) < 0:
-            limits = "chunks must be one or more groups each, look_ahead and look_back 0 or more"
-            raise ValueError(f"{limits}.")
+            limits = "one or more groups each, look_ahead and look_back 0 or more"
+            raise ValueError(f"chunks must be {limits}.")
         self.flow = flow
         self.chunks = chunks
         self.look_ahead = look_ahead
         self.look_back = look_back
-        self.options = {
-            "embedding": embedding, "n_timesteps": n_timesteps, "temperature": temperature,
-            "cfg_rate": cfg_rate,
-        }  # fmt: skip
+        self.options = {"embedding": embedding, "cfg_rate": cfg_rate}
+        self.options |= {"n_timesteps": n_timesteps, "temperature": temperature}
         weight = flow.encoder_proj.weight
         self.device = weight.device
         # ids that the next chunk continues (1, N), and their mel (1, frames, n_mels)
@@ -136,44 +132,34 @@ class StreamingVocoder:
         token = torch.tensor([waiting], device=self.device)  # (1, N)
         past = torch.cat([self.prompt[0], self.past], 1)
         past_mel = torch.cat([self.prompt[1], self.mel], 1)
+        # a frame that is made again keeps its noise, so that both versions agree
+        frames = self.mel.shape[1] + self._frames(self.spoken, self.spoken + token.shape[1])
+        missing = max(0, frames - self.noise.shape[1])
+        fresh = torch.randn(1, missing, self.mel.shape[2], generator=self.generator)
+        self.noise = torch.cat([self.noise, fresh], 1)
+        noise = torch.cat([self.prompt_noise, self.noise[:, :frames]], 1).mT  # (1, n_mels, frames)
         made = self.flow.inference(  # (1, n_mels, frames)
-            token, prompt_token=past, prompt_feat=past_mel, noise=self._noise(token.shape[1]),
+            token, prompt_token=past, prompt_feat=past_mel, noise=noise.to(self.device),
             first=self.spoken, **self.options,
         )  # fmt: skip
         frames = self._frames(self.spoken, self.spoken + n)
         mel = made[..., :frames]
-        guess = made[..., frames:]
-        self._remember(token[:, :n], mel)
         self.waiting = self.waiting[n:]
         self.spoken += n
         self.count += 1
-        return self.wave.push(mel.float(), guess.float(), final)
+        # keep the last look_back groups, ids and mel, as the prompt of the next chunk
+        keep = min(self.look_back * GROUP_SIZE, self.spoken)
+        self.past = torch.cat([self.past, token[:, :n]], 1)
+        self.past = self.past[:, self.past.shape[1] - keep :]
+        self.mel = torch.cat([self.mel, mel.mT], 1)
+        begin = self.mel.shape[1] - self._frames(self.spoken - keep, self.spoken)
+        self.mel = self.mel[:, begin:]
+        self.noise = self.noise[:, begin:]
+        return self.wave.push(mel.float(), made[..., frames:].float(), final)
 
     def _frames(self, start, end):
         """Mel frames of the utterance's tokens start … end - 1."""
         return self.flow.frames(end) - self.flow.frames(start)
-
-    def _noise(self, n_tokens):
-        """Noise for prompt, past and coming frames: (1, n_mels, frames).
-
-        A frame made again keeps its noise, so that both versions agree.
-        """
-        frames = self.mel.shape[1] + self._frames(self.spoken, self.spoken + n_tokens)
-        missing = max(0, frames - self.noise.shape[1])
-        fresh = torch.randn(1, missing, self.mel.shape[2], generator=self.generator)
-        self.noise = torch.cat([self.noise, fresh], 1)
-        return torch.cat([self.prompt_noise, self.noise[:, :frames]], 1).mT.to(self.device)
-
-    def _remember(self, token, mel):
-        """Keep the last look_back groups, ids and mel, as the prompt of the next chunk."""
-        end = self.spoken + token.shape[1]
-        keep = min(self.look_back * GROUP_SIZE, end)
-        past = torch.cat([self.past, token], 1)
-        mel = torch.cat([self.mel, mel.mT], 1)
-        begin = mel.shape[1] - self._frames(end - keep, end)
-        self.past = past[:, past.shape[1] - keep :]
-        self.mel = mel[:, begin:]
-        self.noise = self.noise[:, begin:]
 
 
 class Vocoder:

@@ -78,9 +78,8 @@ class Attention(nn.Module):
 
     def forward(self, x, mask):
         """x (B, T, C), mask (B, 1, T) or None -> (B, T, C)."""
-        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, d)
-        k = self.to_k(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        v = self.to_v(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        split = (y(x).unflatten(-1, (self.heads, -1)) for y in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (y.transpose(1, 2) for y in split)  # (B, H, T, d)
         valid = None if mask is None else mask[:, None].bool()  # (B, 1, 1, T): of the keys
         if torch.is_grad_enabled() and x.device.type == "cpu":
             # the same by hand: on a CPU the backward of the fused function is slow
@@ -131,20 +130,18 @@ class TimeEmbedding(nn.Module):
 class UNet(nn.Module):
     """Velocity of the flow: (x, mu, speaker, cond) at time t -> dx/dt.
 
-    channels: width of each stage; between stages time is halved. Sizes as in FlowConfig.
+    config: FlowConfig; its `channels` are the widths of the stages, between which time is halved.
     """
 
-    def __init__(
-        self, in_channels, out_channels, channels, n_blocks, num_mid_blocks, num_heads,
-        attention_head_dim,
-    ):  # fmt: skip
+    def __init__(self, in_channels, out_channels, config):
         super().__init__()
+        channels = config.channels
         n_time = channels[0] * 4
         self.time_mlp = TimeEmbedding(in_channels, n_time)
 
         def stage(n_in, n_out, *change):
-            sizes = (n_out, num_heads, attention_head_dim)
-            blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(n_blocks))
+            sizes = (n_out, config.num_heads, config.attention_head_dim)
+            blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(config.n_blocks))
             return nn.ModuleList([ResnetBlock(n_in, n_out, n_time), blocks, *change])
 
         def change(layer, width, kernel, is_last):
@@ -160,7 +157,7 @@ class UNet(nn.Module):
         for i, (before, width) in enumerate(pairwise([in_channels, *channels])):
             halve = change(nn.Conv1d, width, 3, i == last)
             self.down_blocks.append(stage(before, width, halve))
-        middle = [stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks)]
+        middle = (stage(channels[-1], channels[-1]) for _ in range(config.num_mid_blocks))
         self.mid_blocks = nn.ModuleList(middle)
         widths = [*channels[::-1], channels[0]]
         for i, (before, width) in enumerate(pairwise(widths)):
@@ -175,19 +172,16 @@ class UNet(nn.Module):
         speaker = speaker[..., None].expand(-1, -1, x.shape[-1])  # the same beside every frame
         x = torch.cat([x, mu, speaker, cond], 1)  # (B, 4 n_mels, T)
         skips = []
-        masks = []
         for i, (*stage, change) in enumerate(self.down_blocks):
             x = _run(stage, x, mask, time)
-            skips.append(x)
-            masks.append(mask)
+            skips.append((x, mask))
             x = change(masked(x, mask))
             if i < len(self.down_blocks) - 1 and mask is not None:
                 mask = mask[..., ::2]  # the frames that a convolution of stride 2 is centred on
         for stage in self.mid_blocks:
             x = _run(stage, x, mask, time)
         for *stage, change in self.up_blocks:
-            skip = skips.pop()
-            mask = masks.pop()
+            skip, mask = skips.pop()
             x = x[..., : skip.shape[-1]]  # doubling an odd length that was halved gives one more
             x = torch.cat([x, skip], 1)  # (B, 2 C, T): coarse and fine
             x = change(masked(_run(stage, x, mask, time), mask))

@@ -4,14 +4,13 @@ executed. Whatever is wrong with a file is one sentence (ModelError)."""
 import math
 import pickle
 import re
-from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from aqaa.files import AGAIN, ModelError, brief, check_file, read_object
+from aqaa.files import AGAIN, ModelError, check_file, read_object, refusing
 from aqaa.weights import verify
 
 BROKEN = (pickle.UnpicklingError, EOFError, OSError, AttributeError, *verify.BROKEN)
@@ -21,17 +20,6 @@ YAML_BYTES = 1_000_000  # of the longest yaml that is read; published ones have 
 def unusable(sentence):
     """The ModelError that says so, and to get the whole folder again."""
     return ModelError(f"{sentence}: {AGAIN}.")
-
-
-@contextmanager
-def refusing(sentence, *kinds):
-    """Within it an exception of these kinds becomes a ModelError that says `sentence`, and why."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except kinds as fault:
-        raise unusable(f"{sentence} ({brief(fault)})") from None
 
 
 def file_in(folder, name):
@@ -49,10 +37,7 @@ def read_json(path):
 
 def pickled(path):
     """{name: tensor} of a torch.save file, mapped where its format allows, out of its wrappings.
-
-    Raises ModelError for a file that is cut, foreign, or holds anything but tensors, which is
-    never executed.
-    """
+    Raises ModelError for one that is cut, foreign, or holds code, which is never executed."""
     check_file(path, AGAIN)
     with open(path, "rb") as file:
         mapped = file.read(4) == b"PK\3\4"
@@ -60,8 +45,8 @@ def pickled(path):
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except BROKEN as fault:
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(fault)):
-            fault = f"{path} wants to run {foreign[1]} when read"
-            raise ModelError(f"{fault}: take a file of tensors only.") from None
+            wish = f"{path} wants to run {foreign[1]} when read"
+            raise ModelError(f"{wish}: take a file of tensors only.") from None
         raise unusable(f"{path} is cut short or no file of torch.save") from None
     inner = data
     while isinstance(inner, dict):
@@ -96,7 +81,7 @@ def read_yaml(path):
     """A mapping of plain data. Raises ModelError."""
     check_file(path, AGAIN)
     faults = (yaml.YAMLError, ValueError, TypeError, RecursionError)
-    with refusing(f"{path} is no yaml that can be read", *faults):
+    with refusing(f"{path} is no yaml that can be read", AGAIN, *faults):
         if (size := path.stat().st_size) > YAML_BYTES:
             raise ValueError(f"it has {size:,} bytes, at most {YAML_BYTES:,} are expected")
         data = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
@@ -105,13 +90,11 @@ def read_yaml(path):
     return data
 
 
-def pick(cls, tree, names, path, below):
-    """{field of cls: value} of what a yaml's entry `below` says, as the type of the default.
+def pick(config, tree, names, path, below):
+    """`config` with values of a yaml's entry `below`, as numbers of their types, or ModelError.
 
-    names: fields, or {field: where it stands}. Raises ModelError for what is no number.
-    """
+    names: of the fields, or {field: where it stands}."""
     names = names if isinstance(names, dict) else dict(zip(names, names))
-    defaults = {field.name: field.default for field in fields(cls)}
     values = {}
     for name, where in names.items():
         value = tree
@@ -122,11 +105,11 @@ def pick(cls, tree, names, path, below):
         if value is None:
             continue
         try:
-            values[name] = _like(defaults[name], value)
+            values[name] = _like(getattr(config, name), value)
         except (ValueError, TypeError, OverflowError):
             value = verify.shown(value)  # aliases of aliases would be endless
             raise unusable(f"{path} gives {below}.{where} as {value}, which is no number") from None
-    return values
+    return replace(config, **values)
 
 
 def _like(default, value):

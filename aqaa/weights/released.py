@@ -1,8 +1,7 @@
 """The published folders as parts of the system: what each file is, whether it fits, how it is read.
 
 Opening a folder looks at headers and small files only, and raises at once whatever is wrong
-(ModelError, one sentence). Weights are read when a part is first used.
-"""
+(ModelError, one sentence). Weights are read when a part is first used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -14,27 +13,20 @@ import torch
 
 from aqaa import audio
 from aqaa.backbone.quantized_linear import empty_linears, format_in
-from aqaa.config import (
-    AQAAConfig,
-    BackboneConfig,
-    FlowConfig,
-    HiftConfig,
-    IdsConfig,
-    LinguisticConfig,
-    MelConfig,
-)
-from aqaa.files import AGAIN, ModelError, brief, check_file
+from aqaa.config import AQAAConfig, BackboneConfig
+from aqaa.files import AGAIN, ModelError, brief, check_file, passing_on, refusing
 from aqaa.tokenizers import s3_onnx
 from aqaa.tokenizers.linguistic import read_mvn
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.weights import model_folder, readers, shards, verify
 from aqaa.weights.model_folder import ROLES, build, fit
-from aqaa.weights.readers import file_in, pick, pickled, refusing, unusable
+from aqaa.weights.readers import file_in, pick, pickled, unusable
 from aqaa.weights.verify import all_finite, as_recorded, skip_init
 
 NPY, ONNX, YAML = "linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx", "cosyvoice.yaml"
 STREAMING = "SANMEncoderChunkOpt"  # the offline encoder has the same tensors, and other codes
 STEP1 = ("step1", "mmgpt_step1", "mmgpt_step1_v2", "step1o")  # model_type of the family
+PUBLISHED = AQAAConfig()
 BACKBONE = {field.name: field for field in fields(BackboneConfig)}
 SIZES = [name for name, field in BACKBONE.items() if field.type is int and name[-3:] != "_id"]
 SPEAKER_SECONDS = 30  # of a recording whose voice is taken
@@ -53,11 +45,11 @@ FLOW = {
     **{name: f"decoder.estimator.{name}" for name in ESTIMATOR},
     **{name: f"decoder.cfm_params.content.{name}" for name in CFM},
 }  # fmt: skip
-HIFT = {field.name: field.name for field in fields(HiftConfig)} | {
+HIFT = {field.name: field.name for field in fields(PUBLISHED.hift)} | {
     "istft_n_fft": "istft_params.n_fft", "istft_hop": "istft_params.hop_len",
     "f0_channels": "f0_predictor.cond_channels",
 }  # fmt: skip
-MEL = [field.name for field in fields(MelConfig)]
+MEL = [field.name for field in fields(PUBLISHED.mel)]
 
 
 @dataclass(frozen=True)
@@ -65,8 +57,7 @@ class Source:
     """A part of a released folder that has been looked at.
 
     sizes: fields of AQAAConfig that its files decide; facts: a line on it; load(device, dtype)
-    reads the weights; note: what is left out of it, if anything.
-    """
+    reads the weights; note: what is left out of it, if anything."""
 
     sizes: dict
     facts: str
@@ -110,8 +101,8 @@ def combine(config, sources, folder=None):
     for source in sources.values():
         config = replace(config, **source.sizes)
     ids = config.ids
-    own = folder and "backbone" not in sources
-    model = f"the language model in {folder}" if own else "the language model"
+    own = f" in {folder}" if folder and "backbone" not in sources else ""
+    model = f"the language model{own}"
     for name, size, wanted in (
         ("linguistic", config.linguistic.codebook_size, ids.n_linguistic),
         ("semantic", config.semantic.n_codebook_size, ids.n_semantic),
@@ -143,18 +134,14 @@ def linguistic(folder):
     if (kind := given.get("encoder", STREAMING)) != STREAMING:
         kind = kind if isinstance(kind, str) else verify.shown(kind)
         raise ModelError(f"{path} is of an encoder {kind}: {STREAMING} is needed, which streams.")
-    sizes = pick(LinguisticConfig, given, ENCODER, path, "encoder_conf")
-    sizes |= pick(LinguisticConfig, given, FRONTEND, path, "frontend_conf")
+    config = pick(PUBLISHED.linguistic, given, ENCODER, path, "encoder_conf")
+    config = pick(config, given, FRONTEND, path, "frontend_conf")
     centroids = _centroids(npy)
-    config = LinguisticConfig(codebook_size=len(centroids), **sizes)
+    config = replace(config, codebook_size=len(centroids))
     if (width := centroids.shape[1]) != config.output_size:
         raise unusable(f"{npy} has rows of {width}, {path.name} says {config.output_size}")
-    try:
+    with passing_on(AGAIN), refusing(f"{mvn} is no text", AGAIN, UnicodeDecodeError):
         shift, rescale = read_mvn(mvn)
-    except UnicodeDecodeError as fault:
-        raise unusable(f"{mvn} is no text ({brief(fault)})") from None
-    except ValueError as fault:
-        raise ModelError(f"{brief(fault)}; {AGAIN}.") from None
     all_finite({"shift": shift, "rescale": rescale}, mvn)
     if {len(shift), len(rescale)} != {size := config.input_size}:
         raise unusable(f"{mvn} normalises {len(shift)} values, {path.name} says {size}")
@@ -170,7 +157,7 @@ def linguistic(folder):
 def _centroids(path):
     """(codes, width) float32."""
     faults = (ValueError, EOFError, OSError, OverflowError, MemoryError)
-    with refusing(f"{path} is no whole npy file", *faults):
+    with refusing(f"{path} is no whole npy file", AGAIN, *faults):
         table = np.load(path, allow_pickle=False)
     if table.ndim != 2 or table.dtype.kind != "f":
         form = f"{table.dtype} of shape {table.shape}"
@@ -183,16 +170,11 @@ def _centroids(path):
 def semantic(folder):
     """Source of speech_tokenizer_v1.onnx, the S3 tokenizer at 25 Hz."""
     path = file_in(folder, ONNX)
-    try:
+    with passing_on():
         config, _ = s3_onnx.read(path)
-    except ValueError as fault:
-        raise ModelError(str(fault)) from None
-    facts = f"{config.n_codebook_size:,} codes"
-
-    def state():
-        return s3_onnx.read(path)[1]
-
-    return _module("semantic", {"semantic": config}, state, path, "the S3 tokenizer", facts)
+    sizes, facts = {"semantic": config}, f"{config.n_codebook_size:,} codes"
+    return _module("semantic", sizes, lambda: s3_onnx.read(path)[1], path,
+                   "the S3 tokenizer", facts)  # fmt: skip
 
 
 # ---- language model -----------------------------------------------------------------------------
@@ -201,14 +183,12 @@ def semantic(folder):
 def text(folder):
     """Source of tokenizer.model. Text ids end where `<audio_0>` stands."""
     path = file_in(folder, "tokenizer.model")
-    try:
+    with passing_on(AGAIN):
         tokenizer = TextTokenizer.from_sentencepiece(path)
-    except ValueError as fault:
-        raise ModelError(f"{brief(fault)}; {AGAIN}.") from None
     find = tokenizer.tokenizer.token_to_id
     if (n_text := find("<audio_0>")) is None:
         raise ModelError(f"{path} has no <audio_0>, it belongs to a text model: {OTHER}")
-    ids = replace(IdsConfig(), n_text=n_text)
+    ids = replace(PUBLISHED.ids, n_text=n_text)
     markers = {"<s>": ids.bos, "<|EOT|>": ids.eot, "<|BOT|>": ids.bot}
     for piece, wanted in (markers | {f"<audio_{ids.n_audio - 1}>": ids.end - 1}).items():
         if (at := find(piece)) != wanted:
@@ -242,11 +222,9 @@ def backbone(folder):
     files = len({entry.path for entry in tensors.values()})
     room = f"{shards.in_bytes(size)} in {files} shards"
     facts = f"{kind}, {len(names):,} tensors, {count:,} parameters, {room}"
-    note = ""
-    if others:
-        values = sum(tensors[name].numel for name in others)
-        dropped = f"{len(others):,} tensors ({values:,} values) of {folder}"
-        note = f"{dropped} see pictures and are not loaded."
+    values = sum(tensors[name].numel for name in others)
+    dropped = f"{len(others):,} tensors ({values:,} values) of {folder}"
+    note = f"{dropped} see pictures and are not loaded." if others else ""
 
     def load(device, dtype):
         return shards.fill(model, tensors, names, device, dtype)
@@ -269,7 +247,7 @@ def _step1_config(path):
             raise unusable(f"{path} gives no {name}")
     sizes = {name: given[name] for name in SIZES}
     sizes["rms_norm_eps"] = given.get("rms_norm_eps", 1e-5)
-    with refusing(f"{path} describes no Step-1 model", ValueError):
+    with refusing(f"{path} describes no Step-1 model", AGAIN, ValueError):
         for name, value in sizes.items():
             verify.check_setting(BACKBONE[name], value, name)
     return BackboneConfig(**sizes), kind
@@ -305,12 +283,10 @@ def hift(folder):
 def vocoder_sizes(path):
     """(FlowConfig, MelConfig, HiftConfig) of a cosyvoice.yaml. Raises ModelError."""
     given = readers.read_yaml(path)
-    mel = MelConfig(**(
-        pick(MelConfig, given, MEL, path, "feat_extractor")
-        | pick(MelConfig, given, MEL, path, "flow.mel_feat_conf")
-    ))  # fmt: skip
-    flow = FlowConfig(**pick(FlowConfig, given, FLOW, path, "flow"))
-    hift = HiftConfig(**pick(HiftConfig, given, HIFT, path, "hift"))
+    mel = pick(PUBLISHED.mel, given, MEL, path, "feat_extractor")
+    mel = pick(mel, given, MEL, path, "flow.mel_feat_conf")
+    flow = pick(PUBLISHED.flow, given, FLOW, path, "flow")
+    hift = pick(PUBLISHED.hift, given, HIFT, path, "hift")
     hop = prod(hift.upsample_rates) * hift.istft_hop
     for name, a, b in (
         ("samples a frame", mel.hop_size, hop),
@@ -326,9 +302,8 @@ def vocoder_sizes(path):
 def voice(folder, wav):
     """A function from an AQAA to the options of its Vocoder that give it the voice of a recording.
 
-    The recording's own ids and mel are the prompt, and the CAM++ network of campplus.onnx tells
-    who speaks. Raises ModelError.
-    """
+    The recording's own ids and mel are the prompt, and the CAM++ network of campplus.onnx tells who
+    speaks. Raises ModelError."""
     network = file_in(place(folder, "vocoder"), "campplus.onnx")
     try:
         import onnxruntime
@@ -371,10 +346,10 @@ PARTS = dict(zip(ROLES, (
 
 def _module(name, sizes, state, path, told_by, facts):
     """Source of a module of ours with the weights of state(); `told_by` gave its sizes."""
-    config = replace(AQAAConfig(), **sizes)
+    config = replace(PUBLISHED, **sizes)
     given = state()
     size = sum(tensor.nbytes for tensor in given.values())
-    with refusing(f"{told_by} describes no network for {path}", *verify.BROKEN):
+    with refusing(f"{told_by} describes no network for {path}", AGAIN, *verify.BROKEN):
         with verify.Room(len(given), size), torch.device("meta"):
             module = build(name, config)
     fit(module, {key: tensor.to("meta") for key, tensor in given.items()}, path, told_by)

@@ -2,8 +2,7 @@
 
 The few kilobytes at the head of each shard tell names, shapes and sizes, so a folder of 265 GB is
 judged in a moment. Weights then go from the mapped file straight to their place in a model built on
-the meta device: the memory of the machine holds the model and, at most, a tensor or two.
-"""
+the meta device: the memory of the machine holds the model and, at most, a tensor or two."""
 
 import re
 import struct
@@ -56,11 +55,9 @@ def in_bytes(size):
 
 def header(path):
     """{name: Entry} of a shard, from its header alone. ModelError for a pointer, or a cut file."""
-    path = Path(path)
+    path, entries, end = Path(path), {}, 0
     check_file(path, AGAIN)
     size = path.stat().st_size
-    entries = {}
-    end = 0
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -83,16 +80,15 @@ def header(path):
 
 def _fills(entry):
     """Are its bytes what a tensor of its shape takes?"""
-    if not all(type(n) is int and n >= 0 for n in (entry.bytes, *entry.shape)):
-        return False
-    return entry.dtype not in WIDTHS or entry.bytes == entry.numel * WIDTHS[entry.dtype]
+    whole = all(type(n) is int and n >= 0 for n in (entry.bytes, *entry.shape))
+    if not whole or entry.dtype not in WIDTHS:
+        return whole
+    return entry.bytes == entry.numel * WIDTHS[entry.dtype]
 
 
 def scan(folder):
-    """{name: Entry} of all shards of a folder: those of its index, or all *.safetensors.
-
-    Raises ModelError for a shard that is missing, broken, or lacks a tensor of the index.
-    """
+    """{name: Entry} of all shards of a folder: those of its index, or all *.safetensors. Raises
+    ModelError for a shard that is missing, broken, or lacks a tensor of the index."""
     folder = Path(folder)
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     placed = _index(index) if index else {}
@@ -137,8 +133,7 @@ def language_model(tensors, folder):
     """Which tensors are the language model's: ({our name: name in the shards}, [other names]).
 
     The model is where layer 0 has a q_proj with a gate_proj beside it: vision towers have q_proj
-    layers of their own. Raises ModelError when there is none, or more than one.
-    """
+    layers of their own. Raises ModelError when there is none, or more than one."""
     ends = (LAYER, QUANTIZED)
     prefixes = [name.removesuffix(end) for end in ends for name in tensors if name.endswith(end)]
     prefixes = [prefix for prefix in prefixes if any(prefix + gate in tensors for gate in GATES)]
@@ -147,10 +142,9 @@ def language_model(tensors, folder):
         sign = f"(*.{LAYER} beside *.{GATES[0]})"
         fix = "name the folder of Step-Audio-AQAA, -Chat or -TTS-3B"
         raise ModelError(f"{folder} holds {kind} {sign}: {fix}.")
-    (prefix,) = prefixes
+    prefix = prefixes[0]
     body = re.compile(re.escape(prefix) + r"((?:layers\.\d+\.|embed_tokens\.|norm\.).+)")
-    names = {}
-    others = []
+    names, others = {}, []
     for name in tensors:
         if inside := body.fullmatch(name):
             names["model." + inside[1]] = name
@@ -179,13 +173,12 @@ def check(model, tensors, names, folder):
 def stream(tensors, names):
     """(our name, tensor on the CPU) of `names`, shard by shard; a tensor is a view of the file.
 
-    Raises ModelError at the first tensor of a shard whose hash is not that of record.json, if
-    there is one; it is computed while the shard before is read.
-    """
+    Raises ModelError at the first tensor of a shard whose hash is not that of record.json, if there
+    is one; it is computed while the shard before is read."""
     pairs = sorted(names.items(), key=lambda pair: str(tensors[pair[1]].path))
     total = sum(tensors[theirs].bytes for _, theirs in pairs)
-    show = None if total > LARGE else True  # None: where somebody looks
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=show)
+    quiet = None if total > LARGE else True  # None: where nobody looks
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=quiet)
     paths = list(dict.fromkeys(tensors[theirs].path for _, theirs in pairs))
     following = dict(zip(paths, paths[1:]))
     with bar, ThreadPoolExecutor(1) as pool:
@@ -213,8 +206,7 @@ def fill(model, tensors, names, device="cpu", dtype=None):
         weight = tensor.to(device) if is_code else tensor.to(device, dtype)
         # looked at where it is fast, and with what the dtype cut off
         if verify.not_finite({name: numbers(model, name, weight)}):
-            theirs = names[name]
-            path = tensors[theirs].path
+            path, theirs = tensors[names[name]].path, names[name]
             all_finite({theirs: numbers(model, name, tensor)}, path)
             fault = f"{path} has weights in {theirs} too large for {dtype}"
             raise ModelError(f"{fault}: choose bfloat16 or float32.")

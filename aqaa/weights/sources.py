@@ -23,17 +23,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 def find(source):
     """The folder of `source`, which is "mini" or a path. Raises ModelError when there is none."""
     folder = data_folder() / "mini" if source == "mini" else Path(source)
-    fault = None
     if source in PRESETS and source != "mini":
-        remedy = "use mini, or name the released folders"
-        fault = f"no weights are shipped for preset {source!r}: {remedy}"
-    elif not folder.is_dir() and source == "mini":
-        fault = f"no weights at {folder}: set AQAA_DATA to the `data` folder of a clone of aqaa"
-    elif not folder.is_dir():
-        remedy = "use mini, or name a folder with config.json and weights"
-        fault = f"unknown preset {str(source)!r}: {remedy}"
-    if fault:
-        raise ModelError(f"{fault}.")
+        fault = f"no weights are shipped for preset {source!r}"
+        raise ModelError(f"{fault}: use mini, or name the released folders.")
+    if not folder.is_dir() and source == "mini":
+        fault = f"no weights at {folder}"
+        raise ModelError(f"{fault}: set AQAA_DATA to the `data` folder of a clone of aqaa.")
+    if not folder.is_dir():
+        fault = f"unknown preset {str(source)!r}"
+        raise ModelError(f"{fault}: use mini, or name a folder with config.json and weights.")
     return folder
 
 
@@ -44,9 +42,7 @@ def roles(folder):
 
 def released_folders(source, given):
     """The folders named in {role: folder or None}; for preset "full" $AQAA_ROLE names the others.
-
-    Raises ModelError if "full" lacks one.
-    """
+    Raises ModelError if "full" lacks one."""
     if source == "full":
         variables = {role: f"AQAA_{role.upper()}" for role in given}
         given = {role: folder or os.environ.get(variables[role]) for role, folder in given.items()}
@@ -59,15 +55,12 @@ def released_folders(source, given):
 
 def check_choices(named, device, dtype=None, amx=False, speaker=None):
     """Raise ModelError for a dtype that weights cannot have, or choices that exclude each other.
-
-    named: released folders by role; device, dtype: names.
-    """
-    fault = None
+    named: released folders by role; device, dtype: names."""
     if dtype is not None and dtype not in DTYPES:
-        fault = f"weights cannot be {dtype!r}: choose float32, bfloat16 or float16."
-    elif amx and not device.startswith("cpu"):
-        fault = f"amx is a part of processors, and the device is {device}: leave one of them out."
-    elif speaker is not None and "vocoder" not in named:
-        fault = "a speaker's voice needs a released vocoder: name its folder with --vocoder."
-    if fault:
-        raise ModelError(fault)
+        raise ModelError(f"weights cannot be {dtype!r}: choose float32, bfloat16 or float16.")
+    if amx and not device.startswith("cpu"):
+        fault = f"amx is a part of processors, and the device is {device}"
+        raise ModelError(f"{fault}: leave one of them out.")
+    if speaker is not None and "vocoder" not in named:
+        fault = "a speaker's voice needs a released vocoder"
+        raise ModelError(f"{fault}: name its folder with --vocoder.")

@@ -2,7 +2,9 @@
 
 import math
 import reprlib
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -32,15 +34,11 @@ def shown(value):
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# ---- settings -----------------------------------------------------------------------------------
-
-
 def settings(data):
     """AQAAConfig of what a config.json holds.
 
     Raises ValueError, which names the setting, for an unknown one, for a value of another type or
-    out of range, and for two that contradict each other.
-    """
+    out of range, and for two that contradict each other."""
     config = AQAAConfig.from_dict(_checked(AQAAConfig, data))
     for fault in contradictions(config):
         raise ValueError(fault)
@@ -63,10 +61,8 @@ def _checked(cls, data, where=""):
 
 
 def check_setting(setting, value, place):
-    """Raise ValueError unless `value` has the type of a dataclass field and a plausible size.
-
-    The range follows from the field's default; the sentence calls the value `place`.
-    """
+    """Raise ValueError unless `value` has the type of a dataclass field and a plausible size. The
+    range follows from the field's default; the sentence calls the value `place`."""
     if setting.type is str:
         wanted = "a short name"
         usable = isinstance(value, str) and value.isprintable() and len(value) < 100
@@ -138,15 +134,11 @@ def contradictions(config):
         yield f"ids has the markers {markers}, {wanted} are expected"
 
 
-# ---- weights ------------------------------------------------------------------------------------
-
-
 class Room(TorchFunctionMode):
     """Within it modules are built that a file of `tensors` tensors and `size` bytes can fill.
 
     A module that asks for more stops with a ValueError before that much memory is taken. Without a
-    file: any.
-    """
+    file: any."""
 
     def __init__(self, tensors=math.inf, size=math.inf):
         super().__init__()
@@ -177,14 +169,9 @@ class skip_init(Room):
 
 
 def not_finite(state):
-    """"nan at name[3, 5]" of the first value that is no finite number; "" if there is none.
-
-    state: {name: tensor}.
-    """
-    floats = {
-        name: t for name, t in state.items()
-        if t.is_floating_point() and t.numel() and not t.is_meta
-    }  # fmt: skip
+    """"nan at name[3, 5]" of the first value in {name: tensor} that is not finite; "" if none."""
+    real = (t.is_floating_point() and t.numel() and not t.is_meta for t in state.values())
+    floats = dict(compress(state.items(), real))
     dtypes = {t.dtype for t in floats.values()}
     if all(_finite([t for t in floats.values() if t.dtype == dtype]) for dtype in dtypes):
         return ""
@@ -198,8 +185,7 @@ def _finite(tensors):
     """Are all values of tensors of one dtype finite? One pass, without a copy of a large tensor.
 
     NaN is both the least and the largest of the values around it. Most tensors are small: they are
-    looked at together.
-    """
+    looked at together."""
     if tensors[0].element_size() == 1:  # fp8 has no order
         tensors = [t.float() for t in tensors]
     groups = [t for t in tensors if t.numel() > SMALL]
@@ -215,25 +201,16 @@ def all_finite(state, path):
         raise ModelError(f"{path} holds {fault}, where a finite number is expected: {AGAIN}.")
 
 
-# ---- hashes -------------------------------------------------------------------------------------
-
-
 def recorded(folder):
-    """{file name: its "bytes" and "sha256"} of a folder's record.json; {} without one.
-
-    Raises ModelError.
-    """
+    """{file: its "bytes" and "sha256"} by a folder's record.json; {} without. Raises ModelError."""
     path = Path(folder) / "record.json"
-    try:
+    with suppress(ValueError, AttributeError):
         files = read_json(path).get("files", {}) if path.is_file() else {}
         rows = files.values()
         kinds = {(type(row.get("bytes", 0)), type(row.get("sha256", ""))) for row in rows}
-        whole = kinds <= {(int, str)} and all(Path(name).name == name for name in files)
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ModelError(f"{path} does not list files with their sizes and hashes: {AGAIN}.")
-    return files
+        if kinds <= {(int, str)} and all(Path(name).name == name for name in files):
+            return files
+    raise ModelError(f"{path} does not list files with their sizes and hashes: {AGAIN}.")
 
 
 def as_recorded(path, hashed=True):

@@ -6,7 +6,7 @@ import json
 import torch
 
 from aqaa import audio
-from aqaa.notebook import explore, talk, widgets
+from aqaa.notebook import base, explore, talk, widgets
 
 # What the script asks of a model. Bytes come as base64 and are what the scripts expect: a DataView.
 PAGE = """<!doctype html><meta name="viewport" content="width=device-width"><style>%s</style>
@@ -75,9 +75,9 @@ def every_widget(model, question):
     marked._receive(None, {"type": "submit", "scores": [4, 2, 5]}, [])
     voice = explore.VoiceControl(model, interactive=True)
     take = {"manner": "normal", "temperature": 0.3, "seed": 0, "seconds": 2.04, "f0": 168.0, "energy": -21.4}
-    voice._set(takes=[{**take, "sound": widgets.pcm16(wav), "rate": 16_000}] * 2, said=1, message="Said it: 2.04 s.")
+    voice._set(takes=[{**take, "sound": base.pcm16(wav), "rate": 16_000}] * 2, said=1, message="Said it: 2.04 s.")
     player = talk.Player(interactive=True)
-    player._set(phase="done", text=question["transcript"], sound=widgets.pcm16(wav), rate=16_000,
+    player._set(phase="done", text=question["transcript"], sound=base.pcm16(wav), rate=16_000,
                 message="2.2 s made in 4 pieces, first sound after 240 ms, 0 gaps.")  # fmt: skip
     refused = widgets.Planner(interactive=True)
     refused._receive(None, {"type": "set", "count": 1, "gpu": "H100-80", "weights": "bf16"}, [])

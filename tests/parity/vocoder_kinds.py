@@ -1,5 +1,7 @@
 """Fixtures of the vocoder: length_regulator, cfm_estimator, flow, hift."""
 
+from types import SimpleNamespace
+
 import torch
 
 from aqaa.config import FlowConfig, HiftConfig, MelConfig
@@ -28,8 +30,7 @@ def length_regulator(path):
 
 def unet(c, channels_in):
     """UNet from the constructor arguments of an estimator fixture."""
-    sizes = (c[k] for k in ("channels", "n_blocks", "num_mid_blocks", "num_heads", "attention_head_dim"))
-    return ready(UNet(channels_in, c["out_channels"], *sizes))
+    return ready(UNet(channels_in, c["out_channels"], SimpleNamespace(**c)))
 
 
 def cfm_estimator(path):
