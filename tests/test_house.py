@@ -17,15 +17,16 @@ from notebooks.house import APART, FLOORS, PICTURE, draw, graph, part_of, rooms,
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
 BUDGET = {  # lines; what a reader reads to understand the model comes first
-    "config audio tokenizers backbone vocoder answer listening pipeline": 4_930,
+    "config audio tokenizers backbone vocoder answer listening pipeline": 4_840,
     "fast": 1_100,
-    "sound_files sound_headers": 520,  # whatever files people have
-    "aqaa __main__ cli options doctor records loading weights": 2_560,
-    "files processor": 280,  # whole files or none, what this processor has
-    "corpus pitch batching training evaluation": 5_300,
-    "scale": 2_150,
-    "notebook": 2_020,
+    "sound_files sound_headers": 540,  # whatever files people have
+    "aqaa __main__ cli options doctor records loading weights": 2_280,
+    "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
+    "corpus pitch batching training evaluation": 5_200,
+    "scale": 1_880,
+    "notebook": 1_880,
 }
+READING = "config audio tokenizers backbone vocoder answer listening pipeline".split()
 PIP_SECTION = re.compile(r"^ +- pip:\n((?: {6}.*\n?)+)", re.MULTILINE)
 
 
@@ -102,6 +103,43 @@ def test_no_file_is_long_and_the_package_is_small():
     for parts, most in BUDGET.items():
         assert sum(sizes.pop(part) for part in parts.split()) < most, parts
     assert not sizes, "these have no budget"
+
+
+def functions(text):
+    """(name, lines) of every function of a text."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_no_function_that_a_student_reads_is_long():
+    long = [
+        f"{module}.{name}: {lines} lines"
+        for module, text in texts().items()
+        if part_of(module) in READING or module == "aqaa.training.objectives"
+        for name, lines in functions(text)
+        if lines > 60
+    ]
+    assert long == []
+
+
+@pytest.mark.parametrize("pattern, homes", [
+    (r"class \w*DecoderLayer\b", {"aqaa.backbone.layers"}),  # one decoder layer
+    (r"class Step1\w*Attention\b", {"aqaa.backbone.layers"}),  # one attention forward; its kernels stand in fast
+    (r"^def draw\(rows|\bcumsum\(-1\) - |torch\.multinomial", {"aqaa.backbone.generation"}),  # one draw loop
+    (r'"human"', {"aqaa.tokenizers.dialogue"}),  # one chat template
+    (r"os\.(replace|rename)\(", {"aqaa.files"}),  # one atomic writer
+])  # fmt: skip
+def test_what_there_is_one_of(pattern, homes):
+    found = {module for module, text in texts().items() if re.search(pattern, text, re.MULTILINE)}
+    assert found == homes
+
+
+def test_no_file_of_the_model_imports_its_faster_twins():
+    below = FLOORS[: floor_of("aqaa.fast")]
+    for module, others in graph(texts()).items():
+        if any(part_of(module) in floor.split() for floor in below):
+            assert "fast" not in map(part_of, others), module
 
 
 def names_no_encoding(call):
