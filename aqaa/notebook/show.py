@@ -26,6 +26,7 @@ from aqaa.notebook import figures
 from aqaa.notebook.charts import Table, bars, curves, ledger, radar
 from aqaa.notebook.figures import attention, maps, mel, spectrogram, trajectory, waveform
 from aqaa.notebook.strips import KINDS, alignment, blocks, sequence, streams, token_cells
+from aqaa.sound_files import RATES
 from aqaa.weights.model_folder import ROLES
 
 __all__ = [
@@ -58,7 +59,7 @@ class Sound:
     def __init__(self, wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
         self.wav, self.rate = figures.array(wav, 1, "the sound"), int(rate)
         self.title, self.transcript = title, transcript
-        if not audio.RATES[0] <= self.rate <= audio.RATES[1]:
+        if not RATES[0] <= self.rate <= RATES[1]:
             raise ValueError(f"a sound of {rate} samples a second cannot be played: "
                              "pass its rate in Hz.")
         self.mp3 = _mp3(self.wav, self.rate, level)
