@@ -177,8 +177,8 @@ def others(engine, seconds):
     keys, values = engine.cache.keys[0], engine.cache.values[0]
     heads, _, _, down, norm, _ = engine.fused.layers[0]
     stream, inner = (torch.randn(1, rows.size, device=engine.device) for rows in (heads, down))
-    query = stream.to(keys.dtype).view(1, 1, -1, engine.width)
-    scale, parts = engine.width**-0.5, engine.model.modules()
+    width, parts = keys.shape[-1], engine.model.modules()
+    query, scale = stream.to(keys.dtype).view(1, 1, -1, width), width**-0.5
     gate = next(part for part in parts if getattr(part, "out_features", 0) == down.size)
     context = (query, keys, values, engine.slopes, engine.first, scale, stream)
     launches = {
