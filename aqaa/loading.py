@@ -9,7 +9,7 @@ from aqaa.files import ModelError, passing_on
 from aqaa.pipeline import AQAA
 from aqaa.weights import model_folder
 from aqaa.weights.model_folder import PARTS
-from aqaa.weights.sources import ROLES, check_choices, released_folders
+from aqaa.weights.sources import ROLES, check_choices, find, released_folders
 
 CAST = ("backbone", "flow")  # parts that `dtype` concerns; codes and phases need fp32
 
@@ -56,7 +56,7 @@ def load(
             matrix_units.compiled()
     folder, config, sources, voice = None, AQAAConfig(), {}, None
     if len(given) < len(ROLES):  # some parts come from a folder like the mini
-        folder = model_folder.find(source)
+        folder = find(source)
         config = model_folder.read_config(folder)
     if given:
         from aqaa.weights import released  # it imports transformers

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 
 from aqaa.config import AQAAConfig, BackboneConfig, FlowConfig, HiftConfig, LinguisticConfig, SemanticConfig
-from aqaa.weights import model_folder
+from aqaa.weights import model_folder, sources
 from tests.test_semantic import consumer
 from tests.test_text import field
 
@@ -50,7 +50,7 @@ def sizes(n_text):
 
 def write(folder, n_text=65_536, seed=0):
     """{role: folder} of a release below `folder`; n_text: pieces of the text tokenizer before `<audio_0>`."""
-    config, folders = sizes(n_text), {role: Path(folder) / role for role in model_folder.ROLES}
+    config, folders = sizes(n_text), {role: Path(folder) / role for role in sources.ROLES}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = {name: model_folder.build(name, config).state_dict() for name in model_folder.PARTS}

@@ -201,7 +201,7 @@ def test_help_has_an_example_that_can_be_parsed_and_the_defaults(verb, capsys):
 
 def test_the_defaults_that_help_tells_are_those_of_the_pipeline():
     from aqaa import loading, pipeline
-    from aqaa.weights.model_folder import ROLES
+    from aqaa.weights.sources import ROLES
 
     assert options.SAMPLING.items() <= pipeline.SAMPLING.items()
     assert tuple(options.RELEASED) == ROLES

@@ -23,7 +23,7 @@ from aqaa import cli, files
 from aqaa.fast import prepared
 from aqaa.files import ModelError
 from aqaa.pipeline import AQAA
-from aqaa.weights import model_folder, readers, shards
+from aqaa.weights import model_folder, readers, shards, sources
 from tests import release
 from tests.conftest import tiny_config, tone
 from tests.test_text import field
@@ -52,11 +52,11 @@ def copy(small, tmp_path):
 
 
 def options(folder, *roles):
-    return [word for role in roles or model_folder.ROLES for word in (f"--{role}", str(folder / role))]
+    return [word for role in roles or sources.ROLES for word in (f"--{role}", str(folder / role))]
 
 
 def test_the_environment_may_name_the_folders(small, question, monkeypatch):
-    for role in model_folder.ROLES:
+    for role in sources.ROLES:
         monkeypatch.setenv(f"AQAA_{role.upper()}", str(small[role]))
     by_name = model(small["backbone"].parent).ask(question, max_tokens=20)
     assert aqaa.load("full").ask(question, max_tokens=20).tokens == by_name.tokens
@@ -65,7 +65,7 @@ def test_the_environment_may_name_the_folders(small, question, monkeypatch):
 
 
 def model(folder, *roles, **more):
-    return aqaa.load("full" if not roles else "mini", **{r: folder / r for r in roles or model_folder.ROLES}, **more)
+    return aqaa.load("full" if not roles else "mini", **{r: folder / r for r in roles or sources.ROLES}, **more)
 
 
 def fault(use, seconds=math.inf):
@@ -142,7 +142,7 @@ def refused(question, capsys):
     return ask
 
 
-@pytest.mark.parametrize("role", model_folder.ROLES)
+@pytest.mark.parametrize("role", sources.ROLES)
 def test_the_mini_takes_no_part_with_other_codes(small, refused, role):
     assert "take both from one release" in refused(*options(small["backbone"].parent, role))
 
@@ -394,7 +394,7 @@ def test_a_damaged_release(copy, refused, tmp_path, capsys, monkeypatch, name):
     assert not (tmp_path / "out.wav").exists() and not (tmp_path / "bomb").exists()
     assert words in err and len(err) < 600, err
     assert not any(other in err for _, other in DAMAGES.values() if other != words), err
-    assert cli.main(["doctor", *(str(copy / role) for role in model_folder.ROLES)]) == 1
+    assert cli.main(["doctor", *(str(copy / role) for role in sources.ROLES)]) == 1
     assert words in capsys.readouterr()[1].replace("\n", " ")
 
 
@@ -550,7 +550,7 @@ def test_settings_of_a_release_that_cannot_be(copy, values, words):
 
 def test_doctor_tells_what_folders_hold_without_loading_them(small, capsys, monkeypatch):
     monkeypatch.setattr(shards, "safe_open", lambda *_: pytest.fail("weights were opened"))
-    folders = [str(small[role]) for role in model_folder.ROLES]
+    folders = [str(small[role]) for role in sources.ROLES]
     assert cli.main(["doctor", *folders, "--json"]) == 0
     report = json.loads(capsys.readouterr()[0])
     assert [report[folder]["roles"] for folder in folders] == [["tokenizer"], ["backbone"], ["vocoder"]]
@@ -576,7 +576,7 @@ def test_doctor_checks_hashes_and_looks_into_folders(copy, capsys):
     record(facts)(copy)
     assert cli.main(["doctor", str(copy)]) == 0  # all three in it
     out = capsys.readouterr()[0]
-    assert all(f"{copy / role}\n" in out for role in model_folder.ROLES)
+    assert all(f"{copy / role}\n" in out for role in sources.ROLES)
     record(facts | {"sha256": "0" * 64})(copy)
     assert cli.main(["doctor", str(copy)]) == 1
     assert "does not have the hash" in capsys.readouterr()[1]

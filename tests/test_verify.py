@@ -13,7 +13,7 @@ from aqaa.config import AQAAConfig, preset
 from aqaa.fast import prepared
 from aqaa.files import ModelError
 from aqaa.scale import convert
-from aqaa.weights import model_folder, verify
+from aqaa.weights import model_folder, sources, verify
 from tests.conftest import fails, tiny_config
 
 NAN, INF = float("nan"), float("inf")
@@ -226,7 +226,7 @@ def sound(hift):
 @pytest.mark.parametrize("source", ["mini", "int4", "fp8"])
 def test_loading_and_saving_change_nothing(tmp_path, source):
     """All tensors as they were read, also folded and quantised ones; and a second time the very same bytes."""
-    folder = model_folder.find("mini")
+    folder = sources.find("mini")
     if source != "mini":
         convert.convert("mini", tmp_path / "source", source, quiet=True)
         folder = tmp_path / "source"

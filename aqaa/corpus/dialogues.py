@@ -7,7 +7,7 @@ from aqaa.corpus.plan import asked_in, plan
 from aqaa.files import data_folder
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import normalise, tagged
-from aqaa.weights import model_folder
+from aqaa.weights import model_folder, sources
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
 
     Spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or OSError.
     """
-    folder = model_folder.find(source)
+    folder = sources.find(source)
     ids = model_folder.read_config(folder).ids
     text = model_folder.read_text(folder, ids.n_text)
     items = plan(seed=seed)

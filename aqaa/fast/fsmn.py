@@ -10,6 +10,8 @@ from aqaa.tokenizers.linguistic import SANMAttention
 
 
 class ToeplitzSANM(SANMAttention):
+    """SANM attention whose memory, v (B, C, R, D) → (B, C, R, D), is one product a channel."""
+
     def memory(self, v):
         rows = v.shape[2]
         taps = F.pad(self.fsmn_block.weight[:, 0], (rows, rows))  # (D, kernel + 2 R)

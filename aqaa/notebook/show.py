@@ -27,7 +27,7 @@ from aqaa.notebook.charts import Table, bars, curves, ledger, radar
 from aqaa.notebook.figures import attention, maps, mel, spectrogram, trajectory, waveform
 from aqaa.notebook.strips import KINDS, alignment, blocks, sequence, streams, token_cells
 from aqaa.sound_files import RATES
-from aqaa.weights.model_folder import ROLES
+from aqaa.weights.sources import ROLES
 
 __all__ = [
     "KINDS", "Player", "Sound", "Source", "Table", "alignment", "attention", "bars", "blocks",

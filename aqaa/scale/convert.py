@@ -26,7 +26,7 @@ from aqaa.backbone.step1 import Step1Config
 from aqaa.config import BackboneConfig
 from aqaa.files import AGAIN, ModelError, read_json, reading, replacing, write_json
 from aqaa.scale.quantize import Calibration, group_for, replace_linears
-from aqaa.weights import model_folder, released, shards, verify
+from aqaa.weights import model_folder, released, shards, sources, verify
 
 METHODS = ("rtn", "gptq")
 OWN = "backbone.safetensors"  # of a folder like data/mini
@@ -76,7 +76,7 @@ def convert(
     written if it cannot be done.
     """
     device = loading.device_of(device)
-    folder, out = model_folder.find(source), Path(out)
+    folder, out = sources.find(source), Path(out)
     if out.resolve() == folder.resolve():
         raise ModelError(f"{out} is the source itself: name another folder.")
     own = (folder / OWN).is_file()
@@ -296,7 +296,7 @@ def main(args):
     rows = None
     if args.method == "gptq" and args.calibration:
         rows = read_rows(args.calibration)
-    elif args.method == "gptq" and (model_folder.find(args.source) / OWN).is_file():
+    elif args.method == "gptq" and (sources.find(args.source) / OWN).is_file():
         from aqaa.corpus.dialogues import dialogues
 
         rows = [dialogue.ids for dialogue in dialogues(args.source, "train", DIALOGUES)]

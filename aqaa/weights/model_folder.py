@@ -21,10 +21,8 @@ from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.vocoder.flow import Flow
 from aqaa.vocoder.hift import HiFT
-from aqaa.weights import sources, verify
+from aqaa.weights import verify
 from aqaa.weights.verify import all_finite, as_recorded, recorded, skip_init
-
-ROLES, find = sources.ROLES, sources.find
 
 PARTS = {  # name of the part, and of its file: its class
     "linguistic": LinguisticTokenizer, "semantic": SemanticTokenizer, "backbone": PlainStep1,

@@ -19,8 +19,9 @@ from aqaa.tokenizers import s3_onnx
 from aqaa.tokenizers.linguistic import read_mvn
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.weights import model_folder, readers, shards, verify
-from aqaa.weights.model_folder import ROLES, build, fit
+from aqaa.weights.model_folder import build, fit
 from aqaa.weights.readers import file_in, pick, pickled, unusable
+from aqaa.weights.sources import ROLES
 from aqaa.weights.verify import all_finite, as_recorded, skip_init
 
 NPY, ONNX, YAML = "linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx", "cosyvoice.yaml"
