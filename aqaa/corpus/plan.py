@@ -11,9 +11,11 @@ from aqaa.corpus import intents as C
 from aqaa.corpus import voices as V
 from aqaa.corpus.curriculum import LANGUAGE
 from aqaa.corpus.facts import phrases, stable_hash
+from aqaa.corpus.sentences import open_sentences
 
 HOLD_OUT = 20  # one answer in so many is kept from the tokenizers and the vocoder, for tests
 RECIPE = 1  # raise it when the same plan would sound different
+OPEN = {"natural": {"hibari:heart": 10_000, "kokoro:mix": 6_000}, "synthesizers": 4_000}
 GENERIC, ANSWER_VOICE_GENERIC, DEV = 7000, 800, 200  # utterances at scale 1
 CELLS = {  # evaluation: (utterances at scale 1, wording, voices)
     "seen_seen": (180, "seen", V.TRAINING),
@@ -32,7 +34,7 @@ class Item:
     id: str
     split: str  # train | dev | eval
     cell: str  # of evaluation: wording_voice, slot_seen or read_only; "" elsewhere
-    role: str  # question | generic | answer
+    role: str  # question | generic | answer | open
     text: str
     voice: str
     seed: int = 0
@@ -82,6 +84,29 @@ def plan(scale=1.0, seed=0):
     for number, item in enumerate(items):
         item.seed = stable_hash(str(seed), str(number), item.text)
         item.id = item.id or f"{item.role[0]}{number:06d}"
+    return items
+
+
+def open_plan(scale=1.0, seed=0, natural=True):
+    """Sentences of the open vocabulary for both tokenizers and for recognition, shuffled.
+
+    Without `natural` voices the synthesizers say their share alone."""
+    rng = Random(f"open {seed}")
+    counts = OPEN["natural"] if natural else {}
+    voices = [voice for voice, count in counts.items() for _ in range(_count(count, scale))]
+    choice = _Choice(rng)
+    count = _count(OPEN["synthesizers"], scale)
+    voices += [V.pick(choice, V.TRAINING) for _ in range(count)]
+    rng.shuffle(voices)
+    bare, patterns = C.bare_questions(), C.held_out_patterns()
+
+    def avoid(text):  # no question of the curriculum, least of all a held-out wording
+        return text in bare or any(pattern.search(text) for pattern in patterns)
+
+    items = []
+    for number, text in enumerate(open_sentences(len(voices), rng, avoid)):
+        seed_of = stable_hash(str(seed), "open", str(number), text)
+        items.append(Item(f"o{number:06d}", "train", "", "open", text, voices[number], seed_of))
     return items
 
 

@@ -19,6 +19,7 @@ import soundfile
 from tqdm import tqdm
 
 from aqaa import files
+from aqaa.corpus import engines
 from aqaa.corpus import voices as V
 from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import CELLS, Item, plan, plan_hash
@@ -28,6 +29,7 @@ PER_SHARD = 400
 RESUME = "run `aqaa train corpus --resume`"
 AGAIN = f"remove it and the file of the same name beside it, and {RESUME}"
 TRIES = 60  # renders until the sound is clearly of the wanted class
+LAST = "this is the last line"
 VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
 
 
@@ -36,7 +38,7 @@ def speak(items, folder, workers=2, progress=True):
 
     Raises FileNotFoundError without a synthesizer, ValueError for another plan's, WriteError.
     """
-    V.check_engines({item.voice for item in items})
+    engines.check_engines({item.voice for item in items})
     folder = Path(folder)
     files.probe(folder)
     files.sweep(folder)
@@ -121,7 +123,7 @@ def _leave_quietly():  # a worker that Ctrl-C reaches cleans up; its parent says
 def _speak_shard(index, items, folder):
     phones = phones_of(sorted({said_as(item.text) for item in items}))
     jobs = [(item.voice, said_as(item.text), _how(item)) for item in items if not item.want]
-    sounds = iter(V.synthesize(jobs))
+    sounds = iter(engines.synthesize(jobs))
     wavs, lines, offset = [], [], 0
     for item in items:
         item = replace(item, phones=phones[said_as(item.text)], shard=index, offset=offset)
@@ -149,6 +151,8 @@ def _how(item, attempt=0):
     """The answer voice's manner, or the variation this question's seed draws."""
     if item.manner and item.role != "question":
         return V.MANNERS[item.manner]
+    if item.voice in V.NATURAL and item.split == "train" and not item.want:
+        return V.draw_natural(_generator(item, attempt))
     return V.draw(_generator(item, attempt), item.want, mild=item.split != "train")
 
 
@@ -171,7 +175,7 @@ def _insist(item):
     for attempt in range(TRIES):
         if attempt:
             item.voice = V.pick(_generator(item, attempt + TRIES), pool, item.want)
-        (sound,) = V.synthesize([(item.voice, item.text, _how(item, attempt))])
+        (sound,) = engines.synthesize([(item.voice, item.text, _how(item, attempt))])
         wav = _finish(item, *sound, attempt)
         if V.belongs(vars(item), item.want):
             return wav
@@ -187,9 +191,11 @@ def phones_of(lines):
     command = "flite -voice slt --setf duration_stretch=0.02 -ps -o none -f".split()
     with files.scratch() as folder:
         path = folder / "lines.txt"
-        path.write_text("\n\n".join(f"{line}." for line in lines), encoding="utf-8")
+        # flite swallows a last text of one word: it gets company, whose phones are dropped.
+        path.write_text("\n\n".join(f"{line}." for line in [*lines, LAST]), encoding="utf-8")
         done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
     spoken = [[p for p in line.split() if p != "pau"] for line in done.stdout.splitlines()]
+    del spoken[-1:]
     if len(spoken) != len(lines):
         raise RuntimeError(f"flite made {len(spoken)} utterances of {len(lines)} texts; its front "
                            "end has changed.")

@@ -1,26 +1,20 @@
-"""Speech of three Debian synthesizers: voices, variations that make many of few, answer manners.
+"""Who speaks, variations that make many voices of few, and the manners of answers.
 
 Training and evaluation voices are disjoint. Every render draws the engine's rate and pitch, then a
-playback rate (moves pitch and formants together), a gain, and sometimes noise or a room.
+playback rate (moves pitch and formants together), a gain, and sometimes noise, a room or a line.
 """
 
-import shutil
-import subprocess
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
-from scipy.signal import fftconvolve, lfilter, resample_poly
+from scipy.signal import lfilter, resample_poly
 
 from aqaa.config import GROUP_SECONDS, SAMPLE_RATE
-from aqaa.files import scratch
+from aqaa.corpus import degrade
 from aqaa.pitch import f0
 
-INSTALL = ("apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k "
-           "festvox-us-slt-hts")  # fmt: skip
-PROGRAMS = {"espeak": "espeak-ng", "flite": "flite", "festival": "festival"}
 ANSWER_VOICE = "flite:slt"
 ANSWER_GAIN = 0.631  # brings flite's slt to -20 dBFS rms in the normal manner
 PLAYBACK = (0.84, 1.19), (0.9, 1.12)  # bounds of the usual and of the mild variations
@@ -39,7 +33,10 @@ class Manner:
 
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-TRAINING, EVALUATION = (tuple(TABLES[name].split()) for name in ("training", "evaluation"))
+TRAINING, EVALUATION, NATURAL, NATURAL_HELD_OUT = (
+    tuple(TABLES[name].split())
+    for name in ("training", "evaluation", "natural", "natural_held_out")
+)
 MANNERS = {name: Manner(**options) for name, options in TABLES["manners"].items()}
 CLASSES = {name: entry["is"] for name, entry in TABLES["classes"].items()}
 AIMS = {"": {}} | {name: entry["aim"] for name, entry in TABLES["classes"].items()}
@@ -63,14 +60,6 @@ def gender(voice):
     return "woman" if any(part in voice for part in FEMALE) else "man"
 
 
-def check_engines(voices=TRAINING + EVALUATION):
-    """Raises FileNotFoundError with the install line if a synthesizer is missing."""
-    programs = {PROGRAMS[voice.split(":")[0]] for voice in voices}
-    if missing := " and ".join(sorted(name for name in programs if not shutil.which(name))):
-        raise FileNotFoundError(f"{missing} not found: speaking the corpus needs it; run "
-                                f"`{INSTALL}`.")
-
-
 @dataclass
 class Draw:
     """What one render draws. Rate, pitch and spread are factors on the voice's own."""
@@ -87,6 +76,9 @@ class Draw:
     lead: float = 0.1  # s of silence
     trail: float = 0.1
     mark: str = ""  # punctuation given to the engine
+    formants: float = 1.0  # factor on them alone, where an engine can (hibari)
+    breath: float = 0.0  # dB on the noise in the voice (hibari)
+    line: str = ""  # what the sound comes through: a name of degrade.LINES
 
 
 def draw(rng, want="", mild=False):
@@ -108,75 +100,26 @@ def draw(rng, want="", mild=False):
     return d
 
 
-def synthesize(jobs):
-    """Speak [(voice, text, Draw or Manner), …] -> list of (float samples (N,), rate).
-
-    festival speaks all its jobs in one process, by voice: loading one costs more than speaking.
-    Raises RuntimeError when an engine fails.
-    """
-    with scratch() as folder:
-        paths = [f"{folder}/{i}.wav" for i in range(len(jobs))]
-        batch = {}  # lines for festival by voice
-        for (voice, text, how), path in zip(jobs, paths, strict=True):
-            engine, name = voice.split(":")
-            if engine == "festival":
-                batch.setdefault(name, [f"(voice_{name})"]).append(_scheme(name, text, how, path))
-            elif engine == "flite":
-                _run(_flite(name, text, how, path))
-            else:
-                ssml = f'<prosody range="{int(100 * how.spread)}%">{text}{how.mark}</prosody>'
-                _run(_espeak(name, path, how), ssml)
-        if batch:
-            script = Path(folder, "batch.scm")
-            lines = [line for name in sorted(batch) for line in batch[name]]
-            script.write_text("\n".join(lines), encoding="utf-8")
-            _run(["festival", "-b", str(script)])
-        return [soundfile.read(path, dtype="float32") for path in paths]
-
-
-def _run(command, text=None):
-    done = subprocess.run(command, input=text, encoding="utf-8", capture_output=True, timeout=300)
-    if done.returncode:
-        fault = done.stderr.strip()[:200]
-        raise RuntimeError(f"{command[0]} failed with {fault!r}; the command was {command}")
-
-
-def _pitch(name, how):  # f0 target of a voice in Hz: mean, standard deviation
-    mean, spread = TABLES["pitch"][name]
-    return mean * how.pitch, spread * how.spread * how.pitch
-
-
-def _flite(name, text, how, path):
-    if isinstance(how, Manner):
-        stretch, mean, spread = how.stretch, how.mean, how.spread
-    else:
-        stretch, text = 1 / how.rate, text + how.mark
-        mean, spread = _pitch(name, how)
-    return ["flite", "-voice", name, "--setf", f"duration_stretch={stretch:.4f}",
-            "--setf", f"int_f0_target_mean={mean:.4f}", "--setf",
-            f"int_f0_target_stddev={spread:.4f}", "-t", " " + text, "-o", path]  # fmt: skip
-
-
-def _espeak(name, path, how):
-    pitch = int(np.clip(58 + 60 * np.log2(how.pitch), 0, 99))  # near 50 is the variant's own
-    rate = int(165 * how.rate)
-    return ["espeak-ng", "-v", name, "-s", str(rate), "-p", str(pitch), "-m", "-w", path]
-
-
-def _scheme(name, text, how, path):
-    lines = [f"(Parameter.set 'Duration_Stretch {1 / how.rate:.4f})"]
-    if name in TABLES["pitch"]:
-        mean, spread = _pitch(name, how)
-        lines.append(f"(set! int_lr_params '((target_f0_mean {mean:.1f}) (target_f0_std "
-                     f"{spread:.1f}) (model_f0_mean 170) (model_f0_std 34)))")
-    lines.append(f'(set! u (utt.synth (Utterance Text "{text}{how.mark}")))')
-    return "\n".join([*lines, f"(utt.save.wave u \"{path}\" 'riff)"])
-
-
 def to_16k(samples, rate, playback=1.0):
     """Resample to 16 kHz while playing `playback` times as fast."""
     up, down = 160, round(160 * rate * playback / SAMPLE_RATE)  # resample_poly divides by their gcd
     return samples if up == down else resample_poly(samples, up, down).astype(np.float32)
+
+
+def draw_natural(rng):
+    """A Draw for a natural voice: wider in pitch than a synthesizer bears, and through more lines.
+
+    One in three is a low voice: most natural styles are women's."""
+    d = draw(rng)
+    d.rate, d.spread = rng.uniform(0.75, 1.3), 2 ** rng.uniform(-0.7, 0.6)
+    d.pitch = 2 ** (rng.uniform(-1.0, -0.5) if rng.random() < 0.33 else rng.uniform(-0.4, 0.4))
+    low = d.pitch < 0.71
+    d.formants = rng.uniform(0.8, 0.95) if low else rng.uniform(0.88, 1.15)
+    d.playback = rng.uniform(0.85, 1.05) if low else rng.uniform(0.88, 1.15)
+    d.breath = rng.uniform(-6, 6)
+    if rng.random() < 0.3:
+        d.line = str(rng.choice(list(degrade.LINES)))
+    return d
 
 
 def trim(wav, keep=0.08, floor=0.015):
@@ -190,23 +133,16 @@ def trim(wav, keep=0.08, floor=0.015):
     return wav[max(0, loud[0] * hop - pad) : (loud[-1] + 1) * hop + pad]
 
 
-def rms(wav):
-    return float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)) + 1e-20))
-
-
 def vary(speech, d, rng):
-    """Room, gain, silence and noise of a Draw, on trimmed speech (N,) at 16 kHz. Returns int16."""
+    """Room, gain, silence, noise and line of a Draw, on trimmed speech (N,) at 16 kHz. int16."""
     if d.room:
-        n = int(d.room * SAMPLE_RATE)
-        tail = rng.standard_normal(n) * np.exp(-6.9 * np.arange(n) / n)  # -60 dB at its end
-        echo = fftconvolve(speech, tail)
-        level = rms(speech) / rms(echo[: len(speech)])
-        speech = np.pad(speech, (0, n - 1)) + d.wet * echo * level
-    speech = speech * (10 ** (d.gain / 20) / rms(speech))
+        speech = degrade.room(speech, d.room, d.wet, rng)
+    speech = speech * (10 ** (d.gain / 20) / degrade.rms(speech))
     wav = np.pad(speech, (int(d.lead * SAMPLE_RATE), int(d.trail * SAMPLE_RATE)))
     if d.snr < 99:
-        noise = lfilter([1], [1, -d.color], rng.standard_normal(len(wav)))
-        wav = wav + noise * (rms(speech) * 10 ** (-d.snr / 20) / rms(noise))
+        wav = degrade.noise(wav, d.snr, rng, d.color, level=degrade.rms(speech))
+    if d.line:
+        wav = degrade.LINES[d.line](wav)
     return to_int16(wav)
 
 
@@ -220,10 +156,10 @@ def say_answer(samples, rate, manner):
     """An answer's int16 wave: tilt and gain of its manner on a fixed calibration, whole groups."""
     how, wav = MANNERS[manner], trim(to_16k(samples, rate))
     if how.tilt:
-        before = rms(wav)
+        before = degrade.rms(wav)
         zeros, poles = ([1, -how.tilt], [1]) if how.tilt > 0 else ([1 + how.tilt], [1, how.tilt])
         wav = lfilter(zeros, poles, wav)
-        wav = wav * (before / rms(wav))
+        wav = wav * (before / degrade.rms(wav))
     wav = wav * ANSWER_GAIN * 10 ** (how.gain / 20)
     loud = np.abs(wav)  # above 0.7 it bends towards full scale
     wav = np.where(loud > 0.7, np.sign(wav) * (0.7 + 0.3 * np.tanh((loud - 0.7) / 0.3)), wav)
