@@ -59,7 +59,7 @@ def speak(items, folder, workers=2, progress=True):
                 bar.update(_speak_shard(i, shards[i], folder))
             return Corpus(folder)
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-        with ProcessPoolExecutor(workers, context, _leave_quietly) as pool:
+        with ProcessPoolExecutor(workers, context, _leave_quietly, max_tasks_per_child=4) as pool:
             futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
             try:
                 for future in as_completed(futures):
