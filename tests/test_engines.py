@@ -70,7 +70,7 @@ def test_what_is_missing_is_named_with_its_install_line(monkeypatch):
         engines.check_engines(["piper:joe"])
 
 
-@pytest.mark.parametrize("told, version", [("eSpeak NG text-to-speech: 1.51  Data at", "1.51"), ("who knows", "unknown")])
+@pytest.mark.parametrize("told, version", [("eSpeak NG: 1.51  Data at", "1.51"), ("who knows", "unknown")])
 def test_a_program_tells_its_version(monkeypatch, told, version):
     monkeypatch.setattr(engines.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=told, stderr=""))
     assert engines.versions(["espeak:en-us"]) == {"espeak": version}

@@ -48,7 +48,7 @@ def say(voice, text, how):
     else:
         base = {"woman": 195, "man": 112}[voices.gender(voice)] * (0.95 + crc32(voice.encode()) % 100 / 1000)
         rate, pitch, spread = how.rate, base * how.pitch, 1.3 * how.spread
-    seconds = vowels.sum() / (SYLLABLES * rate)
+    seconds = max(1, vowels.sum()) / (SYLLABLES * rate)  # lone letters may have no vowel
     edges = np.cumsum(1 + vowels) / np.sum(1 + vowels) * seconds * RATE  # a vowel takes twice the time
     time = np.arange(int(seconds * RATE)) / RATE
     swing = np.sin(2 * np.pi * max(2, round(2 * seconds)) * time / seconds)

@@ -23,14 +23,16 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True, only=N
         if any((folder / part).glob("shard_*")):
             raise ValueError(f"{folder / part} already holds shards; resume them or give another "
                              "folder.")
-    plans, left_out = {}, 0
-    for part in chosen:
-        if part == "people":
-            plans[part], left_out = _people(people, seed)
-        else:
-            plans[part] = _open(folder / part, scale, seed) if part == "open" else plan(scale, seed)
-        todo = speak.check(plans[part], folder / part)[1]
-        print(f"{part}: {cost(plans[part])}" if todo else f"{part}: all is there")
+    recorded, left_out = _people(people, seed) if people else ([], 0)  # first: it may be refused
+    makers = {
+        "questions": lambda: plan(scale, seed),
+        "open": lambda: _open(folder / "open", scale, seed),
+        "people": lambda: recorded,
+    }
+    plans = {part: makers[part]() for part in chosen}
+    for part, items in plans.items():
+        todo = speak.check(items, folder / part)[1]
+        print(f"{part}: {cost(items)}" if todo else f"{part}: all is there")
     for part, items in plans.items():
         spoken = speak.speak(items, folder / part, workers).items()
         hours = sum(item.length for item in spoken) / 16_000 / 3600
