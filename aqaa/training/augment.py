@@ -73,8 +73,8 @@ class Augment:
     def _curves(self, batch, rng, decibels):
         """(B, 1, n_mels): three slow cosines along frequency and a tilt."""
         place = np.linspace(0, 1, self.n_mels)
-        waves = np.stack([np.cos(np.pi * (n * place + phase)) for n, phase in
-                          zip(rng.uniform(0.5, 4, 3), rng.uniform(0, 2, 3), strict=True)])  # fmt: skip
+        cycles, phases = rng.uniform(0.5, 4, (3, 1)), rng.uniform(0, 2, (3, 1))
+        waves = np.cos(np.pi * (cycles * place + phases))  # (3, n_mels)
         curve = rng.normal(0, decibels / 2, (batch, 3)) @ waves
         curve += rng.normal(0, decibels / 2, (batch, 1)) * (place - 0.5) * 2
         return torch.from_numpy(curve * np.log(10) / 10 / self.unit).float()[:, None]
@@ -108,7 +108,8 @@ def slaney_bank(n_mels=128, high=8000.0):
 
     def mel(hz):
         hz = np.asarray(hz, dtype=float)
-        return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1) / 1000) / np.log(6.4))
+        above = 15 + 27 * np.log(np.maximum(hz, 1) / 1000) / np.log(6.4)
+        return np.where(hz < 1000, hz * 3 / 200, above)
 
     def hz(mels):
         mels = np.asarray(mels, dtype=float)

@@ -186,7 +186,7 @@ class LinguisticTask(PhoneTask):
         errors = {name: round(self.evaluate(rows), 2) for name, rows in self.tests.items()}
         size, rng, hidden = self.config.codebook_size, np.random.default_rng(seed), []
         while sum(map(len, hidden)) < 250 * size:
-            batch = self.draw(rng)[1]  # degraded as in training: a code covers what noise makes of it
+            batch = self.draw(rng)[1]  # degraded: a code covers what noise makes of it
             x, lengths = batch["x"], batch["lengths"]
             out = self.model(x, lengths).float()
             hidden += [row[:length] for row, length in zip(out, lengths.tolist(), strict=True)]
