@@ -19,20 +19,11 @@ from aqaa.config import preset
 from aqaa.files import read_object, reading, replacing, write_json
 from aqaa.pitch import f0
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.tokenizers.phones import phone_ids
 
 AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question
 F0_FLOOR = 60.0  # Hz; melody is measured in octaves above it
-PHONES = (
-    "aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw "
-    "v w y z zh"
-).split()
-PHONE_IDS = {name: i for i, name in enumerate(PHONES, 1)}  # 0 is the CTC blank
-
-
-def phone_ids(phones):
-    """CMU phone names to 1-based ids. Unknown names, such as pauses, are left out."""
-    return [PHONE_IDS[phone] for phone in phones if phone in PHONE_IDS]
 
 
 def as_heard(item, wav):
