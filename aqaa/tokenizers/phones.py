@@ -69,14 +69,16 @@ class PhoneHeads(nn.Module):
         self.semantic = PhoneHead(size, FACTORS["semantic"], CONTEXT)
 
     @torch.no_grad()
-    def heard(self, wav, linguistic, semantic):
-        """{"linguistic": Phones, "semantic": Phones} of (N,) samples at 16 kHz, each tokenizer's
-        own; linguistic, semantic: the tokenizers."""
+    def heard(self, wav, linguistic, semantic, start=0):
+        """{"linguistic": [Phone, …], "semantic": …} of (N,) samples at 16 kHz, which begin at
+        sample `start` of a sound; linguistic, semantic: the tokenizers."""
         (wav,) = audio.levelled([wav], True, linguistic.centroids.device)
         hidden = linguistic(linguistic.features(wav)[None])  # (1, T, D)
         codes = semantic.encode(wav, energy_norm=False)
         rows = {"linguistic": hidden, "semantic": code_vectors(semantic, codes[None])}
-        return {name: timed(getattr(self, name).log_probs(row)[0]) for name, row in rows.items()}
+        start = start / audio.SAMPLE_RATE
+        return {name: timed(getattr(self, name).log_probs(row)[0], start)
+                for name, row in rows.items()}  # fmt: skip
 
 
 def code_vectors(semantic, codes, mask=None):
@@ -94,8 +96,9 @@ def best_path(log_probs, lengths):
     return phones
 
 
-def timed(log_probs):
-    """The best path of one utterance as Phones. log_probs (T, classes), one every SECONDS.
+def timed(log_probs, start=0.0):
+    """The best path of one utterance as Phones. log_probs (T, classes), one every SECONDS from
+    `start` on.
 
     CTC says a phone in a frame or two and blanks between: a phone lasts to the middle of the gap.
     """
@@ -105,6 +108,6 @@ def timed(log_probs):
     spoken = [run for run in runs if run[0]]
     edges = [(left[2] + right[1]) / 2 for left, right in zip(spoken, spoken[1:], strict=False)]
     edges = [*(run[1] for run in spoken[:1]), *edges, *(run[2] for run in spoken[-1:])]
-    times = [round(edge * SECONDS, 3) for edge in edges]
-    return [Phone(PHONES[phone - 1], start, end)
-            for (phone, _, _), start, end in zip(spoken, times, times[1:], strict=False)]  # fmt: skip
+    times = [round(start + edge * SECONDS, 3) for edge in edges]
+    names = [PHONES[phone - 1] for phone, _, _ in spoken]
+    return list(map(Phone, names, times, times[1:]))

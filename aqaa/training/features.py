@@ -164,3 +164,12 @@ class LengthBuckets:
         while len(picks) > 1 and len(picks) * self.lengths[picks[-1]] > self.budget:
             picks = picks[:-1]
         return picks
+
+
+def hidden(model, x, lengths):
+    """What a tokenizer's encoder makes of its stored features: x (B, T, ...), lengths (B,) in rows
+    -> (B, T, D)."""
+    if isinstance(model, LinguisticTokenizer):
+        return model((x + model.add_shift) * model.rescale, lengths)
+    log_mel = x.unflatten(-1, (-1, model.config.n_mels)).flatten(1, 2).transpose(1, 2)
+    return model.hidden(log_mel, lengths * 4)[0]
