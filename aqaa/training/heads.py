@@ -12,7 +12,7 @@ from aqaa.training.speech_tokenizers import phone_error, upsampled_ctc
 
 KINDS = {"linguistic": "lfr", "semantic": "log_mel"}  # the features that each tokenizer reads
 UTTERANCES = 4000  # to learn from: some three hours
-BUDGET = 4000  # semantic rows of a batch
+BUDGET = 1600  # semantic rows of a batch
 
 
 class HeadsTask:
