@@ -25,6 +25,7 @@ TOKENIZERS = ("linguistic", "semantic")
 RESAMPLES = 2000  # of the clips, for an interval
 ROOM = 0.3, 0.3  # seconds of echo, and its share
 AGREEMENT, STEADY = "agreement", ("seen", "other", "kokoro")  # families whose codes are compared
+EACH = 20  # clips of them, of each kind of text
 CHANGES = {  # name: function of (wave (N,), generator)
     **{f"noise {snr} dB": partial(lambda wav, rng, snr: degrade.noise(wav, snr, rng), snr=snr)
        for snr in (20, 10, 5)},
@@ -54,41 +55,47 @@ def measure(model, seed=0, folder="work/hearing", people=(), only=None, limit=No
                if name in wanted and (fault := clips_of.absent(name))}  # fmt: skip
     if "people" in wanted and not people:
         missing["people"] = "name folders of recordings with a manifest.json by --people FOLDER."
-    sets = _sets(wanted, missing, folder, recordings, limit, seed, progress)
-    errors = {}
-    for name, clips in sets.items():
+    head = about("hearing", model.device)
+    entry = {**head, "seed": seed, "phone_error": {}, "missing": missing}
+    earlier = files.read_object(out, "remove it") if out and Path(out).exists() else {}
+    result = {**earlier, **head, label: entry}
+    spoken = {}
+    for name, clips in _sets(wanted, missing, folder, recordings, limit, seed, progress):
         if name.split(",")[0] in wanted or name in recordings:
             _tell(progress, f"listening to {name}")
-            errors[name] = error_of(model, clips_of.with_phones(clips), seed)
-    entry = {"phone_error": errors, "missing": missing, "seed": seed}
+            entry["phone_error"][name] = error_of(model, clips_of.with_phones(clips), seed)
+        spoken.setdefault(name.split(",")[0], []).extend(clips[:EACH])
+        _write(out, result)
     if AGREEMENT in wanted:
         _tell(progress, "comparing codes")
-        chosen = {name: [clip for kind in clips_of.KINDS for clip in
-                         sets.get(f"{name}, {kind}", ())[:20]] for name in STEADY}  # fmt: skip
-        entry[AGREEMENT] = agreement(model, {name: some for name, some in chosen.items() if some})
+        chosen = {name: spoken[name] for name in STEADY if name in spoken}
+        entry[AGREEMENT] = agreement(model, chosen)
     entry["minutes"] = round((time.monotonic() - started) / 60, 2)
-    head = about("hearing", model.device)
-    earlier = files.read_object(out, "remove it") if out and Path(out).exists() else {}
-    result = {**earlier, **head, label: {**head, **entry}}
-    if out:
-        files.write_json(out, result)
+    _write(out, result)
     _tell(progress, table(result))
     return result
 
 
+def _write(out, result):
+    """Keep what is known so far: the last sets may take long to be spoken."""
+    if out:
+        files.write_json(out, result)
+
+
 def _sets(wanted, missing, folder, recordings, limit, seed, progress):
-    """{name of a set: its Clips}; of families that speak, a set of each kind of text."""
+    """(name of a set, its Clips), one by one; of families that speak, a set of each kind of text.
+    Those whose codes are compared come without being wanted themselves."""
+    for family in clips_of.PEOPLE:
+        if family in wanted and family not in missing:
+            yield family, clips_of.people(family)[:limit]
+    yield from ((name, clips[:limit]) for name, clips in recordings.items())
     needed = {*wanted, *(STEADY if AGREEMENT in wanted else ())}
     speaking = [name for name in clips_of.SPOKEN if name in needed and not clips_of.absent(name)]
-    lines, sets = clips_of.texts(seed) if speaking else {}, {}
+    lines = clips_of.texts(seed) if speaking else {}
     for family in speaking:
         _tell(progress, f"reading or speaking {family}")
         for kind, pairs in lines.items():
-            sets[f"{family}, {kind}"] = clips_of.spoken(family, pairs[:limit], folder, seed)
-    for family in clips_of.PEOPLE:
-        if family in wanted and family not in missing:
-            sets[family] = clips_of.people(family)[:limit]
-    return sets | {name: clips[:limit] for name, clips in recordings.items()}
+            yield f"{family}, {kind}", clips_of.spoken(family, pairs[:limit], folder, seed)
 
 
 def _tell(progress, text):
