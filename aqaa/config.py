@@ -92,6 +92,7 @@ class FlowConfig:
     training_cfg_rate: float = 0.2
     sigma_min: float = 1e-6
     temperature: float = 1.0  # scale of the starting noise
+    shortcut_steps: int = 0  # a number of steps that was trained by itself, unguided; 0: none
     mel_mean: float = 0.0  # the flow shifts and scales log-mels; the published one takes them raw
     mel_std: float = 1.0
 

@@ -192,6 +192,10 @@ def test_labels_stand_side_by_side_in_one_file(model, monkeypatch, tmp_path, cro
     assert set(before["missing"]) == {"styles", *C.PEOPLE} and before["agreement"]["room"]["n"] == 12
     assert list(after["phone_error"]) == ["other, questions", "other, open"] and after["missing"] == {}
     assert after["phone_error"]["other, open"] == before["phone_error"]["other, open"]
+    assert cli.main([*common, "--label", "before", "--only", "agreement", "--json"]) == 0
+    again = json.loads(out.read_text(encoding="utf-8"))["before"]  # renewed alone
+    assert again["agreement"] == before["agreement"] and again["phone_error"] == before["phone_error"]
+    assert again["missing"] == before["missing"]
     for words in ("phone error, %", "codes that stay, %", "crowd", "left out: cards: ", "apt-get install"):
         assert words in shown
     assert "before:" in (text := hearing.table(kept)) and "after:" in text

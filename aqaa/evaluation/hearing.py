@@ -25,7 +25,7 @@ TOKENIZERS = ("linguistic", "semantic")
 RESAMPLES = 2000  # of the clips, for an interval
 ROOM = 0.3, 0.3  # seconds of echo, and its share
 AGREEMENT, STEADY = "agreement", ("seen", "other", "kokoro")  # families whose codes are compared
-EACH = 20  # clips of them, of each kind of text
+EACH = 7  # clips of them, of each kind of text: 42 in all, eleven times
 CHANGES = {  # name: function of (wave (N,), generator)
     **{f"noise {snr} dB": partial(lambda wav, rng, snr: degrade.noise(wav, snr, rng), snr=snr)
        for snr in (20, 10, 5)},
@@ -41,8 +41,9 @@ def measure(model, seed=0, folder="work/hearing", people=(), only=None, limit=No
 
     folder: where spoken clips are kept. people: folders of recordings (hearing_clips.recorded).
     only: a family, "people" for those folders, or "agreement". label: the entry of the file `out`
-    that is written; its others stay. Raises ModelError for weights without phone heads, ValueError
-    for a faulty folder of people or an unknown family.
+    that is written; its others stay, and with `only` the other families of this one. Raises
+    ModelError for weights without phone heads, ValueError for a faulty folder of people or an
+    unknown family.
     """
     names = [*clips_of.SPOKEN, *clips_of.PEOPLE, "people", AGREEMENT]
     if only and only not in names:
@@ -56,14 +57,18 @@ def measure(model, seed=0, folder="work/hearing", people=(), only=None, limit=No
     if "people" in wanted and not people:
         missing["people"] = "name folders of recordings with a manifest.json by --people FOLDER."
     head = about("hearing", model.device)
-    entry = {**head, "seed": seed, "phone_error": {}, "missing": missing}
     earlier = files.read_object(out, "remove it") if out and Path(out).exists() else {}
+    entry = earlier.get(label, {}) if only else {}  # one family is renewed, the others stay
+    missing = {**{name: why for name, why in entry.get("missing", {}).items()
+                  if name not in wanted}, **missing}  # fmt: skip
+    errors = entry.get("phone_error", {})
+    entry = {**entry, **head, "seed": seed, "phone_error": errors, "missing": missing}
     result = {**earlier, **head, label: entry}
     spoken = {}
     for name, clips in _sets(wanted, missing, folder, recordings, limit, seed, progress):
         if name.split(",")[0] in wanted or name in recordings:
             _tell(progress, f"listening to {name}")
-            entry["phone_error"][name] = error_of(model, clips_of.with_phones(clips), seed)
+            errors[name] = error_of(model, clips_of.with_phones(clips), seed)
         spoken.setdefault(name.split(",")[0], []).extend(clips[:EACH])
         _write(out, result)
     if AGREEMENT in wanted:

@@ -6,6 +6,7 @@ whole or not at all."""
 import multiprocessing
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,11 +19,13 @@ from aqaa import audio
 from aqaa.config import preset
 from aqaa.files import read_object, reading, replacing, write_json
 from aqaa.pitch import f0
-from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.tokenizers.linguistic import LinguisticTokenizer, row_count
 from aqaa.tokenizers.phones import phone_ids
 
 AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question
+FRAME = 160  # samples of a log-mel frame
+WIDTHS = {"lfr": 560, "log_mel": 512, "f0": 4}  # of a row
 F0_FLOOR = 60.0  # Hz; melody is measured in octaves above it
 
 
@@ -60,19 +63,28 @@ def prepare(corpus, items, folder, workers=2):
     names = [item.id for item in items]
     if done.exists() and read_object(done, AGAIN).get("ids") == names:
         return folder
-    parts = {"lfr": [], "log_mel": [], "f0": []}
+    lengths = {
+        "lfr": [row_count(item.length) for item in items],
+        "log_mel": [item.length // FRAME // 4 for item in items],
+    }
+    lengths["f0"] = lengths["log_mel"]
     jobs = (as_heard(item, corpus.wav(item)) for item in items)
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half-alive
     quiet = (signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C
-    with ProcessPoolExecutor(workers, context, signal.signal, quiet) as pool:
+    with ExitStack() as stack:
+        files = {}
+        for kind, width in WIDTHS.items():  # rows go to the disk as they come: hours fill a memory
+            part = stack.enter_context(replacing(folder / f"{kind}.npy"))
+            files[kind] = np.lib.format.open_memmap(
+                part, mode="w+", dtype=np.float16, shape=(sum(lengths[kind]), width)
+            )
+        pool = stack.enter_context(ProcessPoolExecutor(workers, context, signal.signal, quiet))
         rows = pool.map(_features, jobs, chunksize=32) if workers > 1 else map(_features, jobs)
+        filled = dict.fromkeys(files, 0)
         for utterance in tqdm(rows, "features", len(items), unit="utt", mininterval=5):
-            for key, value in zip(parts, utterance, strict=True):
-                parts[key].append(value)
-    for key, values in parts.items():
-        with replacing(folder / f"{key}.npy") as part, open(part, "wb") as file:
-            np.save(file, np.concatenate(values))
-    lengths = {key: [len(value) for value in values] for key, values in parts.items()}
+            for kind, values in zip(files, utterance, strict=True):
+                files[kind][filled[kind] : filled[kind] + len(values)] = values
+                filled[kind] += len(values)
     write_json(done, {"ids": names, "lengths": lengths})
     return folder
 
@@ -83,7 +95,7 @@ def _load(path, rows):
         array = np.lib.format.open_memmap(path, mode="r")
         if len(array) != rows:
             raise ValueError(f"{len(array)} rows in place of {rows}")
-        return np.array(array)
+        return array
 
 
 class Utterances:
@@ -127,15 +139,11 @@ def utterances(folder, items, kind):
     return Utterances(rows, lengths, phones, extra, np.array(weights))
 
 
-def normalise(data, model):
-    """Set the CMVN of a LinguisticTokenizer from the rows of `data`; apply it to them in place."""
+def measure_cmvn(data, model):
+    """Set the CMVN of a LinguisticTokenizer from the raw rows of `data` that may be drawn."""
     rows = data.rows[:: max(1, len(data.rows) // 200_000)].astype(np.float32)
-    mean, deviation = rows.mean(0), rows.std(0)
-    model.add_shift.copy_(torch.from_numpy(-mean))
-    model.rescale.copy_(torch.from_numpy(1 / deviation))
-    for start in range(0, len(data.rows), 1 << 16):
-        part = data.rows[start : start + (1 << 16)]
-        part[:] = (part.astype(np.float32) - mean) / deviation
+    model.add_shift.copy_(torch.from_numpy(-rows.mean(0)))
+    model.rescale.copy_(torch.from_numpy(1 / rows.std(0)))
 
 
 class LengthBuckets:

@@ -7,6 +7,8 @@ quantiser, then the codebook starts from k-means of its normalised output and is
 through, while a decoder that is thrown away must read phones, melody (f0) and the mel out of the
 codes alone."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,8 @@ from torchaudio.functional import edit_distance
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
 from aqaa.tokenizers.phones import CLASSES, FACTORS, PhoneHead, best_path
 from aqaa.tokenizers.semantic import SemanticTokenizer
-from aqaa.training.features import LengthBuckets, normalise
+from aqaa.training.augment import Augment, kaldi_bank, slaney_bank
+from aqaa.training.features import LengthBuckets, measure_cmvn
 
 
 def upsampled_ctc(head, hidden, lengths, targets, target_lengths, factor):
@@ -83,13 +86,14 @@ class PhoneTask:
 
     data: Utterances. tests: {name: rows of `data` on which errors are measured}. budget: rows of
     features in a batch. `kind`: of the features. `factor`: CTC outputs a row. `masks`: options of
-    spec_augment. `level`: the deviation of a random loudness."""
+    spec_augment. `level`: the deviation of a random loudness. `augment`: bends the features."""
 
     lr = 2e-3
 
     def __init__(self, config, data, tests=None, budget=1200):
         self.config, self.data, self.tests = config, data, tests or {}
         self.buckets = LengthBuckets(data.lengths, budget, data.weights)
+        self.augment = Augment(config.n_mels, *self.bank(config.n_mels), unit=self.unit)
 
     @classmethod
     def from_run(cls, run, stage):
@@ -102,11 +106,18 @@ class PhoneTask:
         indices = self.buckets.draw(rng)
         x, lengths = self.data.gather(indices)
         level = rng.normal(0, self.level, (len(indices), 1, 1)).astype(np.float32)
-        clean = x + torch.from_numpy(level)
-        x = spec_augment(clean.clone(), rng, n_mels=self.config.n_mels, **self.masks)
+        x, clean, factors = self.augment(x + torch.from_numpy(level), lengths, rng)
+        x, clean = self.normalised(x), self.normalised(clean)
+        for _ in range(2):
+            spec_augment(x, rng, n_mels=self.config.n_mels, **self.masks)
         targets, counts = self.data.targets(indices)
-        batch = {"x": x, "clean": clean, "lengths": lengths, "targets": targets, "counts": counts}
+        batch = {"x": x, "clean": clean, "lengths": lengths, "targets": targets, "counts": counts,
+                 "octaves": factors.log2()}  # fmt: skip
         return indices, batch
+
+    def normalised(self, x):
+        """What the network reads of raw features (B, T, D)."""
+        return x
 
     def recognise(self, indices, read, budget=16):
         """Phone error in percent on utterances. read(x, lengths, part) gives the CTC logits."""
@@ -114,7 +125,7 @@ class PhoneTask:
         for start in range(0, len(indices), budget):
             part = indices[start : start + budget]
             x, lengths = self.data.gather(part)
-            logits = read(x, lengths, part).reshape(len(part), -1, CLASSES)
+            logits = read(self.normalised(x), lengths, part).reshape(len(part), -1, CLASSES)
             predicted += best_path(logits, lengths * self.factor)
         return phone_error(predicted, [self.data.phones[i] for i in indices])
 
@@ -122,7 +133,8 @@ class PhoneTask:
 class LinguisticTask(PhoneTask):
     """CTC on phones through the streaming encoder; rows (T, 560) are normalised LFR features."""
 
-    kind, factor, level = "lfr", FACTORS["linguistic"], 0.25
+    kind, factor, level, unit = "lfr", FACTORS["linguistic"], 0.25, 1.0
+    bank = staticmethod(kaldi_bank)
 
     def __init__(self, config, data, tests=None, budget=1200):
         super().__init__(config, data, tests, budget)
@@ -134,8 +146,12 @@ class LinguisticTask(PhoneTask):
     @classmethod
     def from_run(cls, run, stage):
         task = super().from_run(run, stage)
-        normalise(task.data, task.model)
+        if not task.model.add_shift.any():  # weights that training starts from bring their own
+            measure_cmvn(task.data, task.model)
         return task
+
+    def normalised(self, x):
+        return (x + self.model.add_shift.cpu()) * self.model.rescale.cpu()
 
     def batch(self, rng):
         return self.draw(rng)[1]
@@ -159,7 +175,8 @@ class LinguisticTask(PhoneTask):
         errors = {name: round(self.evaluate(rows), 2) for name, rows in self.tests.items()}
         size, rng, hidden = self.config.codebook_size, np.random.default_rng(seed), []
         while sum(map(len, hidden)) < 250 * size:
-            x, lengths = self.data.gather(self.buckets.draw(rng))
+            batch = self.draw(rng)[1]  # degraded as in training: a code covers what noise makes of it
+            x, lengths = batch["x"], batch["lengths"]
             out = self.model(x, lengths).float()
             hidden += [row[:length] for row, length in zip(out, lengths.tolist(), strict=True)]
         self.model.centroids.copy_(kmeans(torch.cat(hidden), size))
@@ -172,7 +189,8 @@ class SemanticTask(PhoneTask):
     rows: (T, 4 * 128) log-mel at 25 Hz; extra: "f0" (T, 4) in octaves above F0_FLOOR, 0 where
     unvoiced."""
 
-    kind, factor, level = "log_mel", FACTORS["semantic"], 0.05
+    kind, factor, level, unit = "log_mel", FACTORS["semantic"], 0.05, 4 * math.log(10)
+    bank = staticmethod(slaney_bank)
     masks = {"bands": 4, "widest": 16, "time_widest": 4}
 
     def __init__(self, config, data, tests=None, budget=2000, quantise_from=0.6):
@@ -215,7 +233,10 @@ class SemanticTask(PhoneTask):
 
     def batch(self, rng):
         indices, batch = self.draw(rng)
-        batch["f0"], _ = self.data.gather(indices, self.data.extra["f0"])  # (B, T, 4)
+        f0, _ = self.data.gather(indices, self.data.extra["f0"])  # (B, T, 4)
+        # Stretched frequencies move the pitch too; zero stays the mark of unvoiced frames.
+        moved = (f0 + batch["octaves"][:, None, None]).clamp(min=1e-3)
+        batch["f0"] = torch.where(f0 > 0, moved, f0)
         return batch
 
     def hidden(self, x, lengths):

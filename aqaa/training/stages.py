@@ -37,6 +37,7 @@ TABLE = (
     Stage("heads", "phones that both tokenizers hear", f"{HEADS}:HeadsTask", 1500, "heads"),
     Stage("hift", "mel to wave", f"{VOCODER}:HiftTask", 2400, "hift"),
     Stage("flow", "codes to mel", f"{VOCODER}:FlowTask", 6300, "flow"),
+    Stage("shortcut", "codes to mel in few steps", f"{VOCODER}:ShortcutTask", 1500, "flow", "flow"),
     Stage(
         "pretrain", "the backbone reads, hears and speaks", LANGUAGE, 1500, "backbone",
         mixture={"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
