@@ -25,7 +25,7 @@ TOKENIZERS = ("linguistic", "semantic")
 RESAMPLES = 2000  # of the clips, for an interval
 ROOM = 0.3, 0.3  # seconds of echo, and its share
 AGREEMENT, STEADY = "agreement", ("seen", "other", "kokoro")  # families whose codes are compared
-EACH = 7  # clips of them, of each kind of text: 42 in all, eleven times
+EACH = 20  # clips of them, of each kind of text: 120 in all, eleven times
 CHANGES = {  # name: function of (wave (N,), generator)
     **{f"noise {snr} dB": partial(lambda wav, rng, snr: degrade.noise(wav, snr, rng), snr=snr)
        for snr in (20, 10, 5)},
