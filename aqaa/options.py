@@ -243,6 +243,12 @@ def check_train(args):
     if args.init and not os.path.isdir(args.init):
         remedy = "--init names a model folder, such as data/mini"
         raise ValueError(f"no folder at {args.init}: {remedy}.")
+    for name in ("only", "people") if args.stage not in ("corpus", "all") else ():
+        if getattr(args, name):
+            raise ValueError(f"--{name} is for `aqaa train corpus`: leave it out.")
+    for folder in args.people:
+        if not os.path.isdir(folder):
+            raise ValueError(f"no folder at {folder}: --people names one with a manifest.json.")
     for name in ("out", "corpus", "export"):
         check_folder(getattr(args, name), f"--{name}")
 

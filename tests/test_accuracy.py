@@ -117,23 +117,34 @@ def test_limit_spreads_over_a_cell():
 
 
 def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
-    from aqaa.corpus import speak
+    from aqaa.corpus import plan, speak
 
-    shelf, spoken = Shelf(), []
+    shelf, spoken = Shelf(), {}
     unasked = Item("a9", "train", "", "answer", "x", "voice", 0, answer="x", manner="normal", answer_id="a9")
     trained = Item("q9", "train", "", "question", "?", "voice", 0, answer="x", answer_id="a9")
-    monkeypatch.setattr(speak, "plan", lambda seed: [*shelf.made, unasked, trained])
-    monkeypatch.setattr(speak, "speak", lambda items, folder, workers: spoken.extend(items))
+    monkeypatch.setattr(plan, "plan", lambda seed: [*shelf.made, unasked, trained])
+    monkeypatch.setattr(speak, "speak", lambda items, folder, workers: spoken.update({folder: items}))
     accuracy.evaluation_corpus(tmp_path)
-    assert {item.id for item in spoken} == {"a0", "a1", "a2", "a3", "q0", "q1", "q2"}
+    ((place, items),) = spoken.items()
+    assert place == tmp_path / "evaluation"  # where it is in nobody's way
+    assert {item.id for item in items} == {"a0", "a1", "a2", "a3", "q0", "q1", "q2"}
     spoken.clear()
     mine = shelf.items(role="answer") + shelf.items(role="question")
     head = {"hash": speak.plan_hash(mine), "items": 9, "shards": 1}
-    (tmp_path / "plan.json").write_text(json.dumps(head), encoding="utf-8")
+
+    def begun(folder, **more):
+        folder.mkdir(exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps({**head, **more}), encoding="utf-8")
+
+    begun(place)
     accuracy.evaluation_corpus(tmp_path)  # interrupted: goes on
-    assert len(spoken) == 4 + len(CELLS)
-    (tmp_path / "plan.json").write_text(json.dumps({**head, "hash": "another"}), encoding="utf-8")
-    assert accuracy.evaluation_corpus(tmp_path).head["hash"] == "another" and len(spoken) == 4 + len(CELLS)
+    assert len(spoken.pop(place)) == 4 + len(CELLS)
+    begun(place, hash="another")
+    assert accuracy.evaluation_corpus(tmp_path).heads[""]["hash"] == "another" and not spoken
+    begun(tmp_path / "open")  # a part without questions
+    assert accuracy.evaluation_corpus(tmp_path).folder == place
+    begun(tmp_path / "questions")
+    assert accuracy.evaluation_corpus(tmp_path).folder == tmp_path / "questions" and not spoken
 
 
 def test_a_place_that_does_not_exist_is_told_before_the_work(tmp_path):

@@ -6,11 +6,15 @@ Everything is tried with the speaker of tones; where the synthesizers are instal
 import json
 import shutil
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from aqaa import files
+from aqaa.corpus import degrade, engines, parts
+from aqaa.corpus import plan as P
 from aqaa.corpus import speak as K
 from aqaa.corpus import voices as V
 from aqaa.files import ModelError
@@ -28,7 +32,7 @@ def take_over(patch, speaker):
 
 def some_items():
     """A few Items of each role; none of the HTS voice, whose model takes long to load."""
-    planned = [item for item in K.plan(0.001) if "hts" not in item.voice]
+    planned = [item for item in P.plan(0.001) if "hts" not in item.voice]
     counts = {"answer": 14, "question": 22, "generic": 6}
     return [item for role, count in counts.items() for item in [i for i in planned if i.role == role][:count]]
 
@@ -52,7 +56,7 @@ def test_everything_planned_is_spoken_and_sounds(spoken):
     for item in corpus.items():
         wav = corpus.wav(item)
         assert wav.dtype == np.int16 and len(wav) == item.length and 0.5 < len(wav) / 16_000 < 12
-        assert V.rms(wav / 32768) > 0.005 and item.phones and item.rate > 0
+        assert degrade.rms(wav / 32768) > 0.005 and item.phones and item.rate > 0
         assert item.role != "answer" or len(wav) % 1920 == 0
 
 
@@ -126,9 +130,10 @@ def test_a_changed_plan_is_refused(spoken, monkeypatch):
         speak(items[:-1], folder)
 
 
-def test_resume_must_be_wanted(spoken):
-    with pytest.raises(ValueError, match="already holds shards"):
-        K.main(spoken[1], resume=False)
+def test_resume_must_be_wanted(spoken, tmp_path):
+    shutil.copytree(spoken[1], tmp_path / "open")
+    with pytest.raises(ValueError, match="open already holds shards"):
+        parts.main(tmp_path, resume=False)
 
 
 def test_exported_questions_are_described(spoken, tmp_path):
@@ -143,7 +148,7 @@ def test_exported_questions_are_described(spoken, tmp_path):
 @pytest.mark.parametrize("want", V.CLASSES)
 def test_a_question_is_said_again_until_it_sounds_as_wanted(monkeypatch, tmp_path, want):
     tones.install(monkeypatch)
-    asked = [item for item in K.plan(0.001) if item.want == want and item.split in ("train", "eval")][:3]
+    asked = [item for item in P.plan(0.001) if item.want == want and item.split in ("train", "eval")][:3]
     assert asked
     for item in speak(asked, tmp_path).items():
         assert V.belongs(vars(item), want)
@@ -154,23 +159,23 @@ def test_a_question_is_said_again_until_it_sounds_as_wanted(monkeypatch, tmp_pat
 def test_a_class_that_cannot_be_reached_is_one_sentence(monkeypatch, tmp_path):
     tones.install(monkeypatch)
     monkeypatch.setitem(V.CLASSES, "fast", {"rate": [50, 99]})
-    asked = [item for item in K.plan(0.001) if item.want == "fast"][:1]
+    asked = [item for item in P.plan(0.001) if item.want == "fast"][:1]
     with pytest.raises(RuntimeError, match="became fast in 60 tries"):
         speak(asked, tmp_path)
 
 
 def test_an_engine_that_says_nothing_is_named(monkeypatch, tmp_path):
     tones.install(monkeypatch)
-    monkeypatch.setattr(V, "synthesize", lambda jobs: [(np.zeros(16_000, np.float32), 16_000) for _ in jobs])
-    answer = next(item for item in K.plan(0.001) if item.role == "answer")
+    monkeypatch.setattr(engines, "synthesize", lambda jobs: [(np.zeros(16_000, np.float32), 16_000) for _ in jobs])
+    answer = next(item for item in P.plan(0.001) if item.role == "answer")
     with pytest.raises(RuntimeError, match="flite:slt said nothing"):
         speak([answer], tmp_path)
 
 
 def test_missing_engine_says_how_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(V.shutil, "which", lambda name: None if name == "festival" else name)
+    monkeypatch.setattr(engines.shutil, "which", lambda name: None if name == "festival" else name)
     with pytest.raises(FileNotFoundError, match="festival not found.*apt-get install"):
-        K.speak(K.plan(0.001), tmp_path)
+        K.speak(P.plan(0.001), tmp_path)
 
 
 def test_no_corpus_is_one_sentence(tmp_path):
@@ -180,7 +185,7 @@ def test_no_corpus_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("scale", [0.001, 0.02])
 def test_a_miniature_speaks_every_answer_that_its_training_asks_for(scale):
-    items = K.plan(scale)
+    items = P.plan(scale)
     spoken = {item.id for item in items if item.role == "answer"}
     assert {item.answer_id for item in items if item.role == "question" and item.split == "train"} <= spoken
     assert len({item.id for item in items}) == len(items)
@@ -189,11 +194,15 @@ def test_a_miniature_speaks_every_answer_that_its_training_asks_for(scale):
 def test_phones_are_read_line_by_line(monkeypatch):
     """flite's front end prints a line a text, pauses included; another number of lines means it has changed."""
 
-    class Done:
-        stdout = "pau hh aw pau\npau n aw pau\n"
+    given = []
 
-    monkeypatch.setattr(K.subprocess, "run", lambda *_, **__: Done)
+    def run(command, **_):
+        given.extend(Path(command[-1]).read_text(encoding="utf-8").split("\n\n"))
+        return SimpleNamespace(stdout="pau hh aw pau\npau n aw pau\npau dh ih s pau\n")
+
+    monkeypatch.setattr(K.subprocess, "run", run)
     assert K.phones_of(["how", "now"]) == {"how": ["hh", "aw"], "now": ["n", "aw"]}
+    assert given[:2] == ["how.", "now."] and len(given) == 3 and len(given[2].split()) > 1
     with pytest.raises(RuntimeError, match="2 utterances of 1 texts"):
         K.phones_of(["how"])
 
@@ -205,3 +214,8 @@ if tones.ENGINES:
         phones = K.phones_of(texts)
         assert phones["seven plus five"] == "s eh v ax n p l ah s f ay v".split()
         assert "pau" not in phones[texts[0]] and len(phones) == 2
+
+    @pytest.mark.parametrize("texts", [["yes"], ["the sun is warm", "yes"], ["oh", "no", "yes"]])
+    def test_a_text_of_one_word_has_its_phones_wherever_it_stands(texts):
+        phones = K.phones_of(texts)
+        assert list(phones) == texts and phones["yes"] == ["y", "eh", "s"] and all(phones.values())

@@ -11,7 +11,7 @@ import pytest
 from aqaa.corpus import facts as F
 from aqaa.corpus import intents as C
 from aqaa.corpus import voices as V
-from aqaa.corpus.plan import CELLS, plan, plan_hash, texts, vocabulary
+from aqaa.corpus.plan import CELLS, open_plan, plan, plan_hash, texts, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,26 @@ def test_words_of_new_wordings_and_read_only_facts_are_heard_elsewhere():
 
 def test_same_seed_same_plan_and_other_seed_another():
     assert plan_hash(plan(0.01)) == plan_hash(plan(0.01)) != plan_hash(plan(0.01, seed=1))
+    assert plan_hash(open_plan(0.01)) == plan_hash(open_plan(0.01)) != plan_hash(open_plan(0.01, seed=1))
+
+
+def test_open_sentences_hold_no_question_and_no_voice_that_is_held_out():
+    opened, patterns, bare = open_plan(0.1), C.held_out_patterns(), C.bare_questions()
+    assert len({item.id for item in opened}) == len({item.text for item in opened}) == len(opened) == 2000
+    assert len({item.seed for item in opened}) == len(opened)
+    for item in opened:
+        assert not any(pattern.search(item.text) for pattern in patterns) and item.text not in bare, item.text
+        assert re.fullmatch(r"[a-z']+( [a-z']+)*", item.text) and (item.role, item.split) == ("open", "train")
+    assert {item.voice for item in opened} <= {*V.TRAINING, *V.NATURAL}
+    assert not {*V.NATURAL} & {*V.EVALUATION, *V.NATURAL_HELD_OUT}
+    shares = Counter(item.voice for item in opened)
+    assert (shares["hibari:heart"], shares["kokoro:mix"]) == (1000, 600)
+    assert not {item.id for item in opened} & {item.id for item in plan(0.01)}
+
+
+def test_without_natural_voices_the_synthesizers_say_their_share():
+    opened = open_plan(0.1, natural=False)
+    assert len(opened) == 400 and {item.voice for item in opened} <= set(V.TRAINING)
 
 
 def test_letters_are_said_by_their_names():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from aqaa.corpus import degrade, engines
 from aqaa.corpus import voices as V
 from tests import tones
 
@@ -18,13 +19,13 @@ from tests import tones
 @pytest.fixture(scope="module", params=["tones", "engines"] if tones.ENGINES else ["tones"])
 def manners(request):
     """Measures of each manner, the mean of two sentences: {manner: {f0, spread, rate, level}}."""
-    say = V.synthesize if request.param == "engines" else tones.synthesize
+    say = engines.synthesize if request.param == "engines" else tones.synthesize
     texts = ["the little dog ran after the ball", "seven plus five is equal to twelve"]
     jobs = [(V.ANSWER_VOICE, text, how) for how in V.MANNERS.values() for text in texts]
     names, measured = np.repeat(list(V.MANNERS), 2), {}
     for name, sound in zip(names, say(jobs)):
         speech = V.trim(V.say_answer(*sound, name) / np.float32(32768))
-        measured.setdefault(str(name), []).append(V.measure(speech, 9) | {"level": 20 * np.log10(V.rms(speech))})
+        measured.setdefault(str(name), []).append(V.measure(speech, 9) | {"level": 20 * np.log10(degrade.rms(speech))})
     return {n: {key: np.mean([m[key] for m in both]) for key in both[0]} for n, both in measured.items()}
 
 
@@ -53,9 +54,9 @@ def test_a_variation_keeps_its_promises():
     clean = V.Draw(gain=-20, lead=0.1, trail=0.2)
     wav = V.vary(speech, clean, rng)
     assert len(wav) == 16_000 + 4800 and not wav[:1600].any()
-    assert abs(20 * np.log10(V.rms(wav[1600:17_600] / 32768)) + 20) < 0.1
+    assert abs(20 * np.log10(degrade.rms(wav[1600:17_600] / 32768)) + 20) < 0.1
     noisy = V.vary(speech, V.Draw(gain=-20, lead=0.1, trail=0.2, snr=20), rng)
-    assert abs(20 * np.log10(V.rms(noisy[:1600] / 32768)) + 40) < 1
+    assert abs(20 * np.log10(degrade.rms(noisy[:1600] / 32768)) + 40) < 1
     assert len(V.to_16k(speech, 16_000, 1.1)) == pytest.approx(16_000 / 1.1, rel=0.01)
 
 
@@ -75,23 +76,23 @@ def test_full_scale_is_never_clipped():
 
 
 def test_every_job_gets_its_own_sound_and_festival_one_process(monkeypatch):
-    """Engines that write the number of the job instead of speech: the order is kept, each voice is loaded once."""
+    """Engines that write the number in the text instead of speech: the order is kept, each voice is loaded once."""
     commands, script = [], ""
 
     def run(command, text=None):
         nonlocal script
         commands.append(command[0])
-        paths = [command[-1]]
+        told, paths = f"{command} {text}", [command[-1]]
         if command[0] == "festival":
-            script = Path(command[-1]).read_text(encoding="utf-8")
+            told = script = Path(command[-1]).read_text(encoding="utf-8")
             paths = re.findall(r'utt\.save\.wave u "(.+?)"', script)
-        for path in paths:
-            soundfile.write(path, np.full(9, (1 + int(Path(path).stem)) / 64), 16_000)
+        for number, path in zip(re.findall(r"text (\d+)", told), paths, strict=True):
+            soundfile.write(path, np.full(9, (1 + int(number)) / 64), 16_000)
 
-    monkeypatch.setattr(V, "_run", run)
+    monkeypatch.setattr(engines, "_run", run)
     names = ["festival:kal_diphone", "flite:awb", "espeak:en-us+m1", "festival:ked_diphone", "flite:slt"] * 2
     draws = [V.draw(np.random.default_rng(i)) for i in range(len(names))]
-    sounds = V.synthesize([(name, f"text {i}", draws[i]) for i, name in enumerate(names)])
+    sounds = engines.synthesize([(name, f"text {i}", draws[i]) for i, name in enumerate(names)])
     assert [samples[0] * 64 - 1 for samples, _ in sounds] == list(range(len(names)))
     assert sorted(commands) == ["espeak-ng"] * 2 + ["festival"] + ["flite"] * 4
     assert script.count("(voice_kal_diphone)") == script.count("(voice_ked_diphone)") == 1
@@ -100,15 +101,15 @@ def test_every_job_gets_its_own_sound_and_festival_one_process(monkeypatch):
 
 def test_an_engine_that_fails_is_named():
     with pytest.raises(RuntimeError, match="failed with .*no such voice"):
-        V._run([sys.executable, "-c", "import sys; sys.exit('no such voice')"])
+        engines._run([sys.executable, "-c", "import sys; sys.exit('no such voice')"])
 
 
 if tones.ENGINES:
 
     def test_festival_speaks_in_one_process(monkeypatch):
         calls = []
-        run = V._run
-        monkeypatch.setattr(V, "_run", lambda *command: calls.append(command) or run(*command))
+        run = engines._run
+        monkeypatch.setattr(engines, "_run", lambda *command: calls.append(command) or run(*command))
         draws = [V.draw(np.random.default_rng(i)) for i in range(3)]
-        sounds = V.synthesize([("festival:kal_diphone", "what is seven plus five", d) for d in draws])
+        sounds = engines.synthesize([("festival:kal_diphone", "what is seven plus five", d) for d in draws])
         assert len(calls) == 1 and all(len(samples) > 8000 for samples, _ in sounds)

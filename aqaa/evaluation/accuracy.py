@@ -182,14 +182,20 @@ def _percent(entry):
 
 
 def evaluation_corpus(folder, seed=0, workers=2):
-    """The corpus in `folder`; without one, its evaluation questions and their answers are spoken.
-    Interrupted speaking goes on. A training corpus that is still growing is taken as it is."""
+    """The questions of the corpus in `folder`, also while it is growing; without any, those for
+    evaluation and their answers are spoken into `evaluation` there. Interrupted speaking goes on.
+    """
     from aqaa.corpus import speak
+    from aqaa.corpus.plan import plan
 
-    corpus = speak.Corpus(folder) if (Path(folder) / "plan.json").exists() else None
+    places = speak.places(folder)
+    if "questions" in places:
+        return speak.Corpus(places["questions"])
+    place = Path(folder) if places.keys() == {""} else Path(folder) / "evaluation"
+    corpus = speak.Corpus(place) if (place / "plan.json").exists() else None
     if corpus and corpus.complete:
         return corpus
-    items = speak.plan(seed=seed)
+    items = plan(seed=seed)
     asked = [item for item in items if item.split == "eval" and item.role == "question"]
     wanted = {item.answer_id for item in asked}
     # The normal form of a manner's answer is the reference that the manner is measured against.
@@ -197,9 +203,9 @@ def evaluation_corpus(folder, seed=0, workers=2):
     answers = [item for item in items if item.role == "answer"]
     answers = [item for item in answers if item.answer_id in wanted
                or item.manner == "normal" and item.answer in texts]  # fmt: skip
-    if corpus and corpus.head["hash"] != speak.plan_hash(answers + asked):
+    if corpus and corpus.heads[""]["hash"] != speak.plan_hash(answers + asked):
         return corpus
-    return speak.speak(answers + asked, folder, workers)
+    return speak.speak(answers + asked, place, workers)
 
 
 def all_answers():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from aqaa.config import preset
-from aqaa.corpus import speak
+from aqaa.corpus import parts, speak
 from aqaa.corpus.codes import load_codes, store_codes, usage
 from aqaa.corpus.plan import held_out, plan, texts
 from aqaa.files import data_folder, probe, read_object, replacing, sweep, write_json
@@ -31,14 +31,16 @@ class Run:
 
     def __init__(self, out, corpus, *, device="cpu", seed=0, resume=False, steps=None, minutes=None,
                  scale=1.0, workers=2, export="data/mini", init=None, config=None,
-                 quiet=False):  # fmt: skip
+                 quiet=False, only=None, people=()):  # fmt: skip
         """init: a model folder whose parts training starts from, and that stand in for stages that
-        have not run. steps, minutes: of each stage, in place of its own. Raises WriteError and
+        have not run. steps, minutes: of each stage, in place of its own. only, people: a part of
+        the corpus, and folders of recordings (see parts.main). Raises WriteError and
         ModelError: a folder that cannot be written is told now, not after an hour of training."""
         self.out, self.corpus_folder, self.export_folder = Path(out), Path(corpus), Path(export)
         self.init = Path(init) if init else None
         self.device, self.seed, self.resume, self.quiet = device, seed, resume, quiet
         self.steps, self.minutes, self.scale, self.workers = steps, minutes, scale, workers
+        self.only, self.people = only, people
         self.config = config or preset("mini")
         probe(self.out)
         sweep(self.out, self.out / "parts", self.out / "features")
@@ -72,7 +74,8 @@ class Run:
         self._record(stage.name, result)
 
     def corpus(self):
-        speak.main(self.corpus_folder, self.scale, self.seed, self.workers, self.resume)
+        parts.main(self.corpus_folder, self.scale, self.seed, self.workers, self.resume,
+                   self.only, self.people)  # fmt: skip
 
     def features(self):
         opened, items = self.items()
