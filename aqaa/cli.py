@@ -308,12 +308,14 @@ def _listen(args):
     question = model.listen((wav, rate))
     answer = model.ask(question, **_sampling(args))
     linguistic, semantic = interleave.split(question, model.ids)
+    phones = model.phones((wav, rate)) if model.heads else {}
+    heard = {f"{name}_phones": found for name, found in phones.items()}
     rows = {
         "linguistic": linguistic, "semantic": semantic, "merged": question,
         "prompt": answer.tokens["prompt"], "answer": answer.tokens["answer"],
         "answer_linguistic": answer.tokens["linguistic"],
         "answer_semantic": answer.tokens["semantic"],
-        "text": answer.text, "confidence": round(answer.confidence, 4),
+        **heard, "text": answer.text, "confidence": round(answer.confidence, 4),
         "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
     }  # fmt: skip
     if args.json:
@@ -321,8 +323,10 @@ def _listen(args):
         return
     print(f"{args.question}: {len(wav) / rate:.2f} s")
     for name, row in rows.items():
-        ids = isinstance(row, list)
-        print(f"{name} ({len(row)}): {' '.join(map(str, row))}" if ids else f"{name}: {row}")
+        if isinstance(row, list):  # of ids, or of phones with their times
+            words = [str(value[0] if name in heard else value) for value in row]
+            row, name = " ".join(words), f"{name} ({len(row)})"
+        print(f"{name}: {row}")
 
 
 def _rest(args, *own):

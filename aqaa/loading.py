@@ -64,11 +64,15 @@ def load(
         sources = released.open_folders(given)
         config = released.combine(config, sources, folder)
         voice = released.voice(given["vocoder"], speaker) if speaker is not None else None
-    for name in PARTS:  # headers only: a broken file is told before the first part is read
-        if name not in sources:
-            model_folder.read_header(folder / f"{name}.safetensors")
+    own = [name for name in model_folder.parts_in(folder) if name not in sources] if folder else []
+    if "linguistic" in sources:  # phone heads fit the tokenizers beside them alone
+        own = [name for name in own if name in PARTS]
+    for name in own:  # headers only: a broken file is told before the first part is read
+        model_folder.read_header(folder / f"{name}.safetensors")
 
     def part(name):
+        if name not in own and name in model_folder.EXTRA:
+            raise KeyError(name)
         wanted = dtype if name in CAST else None
         if name in sources:
             module = sources[name].load(device, wanted)

@@ -258,6 +258,7 @@ def check_bench(args):
     check_device(args.device)
     if args.what not in ("parts", "scale"):  # these have their own presets
         check_preset(args.preset)
+    check_folder(args.folder, "--folder")
     if args.out and os.path.isdir(args.out):
         raise ValueError(f"--out {args.out} is a folder: name a file.")
     if args.out and not os.path.isdir(os.path.dirname(os.path.realpath(args.out))):

@@ -14,6 +14,7 @@ from aqaa import audio
 from aqaa.answer import Answer, Ledger, Piece
 from aqaa.backbone import generation
 from aqaa.config import ASR_MARKER, GROUP_SIZE, TOKENS_PER_SECOND
+from aqaa.files import ModelError
 from aqaa.listening import Listener
 from aqaa.processor import suited, suited_to
 from aqaa.tokenizers import dialogue, interleave
@@ -24,16 +25,20 @@ MIN_AUDIO = 3 * GROUP_SIZE  # ids: an answer is never silent
 MAX_ANSWER = 1500  # ids, text and audio: about half a minute
 SAMPLING = {"temperature": 0.3, "top_p": 0.9, "seed": 0, "max_tokens": MAX_ANSWER}
 SPOKEN = ("linguistic", "semantic")  # kinds of ids that are sound
+NO_HEADS = (
+    "these weights have no phone heads: run the stages corpus, features, heads and export of "
+    "`aqaa train`, each with --init and the folder of the weights."
+)
 
 
 class AQAA:
     """Question in, answer out.
 
-    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift`; each is fetched by
-    part(name) when first used, so a dict's `__getitem__` will do. config: AQAAConfig; layout: a
-    name of Table 1 or a Layout; voice: a function of this object that returns options of the
-    Vocoder; notes: sentences on what was left out in loading. engine: None, or what generates in
-    place of the backbone: its generate(prompt, ids, layout, **sampling) gives Steps.
+    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift` and, perhaps, `heads`;
+    each is fetched by part(name) when first used, so a dict's `__getitem__` will do. config:
+    AQAAConfig; layout: a name of Table 1 or a Layout; voice: a function of this object that returns
+    options of the Vocoder; notes: sentences on what was left out in loading. engine: None, or what
+    generates in place of the backbone: its generate(prompt, ids, layout, **sampling) gives Steps.
     """
 
     engine = None
@@ -68,6 +73,14 @@ class AQAA:
         backbone.tokenizer = self.text
         return backbone
 
+    @cached_property
+    def heads(self):
+        """PhoneHeads of the two tokenizers; None where the weights bring none."""
+        try:
+            return self._part("heads")
+        except KeyError:
+            return None
+
     # ---- single steps ----
 
     def listen(self, question, ledger=None):
@@ -93,6 +106,19 @@ class AQAA:
         if not ids:
             raise audio.AudioError(audio.TOO_SHORT)
         return ids
+
+    def phones(self, question):
+        """Sound -> {"linguistic": Phones, "semantic": Phones}: what each tokenizer heard, and when.
+
+        Raises AudioError, and ModelError for weights without phone heads.
+        """
+        if self.heads is None:
+            raise ModelError(NO_HEADS)
+        wav = audio.load_question(question)
+        start, end = audio.endpoints(wav)
+        with suited_to(self.linguistic, self.semantic):
+            wav = wav[start:end].to(self.device)
+            return self.heads.heard(wav, self.linguistic, self.semantic, start)
 
     def listener(self, *, every=0.24, history=(), prefill=True):
         """A Listener for a question still being spoken; prefill: read the prompt as it grows."""

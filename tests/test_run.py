@@ -19,8 +19,8 @@ from aqaa import cli, pipeline
 from aqaa.corpus import plan
 from aqaa.corpus.codes import load_codes
 from aqaa.files import ModelError
-from aqaa.tokenizers import dialogue
-from aqaa.training import examples, features, stages
+from aqaa.tokenizers import dialogue, phones
+from aqaa.training import examples, features, heads, stages
 from aqaa.training import run as K
 from aqaa.training.loop import read_log
 from aqaa.weights import model_folder
@@ -303,3 +303,46 @@ def test_held_out_is_a_stable_twentieth_of_the_answers():
     kept = [name for name in (f"a{i:04d}" for i in range(4000)) if plan.held_out(Item("answer", name))]
     assert 150 < len(kept) < 250 and kept[:3] == [name for name in kept if name <= kept[2]]
     assert not any(plan.held_out(Item(role, name)) for role in ("question", "generic") for name in kept)
+
+
+# ---- phone heads ----------------------------------------------------------------------------------------------------
+
+
+def test_heads_learn_from_training_alone_and_are_measured_on_the_tests(place, run):
+    task = heads.HeadsTask.from_run(run, stages.STAGES["heads"])
+    _, items = run.items()
+    train = {tuple(phones.phone_ids(item.phones)) for item in items if item.split == "train"}
+    data = task.heard["semantic"]
+    assert {tuple(data.phones[i]) for i in np.flatnonzero(task.buckets.probs)} <= train
+    assert [len(part.lengths) for part in task.heard.values()] == [len(data.phones)] * 2
+    assert not set(np.flatnonzero(task.buckets.probs)) & {i for rows in task.tests.values() for i in rows}
+    error = read(run.out / "record.json")["heads"]["phone_error"]
+    assert set(error) == {"linguistic", "semantic"} and set(error["semantic"]) == set(task.tests)
+    assert aqaa.load(place / "model").heads is not None
+
+
+def test_what_a_head_learns_from_is_what_it_will_hear(run):
+    """The rows of a clip are those that `heard` computes, up to fp16 on disk."""
+    corpus, items = run.items()
+    data, _ = run.utterances("log_mel")
+    semantic = run.part("semantic", model_folder.build("semantic", CONFIG))
+    (longest,) = np.argsort(data.lengths)[-1:]
+    rows = heads.listened(semantic, data, np.array([longest])).rows
+    codes = semantic.encode(features.as_heard(items[longest], corpus.wav(items[longest])), energy_norm=False)
+    wanted = phones.code_vectors(semantic, codes[None])[0, : len(rows)]
+    same = torch.isclose(torch.from_numpy(rows).float(), wanted, atol=1e-2).all(-1)
+    assert same.float().mean() > 0.9
+
+
+def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
+    """Where an encoder is new, heads of the model folder would read another one's rows."""
+    later = K.Run(**{**options(tmp_path), "init": place / "model", "corpus": place / "corpus"})
+    later.export()
+    assert (tmp_path / "model" / "heads.safetensors").exists()
+    (later.out / "parts").mkdir(exist_ok=True)
+    shutil.copy(place / "run" / "parts" / "linguistic.safetensors", later.out / "parts")
+    later.export()
+    assert not (tmp_path / "model" / "heads.safetensors").exists()
+    shutil.copy(place / "run" / "parts" / "heads.safetensors", later.out / "parts")
+    later.export()
+    assert aqaa.load(tmp_path / "model").heads is not None

@@ -49,6 +49,8 @@ def measure(preset="mini", seed=0, only=None, limit=ROUNDS):
     if preset not in PRESETS:
         names = " or ".join(PRESETS)
         raise ValueError(f"bench parts draws its own weights: --preset is {names}, not {preset}.")
+    if only and only not in PARTS:
+        raise ValueError(f"bench parts knows no {only!r}: choose one of {', '.join(PARTS)}.")
     # A single layer of the full backbone takes 3 GB: only when asked for.
     usual = [name for name in PARTS if preset != "full" or name != "backbone"]
     installed = {name: version(name) if peers.installed(name) else None for name in peers.PACKAGES}

@@ -215,7 +215,7 @@ def _write_own(work, out, started):
     path = out / OWN
     with replacing(path) as part:
         save_file(state, part, {"quantization": json.dumps(work.format)})
-    parts = {name: folder / f"{name}.safetensors" for name in model_folder.PARTS}
+    parts = {name: folder / f"{name}.safetensors" for name in model_folder.parts_in(folder)}
     record = {"quantization": _about(work, started)}
     model_folder.gather(out, model_folder.read_config(folder), folder / "tokenizer.json",
                         parts | {"backbone": path}, record)  # fmt: skip

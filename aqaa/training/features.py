@@ -20,22 +20,13 @@ from aqaa.config import preset
 from aqaa.files import read_object, reading, replacing, write_json
 from aqaa.pitch import f0
 from aqaa.tokenizers.linguistic import LinguisticTokenizer, row_count
+from aqaa.tokenizers.phones import phone_ids
 
 AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question
 FRAME = 160  # samples of a log-mel frame
 WIDTHS = {"lfr": 560, "log_mel": 512, "f0": 4}  # of a row
 F0_FLOOR = 60.0  # Hz; melody is measured in octaves above it
-PHONES = (
-    "aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw "
-    "v w y z zh"
-).split()
-PHONE_IDS = {name: i for i, name in enumerate(PHONES, 1)}  # 0 is the CTC blank
-
-
-def phone_ids(phones):
-    """CMU phone names to 1-based ids. Unknown names, such as pauses, are left out."""
-    return [PHONE_IDS[phone] for phone in phones if phone in PHONE_IDS]
 
 
 def as_heard(item, wav):
@@ -181,3 +172,12 @@ class LengthBuckets:
         while len(picks) > 1 and len(picks) * self.lengths[picks[-1]] > self.budget:
             picks = picks[:-1]
         return picks
+
+
+def hidden(model, x, lengths):
+    """What a tokenizer's encoder makes of its stored features: x (B, T, ...), lengths (B,) in rows
+    -> (B, T, D)."""
+    if isinstance(model, LinguisticTokenizer):
+        return model((x + model.add_shift) * model.rescale, lengths)
+    log_mel = x.unflatten(-1, (-1, model.config.n_mels)).flatten(1, 2).transpose(1, 2)
+    return model.hidden(log_mel, lengths * 4)[0]

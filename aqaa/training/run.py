@@ -93,12 +93,7 @@ class Run:
             by_length = np.argsort(data.lengths, kind="stable")  # so that little is padded
             for rows in np.split(by_length, range(64, len(items), 64)):
                 x, lengths = data.gather(rows)  # (B, T, D), (B,)
-                if name == "linguistic":
-                    hidden = model((x + model.add_shift) * model.rescale, lengths)
-                else:
-                    log_mel = x.reshape(len(rows), -1, self.config.semantic.n_mels).transpose(1, 2)
-                    hidden, _ = model.hidden(log_mel, lengths * 4)
-                quantized = model.quantize(hidden)  # (B, T)
+                quantized = model.quantize(features.hidden(model, x, lengths))  # (B, T)
                 for row, ids, length in zip(rows, quantized, lengths.tolist(), strict=True):
                     codes[name][row] = ids[:length].numpy()
         store_codes(self.out, items, **codes)
@@ -112,6 +107,11 @@ class Run:
         record = self._recorded()
         makers = {stage.part: name for name, stage in stages.STAGES.items()}  # the last of several
         parts = {name: self._part_file(makers[name]) for name in model_folder.PARTS}
+        kept = {parts[name].parent for name in ("linguistic", "semantic")} == {self.init}
+        for name in model_folder.EXTRA:  # heads read the encoders that they were trained on
+            path = self._part_file(makers[name])
+            if path.exists() and (kept or path.parent != self.init):
+                parts[name] = path
         if self.init:
             record = {**self._recorded(self.init), **record}
         tokenizer = self._own("tokenizer.json", "tokenizer.json")

@@ -16,11 +16,10 @@ from torch import nn
 from torchaudio.functional import edit_distance
 
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.tokenizers.phones import CLASSES, FACTORS, PhoneHead, best_path
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.training.augment import Augment, kaldi_bank, slaney_bank
-from aqaa.training.features import PHONES, LengthBuckets, measure_cmvn
-
-CLASSES = len(PHONES) + 1  # and the CTC blank
+from aqaa.training.features import LengthBuckets, measure_cmvn
 
 
 def upsampled_ctc(head, hidden, lengths, targets, target_lengths, factor):
@@ -33,14 +32,6 @@ def upsampled_ctc(head, hidden, lengths, targets, target_lengths, factor):
     in_time, lengths = log_probs.transpose(0, 1), lengths * factor
     loss = F.ctc_loss(in_time, targets, lengths, target_lengths, zero_infinity=True)
     return loss, log_probs
-
-
-def best_path(log_probs, lengths):
-    """Greedy CTC: lists of phone ids. log_probs (B, T, classes), lengths (B,) in its frames."""
-    phones = []
-    for row, length in zip(log_probs.argmax(-1), lengths.tolist(), strict=True):
-        phones.append([p for p in row[:length].unique_consecutive().tolist() if p])
-    return phones
 
 
 def phone_error(predicted, wanted):
@@ -142,16 +133,14 @@ class PhoneTask:
 class LinguisticTask(PhoneTask):
     """CTC on phones through the streaming encoder; rows (T, 560) are normalised LFR features."""
 
-    kind, factor, level, unit, bank = "lfr", 3, 0.25, 1.0, staticmethod(kaldi_bank)
+    kind, factor, level, unit = "lfr", FACTORS["linguistic"], 0.25, 1.0
+    bank = staticmethod(kaldi_bank)
 
     def __init__(self, config, data, tests=None, budget=1200):
         super().__init__(config, data, tests, budget)
         self.masks = {"bands": config.lfr_m}
         self.model = LinguisticTokenizer(config)
-        size = config.output_size
-        self.head = nn.Sequential(
-            nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, self.factor * CLASSES)
-        )
+        self.head = PhoneHead(config.output_size, self.factor)
         self.modules = {"model": self.model, "head": self.head}
 
     @classmethod
@@ -200,7 +189,7 @@ class SemanticTask(PhoneTask):
     rows: (T, 4 * 128) log-mel at 25 Hz; extra: "f0" (T, 4) in octaves above F0_FLOOR, 0 where
     unvoiced."""
 
-    kind, factor, level, unit = "log_mel", 2, 0.05, 4 * math.log(10)
+    kind, factor, level, unit = "log_mel", FACTORS["semantic"], 0.05, 4 * math.log(10)
     bank = staticmethod(slaney_bank)
     masks = {"bands": 4, "widest": 16, "time_widest": 4}
 

@@ -25,6 +25,7 @@ class Stage:
 
 
 SPEECH = "aqaa.training.speech_tokenizers"
+HEADS = "aqaa.training.heads"
 VOCODER = "aqaa.training.flow_and_hift"
 LANGUAGE = "aqaa.training.objectives:LanguageTask"
 TABLE = (
@@ -33,6 +34,7 @@ TABLE = (
     Stage("linguistic", "CTC, then k-means", f"{SPEECH}:LinguisticTask", 4400, "linguistic"),
     Stage("semantic", "CTC through a quantiser", f"{SPEECH}:SemanticTask", 2700, "semantic"),
     Stage("codes", "store both code sequences of every utterance"),
+    Stage("heads", "phones that both tokenizers hear", f"{HEADS}:HeadsTask", 1500, "heads"),
     Stage("hift", "mel to wave", f"{VOCODER}:HiftTask", 2400, "hift"),
     Stage("flow", "codes to mel", f"{VOCODER}:FlowTask", 6300, "flow"),
     Stage("shortcut", "codes to mel in few steps", f"{VOCODER}:ShortcutTask", 1500, "flow", "flow"),

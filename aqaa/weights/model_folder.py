@@ -17,6 +17,7 @@ from aqaa.backbone.quantized_linear import empty_linears, format_in, format_with
 from aqaa.fast import prepared
 from aqaa.files import AGAIN, ModelError, check_file, fingerprint, named, refusing, replacing
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
+from aqaa.tokenizers.phones import PhoneHeads
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.vocoder.flow import Flow
@@ -28,6 +29,7 @@ PARTS = {  # name of the part, and of its file: its class
     "linguistic": LinguisticTokenizer, "semantic": SemanticTokenizer, "backbone": PlainStep1,
     "flow": Flow, "hift": HiFT,
 }  # fmt: skip
+EXTRA = {"heads": PhoneHeads}  # answering needs none of these: a folder may lack them
 SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 ANEW, MATCHING = "get the file again", "use matching files"
 
@@ -63,6 +65,11 @@ def read_header(path):
             return file.metadata() or {}, len(file.keys())
 
 
+def parts_in(folder):
+    """Names of the parts that a folder has to have, and of those of EXTRA that it has."""
+    return [*PARTS, *(name for name in EXTRA if Path(folder, f"{name}.safetensors").exists())]
+
+
 def read_part(folder, name, config, device, dtype):
     """The part `name` of an AQAAConfig with its weights, in eval mode. Raises ModelError. The
     module never takes more memory than its file has weights for."""
@@ -94,7 +101,7 @@ def build(name, config, plain=False):
         return step1.build(config.backbone)
     if name == "flow":
         return Flow(config.flow, config.mel)
-    return PARTS[name](getattr(config, name))
+    return EXTRA[name](config) if name in EXTRA else PARTS[name](getattr(config, name))
 
 
 def cast(module, device, dtype, path):
@@ -121,7 +128,7 @@ def fit(module, state, path, config="its configuration"):
 
 def check_parts(folder):
     """Read every weight of a folder; ModelError unless all are there, finite, and as recorded."""
-    for name in PARTS:
+    for name in parts_in(folder):
         path = Path(folder) / f"{name}.safetensors"
         read_header(path)
         all_finite(load_file(path), path)
@@ -132,7 +139,7 @@ def inspect(folder):
     """{part: {"bytes", "sha256", "as_recorded": bool}} of a folder. Raises ModelError."""
     expected = recorded(folder)
     rows = {}
-    for name in PARTS:
+    for name in parts_in(folder):
         path = Path(folder) / f"{name}.safetensors"
         read_header(path)
         facts = fingerprint(path)
@@ -143,8 +150,9 @@ def inspect(folder):
 def save(model, folder):
     """Write every part of an AQAA into `folder`, for `load(folder)`; matrices become fp16."""
     folder = Path(folder)
-    for name in PARTS:
-        save_part(folder, name, getattr(model, name))
+    for name in (*PARTS, *EXTRA):
+        if (part := getattr(model, name)) is not None:
+            save_part(folder, name, part)
     with replacing(folder / "tokenizer.json") as part:
         model.text.save(part)
     _describe(folder, model.config, {})
@@ -165,14 +173,18 @@ def save_part(folder, name, module, meta=None):
 
 
 def gather(folder, config, tokenizer, parts, record):
-    """Make a model folder of files: `tokenizer`, and parts[name] for each of PARTS. Raises
-    ModelError before anything is written if one is missing, or holds a NaN or an infinity."""
+    """Make a model folder of files: `tokenizer`, and parts[name] for each of PARTS, or also of
+    EXTRA. Raises ModelError before anything is written if one is missing, or holds a NaN or an
+    infinity."""
     folder, given = Path(folder), {"tokenizer.json": Path(tokenizer)}
-    given |= {f"{name}.safetensors": Path(parts[name]) for name in PARTS}
+    names = [*PARTS, *(name for name in EXTRA if name in parts)]
+    given |= {f"{name}.safetensors": Path(parts[name]) for name in names}
     for path in given.values():
         check_file(path)
-    for name in PARTS:
+    for name in names:
         all_finite(load_file(parts[name]), parts[name])
+    for name in EXTRA.keys() - parts.keys():  # of other weights
+        (folder / f"{name}.safetensors").unlink(missing_ok=True)
     for name, path in given.items():
         with replacing(folder / name) as part:
             shutil.copyfile(path, part)
