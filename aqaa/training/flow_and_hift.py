@@ -86,7 +86,7 @@ class ShortcutTask(FlowTask):
     the few times of the long steps are the goals. Guidance is distilled away with them. The usual
     matching loss keeps the field of many steps, so that both can be chosen."""
 
-    lr = 4e-4
+    lr = 2e-4  # it goes on from a finished flow: more would undo it first
     BETWEEN = 4  # teacher's steps within a long one
     KEEP = 0.25  # weight of the usual loss
 
