@@ -55,7 +55,8 @@ def accuracy(result):
     return lines
 
 
-FAMILIES = {"seen": "voices of the training", "other": "other synthesizers", "natural": "natural voices of the corpus (Kokoro, hibari)",
+FAMILIES = {"seen": "voices of the training", "other": "other synthesizers",
+            "natural": "natural voices of the corpus (Kokoro, hibari)",
             "kokoro": "Kokoro, held out", "styles": "four English styles, held out", "joe": "Piper's joe, held out",
             "commands": "people: orders in a shop", "librivox": "people: reading", "cards": "people: card games",
             "asterisk": "people: telephone prompts, 8 kHz", "digits": "people: digits, 8 kHz",
@@ -65,8 +66,9 @@ FAMILIES = {"seen": "voices of the training", "other": "other synthesizers", "na
 def hearing(result):
     """Phone errors of the newest entry, families as rows."""
     entry = [part for part in result.values() if isinstance(part, dict)][-1]
-    lines = ["**Whom the ears hear**: phones wrong, missing or too many, percent (95 % of draws of as many clips), read "
-             "from the linguistic encoder and from the semantic codes. Both were trained on the voices of the first rows alone.", "",
+    lines = ["**Whom the ears hear**: phones wrong, missing or too many, percent (95 % of draws of as many clips), "
+             "read from the linguistic encoder and from the semantic codes. Both were trained on the voices of the "
+             "first rows alone.", "",
              "| | clips | linguistic | semantic |", "|---|---|---|---|"]
     for name, row in sorted(entry["phone_error"].items(), key=lambda pair: list(FAMILIES).index(pair[0].split(",")[0])):
         family, _, kind = name.partition(", ")

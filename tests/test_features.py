@@ -28,7 +28,6 @@ class Shelf:
         said = (("a0", "answer", "seven plus five"), ("q1", "question", "hello"), ("g2", "generic", "the moon is up"))
         self.items, self.waves, self.read = [], {}, 0
         for number, (name, role, text) in enumerate(said):
-            phones = [*tones.spell(text), "pau"]
             wave = tones.say("flite:slt", text, SimpleNamespace(rate=1, pitch=1, spread=1))
             self.waves[name] = (wave[: len(wave) - 100 * number] * 16_000).astype(np.int16)
             self.items.append(SimpleNamespace(id=name, role=role, text=text, phones=[*tones.spell(text), "pau"],

@@ -22,7 +22,7 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "sound_files sound_headers": 540,  # whatever files people have
     "aqaa __main__ cli options doctor records loading weights": 2_300,  # packages of natural voices in doctor
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 7_320,  # natural voices, people, an open vocabulary, two benches came in
+    "corpus pitch batching training evaluation": 7_320,  # natural voices, people, open sentences came in
     "scale": 1_880,
     "notebook": 1_880,
 }

@@ -131,6 +131,6 @@ def table(result):
         lines.append(f"phone error of the linguistic tokenizer {result['phone_error']:.1f} %")
     lines.append(", ".join(f"{result[kind]} {kind}" for kind in KINDS))
     if "mouth_word_error" in result:
-        lines.append(f"of {result['mouth_words']} words answered, {result['mouth_word_error']:.1f} % "
-                     "are not heard as written")  # fmt: skip
+        lines.append(f"of {result['mouth_words']} words answered, "
+                     f"{result['mouth_word_error']:.1f} % are not heard as written")  # fmt: skip
     return "\n".join(lines + [f"left out: {fault}" for fault in result["faults"]])
