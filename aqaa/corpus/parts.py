@@ -8,8 +8,7 @@ from aqaa.corpus import engines, natural, people, speak
 from aqaa.corpus.plan import OPEN, open_plan, plan
 
 SECONDS = 0.5, 0.06  # of an utterance: silence at its ends, and a letter, on the average of voices
-SILENT_HALF = ("the open sentences are spoken by synthesizers alone, which about doubles the phone "
-               "error of natural voices")  # fmt: skip
+WITHOUT_NATURAL = "synthesizers alone say the open sentences, and natural voices are heard worse"
 
 
 def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True, only=None, people=()):
@@ -61,7 +60,7 @@ def _open(folder, scale, seed):
     began = speak.head(folder).get("engines", {})
     if lacks and not {"hibari", "kokoro"} & set(began):
         names = dict.fromkeys(name for names in lacks.values() for name in names)
-        print(f"{', '.join(names)} not found: {SILENT_HALF}; run "
+        print(f"{', '.join(names)} not found: {WITHOUT_NATURAL}; run "
               f"`{engines.ENGINES['kokoro'].install}`.")  # fmt: skip
         return open_plan(scale, seed, natural=False)
     if not natural.styles_file():

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from aqaa import audio
 from aqaa.corpus.plan import asked_in, plan
 from aqaa.evaluation import whisper
 from aqaa.files import reading
 from aqaa.sound_headers import AudioError
+from aqaa.tokenizers.phones import error_rate
 from aqaa.tokenizers.text import normalise
 
 LIST = "questions.txt"
@@ -102,14 +104,12 @@ def _row(model, path, text, right, phones_of, seed):
     judged = "not known" if right is None else "right" if written in right else "wrong"
     error = None
     if phones_of:
-        from torchaudio.functional import edit_distance
-
         wanted = phones_of([text])[text]
         ear = [phone.name for phone in model.phones(str(path))["linguistic"]]
-        error = round(100 * edit_distance(ear, wanted) / max(len(wanted), 1), 1)
+        error = round(error_rate([ear], [wanted]), 1)
     mouth = None
     if not whisper.missing():
-        mouth = whisper.heard(whisper.resampled(answer.audio.numpy(), answer.sample_rate))
+        mouth = whisper.heard(audio.resample(answer.audio, answer.sample_rate))
     return {
         "file": path.name, "said": text, "heard": heard, "phone_error": error, "answer": written,
         "confidence": round(answer.confidence, 4), "judged": judged, "mouth": mouth,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from aqaa.config import SAMPLE_RATE
 from aqaa.corpus.facts import number
 from aqaa.files import scratch
+from aqaa.tokenizers.phones import error_rate
 from aqaa.tokenizers.text import normalise
 
 INSTALL = "pip install 'aqaa[judge]'"
@@ -84,16 +84,5 @@ def spelled(n):
 
 def word_error(pairs):
     """Word error in percent of (wanted, heard) texts, and the number of words wanted."""
-    from torchaudio.functional import edit_distance
-
-    pairs = [(wanted.split(), given.split()) for wanted, given in pairs]
-    count = sum(len(wanted) for wanted, _ in pairs)
-    return 100 * sum(edit_distance(*pair) for pair in pairs) / max(count, 1), count
-
-
-def resampled(wav, rate):
-    """(N,) at `rate` -> at 16 kHz."""
-    from scipy.signal import resample_poly
-
-    gcd = np.gcd(rate, SAMPLE_RATE)
-    return resample_poly(wav, SAMPLE_RATE // gcd, rate // gcd) if rate != SAMPLE_RATE else wav
+    wanted = [text.split() for text, _ in pairs]
+    return error_rate([text.split() for _, text in pairs], wanted), sum(map(len, wanted))

@@ -96,6 +96,15 @@ def best_path(log_probs, lengths):
     return phones
 
 
+def error_rate(predicted, wanted):
+    """What is wrong, missing or too much, in percent of what is wanted: of two lists of lists, of
+    phones or of words."""
+    from torchaudio.functional import edit_distance  # here: answering needs none of it
+
+    errors = sum(map(edit_distance, predicted, wanted))
+    return 100.0 * errors / max(sum(map(len, wanted)), 1)
+
+
 def timed(log_probs, start=0.0):
     """The best path of one utterance as Phones. log_probs (T, classes), one every SECONDS from
     `start` on.

@@ -5,10 +5,17 @@ Each utterance is encoded once; the heads then read it many times, at next to no
 import numpy as np
 import torch
 
-from aqaa.tokenizers.phones import CLASSES, FACTORS, PhoneHeads, best_path, code_vectors
+from aqaa.tokenizers.phones import (
+    CLASSES,
+    FACTORS,
+    PhoneHeads,
+    best_path,
+    code_vectors,
+    error_rate,
+)  # fmt: skip
 from aqaa.training import features
 from aqaa.training.features import LengthBuckets, Utterances
-from aqaa.training.speech_tokenizers import phone_error, upsampled_ctc
+from aqaa.training.speech_tokenizers import upsampled_ctc
 
 KINDS = {"linguistic": "lfr", "semantic": "log_mel"}  # the features that each tokenizer reads
 UTTERANCES = 4000  # to learn from: some three hours
@@ -66,7 +73,7 @@ class HeadsTask:
             rows, lengths = data.gather(part)
             logits = getattr(self.model, name)(rows).reshape(len(part), -1, CLASSES)
             said += best_path(logits, lengths * FACTORS[name])
-        return phone_error(said, [data.phones[i] for i in indices])
+        return error_rate(said, [data.phones[i] for i in indices])
 
     def finish(self, seed):
         """Measure: {"phone_error": {tokenizer: {test: percent}}}."""

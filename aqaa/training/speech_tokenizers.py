@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchaudio.functional import edit_distance
 
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
-from aqaa.tokenizers.phones import CLASSES, FACTORS, PhoneHead, best_path
+from aqaa.tokenizers.phones import CLASSES, FACTORS, PhoneHead, best_path, error_rate
 from aqaa.tokenizers.semantic import SemanticTokenizer
 from aqaa.training.augment import Augment, kaldi_bank, slaney_bank
 from aqaa.training.features import LengthBuckets, measure_cmvn
@@ -32,12 +31,6 @@ def upsampled_ctc(head, hidden, lengths, targets, target_lengths, factor):
     in_time, lengths = log_probs.transpose(0, 1), lengths * factor
     loss = F.ctc_loss(in_time, targets, lengths, target_lengths, zero_infinity=True)
     return loss, log_probs
-
-
-def phone_error(predicted, wanted):
-    """Errors over phones, in percent, of two lists of phone lists."""
-    errors = sum(map(edit_distance, predicted, wanted))
-    return 100.0 * errors / max(sum(map(len, wanted)), 1)
 
 
 def spec_augment(x, rng, bands, n_mels, widest=12, time_widest=6):
@@ -108,7 +101,7 @@ class PhoneTask:
         level = rng.normal(0, self.level, (len(indices), 1, 1)).astype(np.float32)
         x, clean, factors = self.augment(x + torch.from_numpy(level), lengths, rng)
         x, clean = self.normalised(x), self.normalised(clean)
-        for _ in range(2):
+        for _ in range(2):  # two bands and two stretches: one is too easily guessed from the rest
             spec_augment(x, rng, n_mels=self.config.n_mels, **self.masks)
         targets, counts = self.data.targets(indices)
         batch = {"x": x, "clean": clean, "lengths": lengths, "targets": targets, "counts": counts,
@@ -127,7 +120,7 @@ class PhoneTask:
             x, lengths = self.data.gather(part)
             logits = read(self.normalised(x), lengths, part).reshape(len(part), -1, CLASSES)
             predicted += best_path(logits, lengths * self.factor)
-        return phone_error(predicted, [self.data.phones[i] for i in indices])
+        return error_rate(predicted, [self.data.phones[i] for i in indices])
 
 
 class LinguisticTask(PhoneTask):
