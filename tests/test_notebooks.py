@@ -7,9 +7,11 @@ them all.
 """
 
 import ast
+import importlib
 import json
 import math
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -97,6 +99,31 @@ def assigned(cell):
     """{name: value} of the literals that a cell assigns."""
     nodes = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
     return {node.targets[0].id: node.value.value for node in nodes if isinstance(node.value, ast.Constant)}
+
+
+def imported(path):
+    """(module, name) of every import in a notebook's cells, those of other chapters' turns too."""
+    for cell in form.code_cells(build.read(path)):
+        source = "\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!")))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom):
+                yield from ((node.module, alias.name) for alias in node.names)
+            elif isinstance(node, ast.Import):
+                yield from ((alias.name, None) for alias in node.names)
+
+
+def missing(pairs):
+    """What cannot be imported: each chapter runs in every second commit only, a name that left is seen in each."""
+    for module, name in sorted(set(pairs), key=str):
+        found = importlib.import_module(module)
+        inside = [part.name for part in pkgutil.iter_modules(getattr(found, "__path__", []))]
+        if name and not hasattr(found, name) and name not in inside:
+            yield f"{module} has no {name}"
+
+
+def test_what_chapters_import_exists():
+    assert not list(missing(pair for path in PATHS for pair in imported(path)))
+    assert list(missing([("aqaa.audio", "no_such_name"), ("aqaa", "audio")])) == ["aqaa.audio has no no_such_name"]
 
 
 def test_every_chapter_has_its_turn():
