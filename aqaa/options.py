@@ -85,6 +85,7 @@ TYPES = {
     "workers": _number(int, 1, 1024, "a whole number from 1 to 1024"),
     "temperature": _number(float, 1e-4, 100, "0 or a number from 0.0001 to 100", also=(0,)),
     "share": _number(float, 1e-9, 1, "a number above 0, and 1 at most"),
+    "price": _number(float, 1e-6, 1e6, "a price above 0"),
     "minutes": _number(float, 1e-3, 1e6, "a number of minutes above 0"),
 }
 

@@ -23,7 +23,7 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "aqaa __main__ cli options doctor records loading weights": 2_300,  # packages of natural voices in doctor
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
     "corpus pitch batching training evaluation": 7_320,  # natural voices, people, open sentences came in
-    "scale": 1_880,
+    "scale": 2_450,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines
     "notebook": 1_880,
 }
 READING = "config audio tokenizers backbone vocoder answer listening pipeline".split()

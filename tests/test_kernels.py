@@ -214,7 +214,9 @@ from triton.compiler import ASTSource
 
 from aqaa.fast import triton_kernels
 from aqaa.fast import attention_kernels
+from aqaa.scale import plan
 
+INTEGER = ("IDP", "LOP3", "SHF", "IADD3", "LEA", "PRMT", "SEL", "ISETP")  # on units that are half as many
 POINTERS = {"words": "*i32", "scale": "*bf16", "first": "*i64", "query": "*bf16", "keys": "*bf16", "values": "*bf16",
             "norm": "*bf16", "weight": "*u8"}
 NUMBERS = {"n_rows", "n_out", "n_runs", "n_items", "size", "n_query"}
@@ -243,6 +245,13 @@ def loop():
     start, end = max((pair for pair in back if pair[0] < pair[1]), key=lambda pair: pair[1] - pair[0])
     return [line for at, line in code.items() if start <= at <= end]
 
+def as_planned(weights, lane):
+    # the planner counts as the loop compiled last has them, for `lane` weights a lane
+    lines = [line.split("@")[-1].split() for line in loop()]
+    integer = sum(any(word.split(".")[0] in INTEGER for word in line[:2]) for line in lines)
+    for found, planned in zip((len(lines), integer), plan.INSTRUCTIONS[weights]):
+        assert abs(found / lane - planned) < 0.08 * planned, (weights, found / lane, planned)
+
 def product(kind, tile, most, batch=1, groups=0):
     rows, runs, warps, stages = tile
     others = {"n_items": 1} if batch == 1 else {}  # Triton makes a 1 a constant
@@ -256,6 +265,8 @@ def product(kind, tile, most, batch=1, groups=0):
 
 for tile in triton_kernels.CANDIDATES:
     product("added", tile, 2)
+product("added", triton_kernels.TILE, 2)
+as_planned("int4", 8 * 32)
 ptx = product("gated", triton_kernels.TILE, 1.6)
 assert ptx.count("evict_first.L2::cache_hint.v4.b32") == 8, "weights are read 16 bytes a thread"
 product("heads", triton_kernels.TILE, 1.6, groups=8)
@@ -267,7 +278,9 @@ types = {"scale": "fp32"}
 build("_attend", types=types, n_query=1, GROUPS=8, RATIO=12, WIDTH=128, ROWS=16, KEYS=32, SPLITS=32)
 build("_attend", types=types, GROUPS=8, RATIO=12, WIDTH=128, ROWS=64, KEYS=32, SPLITS=1)
 build("_combine", WIDTH=128, SPLITS=32)
-build("_bytes", 1, {"x": "*bf16"}, SIZE=12288, FP8=True, ROWS=4, COLUMNS=512)
+for name, kind in (("fp8", "*u8"), ("int8", "*i8")):
+    build("_bytes", 1, {"x": "*bf16", "weight": kind}, SIZE=12288, FP8=name == "fp8", ROWS=4, COLUMNS=512)
+    as_planned(name, 4 * 512 // 32)
 build("_unpack", types={"out": "*bf16"}, SIZE=12288, GROUP=128, ROWS=4, WIDE=1024)
 """
 

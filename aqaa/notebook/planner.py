@@ -1,6 +1,6 @@
 """The planner: choose GPUs, a weight format and a context; see what fits, and how fast it talks.
 
-Every number is a sum of aqaa/scale/plan.py, which says what in it is arithmetic and what assumed.
+Every number is a sum of aqaa/scale/plan.py, or was measured in a recorded run.
 """
 
 from aqaa.backbone.memory import BITS
@@ -9,8 +9,8 @@ from aqaa.files import data_folder
 from aqaa.notebook import show
 from aqaa.notebook.base import Widget
 from aqaa.notebook.figures import LINES, canvas, picture, styled
-from aqaa.scale.plan import ALL_REDUCE, GPUS, INTERLEAVE_RATE, plan
-from aqaa.scale.plan_table import check, read_model, setups, what_would_fit
+from aqaa.scale.plan import GPUS, INTERLEAVE_RATE, RANKS
+from aqaa.scale.plan_table import check, plans, read_model, setups, what_would_fit
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # ids
 PARTS = {  # of Plan.memory: words, colour (black print is readable on each), hatching where static
@@ -21,7 +21,7 @@ PARTS = {  # of Plan.memory: words, colour (black print is readable on each), ha
 }  # fmt: skip
 SHOWN = ("bf16", "fp8", "int4")  # in the static view; int8 weighs what fp8 does
 COLUMNS = ("First sound: s after a question of 3 s. Wait: s from the first id on, for an answer so "
-           "long never to stall.")  # fmt: skip
+           "long never to stall. Where no rate was measured both are at best.")  # fmt: skip
 RATES = {"audio alone": TOKENS_PER_SECOND, "text and audio": INTERLEAVE_RATE}  # tokens/s of speech
 
 
@@ -42,14 +42,14 @@ class Planner(Widget):
             longest = read_model(model)[1].max_seq_len
             contexts = sorted({context, *(n for n in CONTEXTS if n <= longest)})
             parts, shown = [[name, *look[:2]] for name, look in PARTS.items()], self.chosen.setup
-            self._open(model=shown.model, gpus=list(GPUS), counts=list(ALL_REDUCE), parts=parts,
+            self._open(model=shown.model, gpus=list(GPUS), counts=list(RANKS), parts=parts,
                        formats=list(BITS), rates=RATES, note=reliance(), contexts=contexts)
 
     def plan(self, gpus="1xH200", weights="int4", context=2048):
         """The Plan of GPUs ("4xH100-80"), a format and a context in ids, which the page then shows.
         Raises ValueError for what cannot be; what was shown then stays."""
         (setup,) = setups(self.model, [gpus], weights, context=context)
-        self.chosen = plan(setup)
+        (self.chosen,) = plans([setup], data_folder() / "runs")
         shown = {**self.chosen.to_dict(), "format": setup.format, "card": setup.gpu.memory}
         chosen = {"gpu": setup.gpu.name, "count": setup.count, "weights": weights,
                   "context": context}  # fmt: skip
@@ -68,21 +68,23 @@ class Planner(Widget):
     def _static(self):
         setup = self.chosen.setup
         asked = setups(self.model, context=setup.context)
-        plans = [plan(setup) for setup in asked if setup.weights in SHOWN]
+        asked = [one for one in asked if one.weights in SHOWN]
+        planned = plans(asked, data_folder() / "runs")
         title = f"{setup.model}, {setup.context} ids of context, one listener"
-        table = show.table(map(_row, plans), caption=f"{title}. {reliance()} {COLUMNS}")
-        return [show.table([[self._state["message"]]], ["Chosen"]), compared(plans, title), table]
+        table = show.table(map(_row, planned), caption=f"{title}. {reliance()} {COLUMNS}")
+        return [show.table([[self._state["message"]]], ["Chosen"]), compared(planned, title), table]
 
 
 def reliance():
     """The evidence for the rates of a Plan, in words."""
     rows = check(data_folder() / "runs")
-    ratios = [row["ratio"] for row in rows if row["what"].startswith("tokens")]
-    runs = "no recorded run confirms any"
-    if ratios:
-        runs = f"recorded runs reached {min(ratios)} to {max(ratios)} of them"
-    return ("At most: bandwidth over bytes a token. Estimates rest on efficiencies, measured for "
-            f"int4 and fp8 on one H200, elsewhere assumed: {runs}.")  # fmt: skip
+    shares = [row["share"] for row in rows if "tokens" in row["what"]]
+    runs = "no run is recorded"
+    if shares:
+        files = ", ".join(sorted({row["file"] for row in rows}))
+        runs = f"recorded runs reached {min(shares)} to {max(shares)} of them ({files})"
+    return ("At most: by bytes and bandwidth, or by the instructions of our kernels. These are "
+            f"ceilings, not estimates: {runs}.")  # fmt: skip
 
 
 def _filled(plan):
@@ -99,11 +101,18 @@ def in_words(plan):
     elif plan.steady:
         verdict = ("enough for audio, and an answer of 10 s never stalls if it waits for "
                    f"{wait:.2f} s")  # fmt: skip
+    elif plan.steady is None:
+        needed = "text and audio together" if plan.interleave is None else "audio"
+        verdict = f"{needed} would keep up at the ceiling"
     else:
         verdict = (f"less than audio uses up: an answer of 10 s must wait for {wait:.1f} s, "
                    "longer ones more")  # fmt: skip
     return (f"{setup.format} on {setup.gpus} with {setup.context} ids: {_filled(plan)}; at most "
-            f"{plan.ceiling:.0f} tokens a second, by estimate {plan.rate:.0f}, {verdict}.")
+            f"{plan.ceiling:.0f} tokens a second, {_rate(plan)}: {verdict}.")
+
+
+def _rate(plan):
+    return "not measured" if plan.rate is None else f"measured {plan.rate:.0f}"
 
 
 def _row(plan):
@@ -112,13 +121,20 @@ def _row(plan):
     cells = {
         "GPUs": setup.gpus, "weights": setup.format, "GiB": f"{plan.total:.1f}",
         "ms, least": f"{1000 * plan.floor:.1f}", "tokens/s, most": f"{plan.ceiling:.0f}",
-        "estimate": f"{plan.rate:.0f}", "first sound": f"{plan.first_sound[3]:.2f}",
-        "enough for": "text too" if plan.interleave else "audio" if plan.steady else "neither",
+        "measured": "no" if plan.rate is None else f"{plan.rate:.0f}",
+        "first sound": f"{plan.first_sound[3]:.2f}", "enough for": _enough(plan),
         **{f"wait {n} s": f"{delay:.2f}" for n, delay in plan.delay.items()},
     }  # fmt: skip
     if not plan.fits:
-        cells |= dict.fromkeys(list(cells)[3:], "–") | {"estimate": "does not fit"}
+        cells |= dict.fromkeys(list(cells)[3:], "–") | {"measured": "does not fit"}
     return cells
+
+
+def _enough(plan):
+    for words, able in (("text too", plan.interleave), ("audio", plan.steady)):
+        if able is not False:
+            return words if able else f"{words}, at most"
+    return "neither"
 
 
 @styled
@@ -140,10 +156,11 @@ def compared(plans, title="", alt=""):
     fits = [row for row in rows if plans[row].fits]
     for row in set(rows) - set(fits):
         rates.text(11, row, "does not fit", fontsize=8, va="center", color=LINES[1])
-    rate, ceiling = [plans[row].rate for row in fits], [plans[row].ceiling for row in fits]
-    rates.hlines(fits, rate, ceiling, color="0.6", linewidth=1.2, zorder=1)
+    ceiling, known = [plans[row].ceiling for row in fits], [r for r in fits if plans[r].rate]
+    rates.hlines(fits, 10, ceiling, color="0.85", linewidth=1.2, zorder=1)
     rates.plot(ceiling, fits, "|", color=LINES[0], ms=9, mew=2, label="at most")
-    rates.plot(rate, fits, "o", color=LINES[1], mfc="w", label="estimate")
+    rate = [plans[row].rate for row in known]
+    rates.plot(rate, known, "o", color=LINES[1], mfc="w", label="measured")
     for (words, needed), dash in zip(RATES.items(), ("--", ":")):
         label = f"{words} {needed:.4g}"
         rates.axvline(needed, color="k", linestyle=dash, linewidth=1.2, label=label)
@@ -157,6 +174,6 @@ def compared(plans, title="", alt=""):
         axis.grid(axis="x", color="0.9")
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns, fontsize=8)
     gpus = ", ".join(dict.fromkeys(plan.setup.gpus for plan in plans))
-    words = ("memory of one card by part beside its size, and tokens a second at most and by "
-             f"estimate, for {gpus}")  # fmt: skip
+    words = ("memory of one card by part beside its size, and tokens a second at most and as "
+             f"measured, for {gpus}")  # fmt: skip
     return picture(figure, alt or words, title)

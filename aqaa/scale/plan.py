@@ -1,11 +1,14 @@
-"""What a backbone needs on given GPUs, and how fast it will talk, from first principles.
+"""What a backbone needs on given GPUs, and how fast it talks at most, from first principles.
 
-A decoding step reads every weight once and the keys and values so far, so bytes / bandwidth is the
-least time of a token: the roofline. What is reached of it, and what is not arithmetic, are the
-named assumptions below (plan_table.check holds them against recorded runs). No torch here.
+A decoding step has three least times: its bytes (every weight once, keys and values so far) by the
+bandwidth, the instructions of our kernels by those that a card can issue, the multiplications by
+the peak of the tensor cores. The longest of them is the least time of a token, its inverse the
+ceiling. How much of a ceiling is reached is measured (plan_table.measured reads recorded runs) or
+not known; nothing here guesses it. Left out, so a ceiling stays one: what GPUs tell one another,
+launches, sampling. No torch here.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 
 from aqaa import config
@@ -17,25 +20,15 @@ BLOCK = TEXT_BLOCK + AUDIO_BLOCK
 BLOCK_SECONDS = AUDIO_BLOCK / GROUP_SIZE * GROUP_SECONDS  # 0.36
 INTERLEAVE_RATE = TOKENS_PER_SECOND * BLOCK / AUDIO_BLOCK  # 69.4 ids a second while text lasts
 TEXT_RATE = 5.0  # text ids in a second of speech
+SPOKEN_RATE = TOKENS_PER_SECOND + TEXT_RATE  # 46.7 ids a second, over a whole answer
 
-# Assumptions. Efficiencies are shares of bytes / bandwidth over 1, 2, 4, 8 GPUs. Those of int4 and
-# fp8 on one GPU were measured on an H200 (data/runs/h200-130b-int4.json; the int4 kernels have
-# changed since). The others are solved for, from estimates made by hand for H100 and H200, so
-# agreeing with those proves nothing. For comparison, gpt-fast's README on 70 B and A100: bf16 87,
-# 79, 67 % on 2, 4, 8; int8 78 % on one, 44 % on eight; int4 65 % and 32 %. A guess says so.
-EFFICIENCY = {
-    "bf16": {1: 0.80, 2: 0.80, 4: 0.73, 8: 0.645},
-    "fp8": {1: 0.45, 2: 0.78, 4: 0.665, 8: 0.525},
-    "int8": {1: 0.775, 2: 0.78, 4: 0.665, 8: 0.525},
-    "int4": {1: 0.40, 2: 0.72, 4: 0.56, 8: 0.415},
-}
-ALL_REDUCE = {1: 0.0, 2: 9e-6, 4: 10.5e-6, 8: 12e-6}  # s over NVLink, two a layer: 9 to 12 µs
-PCIE = 4.0  # times as long without NVLink: a guess
-KERNEL, KERNELS_PER_LAYER = 2e-6, 8  # s, least time of a kernel in a CUDA graph: a guess
-PREFILL_SHARE = 0.5  # of the tensor cores' peak
+RANKS = (1, 2, 4, 8)  # GPUs of a node that share each layer
+# (all, on integer units) for a weight and one row of activations, in the loops of
+# aqaa/fast/triton_kernels.py as Triton 3.6 compiles them for sm_90; tests/test_kernels.py counts.
+INSTRUCTIONS = {"int4": (1.51, 0.96), "int8": (4.08, 1.42), "fp8": (8.80, 4.50)}
+LANES = 128  # instructions that a multiprocessor issues at a clock, at most
 PROMPT = 100  # ids of a prompt beside the question
-VOCODER_SHARE = 0.05  # s of work for 1 s of sound: the goal for the full-size flow and HiFT
-RESERVED = 1.5  # GiB a GPU, a guess: the driver's context, graphs, workspaces
+RESERVED = 1.5  # GiB a GPU, an allowance: the driver's context, graphs, workspaces
 SPEECH_PARTS = {"full": 400e6 * 4, "mini": 13e6 * 4}  # bytes of tokenizers, flow, HiFT, about
 
 
@@ -48,26 +41,37 @@ class Gpu:
     bandwidth: float  # TB/s
     bf16: float  # dense TFLOPS
     fp8: float | None  # dense TFLOPS; None: no such tensor cores
-    nvlink: bool = True
+    cores: int = 0  # multiprocessors; 0: our kernels are not made for it
+    clock: float = 0.0  # GHz, the highest
+    integer: float = 0.5  # share of LANES that are integer units
 
 
 _CARDS = (
-    Gpu("H200", 139.8, 4.8, 989, 1979), Gpu("H100-80", 79.1, 3.35, 989, 1979),
-    Gpu("H20", 95.6, 4.0, 148, 296), Gpu("A100-80", 79.2, 2.039, 312, None),
-    Gpu("A800-80", 79.2, 2.039, 312, None), Gpu("A100-40", 39.4, 1.555, 312, None),
-    Gpu("B200", 178.4, 7.7, 2250, 4500), Gpu("MI300X", 191.7, 5.3, 1307, 2615),
-    Gpu("L40S", 44.4, 0.864, 362, 733, False), Gpu("RTX-4090", 23.5, 1.008, 165, 330, False),
-    Gpu("RTX-5090", 31.4, 1.792, 209, 419, False),
-)  # fmt: skip
+    Gpu("H200", 139.8, 4.8, 989, 1979, 132, 1.98),
+    Gpu("H100-80", 79.1, 3.35, 989, 1979, 132, 1.98),
+    Gpu("H20", 95.6, 4.0, 148, 296, 78, 1.98),
+    Gpu("A100-80", 79.2, 2.039, 312, None, 108, 1.41),
+    Gpu("A800-80", 79.2, 2.039, 312, None, 108, 1.41),
+    Gpu("A100-40", 39.4, 1.555, 312, None, 108, 1.41),
+    Gpu("B200", 178.4, 7.7, 2250, 4500, 148, 1.97, 1.0),
+    Gpu("MI300X", 191.7, 5.3, 1307, 2615),
+    Gpu("L40S", 44.4, 0.864, 362, 733, 142, 2.52),
+    Gpu("RTX-4090", 23.5, 1.008, 165, 330, 128, 2.52),
+    Gpu("RTX-5090", 31.4, 1.792, 209, 419, 170, 2.41, 1.0),
+)
 GPUS = {gpu.name: gpu for gpu in _CARDS}
-SHOWN = ("model", "gpus", "weights", "group", "context")  # of a Setup, in a Plan's JSON
-USUAL = ("1xH200", "2xH200", "4xH100-80", "8xH100-80", "8xH200", "4xA800-80")
+SHOWN = ("model", "gpus", "nodes", "listeners", "weights", "group", "context")  # in JSON
+USUAL = ("1xH100-80", "1xH200", "2xH200", "4xH100-80", "8xH100-80", "8xH200", "4xA800-80")
 SMALL = ("1xRTX-4090", "1xL40S", "1xA100-80", "1xH100-80", "1xH200")  # where one card holds it
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on GPUs of one kind, in a weight format, with a context."""
+    """A model on GPUs of one kind, in a weight format, with a context.
+
+    count GPUs share each layer; nodes of so many GPUs follow one another, each with a part of the
+    layers (pipeline parallelism).
+    """
 
     model: str
     backbone: config.BackboneConfig
@@ -75,7 +79,10 @@ class Setup:
     count: int
     weights: str = "bf16"
     group: int | None = None  # of int4
-    context: int = 2048  # ids
+    context: int = 2048  # ids of each listener
+    listeners: int = 1  # at once
+    nodes: int = 1
+    price: float | None = None  # of a GPU for an hour, in any currency
 
     @property
     def format(self):
@@ -85,33 +92,60 @@ class Setup:
     def gpus(self):
         return f"{self.count}x{self.gpu.name}"
 
+    @property
+    def rows(self):
+        """Listeners in one pass: as many passes as nodes are under way, so that each is busy."""
+        return ceil(self.listeners / self.nodes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a recorded run reached: shares of the ceiling and of the least time to read a prompt."""
+
+    file: str
+    rate: float
+    prefill: float | None = None
+    vocoder: float | None = None  # s of work for 1 s of sound
+    note: str = ""  # on what was measured
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory in GiB of the fullest GPU, GB a token, times in s, rates in tokens a second."""
+    """Memory in GiB of the fullest GPU, GB of a pass, times in s, rates of a listener in ids/s."""
 
     setup: Setup
+    parameters: int  # of the backbone
     memory: dict  # weights, embedding, cache, buffers, speech, reserved
     total: float  # their sum
     spare: float  # below 0: it does not fit
-    streamed: float  # GB a token, cache included, over all GPUs
-    floor: float  # s a token: bytes / bandwidth
+    streamed: float  # GB that one pass reads, caches included, over all GPUs
+    least: dict  # s a token by bytes, instructions, operations
+    floor: float  # the longest of them
     ceiling: float
-    rate: float  # estimated
-    first_sound: dict  # {seconds of question: s}
-    delay: dict = field(default_factory=dict)  # {seconds of answer: s of late start}
+    rate: float | None  # None: not measured
+    first_sound: dict  # {seconds of question: s}; at least, where not measured
+    delay: dict  # {seconds of answer: s of late start}; at least, where not measured
+    most_listeners: int  # that memory and ceiling allow, in real time
+    cost: float | None  # of an hour of speech at `price`; at least, where not measured
+    measured: Measured | None
 
     @property
     def fits(self):
         return self.spare >= 0
 
+    def enough(self, needed):
+        """Whether `needed` ids a second are reached; None: at most, but not measured."""
+        if self.rate is None and self.ceiling >= needed:
+            return None
+        return self.rate is not None and self.rate >= needed
+
     @property
     def steady(self):  # audio alone keeps up with speech: 41.67 a second
-        return self.rate >= TOKENS_PER_SECOND
+        return self.enough(TOKENS_PER_SECOND)
 
     @property
     def interleave(self):  # blocks of text and audio do: 69.4 a second, one block of buffer
-        return self.rate >= INTERLEAVE_RATE
+        return self.enough(INTERLEAVE_RATE)
 
     def to_dict(self):
         """As JSON wants it: numbers rounded to 5 digits, keys as text."""
@@ -119,11 +153,12 @@ class Plan:
         def rounded(value):
             if isinstance(value, dict):
                 return {str(key): rounded(item) for key, item in value.items()}
-            return round(value, 5)
+            return round(value, 5) if isinstance(value, float) else value
 
         facts = {name: getattr(self.setup, name) for name in SHOWN}
         facts |= {name: getattr(self, name) for name in ("fits", "steady", "interleave")}
-        return facts | {item.name: rounded(getattr(self, item.name)) for item in fields(self)[1:]}
+        facts |= {item.name: rounded(getattr(self, item.name)) for item in fields(self)[1:-1]}
+        return facts | {"measured": self.measured and self.measured.file}
 
 
 def streamed_bytes(backbone, weights, group=None, context=0):
@@ -133,30 +168,44 @@ def streamed_bytes(backbone, weights, group=None, context=0):
     return linear + others + context * memory.cache_bytes(backbone)
 
 
+def peak(setup):
+    """Operations a second of the tensor cores of a node: fp8 weights multiply natively."""
+    gpu = setup.gpu
+    return (setup.weights == "fp8" and gpu.fp8 or gpu.bf16) * 1e12 * setup.count
+
+
 def prefill_seconds(setup, n_ids):
-    """Time to read a prompt: operations at half the peak, and unpacking of packed weights."""
+    """Least time to read a prompt: operations at the peak, and unpacking of packed weights."""
     backbone, gpu = setup.backbone, setup.gpu
     operations = 2 * memory.n_linear(backbone)[0] * n_ids
     # attention: every id looks at those before it, so half of the products are masked
     operations += 2 * backbone.num_hidden_layers * backbone.hidden_size * n_ids**2
+    moved = memory.linear_bytes(backbone, setup.weights, setup.group)
     native = setup.weights == "fp8" and gpu.fp8  # as vLLM does; our own layers unpack fp8
-    seconds = operations / ((gpu.fp8 if native else gpu.bf16) * 1e12 * PREFILL_SHARE)
-    if setup.weights != "bf16" and not native:  # read packed, written and read again as bf16
-        moved = memory.linear_bytes(backbone, setup.weights, setup.group)
-        moved += 2 * memory.linear_bytes(backbone, "bf16")
-        seconds += moved / (gpu.bandwidth * 1e12)
-    return seconds / setup.count
+    if setup.weights == "bf16" or native:  # read while they multiply
+        return max(operations / peak(setup), moved / (gpu.bandwidth * 1e12 * setup.count))
+    moved += 2 * memory.linear_bytes(backbone, "bf16")  # unpacked, written and read again
+    return operations / peak(setup) + moved / (gpu.bandwidth * 1e12 * setup.count)
 
 
-def token_seconds(setup):
-    """(least, estimated) time of a decoding step."""
-    layers, ranks = setup.backbone.num_hidden_layers, setup.count
-    streamed = streamed_bytes(setup.backbone, setup.weights, setup.group, setup.context)
-    floor = streamed / (setup.gpu.bandwidth * 1e12 * ranks)
-    # a small model is bound by its number of kernels, not by its bytes
-    busy = max(floor / EFFICIENCY[setup.weights][ranks], KERNEL * KERNELS_PER_LAYER * layers)
-    reduce = ALL_REDUCE[ranks] * (1 if setup.gpu.nvlink else PCIE)
-    return floor, busy + 2 * layers * reduce
+def least_seconds(setup):
+    """{"bytes", "instructions", "operations"}: least s of a pass, an id for each of its listeners.
+
+    instructions: of our kernels, which multiply for one listener; 0 where others do.
+    """
+    backbone, gpu, ids = setup.backbone, setup.gpu, setup.rows * setup.context
+    streamed = streamed_bytes(backbone, setup.weights, setup.group, ids)
+    weights, width = memory.n_linear(backbone)[0], backbone.hidden_size
+    products = weights + backbone.vocab_size * width
+    products += 2 * backbone.num_hidden_layers * width * setup.context  # attention
+    all_kinds, integer = INSTRUCTIONS.get(setup.weights, (0, 0)) if setup.rows == 1 else (0, 0)
+    slots = gpu.cores * LANES * gpu.clock * 1e9 * setup.count
+    issued = weights * max(all_kinds, integer / gpu.integer)
+    return {
+        "bytes": streamed / (gpu.bandwidth * 1e12 * setup.count),
+        "instructions": issued / slots if slots else 0.0,
+        "operations": 2 * setup.rows * products / peak(setup),
+    }
 
 
 def start_delay(rate, seconds):
@@ -171,44 +220,86 @@ def start_delay(rate, seconds):
     return delay
 
 
-def plan(setup):
-    """The Plan of a Setup. Raises ValueError if the model cannot be divided so."""
-    check_ranks(setup)
-    backbone, ranks, weights = setup.backbone, setup.count, setup.weights
-    shared = memory.linear_bytes(backbone, weights, setup.group) + memory.table_bytes(backbone)
-    parts = {
-        "weights": shared / ranks + memory.norm_bytes(backbone),
+def memory_parts(setup):
+    """{part: bytes} of the fullest GPU."""
+    backbone, ranks, layers = setup.backbone, setup.count, setup.backbone.num_hidden_layers
+    held = ceil(layers / setup.nodes) / layers  # of the layers, by the fullest node
+    head = memory.table_bytes(backbone) if setup.nodes == 1 else 0  # else on the last node
+    linear = memory.linear_bytes(backbone, setup.weights, setup.group)
+    ids = setup.listeners * setup.context
+    return {
+        "weights": (held * linear + head) / ranks + held * memory.norm_bytes(backbone),
         "embedding": memory.table_bytes(backbone),  # whole on every GPU
-        "cache": setup.context * memory.cache_bytes(backbone) / ranks,
-        "buffers": memory.buffer_bytes(backbone, weights, setup.context, ranks),
+        "cache": held * ids * memory.cache_bytes(backbone) / ranks,
+        "buffers": memory.buffer_bytes(backbone, setup.weights, setup.context, ranks),
         "speech": SPEECH_PARTS["mini" if backbone.hidden_size < 1024 else "full"],
+        "reserved": RESERVED * memory.GIB,
     }
-    gib = {name: size / memory.GIB for name, size in parts.items()} | {"reserved": RESERVED}
-    total = sum(gib.values())
-    streamed = streamed_bytes(backbone, weights, setup.group, setup.context) / 1e9
-    floor, token = token_seconds(setup)
+
+
+def most_listeners(setup):
+    """How many listeners memory and ceilings allow at once, each in real time; 0: not one."""
+
+    def possible(count):
+        more = replace(setup, listeners=count)
+        least = least_seconds(more)  # whoever multiplies: our kernels are for one row
+        fits = sum(memory_parts(more).values()) <= setup.gpu.memory * memory.GIB
+        return fits and max(least["bytes"], least["operations"]) <= 1 / SPOKEN_RATE
+
+    low, high = 0, 1
+    while possible(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if possible(middle) else (low, middle)
+    return low
+
+
+def plan(setup, measured=None):
+    """The Plan of a Setup; measured: what a run of just this Setup reached. Raises ValueError if
+    the model cannot be divided so."""
+    check_ranks(setup)
+    backbone = setup.backbone
+    parts = {name: size / memory.GIB for name, size in memory_parts(setup).items()}
+    total, least = sum(parts.values()), least_seconds(setup)
+    floor = max(least.values())
+    rate = measured and measured.rate / floor
+    pace = rate or 1 / floor
+    ids = setup.rows * setup.context
+    streamed = streamed_bytes(backbone, setup.weights, setup.group, ids) / 1e9
 
     def first_sound(seconds):
-        """Of a question of so many seconds: prefill, a block, vocoding."""
+        """Of a question of so many seconds: prefill, a block, vocoding if that was measured."""
         prefill = prefill_seconds(setup, ceil(seconds * TOKENS_PER_SECOND) + PROMPT)
-        return prefill + BLOCK * token + VOCODER_SHARE * BLOCK_SECONDS
+        prefill /= measured and measured.prefill or 1
+        vocoder = measured and measured.vocoder or 0
+        return prefill + BLOCK / pace + vocoder * BLOCK_SECONDS
 
+    cost = setup.price and setup.price * setup.count * setup.nodes * SPOKEN_RATE / pace
     return Plan(
-        setup, gib, total, setup.gpu.memory - total, streamed, floor, 1 / floor, 1 / token,
+        setup, int(memory.resident_bytes(backbone, "bf16")) // 2, parts, total,
+        setup.gpu.memory - total, streamed, least, floor, 1 / floor, rate,
         {seconds: first_sound(seconds) for seconds in (3, 10)},
-        {seconds: start_delay(1 / token, seconds) for seconds in (5, 10, 20)},
+        {seconds: start_delay(pace, seconds) for seconds in (5, 10, 20)},
+        most_listeners(setup), cost and cost / setup.listeners, measured,
     )  # fmt: skip
 
 
 def check_ranks(setup):
-    """Raise ValueError if setup.count GPUs cannot share heads, groups, widths or int4 groups."""
+    """Raise ValueError if setup.count GPUs cannot share heads, groups, widths or int4 groups, or
+    setup.nodes the layers."""
     backbone, ranks = setup.backbone, setup.count
     heads, groups = backbone.num_attention_heads, backbone.num_attention_groups
     width, inner = backbone.hidden_size, backbone.intermediate_size
-    possible = [n for n in ALL_REDUCE if not (heads % n or groups % n or inner % n)]
+    possible = [n for n in RANKS if not (heads % n or groups % n or inner % n)]
     if ranks not in possible:
-        raise ValueError(f"{ranks} GPUs cannot share {heads} attention heads, {groups} key-value "
-                         f"groups, {inner} inner values: use {', '.join(map(str, possible))}.")
+        fault = f"{ranks} GPUs cannot share {heads} attention heads, {groups} key-value groups"
+        nodes = ", or give nodes of so many each with --nodes" if ranks > max(RANKS) else ""
+        raise ValueError(f"{fault}, {inner} inner values: use {', '.join(map(str, possible))}"
+                         f"{nodes}.")  # fmt: skip
+    if setup.nodes > (layers := backbone.num_hidden_layers):
+        raise ValueError(f"{setup.nodes} nodes cannot share {layers} layers: use {layers} or "
+                         "fewer.")
     if setup.group:
         check_group(width, setup.group, ranks, "o_proj", (width, inner))
         check_group(inner, setup.group, ranks, "down_proj", (width, inner))

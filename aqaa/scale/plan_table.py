@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aqaa.backbone.memory import BITS, resident_bytes
 from aqaa.config import BackboneConfig, preset
+from aqaa.files import data_folder
 from aqaa.scale import plan as sums
 
 MODELS = {  # built in; 3b: Step-Audio-TTS-3B and EditX
@@ -17,8 +18,9 @@ MODELS = {  # built in; 3b: Step-Audio-TTS-3B and EditX
     "3b": lambda: BackboneConfig(74_752, 3072, 8192, 32, 48, 4),
     "mini": lambda: preset("mini").backbone,
 }  # fmt: skip
-COLUMNS = ("GPUs", "weights", "GiB each", "spare", "GB/token", "ms least", "ceiling", "tokens/s",
-           "audio", "with text", "first sound", "delay 10 s")  # fmt: skip
+COLUMNS = ("GPUs", "weights", "GiB each", "spare", "GB/token", "ms: bytes", "instr.", "ceiling",
+           "tokens/s", "audio", "with text", "first sound", "delay 10 s")  # fmt: skip
+VERDICT = {True: "yes", False: "no", None: "open"}  # open: the ceiling allows it, no run says so
 
 
 def parse_gpus(text):
@@ -61,10 +63,11 @@ def read_model(source):
     return Path(source).resolve().name, backbone, data.get("quantization") or {}
 
 
-def setups(source, gpus=(), weights=None, group=None, context=2048):
+def setups(source, gpus=(), weights=None, group=None, context=2048, **others):
     """Setups of all GPUs (texts; none: the usual ones) by all formats (None: all, or the folder's).
 
-    group: of int4, by default the largest that divides. Raises ValueError for what cannot be.
+    group: of int4, by default the largest that divides. others: listeners, nodes, price of a Setup.
+    Raises ValueError for what cannot be.
     """
     model, backbone, quantization = read_model(source)
     if not 0 < context <= (most := backbone.max_seq_len):
@@ -74,7 +77,7 @@ def setups(source, gpus=(), weights=None, group=None, context=2048):
     usual = sums.USUAL if resident_bytes(backbone, "bf16") > 100e9 else sums.SMALL
     asked = []
     for gpu, count in map(parse_gpus, gpus or usual):
-        setup = sums.Setup(model, backbone, gpu, count, context=context)
+        setup = sums.Setup(model, backbone, gpu, count, context=context, **others)
         sums.check_ranks(setup)
         for name in formats:
             size = (group or sums.largest_group(backbone, count)) if name == "int4" else None
@@ -85,10 +88,12 @@ def setups(source, gpus=(), weights=None, group=None, context=2048):
 def what_would_fit(setup):
     """A sentence: the nearest setup that fits in place of one that does not."""
     need = sums.plan(setup).total
-    problem = (f"{setup.model} in {setup.format} with {setup.context} ids needs {need:.1f} GiB on "
+    ids = f"{setup.context} ids"
+    ids += f" for each of {setup.listeners} listeners" if setup.listeners > 1 else ""
+    problem = (f"{setup.model} in {setup.format} with {ids} needs {need:.1f} GiB on "
                f"each of {setup.gpus}, which has {setup.gpu.memory:.1f}")  # fmt: skip
     formats = [name for name in ("bf16", "fp8", "int4") if BITS[name] <= BITS[setup.weights]]
-    counts = [count for count in sums.ALL_REDUCE if count >= setup.count]
+    counts = [count for count in sums.RANKS if count >= setup.count]
     for count, weights in product(counts, formats):
         with suppress(ValueError):  # so many GPUs cannot share this model
             group = sums.largest_group(setup.backbone, count) if weights == "int4" else None
@@ -99,76 +104,141 @@ def what_would_fit(setup):
 
 
 def check(folder):
-    """The model against every recorded run: [{file, what, predicted, measured, ratio, possible}].
+    """Every recorded run against its limits: [{file, what, limit, measured, share, possible}].
 
     A record is a JSON of `folder` that says "what": "scale" and has
       "setup": {"model": "130b", "gpus": "1xH200", "weights": "int4", "group": 128}
       "decode": [{"context": 2048, "tokens_per_s": …}, …]
-      "prefill": [{"ids": 517, "seconds": …}, …]            (may be missing)
-    ratio: measured / predicted; possible: the bytes allow it. Raises ValueError for broken records.
+      "fp8": {"decode": […]}, "prefill": [{"ids": 517, "seconds": …}, …]     (may be missing)
+    share: of the limit that was reached; possible: no more than all. ValueError: broken records.
     """
-    rows, names = [], ("what", "predicted", "measured", "ratio", "possible")
+    rows = []
+    for name, record in _records(folder):
+        for setup, rate in _rates(record):
+            what, limit = f"{setup.weights} tokens/s at {setup.context}", sums.plan(setup).ceiling
+            rows.append((name, what, limit, rate, rate / limit))
+        for setup, ids, seconds in _prefills(record):
+            limit = sums.prefill_seconds(setup, ids)
+            what = f"{setup.weights} prefill of {ids}, s"
+            rows.append((name, what, limit, seconds, limit / seconds))
+    names = ("file", "what", "limit", "measured", "share")
+    return [{**dict(zip(names, (*row[:2], *(round(value, 3) for value in row[2:])))),
+             "possible": row[4] <= 1} for row in rows]  # fmt: skip
+
+
+def measured(setup, folder):
+    """The Measured of the runs in `folder` that had just this Setup, at the nearest context; None
+    without one: what other cards, formats or numbers of listeners reach is not known."""
+    if (setup.nodes, setup.listeners) != (1, 1):
+        return None
+    alike, found = replace(setup, price=None, context=0), None
+    for name, record in _records(folder):
+        rates = [(abs(other.context - setup.context), other, rate)
+                 for other, rate in _rates(record) if _alike(other, alike)]  # fmt: skip
+        distance, other, rate = min(rates, key=lambda row: row[0], default=(None, None, 0))
+        if rates and (found is None or distance < found[0]):
+            prompts = [row[1:] for row in _prefills(record) if _alike(row[0], alike)]
+            ids, seconds = max(prompts, default=(0, 1.0))
+            share = ids and sums.prefill_seconds(other, ids) / seconds or None
+            run = sums.Measured(name, rate / sums.plan(other).ceiling, share,
+                                record.get("vocoder", {}).get("rtf"), record.get("note", ""))
+            found = distance, run
+    return found and found[1]
+
+
+def _alike(setup, wanted):
+    return replace(setup, context=0, model=wanted.model) == wanted
+
+
+def _records(folder):
+    """(file name, record) of each run of the full model in a folder. Raises ValueError."""
     for path in sorted(Path(folder).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            for what, predicted, measured, possible in _compared(record):
-                row = what, predicted, measured, round(measured / predicted, 3), possible
-                rows.append({"file": path.name, **dict(zip(names, row, strict=True))})
+            if isinstance(record, dict) and record.get("what") == "scale":
+                list(_rates(record)), list(_prefills(record))  # whether it is whole
+                yield path.name, record
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
             raise ValueError(f"{path} is not a whole record ({type(fault).__name__} {fault}): "
                              "run it again.") from None
-    return rows
 
 
-def _compared(record):
-    """(what, predicted, measured, possible) of each point of a record; none of other kinds."""
-    if record.get("what") != "scale":
-        return
+def _rates(record):
+    """(Setup, ids a second) of each point of a record."""
+    asked, fp8 = record["setup"], record.get("fp8", {}).get("decode", ())
+    for weights, group, points in (
+        (asked["weights"], asked.get("group"), record["decode"]), ("fp8", None, fp8),
+    ):  # fmt: skip
+        for point in points:
+            (setup,) = setups(asked["model"], [asked["gpus"]], weights, group, point["context"])
+            yield setup, point["tokens_per_s"]
+
+
+def _prefills(record):
+    """(Setup, ids, s) of each prompt of a record."""
     asked = record["setup"]
-    options = asked["model"], [asked["gpus"]], asked["weights"], asked.get("group")
-    for point in record["decode"]:
-        (setup,) = setups(*options, point["context"])
-        planned, rate = sums.plan(setup), point["tokens_per_s"]
-        yield f"tokens/s at {point['context']}", planned.rate, rate, rate <= planned.ceiling
     for point in record.get("prefill", ()):
-        predicted, seconds = sums.prefill_seconds(*setups(*options), point["ids"]), point["seconds"]
-        possible = seconds >= predicted * sums.PREFILL_SHARE
-        yield f"prefill of {point['ids']}, s", predicted, seconds, possible
+        (setup,) = setups(asked["model"], [asked["gpus"]], asked["weights"], asked.get("group"))
+        yield setup, point["ids"], point["seconds"]
+
+
+def plans(asked, folder=None):
+    """The Plan of each Setup, with what the runs recorded in `folder` (data/runs) reached."""
+    folder = data_folder() / "runs" if folder is None else folder
+    return [sums.plan(setup, measured(setup, folder)) for setup in asked]
 
 
 def main(args):
-    """`aqaa plan`; args: model, gpus, weights, group, context, json. Returns 1 if none fits."""
-    asked = setups(args.model, args.gpus, args.weights, args.group, args.context)
-    plans = [sums.plan(setup) for setup in asked]
-    print(json.dumps([planned.to_dict() for planned in plans]) if args.json else table(plans))
-    if any(planned.fits for planned in plans):
+    """`aqaa plan`; args: model, gpus, weights, group, context, listeners, nodes, price, json.
+    Returns 1 if none fits."""
+    asked = setups(args.model, args.gpus, args.weights, args.group, args.context,
+                   listeners=args.listeners, nodes=args.nodes, price=args.price)  # fmt: skip
+    planned = plans(asked)
+    print(json.dumps([one.to_dict() for one in planned]) if args.json else table(planned))
+    if any(one.fits for one in planned):
         return 0
     print("aqaa:", what_would_fit(asked[-1]), file=sys.stderr)
     return 1
 
 
-def table(plans):
+def table(planned):
     """Plans as lines of text."""
-    lines = [COLUMNS, *map(_cells, plans)]
+    setup, runs = planned[0].setup, sorted({(p.measured.file, p.measured.note)
+                                            for p in planned if p.measured})  # fmt: skip
+    more = ("listeners",) if setup.listeners > 1 or setup.nodes > 1 or setup.price else ()
+    more += ("an hour",) if setup.price else ()
+    lines = [(*COLUMNS, *more), *(_cells(p)[: len(COLUMNS) + len(more)] for p in planned)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-    setup = plans[0].setup
-    return f"""\
-{setup.model}, {setup.context} ids of context, one listener; rates are estimates \
-(EFFICIENCY in plan.py).
+    runs = "; ".join(": ".join(filter(None, run)) for run in runs) or "no run of these is recorded"
+    many = f"{setup.listeners} listeners" if setup.listeners > 1 else "one listener"
+    nodes = f", {setup.nodes} nodes in a row of so many GPUs each" if setup.nodes > 1 else ""
+    said = f"""\
+{setup.model}, {planned[0].parameters:,} parameters, {setup.context} ids of context, {many}{nodes}.
 {rows}
-audio: at least 41.7 tokens/s, which speech alone uses; with text: 69.4, while the text lasts.
+ceiling: tokens/s of a listener at most, by the longer of bytes / bandwidth and, with our kernels
+and one row, their instructions. tokens/s: measured ({runs}).
+audio: at least 41.7 tokens/s, which speech alone uses; with text: 69.4, while the text lasts; \
+open: not measured.
 first sound: s after a question of 3 s. delay: how late an answer of 10 s must start so that it \
-never stalls."""
+never stalls. >=: at best."""
+    if more:
+        said += ("\nlisteners: in real time, at most, by memory and ceilings.")
+    if setup.price:
+        said += (f" an hour: of speech, at {setup.price:g} for a GPU and hour, while {many} speak; "
+                 ">=: at best.")  # fmt: skip
+    return said
 
 
 def _cells(p):
-    """A Plan as the cells under COLUMNS."""
-    setup = p.setup
+    """A Plan as the cells under COLUMNS, then listeners and cost."""
+    setup, least = p.setup, "" if p.measured else ">="
     cells = (setup.gpus, setup.format, f"{p.total:.1f}", f"{p.spare:.1f}")
     if not p.fits:
-        return (*cells, *["-"] * 4, "no", "no", "does not fit", "-")
-    steady, interleave = ("yes" if able else "no" for able in (p.steady, p.interleave))
-    return (*cells, f"{p.streamed:.3g}", f"{1000 * p.floor:.3g}", f"{p.ceiling:.0f}",
-            f"{p.rate:.0f}", steady, interleave, f"{p.first_sound[3]:.2f}",
-            f"{p.delay[10]:.2f}")  # fmt: skip
+        return (*cells, *["-"] * 5, "no", "no", "does not fit", "-", str(p.most_listeners), "-")
+    issued = 1000 * p.least["instructions"]
+    return (*cells, f"{p.streamed:.3g}", f"{1000 * p.least['bytes']:.3g}",
+            f"{issued:.3g}" if issued else "-", f"{p.ceiling:.0f}",
+            f"{p.rate:.0f}" if p.rate else "not measured", VERDICT[p.steady],
+            VERDICT[p.interleave], f"{least}{p.first_sound[3]:.2f}", f"{least}{p.delay[10]:.2f}",
+            str(p.most_listeners), f"{least}{p.cost or 0:.2f}")  # fmt: skip

@@ -44,9 +44,9 @@ export default () => ({
       });
       const top = Math.max(ceiling, ...Object.values(rates)) * 1.05, at = (value) => LEFT + (WIDTH - 2 * LEFT) * (value / top);
       const speed = !fits ? [] : [
-        heading(112, `speed: estimate ${rate.toFixed(0)} tokens/s (filled), at most ${ceiling.toFixed(0)} (dashed), beside what speech uses up`),
+        heading(112, `speed: at most ${ceiling.toFixed(0)} tokens/s (dashed), ${rate ? `measured ${rate.toFixed(0)} (filled)` : "not measured"}, beside what speech uses up`),
         box(LEFT, 112, at(ceiling) - LEFT, "none", "", `at most ${ceiling.toFixed(1)} tokens a second`, { "stroke-dasharray": "5 3" }),
-        box(LEFT, 112, at(rate) - LEFT, COLORS.text, "", `estimate ${rate.toFixed(1)} tokens a second`),
+        ...(rate ? [box(LEFT, 112, at(rate) - LEFT, COLORS.text, "", `measured ${rate.toFixed(1)} tokens a second`)] : []),
         ...Object.entries(rates).map(([words, value], k) => mark(at(value), 112, `${words} ${value.toFixed(1)} tokens/s`, k + 1)),
       ];
       drawing.replaceChildren(h("svg", { viewBox: `0 0 ${WIDTH} ${fits ? 186 : 80}`, role: "img", style: "min-width: 40rem",
@@ -58,8 +58,9 @@ export default () => ({
         table("Memory of one card", ["part", "GiB"], [...parts.map(([part, words, fill]) => [[key(fill), words], memory[part].toFixed(2)]),
           ["all", total.toFixed(2)], [fits ? "left over" : "lacking", Math.abs(plan.spare).toFixed(2)]]),
         ...(fits ? [h("div", { class: "aqaa-stack" }, table("One token", ["", "value"], [["read from memory, GB", plan.streamed.toFixed(1)], ["at least, ms", (1000 * plan.floor).toFixed(1)],
-          ["estimate, ms", (1000 / rate).toFixed(1)], ["at most, tokens/s", ceiling.toFixed(1)], ["estimate, tokens/s", rate.toFixed(1)]]),
-        table("Waiting, by the estimate", ["", "seconds"], [...first.map(([asked, time]) => [`first sound after a question of ${asked} s`, time.toFixed(2)]),
+          ["measured, ms", rate ? (1000 / rate).toFixed(1) : "no"], ["at most, tokens/s", ceiling.toFixed(1)],
+          ["measured, tokens/s", rate ? rate.toFixed(1) : "no"]]),
+        table(rate ? "Waiting, by the measured rate" : "Waiting, at best", ["", "seconds"], [...first.map(([asked, time]) => [`first sound after a question of ${asked} s`, time.toFixed(2)]),
           ...late.map(([answer, time]) => [`head start of an answer of ${answer} s`, time.toFixed(2)])]))] : []));
     });
   },
