@@ -20,7 +20,7 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "config audio tokenizers backbone vocoder answer listening pipeline": 4_990,  # phone heads came in
     "fast": 1_100,
     "sound_files sound_headers": 540,  # whatever files people have
-    "aqaa __main__ cli options doctor records loading weights": 2_300,  # packages of natural voices in doctor
+    "aqaa __main__ cli options doctor records loading weights": 2_400,  # natural voices, W4A16
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
     "corpus pitch batching training evaluation": 7_320,  # natural voices, people, open sentences came in
     "scale": 2_450,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines

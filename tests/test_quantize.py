@@ -22,11 +22,13 @@ from aqaa.evaluation import quantization
 from aqaa.scale import convert, quantize
 from aqaa.scale.quantize import quantize_
 from aqaa.weights import model_folder, released, shards
+from aqaa.weights.packing import packed_config, quantization_of
 
 SIZES = BackboneConfig(
     vocab_size=48, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_attention_groups=2, max_seq_len=512,
 )  # fmt: skip
+W4A16 = packed_config(32)["config_groups"]["group_0"]["weights"]
 ROWS = [torch.randint(0, 48, (40,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(6)]
 
 
@@ -234,12 +236,79 @@ def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, c
     assert (out / "tokenizer.model").read_bytes() == b"pieces" and not (out / convert.PROGRESS).exists()
     assert len(record["files"]) == 2 + SIZES.num_hidden_layers
     assert all(files.fingerprint(out / file) == facts for file, facts in record["files"].items())
-    assert convert.read_quantization(out)["weights"] == name
+    said = quantization_of(files.read_json(out / "config.json"))
+    assert (said["weights"], said.get("group")) == (name, group) and convert.read_quantization(out)
     found, wanted = load_converted(out), quantize_(model().bfloat16(), name, group)
     ids = torch.tensor(ROWS)
     assert torch.equal(found(ids).logits, wanted(ids).logits)
     assert all(parameter.device.type == "cpu" for parameter in found.parameters())
-    assert set(shards.scan(out)) == set(wanted.state_dict())
+    written = set(shards.scan(out))
+    assert written == set(wanted.state_dict() if name != "int4" else shards.standard(wanted.state_dict()))
+    assert not released.backbone(out).note  # no tensor is left over
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 5), groups=st.integers(1, 3), group=st.sampled_from([8, 32, 64]), seed=st.integers(0, 99))
+def test_words_of_w4a16_are_the_bytes_of_int4(n, groups, group, seed):
+    """The layout that compressed-tensors documents: code i of a word, plus 8, in its bits from 4 i on."""
+    layer, generator = Int4Linear(groups * group, n, group), torch.Generator().manual_seed(seed)
+    layer.qweight = torch.randint(0, 256, layer.qweight.shape, generator=generator, dtype=torch.uint8)
+    layer.scale = torch.randn(layer.scale.shape, generator=generator).bfloat16()
+    state = {f"a.{name}": value for name, value in layer.state_dict().items()}
+    made, codes = shards.standard(state | {"norm.weight": layer.scale}), layer.codes()
+    assert set(made) == {"a.weight_packed", "a.weight_scale", "a.weight_shape", "norm.weight"}
+    words = made["a.weight_packed"]
+    assert words.dtype == torch.int32 and words.shape == (n, groups * group // 8)
+    for i in range(8):
+        assert torch.equal((words >> 4 * i & 15) - 8, codes[:, i::8].int())
+    assert made["a.weight_shape"].tolist() == list(codes.shape) and torch.equal(made["a.weight_scale"], layer.scale)
+    back = shards.own(made)
+    assert back.keys() == {*state, "norm.weight"} and all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_the_converted_model_loads_in_transformers_and_agrees(release, tmp_path):
+    """The same file by compressed-tensors' own code: each code, each logit."""
+    reason = "compressed-tensors is not installed: pip install compressed-tensors compares it with our reader"
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason=reason)
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "small"
+    convert.convert(release, out, group=32, quiet=True)
+    stored, ours = load_file(out / "model-00002.safetensors"), load_converted(out)
+    name, layer = "model.layers.0.mlp.down_proj", ours.model.layers[0].mlp.down_proj
+    unpacked = helpers.unpack_from_int32(stored[name + ".weight_packed"], 4, stored[name + ".weight_shape"])
+    assert torch.equal(unpacked.float(), layer.codes())
+    assert torch.equal(helpers.pack_to_int32(unpacked, 4), stored[name + ".weight_packed"])
+    theirs, ids = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16), torch.tensor(ROWS)
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, ours(ids).logits)
+
+
+def test_groups_divide_for_all_gpus_that_will_share_a_layer(release, tmp_path, capsys):
+    widths = {"hidden_size": 12_288, "intermediate_size": 31_232}
+    assert [quantize.group_for(Int4Linear, None, widths, ranks) for ranks in (1, 2, 4, 8)] == [128, 128, 128, 64]
+    with pytest.raises(ValueError, match="31232 inputs over 8 GPUs, 3904 each: use groups of 64"):
+        quantize.group_for(Int4Linear, 128, widths, 8)
+    assert go(release, tmp_path / "a", "--gpus", "3") == 1  # 64 inputs over 3
+    assert "hidden_size of 64 inputs over 3 GPUs" in capsys.readouterr().err
+    assert go(release, tmp_path / "a", "--group", "4") == 1
+    assert "groups of 4 do not fill words of 8 codes" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert go(release, tmp_path / "a", "--gpus", "2", "--group", "16") == 0  # 48 inputs each
+
+
+@pytest.mark.parametrize("change", [
+    {"quant_method": "gptq"}, {"format": "marlin-24"}, {"ignore": []}, {"config_groups": {}},
+    {"config_groups": {"a": {"weights": {"num_bits": 8}}}},
+    {"config_groups": {"a": {"weights": {**W4A16, "symmetric": False}}}},
+])  # fmt: skip
+def test_other_packings_are_refused_in_one_sentence(release, tmp_path, change):
+    out = tmp_path / "small"
+    convert.convert(release, out, quiet=True)
+    config = files.read_json(out / "config.json")
+    config["quantization_config"] |= change
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(files.ModelError, match="config.json describes no Step-1 model .its quantization_config"):
+        released.backbone(out)
 
 
 @pytest.mark.parametrize("group", [256, 128, 100, 64, 48])
@@ -268,7 +337,9 @@ def test_the_largest_usual_group_that_divides_every_layer(hidden, inner, ranks, 
 def test_the_group_is_chosen_by_the_model_and_told(release, tmp_path, capsys):
     assert cli.main(["convert", str(release), str(tmp_path / "a")]) == 0
     assert "int4 in groups of 32 by rtn" in capsys.readouterr().out
-    assert convert.read_quantization(tmp_path / "a") == {"weights": "int4", "group": 32, "method": "rtn"}
+    assert quantization_of(files.read_json(tmp_path / "a" / "config.json")) == {"weights": "int4", "group": 32}
+    record = files.read_json(tmp_path / "a" / "record.json")
+    assert record["recipe"] == {"weights": "int4", "group": 32, "method": "rtn"}
     assert quantize_(model()).model.layers[0].mlp.down_proj.group == 32
 
 
@@ -313,7 +384,7 @@ def test_a_scale_that_is_no_number_and_a_weight_too_large(release, tmp_path):
     out = tmp_path / "small"
     convert.convert(release, out, quiet=True)
     path = out / "model-00002.safetensors"
-    good, name = load_file(path), "model.layers.0.mlp.down_proj.scale"
+    good, name = load_file(path), "model.layers.0.mlp.down_proj.weight_scale"
     state = {key: value.clone() for key, value in good.items()}
     state[name][5, 1] = float("inf")
     save_file(state, path, {"format": "pt"})

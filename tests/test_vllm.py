@@ -18,6 +18,7 @@ from aqaa.scale.vllm.client import EngineError, Server
 from aqaa.scale.vllm.launch import serve_command
 from aqaa.scale.vllm.rules import Follower, Rules
 from aqaa.tokenizers import dialogue, interleave
+from aqaa.weights.packing import packed_config
 from tests import vllm_check
 from tests.conftest import RATE, tone
 from tests.stub_server import ENDLESS_ANSWERS, ENDLESS_REPLIES, serve
@@ -379,6 +380,13 @@ def test_what_4_bit_checkpoints_can_be_shared_and_what_is_no_folder(released):
     for folder, words in ((ROOT / "data" / "mini", "whole system"), ("mini", "no folder")):
         with pytest.raises(ValueError, match=words):
             serve_command(folder)
+
+
+def test_what_aqaa_converts_to_int4_vllm_is_told_to_load(released):
+    folder = released(quantization_config=packed_config(64))
+    assert "--tensor-parallel-size 8" in serve_command(folder, 8, "int4")
+    with pytest.raises(ValueError, match="groups of 128"):
+        serve_command(released(quantization_config=packed_config(128)), 8, "int4")
 
 
 def test_language_weights_leave_vision_out():

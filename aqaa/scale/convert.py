@@ -2,8 +2,10 @@
 
 A layer goes from the mapped shards into a shard of its own, so memory holds one layer and what its
 rounding needs. progress.json has the hashes of finished shards; a conversion that was cut off is
-called again and goes on behind the last whole one. The names are the published ones, with `qweight`
-and `scale` in place of `weight`; config.json says how under "quantization".
+called again and goes on behind the last whole one. The names are the published ones. int4 is
+written as compressed-tensors' W4A16 (pack-quantized), which transformers and vLLM load as well; its
+words are the bytes of Int4Linear. 8 bits have `qweight` and `scale` in place of `weight`, and
+config.json says how under "quantization".
 """
 
 import json
@@ -27,10 +29,12 @@ from aqaa.config import BackboneConfig
 from aqaa.files import AGAIN, ModelError, read_json, reading, replacing, write_json
 from aqaa.scale.quantize import Calibration, group_for, replace_linears
 from aqaa.weights import model_folder, released, shards, sources, verify
+from aqaa.weights.packing import packed_config
 
 METHODS = ("rtn", "gptq")
 OWN = "backbone.safetensors"  # of a folder like data/mini
 PROGRESS = "progress.json"
+WORD = 8  # codes of 4 bits in an int32
 SPARE = 1.02  # room on the disk beyond the weights
 DIALOGUES = 128  # to calibrate with
 COMPANIONS = ("tokenizer.model", "tokenizer_config.json", "LICENSE")  # copied beside the shards
@@ -66,14 +70,15 @@ class Origin:
 
 
 def convert(
-    source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu", quiet=False
+    source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu", quiet=False,
+    gpus=1,
 ):
     """Quantise the language model in `source` into the folder `out`; returns the record there.
 
     source: "mini", a folder like it (its other parts come along), or a released language model's.
     weights: int4, int8 or fp8; group: of int4, see group_for; method: rtn (to the nearest) or gptq,
-    which needs rows: dialogues (lists of ids). Raises ValueError or OSError before anything is
-    written if it cannot be done.
+    which needs rows: dialogues (lists of ids). gpus: of those that will share a layer, each must
+    hold whole groups. Raises ValueError or OSError before anything is written if it cannot be done.
     """
     device = loading.device_of(device)
     folder, out = sources.find(source), Path(out)
@@ -87,7 +92,9 @@ def convert(
     if group and weights != "int4":
         raise ValueError(f"{weights} has one scale for each output: leave --group out.")
     widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
-    group = group_for(cls, group, widths)
+    group = group_for(cls, group, widths, gpus)
+    if group and group % WORD and not own:
+        raise ValueError(f"groups of {group} do not fill words of {WORD} codes: use 32, 64 or 128.")
     if method == "gptq":
         _check_rows(rows, config)
     parent = next(path for path in (out, *out.resolve().parents) if path.is_dir())
@@ -122,9 +129,10 @@ def _released(folder):
 
 
 def read_quantization(folder):
-    """The "quantization" of a folder's config.json, or None."""
+    """What a folder's config.json says of quantised weights, in either way; None for 16 bits."""
     try:
-        return read_json(Path(folder) / "config.json").get("quantization")
+        data = read_json(Path(folder) / "config.json")
+        return data.get("quantization") or data.get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -172,7 +180,7 @@ class _Work:
 
     def skip(self, number, path):
         """A part that was converted before: only the dialogues have to go through it."""
-        self._calibrate(number, load_file(path) if self.gptq else {})
+        self._calibrate(number, shards.own(load_file(path)) if self.gptq else {})
 
     def _calibrate(self, number, state, layer=None):
         """Dialogues go on: embedded by the part that holds the embedding, through each layer."""
@@ -232,12 +240,14 @@ def _write_shards(work, out, started):
             work.skip(number, path)
             continue
         state = work.convert(number)
+        if work.format["weights"] == "int4":
+            state = shards.standard(state)
         with replacing(path) as part:
             save_file(state, part, {"format": "pt"})
         done[path.name] = files.fingerprint(path)
         write_json(out / PROGRESS, {**started, "files": done})
     work.bar.close()
-    _describe(work.origin, {**work.format, "method": started["recipe"]["method"]}, out, done)
+    _describe(work.origin, started["recipe"], out, done)
     record = {**_about(work, started), "files": dict(sorted(done.items()))}
     write_json(out / "record.json", record)
     (out / PROGRESS).unlink(missing_ok=True)  # now that all of it is there
@@ -263,7 +273,7 @@ def _resume(out, started):
             if (out / name).is_file() and files.fingerprint(out / name) == facts}  # fmt: skip
 
 
-def _describe(origin, quantization, out, done):
+def _describe(origin, recipe, out, done):
     """Write what stands beside the shards: config.json, their index, COMPANIONS."""
     index, total = {}, 0
     for name in sorted(done):
@@ -271,8 +281,11 @@ def _describe(origin, quantization, out, done):
             index[tensor] = name
             total += entry.bytes
     config = Step1Config(**asdict(origin.config)).to_dict()
-    config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False,
-               "quantization": quantization}  # fmt: skip
+    config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False}
+    if recipe["weights"] == "int4":
+        config |= {"dtype": "bfloat16", "quantization_config": packed_config(recipe["group"])}
+    else:
+        config["quantization"] = {name: value for name, value in recipe.items() if value}
     write_json(out / "config.json", config)
     whole = {"metadata": {"total_size": total}, "weight_map": index}
     write_json(out / "model.safetensors.index.json", whole)
@@ -301,7 +314,7 @@ def main(args):
 
         rows = [dialogue.ids for dialogue in dialogues(args.source, "train", DIALOGUES)]
     record = convert(args.source, args.out, args.weights, args.group, args.method, rows=rows,
-                     device=args.device, quiet=args.json)  # fmt: skip
+                     device=args.device, quiet=args.json, gpus=args.gpus)  # fmt: skip
     if args.json:
         return print(json.dumps(record))
     facts = record.get("quantization", record)

@@ -12,6 +12,7 @@ from aqaa.backbone.memory import BITS, resident_bytes
 from aqaa.config import BackboneConfig, preset
 from aqaa.files import data_folder
 from aqaa.scale import plan as sums
+from aqaa.weights.packing import quantization_of
 
 MODELS = {  # built in; 3b: Step-Audio-TTS-3B and EditX
     "130b": BackboneConfig, "full": BackboneConfig,
@@ -56,11 +57,14 @@ def read_model(source):
         sizes = data.get("backbone") or data.get("text_config") or data
         backbone = BackboneConfig(**{name: sizes[name] for name in names if name in sizes})
         missing = set(names[:6]) - set(sizes)
+        quantization = {}
+        with suppress(ValueError):  # packed otherwise: whatever the format, it can be planned
+            quantization = quantization_of(data)
     except (ValueError, TypeError, AttributeError) as fault:
         raise ValueError(f"{path} is not a configuration ({fault}): get the file again.") from None
     if missing := ", ".join(sorted(missing)):
         raise ValueError(f"{path} does not say {missing}: it is not of a Step-1 model.")
-    return Path(source).resolve().name, backbone, data.get("quantization") or {}
+    return Path(source).resolve().name, backbone, quantization
 
 
 def setups(source, gpus=(), weights=None, group=None, context=2048, **others):

@@ -67,12 +67,13 @@ def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
     return replace_linears(model, cls, group, skip)
 
 
-def group_for(cls, group, widths):
-    """The group, by default the largest usual one, of {name: width}; or None. Raises ValueError."""
+def group_for(cls, group, widths, ranks=1):
+    """The group, by default the largest usual one, of {name: width}; or None. ranks: GPUs that each
+    hold a share of every width, in whole groups. Raises ValueError."""
     usual = cls.group_by_default
-    group = group or usual and (largest_group(widths.values()) or usual)
+    group = group or usual and (largest_group(widths.values(), ranks) or usual)
     for name, width in widths.items() if group else ():
-        check_group(width, group, 1, name, widths.values())
+        check_group(width, group, ranks, name, widths.values())
     return group
 
 

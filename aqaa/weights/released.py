@@ -20,6 +20,7 @@ from aqaa.tokenizers.linguistic import read_mvn
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.weights import model_folder, readers, shards, verify
 from aqaa.weights.model_folder import build, fit
+from aqaa.weights.packing import quantization_of
 from aqaa.weights.readers import file_in, pick, pickled, unusable
 from aqaa.weights.sources import ROLES
 from aqaa.weights.verify import all_finite, as_recorded, skip_init
@@ -213,7 +214,7 @@ def backbone(folder):
     try:
         with verify.Room(len(names), size), torch.device("meta"):
             model = step1.build(config)
-        if quantization := readers.read_json(path).get("quantization"):
+        if quantization := quantization_of(readers.read_json(path)):
             empty_linears(model, **format_in(quantization))
     except (*verify.BROKEN, AttributeError, StrictDataclassError) as fault:
         why = str(fault).splitlines()[-1].strip(" .")

@@ -25,13 +25,16 @@ from aqaa.weights.verify import all_finite, as_recorded
 MAX_HEADER = 100_000_000  # bytes: the limit of the format
 LARGE = 2**30  # bytes from which a progress bar is shown
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-CODES = {torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}  # of quantised layers
+CODES = {torch.bfloat16: ("BF16",), torch.uint8: ("U8", "I32"), torch.int8: ("I8",)}  # quantised
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1,
           "BOOL": 1}  # bytes  # fmt: skip
 NUMBER = re.compile(r"(\d+)(?:-of-(\d+))?\.safetensors$")
 LAYER = "layers.0.self_attn.q_proj.weight"
-QUANTIZED = "layers.0.self_attn.q_proj.qweight"  # by `aqaa convert`
-GATES = ("layers.0.mlp.gate_proj.weight", "layers.0.mlp.gate_proj.qweight")
+KINDS = ("weight", "qweight", "weight_packed")  # plain; ours in 8 bits; compressed-tensors' int4
+FIRST = tuple(f"layers.0.self_attn.q_proj.{kind}" for kind in KINDS)
+GATES = tuple(f"layers.0.mlp.gate_proj.{kind}" for kind in KINDS)
+STANDARD = {".qweight": ".weight_packed", ".scale": ".weight_scale"}  # ours: compressed-tensors'
+SHAPE = ".weight_shape"
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,7 @@ def language_model(tensors, folder):
 
     The model is where layer 0 has a q_proj with a gate_proj beside it: vision towers have q_proj
     layers of their own. Raises ModelError when there is none, or more than one."""
-    ends = (LAYER, QUANTIZED)
-    prefixes = [name.removesuffix(end) for end in ends for name in tensors if name.endswith(end)]
+    prefixes = [name.removesuffix(end) for end in FIRST for name in tensors if name.endswith(end)]
     prefixes = [prefix for prefix in prefixes if any(prefix + gate in tensors for gate in GATES)]
     if len(prefixes) != 1:
         kind = f"{len(prefixes) or 'no'} language models of Step-1's kind"
@@ -147,7 +149,8 @@ def language_model(tensors, folder):
     names, others = {}, []
     for name in tensors:
         if inside := body.fullmatch(name):
-            names["model." + inside[1]] = name
+            if not name.endswith(SHAPE):  # the codes have it
+                names["model." + renamed(inside[1], back=True)] = name
         elif name.endswith("lm_head.weight") and prefix.startswith(name[: -len("lm_head.weight")]):
             names["lm_head.weight"] = name
         else:
@@ -155,9 +158,41 @@ def language_model(tensors, folder):
     return names, others
 
 
+def renamed(name, back=False):
+    """The name of a quantised layer's tensor in compressed-tensors; back: ours of one of theirs."""
+    for pair in STANDARD.items():
+        ours, theirs = reversed(pair) if back else pair
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs
+    return name
+
+
+def standard(state):
+    """A state of Int4Linear as compressed-tensors has it: the same bytes, eight codes an int32."""
+    made = {}
+    for name, value in state.items():
+        codes = name.endswith(".qweight")
+        made[renamed(name)] = value.view(torch.int32) if codes else value
+        if codes:  # (N, K)
+            shape = torch.tensor([value.shape[0], 2 * value.shape[1]])
+            made[name.removesuffix(".qweight") + SHAPE] = shape
+    return made
+
+
+def own(state):
+    """The inverse of `standard`."""
+    return {renamed(name, back=True): as_codes(value) for name, value in state.items()
+            if not name.endswith(SHAPE)}  # fmt: skip
+
+
+def as_codes(tensor):
+    """Bytes of two codes each from words of eight; other tensors as they are."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.int32 else tensor
+
+
 def check(model, tensors, names, folder):
     """Does a meta-built model have exactly these tensors? Raises ModelError."""
-    codes = {name: (CODES[code.dtype],) for name, code in model.named_buffers()}  # if quantised
+    codes = {name: CODES[code.dtype] for name, code in model.named_buffers()}  # if quantised
     for ours, theirs in names.items():
         entry = tensors[theirs]
         if entry.dtype not in codes.get(ours, DTYPES):
@@ -165,9 +200,14 @@ def check(model, tensors, names, folder):
             raise ModelError(f"{entry.path} holds {theirs} as {entry.dtype}: {fix}.")
     if "lm_head.weight" not in names:
         raise unusable(f"{folder} lacks lm_head.weight, which is not the embedding in Step-1")
-    shapes = {ours: tensors[theirs].shape for ours, theirs in names.items()}
+    shapes = {ours: _unpacked(tensors[theirs]) for ours, theirs in names.items()}
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     fit(model, state, folder, "its config.json")
+
+
+def _unpacked(entry):
+    """The shape of an Entry, words of codes as bytes."""
+    return (*entry.shape[:-1], 4 * entry.shape[-1]) if entry.dtype == "I32" else entry.shape
 
 
 def stream(tensors, names):
@@ -191,7 +231,7 @@ def stream(tensors, names):
                     checks[path] = pool.submit(as_recorded, path)
             with safe_open(tensors[theirs].path, "pt") as file:  # anew: what was copied is unmapped
                 tensor = file.get_tensor(theirs)
-            yield ours, tensor
+            yield ours, as_codes(tensor)
             bar.update(tensors[theirs].bytes)
 
 

@@ -21,12 +21,12 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
     weights: bf16, fp8, int8 (made while loading) or int4 (the folder must be so). Raises ValueError
     for heads or 4-bit groups that the GPUs cannot share, or a folder of another format.
     """
-    name, backbone, ours = read_model(str(folder))
-    if str(folder) in MODELS or ours:
-        fact = f"{folder} is in aqaa's own format" if ours else f"{folder!r} is no folder"
+    name, backbone, _ = read_model(str(folder))
+    config = {} if str(folder) in MODELS else read_json(Path(folder) / "config.json")
+    if not config or config.get("quantization"):
+        fact = f"{folder} is in aqaa's own format" if config else f"{folder!r} is no folder"
         raise ValueError(f"{fact}: name that of a released language model, 16 bits or packed "
                          f"({', '.join(PACKED)}).")
-    config = read_json(Path(folder) / "config.json")
     if "backbone" in config:
         raise ValueError(f"{folder} is a whole system of aqaa: save its backbone alone, with "
                          "save_pretrained.")
