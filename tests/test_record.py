@@ -2,7 +2,12 @@
 
 import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +19,7 @@ from aqaa.backbone import memory
 from aqaa.config import BackboneConfig
 from aqaa.evaluation import gpu_speed, kernel_bench
 from aqaa.fast import triton_kernels
-from aqaa.scale import random_model
+from aqaa.scale import plan, plan_table, random_model
 from tests.conftest import tiny_config
 
 CPU = torch.device("cpu")
@@ -125,3 +130,71 @@ def test_the_command(monkeypatch, capsys):
     data = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert data["layers"] == 3 and data["group"] == 128 and data["setup"]["model"] == "130b"
     assert cli.main(["bench", "scale", "--preset", "huge"]) == 1
+
+
+BARE = r"""
+import importlib.machinery, re, sys
+from importlib import metadata
+
+import aqaa
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+kept, left = set(), ["torch", "triton", "transformers", "safetensors", "numpy"]
+while left:
+    name = plain(left.pop())
+    if name not in kept:
+        kept.add(name)
+        try:
+            asked = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # for other systems
+            asked = []
+        left += [re.match(r"[\w.-]+", line)[0] for line in asked if "extra ==" not in line]
+tops = metadata.packages_distributions()
+absent = {top for top, names in tops.items() if kept.isdisjoint(map(plain, names))} - {"aqaa"}
+assert {"soundfile", "scipy"} <= absent and "tqdm" not in absent
+find = importlib.machinery.PathFinder.find_spec
+def found(name, *more):
+    return None if name.split(".")[0] in absent else find(name, *more)
+
+importlib.machinery.PathFinder.find_spec = found
+
+from aqaa import cli
+from aqaa.evaluation import gpu_speed
+
+assert gpu_speed.__file__.startswith(sys.argv[1])
+gpu_speed.TOKENS, gpu_speed.ANSWER, gpu_speed.QUESTION, gpu_speed.REPEATS, gpu_speed.SPOKEN = 8, 30, 40, 1, 0.5
+gpu_speed.ASKED, gpu_speed.COPIED = 0.5, 1 << 20
+sys.exit(cli.main(["bench", "scale", "--preset", "mini", "--layers", "1", "--out", "run.json"]))
+"""
+
+
+def test_it_runs_from_the_package_alone_on_a_bare_machine(tmp_path):
+    """No soundfile, no scipy, no weights: whatever torch, triton, transformers, safetensors and numpy do not bring
+    cannot be imported. The tree that travels is the folder aqaa/; data/, notebooks/ and tests/ stay behind."""
+    package = Path(gpu_speed.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "aqaa", ignore=shutil.ignore_patterns("__pycache__"))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < 3e6  # bytes; 48 MiB would travel
+    run, env = [sys.executable, "-c", BARE, str(tmp_path)], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env["TRITON_INTERPRET"] = "0"  # as where kernels are compiled
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    wanted = {"copy_gb_per_s", "layer_error", "prefill", "decode", "vocoder", "ask", "fp8"}
+    assert wanted <= set(data) and data["faults"] == {} and data["setup"]["layers"] == 1
+
+
+def test_it_fits_an_h100_in_four_bits():
+    bench = gpu_speed.Bench(gpu_speed.presets.preset("full"), CPU)
+    (setup,) = plan_table.setups("130b", ["1xH100-80"], "int4", context=bench.size)
+    assert plan.plan(setup).spare > 2 and bench.size > 8192  # GiB of 79.1
+
+
+def test_segments_may_grow(monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "of others")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")  # and as it was afterwards
+    monkeypatch.setattr(gpu_speed.presets, "preset", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpu_speed.measure()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

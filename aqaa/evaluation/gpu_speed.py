@@ -3,9 +3,16 @@
 Speed depends on sizes and not on values, so nothing has to be downloaded: weights are drawn on the
 GPU itself. Every number is written to the record as soon as it is measured; what could not be
 measured is named there with the reason. On a CPU with the mini's sizes the same is rehearsed.
+
+The folder aqaa/ alone is enough, and of packages torch, triton, transformers, safetensors and numpy
+with what they bring. On a machine with a GPU, the second of these if the first has no faults:
+
+    python -m aqaa bench scale --preset full --layers 4 --device cuda --out layers4.json
+    python -m aqaa bench scale --preset full --device cuda --out full.json
 """
 
 import gc
+import os
 import platform
 import resource
 import time
@@ -44,6 +51,7 @@ SPOKEN = 5.0  # s of sound that the vocoder is timed with
 REPEATS = 5
 TUNED = 8  # layers whose weights a kernel is tuned on: more than any cache holds
 COPIED = 4 << 30  # bytes
+SEGMENTS = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # large tensors come and go
 PARTS = ("linguistic", "semantic", "flow", "hift")
 # Methods of a Bench, in order: what later ones build upon comes first.
 STEPS = "copy check_kernels check_layer tune prefill decode vocoder ask fp8".split()
@@ -53,6 +61,7 @@ def measure(preset="full", device="cuda", seed=0, layers=None, out=None):
     """The record as a dict, which also grows in the file `out`; on a GPU it has a place of its own.
     layers: fewer than there are. Its "faults" name what could not be measured. Raises ModelError
     beforehand if the model does not fit."""
+    os.environ.setdefault(*SEGMENTS)  # read when the first tensor is made on a GPU
     config = presets.preset(preset)
     whole = config.backbone.num_hidden_layers
     if layers and layers < whole:
