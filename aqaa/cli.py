@@ -349,6 +349,10 @@ def _bench(args):
 
 
 def _plan(args):
+    if args.serve:
+        from aqaa.scale.vllm import launch
+
+        return launch.main(args)
     from aqaa.scale import plan_table
 
     return plan_table.main(args)

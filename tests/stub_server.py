@@ -8,6 +8,8 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import torch
+
 from aqaa.scale.vllm.rules import KEY, Rules
 from aqaa.tokenizers import dialogue
 
@@ -21,15 +23,15 @@ SIZES = (1, 2, 1, 3)  # ids in a chunk, in turn: a server may send several at on
 
 class Stub(ThreadingHTTPServer):
     """model: an AQAA. fault: what to do in place of an answer (bytes: an event to send); after: how many ids come
-    before that, each time. models: what it says it serves, in place of the truth."""
+    before that, each time. models: what it says it serves, in place of the truth. raw: logprobs over all ids."""
 
     daemon_threads = True
 
-    def __init__(self, model, fault=None, after=0, max_model_len=None, models=None):
+    def __init__(self, model, fault=None, after=0, max_model_len=None, models=None, raw=False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.fault, self.after = model, fault, after
         self.max_model_len = max_model_len or model.config.backbone.max_seq_len
-        self.requests, self.hold, self.models = [], threading.Event(), models
+        self.requests, self.hold, self.models, self.raw = [], threading.Event(), models, raw
 
     @property
     def url(self):
@@ -43,6 +45,16 @@ class Stub(ThreadingHTTPServer):
         names = ("temperature", "top_p", "seed", "max_tokens")
         return self.model.generate(prompt, layout=layout, min_audio=rules.min_audio, repetition=rules.repetition,
                                    **{name: request[name] for name in names})
+
+    def scores(self, prompt, ids, count):
+        """[{id: logprob} of the `count` likeliest and the one that came], over the whole vocabulary."""
+        with torch.inference_mode():
+            logits = self.model.backbone(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+        listed = []
+        for token, row in zip(ids, logits.log_softmax(-1)):
+            values, likely = row.topk(count)
+            listed.append({token: float(row[token]), **dict(zip(likely.tolist(), values.tolist()))})
+        return listed
 
     def handle_error(self, request, client_address):
         """A client that hangs up is no news."""
@@ -106,6 +118,11 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, request):
         """Chunks as /v1/completions sends them, then [DONE]; or the fault, `after` ids into the answer."""
         steps, count, first = list(self.server.steps(request)), 0, {"prompt_token_ids": request["prompt"]}
+        self.listed = {}
+        if self.server.raw:
+            scores = self.server.scores(request["prompt"], [step.id for step in steps], request["logprobs"])
+            steps = [step._replace(logprob=all_ids[step.id]) for step, all_ids in zip(steps, scores)]
+            self.listed = {id(step): all_ids for step, all_ids in zip(steps, scores)}
         if self.server.fault == "no plug-in":
             steps = [step._replace(id=request["prompt"][0]) for step in steps]
         while count < len(steps):
@@ -125,7 +142,9 @@ class Handler(BaseHTTPRequestHandler):
         logprobs = {
             "text_offset": [0] * len(part), "token_logprobs": [step.logprob for step in part],
             "tokens": [f"token_id:{step.id}" for step in part],
-            "top_logprobs": [{f"token_id:{step.id}": step.logprob} for step in part],
+            "top_logprobs": [{f"token_id:{token}": logprob for token, logprob in
+                              getattr(self, "listed", {}).get(id(step), {step.id: step.logprob}).items()}
+                             for step in part],
         }  # fmt: skip
         choice = {"index": 0, "text": "", "logprobs": logprobs, "finish_reason": ended, "stop_reason": None, **first,
                   "token_ids": [step.id for step in part] if with_ids else None, "weight_versions": None}  # fmt: skip

@@ -1,11 +1,13 @@
 """vLLM as the engine: its protocol against a stub that speaks it, its classes where it is installed."""
 
 import json
+import random
 import re
 import shlex
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from aqaa.backbone.generation import Repetition, generate
 from aqaa.pipeline import AQAA
 from aqaa.scale.vllm import client, plugin
 from aqaa.scale.vllm.client import EngineError, Server
-from aqaa.scale.vllm.launch import serve_command
+from aqaa.scale.vllm.launch import serve_command, serve_lines
 from aqaa.scale.vllm.rules import Follower, Rules
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.weights.packing import packed_config
@@ -382,6 +384,44 @@ def test_what_4_bit_checkpoints_can_be_shared_and_what_is_no_folder(released):
             serve_command(folder)
 
 
+def test_lines_for_several_machines_and_copies(released):
+    folder = released()
+    ((where, line),) = serve_lines(folder, 8)
+    assert where == 0 and line == serve_command(folder, 8)
+    ((_, line),) = serve_lines(folder, 2, copies=4)
+    assert flags(line)["--data-parallel-size"] == "4" and flags(line)["--tensor-parallel-size"] == "2"
+    row = serve_lines(folder, 8, "fp8", nodes=3, head="10.0.0.1")
+    assert [number for number, _ in row] == [0, 1, 2]
+    for number, line in row:
+        found = flags(line.replace(" --headless", ""))
+        given = [found[f"--{name}"] for name in ("pipeline-parallel-size", "nnodes", "node-rank", "master-addr")]
+        assert given == ["3", "3", str(number), "10.0.0.1"] and found["--tensor-parallel-size"] == "8"
+        assert ("--headless" in line) == (number > 0)  # requests come to machine 0
+    ray = serve_lines(folder, 8, nodes=2, ray=True)
+    assert [number for number, _ in ray] == [0, 1, 0] and ray[1][1] == "ray start --address HEAD:6379 --block"
+    assert "--distributed-executor-backend ray" in ray[2][1] and "--nnodes" not in ray[2][1]
+    assert "--quantization" not in serve_lines(released(quantization_config=packed_config(64)), 8)[0][1]
+    wrong = ({"nodes": 2, "copies": 2}, "a server of its own"), ({"nodes": 99}, "99 nodes cannot share")
+    for options, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            serve_lines(folder, 8, **options)
+
+
+def test_the_command_prints_the_lines(released, capsys):
+    folder = str(released())
+    asked = ["plan", folder, "--serve", "--gpus", "8xH100-80", "--nodes", "2"]
+    assert cli.main(asked) == 0
+    shown = capsys.readouterr().out
+    for _, line in serve_lines(folder, 8, nodes=2):
+        assert f"\n{line}\n" in shown
+    assert "# on machine 1, in vLLM's environment" in shown and "--engine http://HEAD:8000" in shown
+    assert cli.main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[1]["machine"] == 1
+    assert cli.main(["plan", folder, "--serve", "--gpus", "H200", "--gpus", "H20"]) == 1
+    assert cli.main(["plan", "130b", "--serve"]) == 1
+    assert "cannot be one server" in capsys.readouterr().err
+
+
 def test_what_aqaa_converts_to_int4_vllm_is_told_to_load(released):
     folder = released(quantization_config=packed_config(64))
     assert "--tensor-parallel-size 8" in serve_command(folder, 8, "int4")
@@ -389,17 +429,61 @@ def test_what_aqaa_converts_to_int4_vllm_is_told_to_load(released):
         serve_command(released(quantization_config=packed_config(128)), 8, "int4")
 
 
-def test_language_weights_leave_vision_out():
-    names = {
-        "model.embed_tokens.weight": "model.embed_tokens.weight",
-        "model.layers.87.self_attn.q_proj.weight": "model.layers.87.self_attn.q_proj.weight",
-        "language_model.model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
-        "llm.lm_head.weight": "lm_head.weight", "language_model.model.norm.weight": "model.norm.weight",
-        "vision_model.encoder.layers.0.self_attn.q_proj.weight": None, "vit_downsampler.weight": None,
-        "sam_model.blocks.0.norm1.weight": None, "vision_model.embeddings.patch_embedding.weight": None,
-    }  # fmt: skip
-    found = dict(plugin.language_weights((name, name) for name in names))
-    assert found == {ours: theirs for theirs, ours in names.items() if ours}
+@pytest.mark.parametrize("prefix", ["", "language_model.", "llm.", "language_model.text."])
+@pytest.mark.parametrize("kind", ["weight", "weight_packed"])
+def test_language_weights_leave_vision_out(prefix, kind):
+    """A tower has a q_proj, and may be called model; names come in any order; a prefix needs no `model`."""
+    ours = [f"model.layers.{i}.{part}_proj.{kind}" for i in (0, 9) for part in ("self_attn.q", "mlp.gate", "mlp.down")]
+    ours += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names = {f"{prefix}{name}": name for name in ours}
+    for tower in ("vision_model.encoder", "vision_tower.model", "sam_model"):
+        names |= {f"{tower}.layers.0.self_attn.q_proj.weight": None, f"{tower}.layers.0.mlp.fc1.weight": None,
+                  f"{tower}.norm.weight": None, f"{tower}.embed_tokens.weight": None}  # fmt: skip
+    for seed in range(5):
+        order = random.Random(seed).sample(sorted(names), len(names))
+        found = dict(plugin.language_weights((name, name) for name in order))
+        assert found == {to: name for name, to in names.items() if to}
+
+
+def test_language_weights_without_model_in_their_names_and_none_and_two():
+    bare = ["language_model.layers.0.self_attn.q_proj.weight", "language_model.layers.0.mlp.gate_proj.weight"]
+    found = [name for name, _ in plugin.language_weights((name, 0) for name in bare)]
+    assert found == ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"]
+    twice = [*bare, *(f"draft.{name}" for name in bare)]
+    for names, words in ((bare[:1], "no language models"), (twice, "2 language models")):
+        with pytest.raises(ValueError, match=words):
+            list(plugin.language_weights((name, 0) for name in names))
+
+
+def test_a_logprob_is_among_the_legal_ids():
+    """What lies on illegal ids is taken out, as far as it is listed; the local generator's number comes back."""
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(0)) * 3
+    may = SimpleNamespace(start=10, stop=30, markers=(3,))
+    legal = [*range(10, 30), 3]
+    raw, true = logits.log_softmax(-1), dict(zip(legal, logits[legal].log_softmax(-1).tolist()))
+    for k in (1, 5, 20, 60):
+        values, ids = raw.topk(k)
+        listed = dict(zip(ids.tolist(), values.tolist()))
+        for token in legal:
+            found = client._among_legal(may, float(raw[token]), {**listed, token: float(raw[token])})
+            assert float(raw[token]) <= found <= true[token] + 1e-5
+            assert k < 60 or found == pytest.approx(true[token], abs=1e-5)
+    assert client._among_legal(may, -0.5, {}) == -0.5 == client._among_legal(may, -0.5, {12: -0.5})
+    assert client._among_legal(may, -40.0, {40: 0.0, 12: -40.0}) == 0.0  # all the rest is elsewhere
+
+
+def test_confidence_through_a_server_that_scores_every_id(tiny, sound, monkeypatch):
+    """As vLLM does by default: raw log-probabilities over the whole vocabulary, with the likeliest beside them."""
+    near = tiny.ask(sound, **SHORT)
+    with serve(tiny, raw=True) as server:
+        far = connected(tiny, server).ask(sound, **SHORT)
+        monkeypatch.setattr(client, "LISTED", len(tiny.backbone.lm_head.weight))
+        known = connected(tiny, server).ask(sound, **SHORT)  # every id is listed: nothing is left to guess
+        monkeypatch.setattr(client, "_among_legal", lambda may, logprob, likeliest: logprob)
+        raw = connected(tiny, server).ask(sound, **SHORT)
+    assert far.tokens == near.tokens and [r["logprobs"] for r in server.requests][0] == 20
+    assert raw.confidence < far.confidence < near.confidence
+    assert known.confidence == pytest.approx(near.confidence, rel=1e-3)
 
 
 def test_vllm_that_is_missing_is_told(monkeypatch):

@@ -41,6 +41,9 @@ NOT_RUN = (
     "vllm serve itself, on a GPU or at all", "TRITON_ATTN, which needs a GPU",
     "quantisation while loading", "tensor parallelism", "AsyncLLM itself", "the V2 runner's buffers: stood in for",
 )  # fmt: skip
+HOWS = {"tp": {}, "dp": {"copies": 2}, "pp": {"nodes": 2}, "ray": {"nodes": 2, "ray": True}}
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes", "node_rank", "headless",
+            "distributed_executor_backend")  # fmt: skip
 SAID = [(50, -0.5), (51, -1.25), (3, -0.125)]  # ids and logprobs of a made-up answer
 
 
@@ -184,7 +187,7 @@ def stream(record):
         data = _event(line, "vLLM")
         if data and data != b"[DONE]":
             found += _tokens(json.loads(data), "vLLM")
-    assert [tuple(pair) for pair in found] == SAID and written[-1] == "data: [DONE]\n\n"
+    assert [pair[:2] for pair in found] == SAID and found[0][2] == dict(SAID[:1]) and written[-1] == "data: [DONE]\n\n"
     record["completion_stream"], record["completion_stream_of"] = written, SAID
 
 
@@ -269,6 +272,13 @@ def launch_flags(record):
                 max_model_len=args.max_model_len, dtype=args.dtype, logits_processors=args.logits_processors,
                 generation_config=args.generation_config,
             )  # fmt: skip
+            lines = {how: launch.serve_lines(folder, 8, "fp8", **how_) for how, how_ in HOWS.items()}
+            for how, given in lines.items():
+                for _, line in given:
+                    if line.startswith("vllm"):
+                        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(line)[2:])
+                        found = [getattr(parsed, name) for name in PARALLEL]
+                        record.setdefault("serve_lines", {}).setdefault(how, []).append(found)
         assert args.quantization == "fp8_per_channel" and args.tensor_parallel_size == 8
         assert args.attention_backend == "TRITON_ATTN"
         assert pickle.loads(pickle.dumps(model.hf_config)).to_dict() == model.hf_config.to_dict()  # goes to workers

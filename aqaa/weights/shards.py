@@ -35,6 +35,8 @@ FIRST = tuple(f"layers.0.self_attn.q_proj.{kind}" for kind in KINDS)
 GATES = tuple(f"layers.0.mlp.gate_proj.{kind}" for kind in KINDS)
 STANDARD = {".qweight": ".weight_packed", ".scale": ".weight_scale"}  # ours: compressed-tensors'
 SHAPE = ".weight_shape"
+HEAD = "lm_head.weight"
+BODY = re.compile(r"(?:layers\.\d+\.|embed_tokens\.|norm\.).+")
 
 
 @dataclass(frozen=True)
@@ -137,25 +139,33 @@ def language_model(tensors, folder):
 
     The model is where layer 0 has a q_proj with a gate_proj beside it: vision towers have q_proj
     layers of their own. Raises ModelError when there is none, or more than one."""
-    prefixes = [name.removesuffix(end) for end in FIRST for name in tensors if name.endswith(end)]
-    prefixes = [prefix for prefix in prefixes if any(prefix + gate in tensors for gate in GATES)]
-    if len(prefixes) != 1:
-        kind = f"{len(prefixes) or 'no'} language models of Step-1's kind"
+    found = prefixes(tensors)
+    if len(found) != 1:
+        kind = f"{len(found) or 'no'} language models of Step-1's kind"
         sign = f"(*.{LAYER} beside *.{GATES[0]})"
         fix = "name the folder of Step-Audio-AQAA, -Chat or -TTS-3B"
         raise ModelError(f"{folder} holds {kind} {sign}: {fix}.")
-    prefix = prefixes[0]
-    body = re.compile(re.escape(prefix) + r"((?:layers\.\d+\.|embed_tokens\.|norm\.).+)")
     names, others = {}, []
     for name in tensors:
-        if inside := body.fullmatch(name):
-            if not name.endswith(SHAPE):  # the codes have it
-                names["model." + renamed(inside[1], back=True)] = name
-        elif name.endswith("lm_head.weight") and prefix.startswith(name[: -len("lm_head.weight")]):
-            names["lm_head.weight"] = name
-        else:
+        if (ours := inside(name, found[0])) is None:
             others.append(name)
+        elif not name.endswith(SHAPE):  # the codes have it
+            names[renamed(ours, back=True)] = name
     return names, others
+
+
+def prefixes(names):
+    """What stands in front of "layers.0." where a layer 0 has a q_proj and a gate_proj."""
+    found = [name.removesuffix(end) for end in FIRST for name in names if name.endswith(end)]
+    return [prefix for prefix in found if any(prefix + gate in names for gate in GATES)]
+
+
+def inside(name, prefix):
+    """Step-1's name of a tensor of the language model at `prefix`; None for another's."""
+    if name.startswith(prefix) and BODY.fullmatch(name[len(prefix) :]):
+        return f"model.{name[len(prefix) :]}"
+    own = name.endswith(HEAD) and prefix.startswith(name[: -len(HEAD)])
+    return HEAD if own else None
 
 
 def renamed(name, back=False):

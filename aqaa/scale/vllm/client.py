@@ -15,13 +15,14 @@ import json
 import threading
 import time
 import uuid
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from importlib import metadata
-from math import inf
+from math import exp, inf, log
+from pathlib import Path
 
 from aqaa.backbone.generation import Step, check_sampling, room_for
-from aqaa.files import parse_json, server_address
+from aqaa.files import parse_json, read_json, server_address
 from aqaa.scale.vllm.rules import KEY, Rules
 from aqaa.weights import verify
 
@@ -34,6 +35,8 @@ TOTAL_TIME = 900.0  # s of a whole answer
 REPLY_BYTES = 4_000_000  # of a line or a body: the first chunk repeats up to 32,768 ids
 EMPTY_LINES = 1000  # in a row, without an id among them
 LIKELIEST = 1e-3  # log-probability that rounding may leave above 0
+LISTED = 20  # likeliest ids that come with each id, which vLLM allows by default
+TOKEN_ID = "token_id:"  # in front of ids where vLLM would write words
 SHOWN = 200  # characters of what a server says that are passed on
 ELSEWHERE = "it sends us elsewhere, where nobody is asked; give the address itself"
 
@@ -43,7 +46,8 @@ class EngineError(OSError):
 
 
 class Engine:
-    """What AQAA.engine may be; a subclass' _draw(prompt, settings, rules) yields (id, logprob)."""
+    """What AQAA.engine may be; a subclass' _draw(prompt, settings, rules) yields (id, logprob,
+    {id: logprob} of the likeliest), over all ids, as the model gives them."""
 
     name = "the engine"
     limit = None  # ids of the longest prompt and its answer
@@ -54,14 +58,14 @@ class Engine:
     ):  # fmt: skip
         """Steps as of backbone.generation.generate; prefill is left to the engine.
 
-        logprob is taken over the engine's whole vocabulary, so it is a little lower than ours.
-        Raises ValueError for settings out of range or a prompt too long, and EngineError.
+        logprob is among the legal ids, as far as the engine tells what lies on others: it lists
+        the likeliest. Raises ValueError for settings out of range or prompts too long, EngineError.
         """
         check_sampling(temperature, top_p, max_tokens)
         left = room_for(self.limit or len(prompt) + max_tokens + 1, len(prompt), max_tokens)
         settings = {
             "temperature": float(temperature), "top_p": float(top_p), "top_k": 0, "seed": int(seed),
-            "logprobs": 0, "max_tokens": left, "stop_token_ids": [ids.eot],
+            "logprobs": LISTED, "max_tokens": left, "stop_token_ids": [ids.eot],
         }  # fmt: skip
         rules = Rules.of(layout, ids, min_audio, repetition)
         machine = layout.machine(ids, min_audio)
@@ -72,7 +76,7 @@ class Engine:
         count, left = 0, settings["max_tokens"]
         if not left or machine.finished:
             return
-        for token, logprob in self._draw(prompt, settings, rules):
+        for token, logprob, likeliest in self._draw(prompt, settings, rules):
             number = type(logprob) in (int, float) and -inf < logprob <= LIKELIEST
             if type(token) is not int or not number:
                 sent, with_it = verify.shown(token), verify.shown(logprob)
@@ -86,12 +90,24 @@ class Engine:
                                   f"plug-in (--logits-processors {PROCESSOR}), or its model has "
                                   "other ids.")
             machine.advance(token)
-            yield Step(token, "marker" if token in may.markers else may.kind, logprob)
+            kind = "marker" if token in may.markers else may.kind
+            yield Step(token, kind, _among_legal(may, logprob, likeliest))
             if machine.finished:
                 return
         if count < left:
             raise EngineError(f"{self.name} ended the answer after {count} ids, in the middle: "
                               "ask it again.")
+
+
+def _among_legal(may, logprob, likeliest):
+    """The log-probability of an id among those that may come: what is known to lie on others, by
+    {id: logprob} of the likeliest, is taken out of the sum. Never less than `logprob`."""
+    sums = {True: 0.0, False: 0.0}
+    for other, value in likeliest.items():
+        sums[may.start <= other < may.stop or other in may.markers] += exp(value)
+    # Of a peaked distribution 1 - sum is rounding; what is legal in the list is then more exact.
+    legal = max(1.0 - sums[False], sums[True], exp(logprob))
+    return min(0.0, logprob - log(legal)) if sums[False] else logprob
 
 
 class _Timed(io.RawIOBase):
@@ -218,20 +234,31 @@ def _event(line, name):
 
 
 def _tokens(chunk, name):
-    """[(id, logprob), …] of one chunk of a completion. Raises EngineError."""
+    """[(id, logprob, {id: logprob}), …] of one chunk of a completion. Raises EngineError."""
     if not isinstance(chunk, dict) or "error" in chunk:
         raise EngineError(f"{name} gave up: {_message(chunk)}.")
     try:
         pairs = []
         for choice in chunk.get("choices") or ():
-            lists = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            said = choice["logprobs"]
+            lists = choice["token_ids"], said["token_logprobs"]
             if not all(type(one) is list for one in lists):
                 raise TypeError
-            pairs += zip(*lists, strict=True)
-    except (LookupError, TypeError, ValueError):
+            others = said.get("top_logprobs") or [{}] * len(lists[0])
+            pairs += zip(*lists, map(_likeliest, others), strict=True)
+    except (LookupError, TypeError, ValueError, AttributeError):
         fault = f"{name} sends no token ids with their logprobs: vLLM {TESTED} does."
         raise EngineError(fault) from None
     return pairs
+
+
+def _likeliest(listed):
+    """{id: logprob} from {"token_id:7": logprob}. Raises ValueError or TypeError."""
+    listed = dict(listed or {})
+    found = {int(name.removeprefix(TOKEN_ID)): float(value) for name, value in listed.items()}
+    if not all(value <= LIKELIEST for value in found.values()):
+        raise ValueError
+    return found
 
 
 def _json(data, name):
@@ -275,6 +302,13 @@ def version():
                           "start it there and give --engine URL.") from None
 
 
+def overrides(config):
+    """What vLLM has to be told of a config.json: it ties what does not say so, and loses lm_head;
+    AQAA's own checkpoint needs our class."""
+    own = {} if config.get("model_type", "step1") == "step1" else {"architectures": [MODEL_CLASS]}
+    return {"tie_word_embeddings": False, **own}
+
+
 class InProcess(Engine):
     """vLLM's asynchronous engine beside us; options: of AsyncEngineArgs. Raises EngineError."""
 
@@ -290,8 +324,11 @@ class InProcess(Engine):
         except ImportError as fault:
             raise EngineError(f"vLLM {installed} lacks what {TESTED} has ({fault}): "
                               "install that version.") from None
+        config = {}
+        with suppress(OSError, ValueError):  # of a name that vLLM looks up; it says what is wrong
+            config = read_json(Path(folder) / "config.json")
         options = {
-            "hf_overrides": {"tie_word_embeddings": False}, "attention_backend": ATTENTION,
+            "hf_overrides": overrides(config), "attention_backend": ATTENTION,
             "logits_processors": [PROCESSOR], "skip_tokenizer_init": True, **options,
         }  # fmt: skip
         fixed = {"detokenize": False, "output_kind": RequestOutputKind.DELTA}
@@ -312,7 +349,8 @@ class InProcess(Engine):
             while (output := self._wait(anext(outputs, None))) is not None:
                 new = output.outputs[0]
                 for token, logprobs in zip(new.token_ids, new.logprobs, strict=True):
-                    yield token, logprobs[token].logprob
+                    likeliest = {other: one.logprob for other, one in logprobs.items()}
+                    yield token, logprobs[token].logprob, likeliest
         finally:
             self._wait(outputs.aclose())
 

@@ -8,18 +8,21 @@ from pathlib import Path
 from aqaa.files import read_json
 from aqaa.scale.plan import Setup, check_ranks
 from aqaa.scale.plan_table import MODELS, parse_gpus, read_model
-from aqaa.scale.vllm.client import ATTENTION, MODEL_CLASS, PROCESSOR
+from aqaa.scale.vllm.client import ATTENTION, PROCESSOR, overrides
 
 # Made while loading:
 FORMATS = {"bf16": None, "fp8": "fp8_per_channel", "int8": "int8_per_channel_weight_only"}
 PACKED = ("compressed-tensors", "gptq", "awq")  # 4-bit checkpoints that vLLM reads
+HEAD = "HEAD"  # stands for the address of machine 0
+RAY_PORT = 6379
 
 
-def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
+def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192, **more):
     """The line that serves a released language model, to be run in vLLM's own environment.
 
-    weights: bf16, fp8, int8 (made while loading) or int4 (the folder must be so). Raises ValueError
-    for heads or 4-bit groups that the GPUs cannot share, or a folder of another format.
+    weights: bf16, fp8, int8 (made while loading) or int4 (the folder must be so). more: flags of
+    vLLM, with _ for -; True for one without a value. Raises ValueError for heads or 4-bit groups
+    that the GPUs cannot share, or a folder of another format.
     """
     name, backbone, _ = read_model(str(folder))
     config = {} if str(folder) in MODELS else read_json(Path(folder) / "config.json")
@@ -33,18 +36,69 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192):
     group = _group(config, folder) if weights == "int4" else None
     if weights not in (*FORMATS, "int4"):
         raise ValueError(f"weights cannot be {weights!r} in vLLM: choose bf16, fp8, int8 or int4.")
-    check_ranks(Setup(name, backbone, parse_gpus("H100-80")[0], gpus, weights, group))
-    overrides = {"tie_word_embeddings": False}  # vLLM ties what does not say so, and loses lm_head
-    if config.get("model_type") != "step1":
-        overrides["architectures"] = [MODEL_CLASS]
+    stages = more.get("pipeline_parallel_size", 1)
+    card = parse_gpus("H100-80")[0]
+    check_ranks(Setup(name, backbone, card, gpus, weights, group, nodes=stages))
     flags = {
         "port": port, "tensor-parallel-size": gpus, "dtype": "bfloat16",
         "quantization": FORMATS.get(weights), "max-model-len": min(max_len, backbone.max_seq_len),
-        "attention-backend": ATTENTION, "hf-overrides": json.dumps(overrides),
+        "attention-backend": ATTENTION, "hf-overrides": json.dumps(overrides(config)),
         "generation-config": "vllm", "logits-processors": PROCESSOR,
+        **{flag.replace("_", "-"): value for flag, value in more.items()},
+        "skip-tokenizer-init": True,
     }  # fmt: skip
-    given = [(f"--{flag}", str(value)) for flag, value in flags.items() if value is not None]
-    return shlex.join(["vllm", "serve", str(folder), *chain(*given), "--skip-tokenizer-init"])
+    bare = [flag for flag, value in flags.items() if value is True]
+    given = [(f"--{flag}", str(value)) for flag, value in flags.items()
+             if value is not None and flag not in bare]  # fmt: skip
+    bare = [f"--{flag}" for flag in bare]
+    return shlex.join(["vllm", "serve", str(folder), *chain(*given), *bare])
+
+
+def serve_lines(folder, gpus=1, weights=None, *, nodes=1, copies=1, ray=False, head=HEAD, **more):
+    """[(number of the machine, line)]: all that has to be typed, on one machine or on several.
+
+    gpus: that share a layer (tensor parallel), on each machine; weights: by default what the folder
+    holds. nodes: machines in a row, each with a part of the layers (pipeline parallel), by vLLM's
+    own processes or, if asked, by Ray. copies: of the model on the machine (data parallel), each on
+    GPUs of its own, behind one address. head: address of machine 0. Raises ValueError as
+    serve_command, and for copies of a model that itself fills several machines.
+    """
+    if weights is None:
+        weights = read_model(str(folder))[2].get("weights", "bf16")
+    if nodes > 1 and copies > 1:
+        raise ValueError(f"{copies} copies of a model on {nodes} machines each cannot be one "
+                         "server: start each copy as a server of its own.")
+    if copies > 1:
+        more |= {"data_parallel_size": copies}
+    if nodes > 1:
+        more |= {"pipeline_parallel_size": nodes}
+    if nodes == 1 or ray:
+        more |= {"distributed_executor_backend": "ray"} if ray else {}
+        start = [(0, f"ray start --head --port {RAY_PORT}")]
+        start += [(i, f"ray start --address {head}:{RAY_PORT} --block") for i in range(1, nodes)]
+        return [*(start if ray else ()), (0, serve_command(folder, gpus, weights, **more))]
+    more |= {"nnodes": nodes, "master_addr": head, "distributed_executor_backend": "mp"}
+    return [(rank, serve_command(folder, gpus, weights, **more, node_rank=rank,
+                                 **({"headless": True} if rank else {})))
+            for rank in range(nodes)]  # fmt: skip
+
+
+def main(args):
+    """`aqaa plan FOLDER --serve`; args: model, gpus, weights, nodes, copies, ray, context."""
+    asked = [parse_gpus(text)[1] for text in args.gpus] or [1]
+    if len(asked) > 1:
+        raise ValueError("several sets of GPUs cannot be one server: name one with --gpus.")
+    lines = serve_lines(args.model, asked[0], args.weights, nodes=args.nodes, copies=args.copies,
+                        ray=args.ray, max_len=max(args.context, 8192))  # fmt: skip
+    if args.json:
+        return print(json.dumps([{"machine": number, "line": line} for number, line in lines]))
+    several = args.nodes > 1
+    for number, line in lines:
+        place = f"on machine {number}, " if several else ""
+        print(f"# {place}in vLLM's environment\n{line}")
+    print("# beside it, for each listener: tokenizers and vocoder, which need no vLLM")
+    host = HEAD if several else "127.0.0.1"
+    print(f"aqaa ask QUESTION.wav --stream --engine http://{host}:8000")
 
 
 def _group(config, folder):

@@ -6,9 +6,9 @@ ids to processors that it found by itself. Without vLLM this module still import
 """
 
 import logging
-import re
 from contextlib import suppress
 from importlib import import_module
+from itertools import islice
 
 from aqaa.scale.vllm.client import MODEL_CLASS, TESTED, version
 from aqaa.scale.vllm.rules import KEY, Follower, Rules
@@ -17,7 +17,6 @@ PROCESSORS = (  # base classes of the V2 and of the older model runner; either m
     "vllm.v1.worker.gpu.sample.logits_processor",
     "vllm.v1.sample.logits_processor",
 )
-STEP1_NAME = re.compile(r"(?:^|.*\.)(model\.(?:embed_tokens|norm|layers\.\d+)\..+|lm_head\.weight)")
 log = logging.getLogger(__name__)
 
 
@@ -34,13 +33,25 @@ def register():
 
 
 def language_weights(weights):
-    """(name, tensor) pairs of a checkpoint, vision towers too -> those of Step-1, by its names."""
-    dropped = 0
+    """(name, tensor) pairs of a checkpoint, vision towers too -> those of Step-1, by its names.
+
+    Which are the language model's shows with its layer 0: what came before is held back till then.
+    Raises ModelError if there is none, or a second one.
+    """
+    from aqaa.weights import shards
+
+    held, names, prefix, dropped = [], [], None, 0
     for name, tensor in weights:
-        if match := STEP1_NAME.fullmatch(name):
-            yield match[1], tensor
-        else:
-            dropped += 1
+        names.append(name)
+        held.append((name, tensor))
+        if prefix is None:
+            prefix = next(iter(shards.prefixes(names)), None)
+        for known, value in held if prefix is not None else ():
+            if ours := shards.inside(known, prefix):
+                yield ours, value
+            dropped += not ours
+        held = [] if prefix is not None else held
+    shards.language_model(dict.fromkeys(names), "the checkpoint")  # one, and no other
     if dropped:
         log.info("aqaa: %d tensors that are not the language model's were left out.", dropped)
 
@@ -88,11 +99,13 @@ class Layouts(*_bases()):
                 follower.mask(logits[row])
             return logits
         slots, lengths = ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist()
-        for row, (slot, known) in enumerate(zip(slots, lengths)):
-            if follower := self.rows.get(slot):
-                ids = self.state.all_token_ids.gpu[slot, len(follower.ids) : known]
-                follower.read(ids.tolist())  # waits for the GPU, once a request and step
-                follower.mask(logits[row])
+        followers = [(row, self.rows[slot]) for row, slot in enumerate(slots) if slot in self.rows]
+        new = [self.state.all_token_ids.gpu[slots[row], len(follower.ids) : lengths[row]]
+               for row, follower in followers]  # fmt: skip
+        ids = iter(_on_cpu(new))
+        for (row, follower), part in zip(followers, new):
+            follower.read(list(islice(ids, len(part))))
+            follower.mask(logits[row])
         return logits
 
     def update_state(self, batch_update):  # V1
@@ -111,6 +124,13 @@ class Layouts(*_bases()):
         """The rules of a request, or None, also for ids beyond the model's: the client objects."""
         rules = _rules(params)
         return rules if rules and rules.ids.end <= self.vocabulary else None
+
+
+def _on_cpu(parts):
+    """The numbers of several tensors, in one wait for the GPU."""
+    import torch
+
+    return torch.cat(parts).tolist() if parts else []
 
 
 def _rules(params):
