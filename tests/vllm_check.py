@@ -272,9 +272,8 @@ def launch_flags(record):
                 max_model_len=args.max_model_len, dtype=args.dtype, logits_processors=args.logits_processors,
                 generation_config=args.generation_config,
             )  # fmt: skip
-            lines = {how: launch.serve_lines(folder, 8, "fp8", **how_) for how, how_ in HOWS.items()}
-            for how, given in lines.items():
-                for _, line in given:
+            for how, given in HOWS.items():
+                for _, line in launch.serve_lines(folder, 8, "fp8", **given):
                     if line.startswith("vllm"):
                         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(line)[2:])
                         found = [getattr(parsed, name) for name in PARALLEL]
