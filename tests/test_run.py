@@ -20,7 +20,7 @@ from aqaa.corpus import plan
 from aqaa.corpus.codes import load_codes
 from aqaa.files import ModelError
 from aqaa.tokenizers import dialogue, phones
-from aqaa.training import examples, features, heads, stages
+from aqaa.training import examples, features, heads, pairs, stages
 from aqaa.training import run as K
 from aqaa.training.loop import read_log
 from aqaa.weights import model_folder
@@ -30,6 +30,8 @@ from tests.conftest import tiny_config
 CONFIG = tiny_config()
 ORDER = list(stages.STAGES)
 TRAINED = [stage.name for stage in stages.TABLE if stage.task]
+RECORDED = [name for name in ORDER if name in (*TRAINED, "codes", "pairs", "merge")]
+CANDIDATES = [stage.name for stage in stages.TABLE if stage.part and not stage.exported]
 STEPS = 3  # the quantiser of the semantic tokenizer comes with the third
 
 
@@ -146,7 +148,7 @@ def test_the_book_knows_every_answer(run):
 # ---- going on -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["linguistic", "sft1"])
+@pytest.mark.parametrize("stage", ["linguistic", "sft1", "dpo"])
 def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     path = place / "run" / "parts" / f"{stage}.safetensors"
     before = path.read_bytes()
@@ -156,9 +158,10 @@ def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     assert read(place / "run" / "record.json")[stage]["steps"] == STEPS
 
 
-def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
-    """pretrain, stopped after a step and resumed, against pretrain as part of `all`."""
-    part, log = place / "run" / "parts" / "pretrain.safetensors", place / "run" / "pretrain.csv"
+@pytest.mark.parametrize("stage", ["pretrain", "sft2", "dpo"])
+def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch, stage):
+    """A stage, stopped after a step and resumed, against the same as part of `all`."""
+    part, log = place / "run" / "parts" / f"{stage}.safetensors", place / "run" / f"{stage}.csv"
     wanted, step = part.read_bytes(), K.Trainer._one_step
 
     def stop(trainer):
@@ -168,12 +171,60 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(K.Trainer, "_one_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            K.main("pretrain", **{**options(place), "resume": False})
-    assert torch.load(place / "run" / "pretrain.ckpt", weights_only=True)["step"] == 1
+            K.main(stage, **{**options(place), "resume": False})
+    assert torch.load(place / "run" / f"{stage}.ckpt", weights_only=True)["step"] == 1
     assert not log.exists() and part.read_bytes() == wanted
-    K.main("pretrain", **options(place))
+    K.main(stage, **options(place))
     assert part.read_bytes() == wanted
     assert [row["step"] for row in read_log(log)] == [str(STEPS)]
+
+
+def test_interrupted_pairs_go_on_where_they_stopped(place, tmp_path, monkeypatch):
+    """Chunks that are done are not made again, and the file is that of an unbroken run."""
+    run, making, made = tmp_path / "run", pairs.make, []
+    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features", "*.ckpt*", "pairs*"))
+    monkeypatch.setattr(pairs, "CHUNK", 3)
+
+    def make(backbone, book, questions, *args, **more):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(questions)
+        return making(backbone, book, questions, *args, **more, max_tokens=60)
+
+    def unbroken(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(pairs, "make", lambda *args, **more: making(*args, **more, max_tokens=60))
+            K.main("pairs", **options(folder))
+
+    monkeypatch.setattr(pairs, "make", make)
+    with pytest.raises(KeyboardInterrupt):
+        K.main("pairs", **options(tmp_path))
+    assert len(made) == 1 and not (run / "pairs.npz").exists()
+    made[:] = [None, None]  # no more interrupts
+    K.main("pairs", **options(tmp_path))
+    assert made[2:] and not any(set(made[2]) & set(questions) for questions in made[3:])
+    resumed = pairs.read_pairs(run / "pairs.npz", CONFIG.ids)
+    shutil.rmtree(run / "pairs")
+    unbroken(tmp_path)
+    assert pairs.read_pairs(run / "pairs.npz", CONFIG.ids) == resumed
+
+
+def test_merging_is_of_the_three_parents(place, run):
+    states = [run.part(name).state_dict() for name in ("sft1", "sft2", "dpo", "merge")]
+    for name, merged in states[3].items():
+        wanted = (5 * states[0][name] + 5 * states[1][name] + states[2][name]) / 11
+        torch.testing.assert_close(merged, wanted, rtol=2e-3, atol=1e-4)  # fp16 on disk
+    record = read(place / "run" / "record.json")["merge"]
+    assert (record["parents"], record["weights"]) == (["sft1", "sft2", "dpo"], [5, 5, 1])
+
+
+def test_pairs_are_of_the_tokenizers_at_hand(place, beside):
+    """Ids of other tokenizers mean something else: such pairs are refused, and named."""
+    later = beside(base=place / "run")
+    (later.out / "parts").mkdir()
+    shutil.copy(place / "run" / "parts" / "semantic.safetensors", later.out / "parts" / "linguistic.safetensors")
+    with pytest.raises(ModelError, match="pairs.npz belongs to other tokenizers"):
+        later.stage("dpo")
 
 
 def test_the_semantic_tokenizer_has_a_codebook_after_a_single_step(place, beside):
@@ -236,8 +287,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown stage 'sft3'.*corpus, features.*all"):
-        K.main("sft3", **options(tmp_path))
+    with pytest.raises(ValueError, match="unknown stage 'sft9'.*corpus, features.*all"):
+        K.main("sft9", **options(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,13 +314,13 @@ def test_steps_are_those_of_the_table_by_scale_or_as_told(tmp_path, monkeypatch,
 
 def test_a_stage_that_is_planted_in_the_table_needs_nothing_else(place, tmp_path, monkeypatch, capsys):
     """Help, order, parent, mixture, training, record and export follow from its entry."""
-    planted = replace(stages.STAGES["sft1"], name="sft2", help="a second course", parent="sft1", mixture={"aqta": 1.0})
+    planted = replace(stages.STAGES["sft1"], name="sft3", help="a third course", parent="sft1", mixture={"aqta": 1.0})
     order = [*stages.STAGES.values()]
     order.insert(-1, planted)
     monkeypatch.setattr(stages, "STAGES", {stage.name: stage for stage in order})
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"sft1 .*\n  sft2 +a second course\n  export ", shown)
+    assert re.search(r"merge .*\n  sft3 +a third course\n  export ", shown)
     run, drawn, started = tmp_path / "run", set(), []
     shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features"))
     with monkeypatch.context() as patch:
@@ -277,19 +328,27 @@ def test_a_stage_that_is_planted_in_the_table_needs_nothing_else(place, tmp_path
         ran = []
         patch.setattr(K.Run, "stage", lambda self, name: ran.append(name))
         K.main("all", **options(tmp_path))
-        assert ran == [*ORDER[:-1], "sft2", "export"]
+        assert ran == [*ORDER[:-1], "sft3", "export"]
         patch.setattr(K.Run, "stage", stage)
         patch.setattr(K.Run, "part", lambda self, name, module: started.append(name) or part(self, name, module))
         patch.setattr(examples.Examples, "aqta", lambda self, rng: drawn.add("aqta") or aqta(self, rng))
         for kind in ("aqtaa", "asr", "text", "tqaa", "tts", "next"):
             patch.setattr(examples.Examples, kind, lambda self, rng, kind=kind: pytest.fail(f"{kind} was drawn"))
-        K.main("sft2", **options(tmp_path))
+        K.main("sft3", **options(tmp_path))
         K.main("export", **options(tmp_path))
     assert started == ["sft1"] and drawn == {"aqta"}
     parts, record = run / "parts", read(run / "record.json")
-    assert list(record) == [*TRAINED[:2], "codes", *TRAINED[2:], "sft2"] and record["sft2"]["steps"] == STEPS
+    assert list(record) == [*RECORDED, "sft3"] and record["sft3"]["steps"] == STEPS
     exported = (tmp_path / "model" / "backbone.safetensors").read_bytes()
-    assert exported == (parts / "sft2.safetensors").read_bytes() != (parts / "sft1.safetensors").read_bytes()
+    assert exported == (parts / "sft3.safetensors").read_bytes() != (parts / "sft1.safetensors").read_bytes()
+
+
+def test_candidates_are_not_exported(place):
+    """What comes after sft1 waits for a table that says it is better."""
+    exported = (place / "model" / "backbone.safetensors").read_bytes()
+    parts = {name: (place / "run" / "parts" / f"{name}.safetensors").read_bytes() for name in CANDIDATES}
+    assert exported == (place / "run" / "parts" / "sft1.safetensors").read_bytes() not in parts.values()
+    assert len(set(parts.values())) == len(CANDIDATES)
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
