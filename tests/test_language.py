@@ -155,7 +155,7 @@ def test_examples_are_what_their_names_say(book):
 
 
 @pytest.mark.parametrize("kind", ["aqtaa", "tqaa"])
-@pytest.mark.parametrize("name", ["ratio_10_15", "ratio_3_5", "text_cot"])
+@pytest.mark.parametrize("name", dialogue.EVERY_LAYOUT)
 def test_the_machine_of_the_layout_allows_every_answer(book, kind, name):
     """What generation may say next, id by id, is what the loss lets compete there."""
     layout = dialogue.layout(name)

@@ -20,7 +20,7 @@ from aqaa.corpus import plan
 from aqaa.corpus.codes import load_codes
 from aqaa.files import ModelError
 from aqaa.tokenizers import dialogue, phones
-from aqaa.training import examples, features, heads, pairs, stages
+from aqaa.training import ablations, examples, features, heads, judged, pairs, stages
 from aqaa.training import run as K
 from aqaa.training.loop import read_log
 from aqaa.weights import model_folder
@@ -46,6 +46,7 @@ def options(folder, **more):
 def no_plots():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(K.Trainer, "_plot", lambda self: None)
+        patch.setattr(judged, "MAX_ANSWER", 60)  # a model that knows nothing goes on and on
         yield
 
 
@@ -189,12 +190,7 @@ def test_interrupted_pairs_go_on_where_they_stopped(place, tmp_path, monkeypatch
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(questions)
-        return making(backbone, book, questions, *args, **more, max_tokens=60)
-
-    def unbroken(folder):
-        with monkeypatch.context() as patch:
-            patch.setattr(pairs, "make", lambda *args, **more: making(*args, **more, max_tokens=60))
-            K.main("pairs", **options(folder))
+        return making(backbone, book, questions, *args, **more)
 
     monkeypatch.setattr(pairs, "make", make)
     with pytest.raises(KeyboardInterrupt):
@@ -205,7 +201,8 @@ def test_interrupted_pairs_go_on_where_they_stopped(place, tmp_path, monkeypatch
     assert made[2:] and not any(set(made[2]) & set(questions) for questions in made[3:])
     resumed = pairs.read_pairs(run / "pairs.npz", CONFIG.ids)
     shutil.rmtree(run / "pairs")
-    unbroken(tmp_path)
+    monkeypatch.setattr(pairs, "make", making)
+    K.main("pairs", **options(tmp_path))
     assert pairs.read_pairs(run / "pairs.npz", CONFIG.ids) == resumed
 
 
@@ -218,9 +215,9 @@ def test_merging_is_of_the_three_parents(place, run):
     assert (record["parents"], record["weights"]) == (["sft1", "sft2", "dpo"], [5, 5, 1])
 
 
-def test_pairs_are_of_the_tokenizers_at_hand(place, beside):
+def test_pairs_are_of_the_tokenizers_at_hand(place, run, tmp_path):
     """Ids of other tokenizers mean something else: such pairs are refused, and named."""
-    later = beside(base=place / "run")
+    later = run.beside(tmp_path / "later", 1)
     (later.out / "parts").mkdir()
     shutil.copy(place / "run" / "parts" / "semantic.safetensors", later.out / "parts" / "linguistic.safetensors")
     with pytest.raises(ModelError, match="pairs.npz belongs to other tokenizers"):
@@ -405,3 +402,97 @@ def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
     shutil.copy(place / "run" / "parts" / "heads.safetensors", later.out / "parts")
     later.export()
     assert aqaa.load(tmp_path / "model").heads is not None
+
+
+# ---- ablations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ablate(place, tmp_path, monkeypatch):
+    """Runs an ablation of the miniature; its folders are copies."""
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("features", "*.ckpt*"))
+    more = {"corpus": place / "corpus", "seeds": 2, "questions": 3}
+    monkeypatch.setattr(judged, "listen", lambda model, book, answers, *rest: [deafen(one) for one in answers])
+    return lambda name, **options_: ablations.main(name, **{**options(tmp_path), **more, **options_})
+
+
+def deafen(one):
+    one.sound = one.agrees = False
+
+
+def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_path, monkeypatch, capsys):
+    some = {name: ablations.LAYOUTS[name] for name in ("ratio_10_15", "padded_10_15")}
+    monkeypatch.setitem(ablations.ABLATIONS, "layouts", some)
+    monkeypatch.setattr(ablations, "LAYOUTS", some)
+    result = ablate("layouts")
+    assert [(row["variant"], row["seed"]) for row in result["runs"]] == [(v, s) for s in (0, 1) for v in some]
+    assert {"date", "commit", "hardware", "command"} <= set(result) and result["steps"] == STEPS
+    assert all(row["n"] == 3 and row["steps"] == STEPS and set(row["skills"]) for row in result["runs"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in some) and "3 questions a run, 4 runs" in told
+    path = tmp_path / "runs" / "ablation-layouts.json"
+    assert read(path) == result and not list((tmp_path / "run" / "ablations").rglob("*.ckpt*"))
+    short = {**result, "runs": result["runs"][:3]}
+    path.write_text(json.dumps(short), encoding="utf-8")
+    made = []
+    trained = ablations.trained
+    monkeypatch.setitem(ablations.MAKERS, "layouts", lambda *args: made.append(args[2:]) or trained(*args))
+    again = ablate("layouts")
+    assert made == [("padded_10_15", 1)] and again["runs"][:3] == result["runs"][:3]
+    assert without_time(again["runs"][3]) == without_time(result["runs"][3])
+
+
+def without_time(row):
+    """What does not depend on how fast a machine is."""
+    return {key: value for key, value in row.items() if key != "training_seconds"}
+
+
+def test_preference_variants_start_from_one_parent_and_share_its_reference(ablate, tmp_path, monkeypatch):
+    some = dict(list(ablations.PREFERENCE.items())[:3])
+    monkeypatch.setitem(ablations.ABLATIONS, "preference", some)
+    result = ablate("preference", seeds=1)
+    parent, *trained = result["runs"]
+    assert parent["variant"] == "sft1" and "held_out" not in parent
+    assert all(row["held_out"]["pairs"] for row in trained)
+    folders = sorted(path.name for path in (tmp_path / "run" / "ablations").iterdir())
+    assert folders == ["preference-plain__β_0_1-0", "preference-plain__β_0_2-0"]
+    assert not list((tmp_path / "run" / "ablations").rglob("reference.npz"))
+
+
+def test_merges_are_judged_and_barriers_measured(ablate, monkeypatch):
+    some = {name: ablations.MERGES[name] for name in ("5:5:1", "4:0:0", "slerp", "ties")}
+    monkeypatch.setitem(ablations.ABLATIONS, "merge", some)
+    result = ablate("merge", seeds=1)
+    assert [row["variant"] for row in result["runs"]] == list(some)
+    assert set(result["barriers"]) == {"sft1 - sft2", "sft1 - dpo", "sft2 - dpo"}
+    for line in result["barriers"].values():
+        assert len(line["losses"]) == 5 and line["barrier"] >= 0
+
+
+def test_unknown_ablations_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown ablation 'colours': choose one of layouts, preference, merge"):
+        ablations.main("colours", **options(tmp_path))
+
+
+def test_a_table_follows_from_the_runs():
+    def row(variant, seed, text):
+        others = {"sound": 0.5, "agrees": 1, "refuses": 0, "seconds": 2, "n": 9}
+        return {"variant": variant, "seed": seed, "text": text, **others}
+
+    runs = [row("a", 0, 0.5), row("a", 1, 0.7), row("a", 2, 0.6), row("b", 0, 0.1)]
+    mean, half = ablations.summary(runs)["a"]["text"]
+    assert mean == pytest.approx(0.6) and half == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)
+    assert ablations.summary(runs)["b"]["text"] == (0.1, None)
+    assert "60.0 ±24.8" in ablations.table({"runs": runs})
+
+
+def test_statistics_order_the_layouts(run):
+    """Text ahead of sound: the more of it a block has, the more is visible; all of it in text_cot."""
+    book = run.book(dev=True)
+    found = {name: ablations.statistics(book, dialogue.layout(name)) for name in dialogue.EVERY_LAYOUT}
+    assert found["audio_only"] == {"distance": None, "visible": None, "before": None}
+    assert found["text_cot"]["before"] == 0 and found["text_cot"]["visible"] == max(
+        row["visible"] for row in found.values() if row["visible"] is not None
+    )
+    assert found["ratio_3_5"]["visible"] < found["ratio_10_15"]["visible"]
+    assert found["ratio_6_50"]["before"] > found["ratio_10_15"]["before"]

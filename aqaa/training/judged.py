@@ -53,13 +53,15 @@ def prompts(book, questions):
     return [dialogue.prompt(turn, book.tokenizer, book.config.ids) for turn in turns]
 
 
-def answers(backbone, book, questions, layout, *, asked=None, rule=exactly, max_tokens=MAX_ANSWER,
+def answers(backbone, book, questions, layout, *, asked=None, rule=exactly, max_tokens=None,
             **sampling):  # fmt: skip
     """[Judged, …] of the words only. questions: places in the book; asked: other prompts for them;
-    rule(book, question, text) says whether a text is right; sampling: temperature, top_p, seed."""
+    rule(book, question, text) says whether a text is right; max_tokens: MAX_ANSWER by default;
+    sampling: temperature, top_p, seed."""
     ids, result = book.config.ids, []
     steps = generate_batch(backbone.eval(), asked or prompts(book, questions), ids, layout,
-                           max_tokens=max_tokens, min_audio=MIN_AUDIO, **sampling)  # fmt: skip
+                           max_tokens=max_tokens or MAX_ANSWER, min_audio=MIN_AUDIO,
+                           **sampling)  # fmt: skip
     for question, row in zip(questions, steps, strict=True):
         tokens = [step.id for step in row]
         text, audio = layout.parse(tokens, ids)

@@ -28,8 +28,10 @@ class NextToken:
         target, before = ids[1:], ids[:-1]
         kinds = np.where(target >= self.ids.n_text, LINGUISTIC, TEXT)
         kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, kinds)
-        # Audio ends only where a group does, and there the next id would be a linguistic one.
-        ends_audio = np.isin(target, self.markers) & (before >= self.ids.n_text)
+        # Audio ends only where a group does, and there the next id would be a linguistic one. A
+        # padded layout may end behind a block of text_end, where audio would go on as well.
+        in_audio = (before >= self.ids.n_text) | (before == self.ids.text_end)
+        ends_audio = np.isin(target, self.markers) & in_audio
         return np.where(ends_audio, LINGUISTIC, kinds)
 
     def losses(self, batch):

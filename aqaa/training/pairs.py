@@ -20,7 +20,7 @@ from aqaa.training.examples import swapped
 WHYS = ("sampled", "taught", "deaf", "unclear")
 REFUSALS = ("i did not hear you", "please say that again", "i could not understand you")
 TEMPERATURES = (0.7, 1.0, 1.3, 1.0)  # of the answers to one question; each has a seed of its own
-DEAF = 0.1  # share of questions that also give a pair of each of the last two kinds
+DEAF = 0.1  # share of questions that also give a pair of each of the last two kinds, one at least
 CHUNK = 32  # questions between two writings
 AGAIN = "make it with `aqaa train pairs`"
 
@@ -124,6 +124,12 @@ def recorded(book, layout, question):
     return layout.arrange(*book.spoken(book.answers[item.answer_id]), book.config.ids)
 
 
+def holds(book, layout, question):
+    """Whether the layout can hold the recorded answer: its text must not outlive its sound."""
+    pair = Pair([0], recorded(book, layout, question), [], "deaf", "")
+    return "chosen" not in fault_of(pair, book.config.ids, layout)
+
+
 def deafness(book, layout, question, refusal, answered, rng):
     """(a Pair that rejects deafness to a clear question, the audio of that one made unclear)."""
     item, heard, ids = book.items[question], book.audio[question], book.config.ids
@@ -150,7 +156,8 @@ def make(backbone, book, questions, layout, *, hear=None, seed=0, temperatures=T
         hear([one for turn in tried for one in turn if one.whole])
     by_question = list(zip(*tried, strict=True))
     pairs = [best_and_worst(book, layout, row) for row in by_question]
-    some = [i for i in range(len(questions)) if rng.random() < deaf]
+    usable = [i for i, question in enumerate(questions) if holds(book, layout, question)]
+    some = [i for i in usable if rng.random() < deaf] or usable[:1]
     texts = [REFUSALS[rng.integers(len(REFUSALS))] for _ in some]
     voices = J.say(backbone, book, texts, temperature=0.3, top_p=0.9, seed=seed) if some else []
     unclear = []

@@ -76,7 +76,7 @@ class PreferenceTask(NextToken):
         run.start(stage, task.model)
         task.model.to(run.device)
         of = " ".join(fingerprint(one)["sha256"] for one in (path, parent))
-        task.refer(run.out / "reference.npz", of)
+        task.refer((run.base or run.out) / "reference.npz", of)  # variants of a run share it
         return task
 
     def refer(self, path=None, of=""):

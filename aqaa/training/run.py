@@ -6,6 +6,7 @@ entry in record.json. `export` gathers the finished parts into a model folder fo
 import hashlib
 import shutil
 import time
+from copy import copy
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -33,14 +34,14 @@ class Run:
 
     def __init__(self, out, corpus, *, device="cpu", seed=0, resume=False, steps=None, minutes=None,
                  scale=1.0, workers=2, export="data/mini", init=None, config=None,
-                 quiet=False, only=None, people=(), base=None):  # fmt: skip
+                 quiet=False, only=None, people=()):  # fmt: skip
         """init: a model folder whose parts training starts from, and that stand in for stages that
-        have not run. base: another run's folder, which stands in before `init` does. steps,
-        minutes: of each stage, in place of its own. only, people: a part of the corpus, and folders
-        of recordings (see parts.main). Raises WriteError and ModelError: a folder that cannot be
-        written is told now, not after an hour of training."""
+        have not run. steps, minutes: of each stage, in place of its own. only, people: a part of
+        the corpus, and folders of recordings (see parts.main). Raises WriteError and
+        ModelError: a folder that cannot be written is told now, not after an hour of training."""
         self.out, self.corpus_folder, self.export_folder = Path(out), Path(corpus), Path(export)
-        self.init, self.base = (Path(folder) if folder else None for folder in (init, base))
+        self.init = Path(init) if init else None
+        self.base, self.training_seed = None, seed  # see `beside`
         self.device, self.seed, self.resume, self.quiet = device, seed, resume, quiet
         self.steps, self.minutes, self.scale, self.workers = steps, minutes, scale, workers
         self.only, self.people = only, people
@@ -49,10 +50,19 @@ class Run:
         sweep(self.out, self.out / "parts", self.out / "features")
         self._recorded()
 
+    def beside(self, out, seed):
+        """This run in another folder, where its own parts stand in for those that are not made
+        there, and trained with another seed; the corpus stays."""
+        other = copy(self)
+        other.out, other.base, other.training_seed = Path(out), self.out, seed
+        probe(other.out)
+        return other
+
     def stage(self, name):
         """Run one stage of the table."""
         stage = stages.STAGES[name]
-        torch.manual_seed(self.seed)  # it begins the same whether it follows others or stands alone
+        # It begins the same whether it follows others or stands alone.
+        torch.manual_seed(self.training_seed)
         if stage.task:
             self.train(stage)
         else:
@@ -62,15 +72,16 @@ class Run:
         """Train the task of a stage to its end; keep its weights and what was measured."""
         task = resolve_name(stage.task).from_run(self, stage)
         steps = self.steps or max(2, int(stage.steps * min(1.0, self.scale * 4)))
-        trainer = Trainer(task, self.out, stage.name, steps, minutes=self.minutes, seed=self.seed,
-                          device=self.device, resume=self.resume, quiet=self.quiet)  # fmt: skip
+        trainer = Trainer(task, self.out, stage.name, steps, minutes=self.minutes,
+                          seed=self.training_seed, device=self.device, resume=self.resume,
+                          quiet=self.quiet)  # fmt: skip
         result = trainer.run()
         last = trainer.rows[-1].items()
         result["last"] = {key: value for key, value in last if key not in ("step", "seconds")}
         for module in task.modules.values():
             module.cpu()
         if hasattr(task, "finish"):
-            measured = task.finish(self.seed)
+            measured = task.finish(self.training_seed)
             print(f"{stage.name}:", measured)
             result |= measured
         model_folder.save_part(self.out / "parts", stage.name, task.model)
@@ -106,7 +117,8 @@ class Run:
 
     def pairs(self):
         """Pairs for preference training, made by SFT-1."""
-        self._record("pairs", pairs.from_run(self, stages.STAGES["pairs"]))
+        stage = stages.STAGES["pairs"]
+        self._record("pairs", pairs.from_run(self, stage, **stage.settings))
 
     def merge(self):
         """The weighted mean of the three post-trained backbones."""
