@@ -339,7 +339,8 @@ def _train(args):
     if args.parents:
         from aqaa.training import merging
 
-        return merging.merge_folders(args.parents, args.weights, args.export, args.method)
+        weights = args.weights or [1.0] * len(args.parents)
+        return merging.merge_folders(args.parents, weights, args.export, args.method)
     given = _rest(args, "stage", "what", "seeds", "questions", "parents", "weights", "method")
     if args.stage == "ablation":
         from aqaa.training import ablations

@@ -184,7 +184,7 @@ def test_interrupted_pairs_go_on_where_they_stopped(place, tmp_path, monkeypatch
     """Chunks that are done are not made again, and the file is that of an unbroken run."""
     run, making, made = tmp_path / "run", pairs.make, []
     shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features", "*.ckpt*", "pairs*"))
-    monkeypatch.setattr(pairs, "CHUNK", 3)
+    monkeypatch.setattr(pairs, "CHUNK", 1)
 
     def make(backbone, book, questions, *args, **more):
         if len(made) == 1:

@@ -179,10 +179,11 @@ def make(backbone, book, questions, layout, *, hear=None, seed=0, temperatures=T
 
 
 def from_run(run, stage, count=600, **options):
-    """Pairs of `count` training questions (at scale 1), made by the weights of a stage's parent;
-    writes pairs.npz. Work that was begun goes on where it stopped. Returns what is recorded."""
+    """Pairs of `count` training questions (at scale 1; --steps in its place), made by the weights
+    of a stage's parent; writes pairs.npz. Work that was begun goes on where it stopped. Returns
+    what is recorded."""
     book, backbone, layout = run.book(), run.part(stage.parent), dialogue.layout()
-    count = min(len(book.questions), max(8, round(count * run.scale)))
+    count = min(len(book.questions), run.steps or max(8, round(count * run.scale)))
     rng = np.random.default_rng(run.seed)
     chosen = rng.permutation(book.questions)[:count]
     of, model = run.tokenizers(), run.model(backbone)
