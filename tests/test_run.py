@@ -215,6 +215,13 @@ def test_merging_is_of_the_three_parents(place, run):
     assert (record["parents"], record["weights"]) == (["sft1", "sft2", "dpo"], [5, 5, 1])
 
 
+def test_a_parent_that_was_not_trained_is_named(place, beside):
+    """A model folder stands in for any stage; two parents of one file would merge to itself."""
+    later = beside(init=place / "model")
+    with pytest.raises(ModelError, match="sft2 has not been trained, .*backbone.safetensors would stand in for two"):
+        later.stage("merge")
+
+
 def test_pairs_are_of_the_tokenizers_at_hand(place, run, tmp_path):
     """Ids of other tokenizers mean something else: such pairs are refused, and named."""
     later = run.beside(tmp_path / "later", 1)
@@ -427,9 +434,9 @@ def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_
     result = ablate("layouts")
     assert [(row["variant"], row["seed"]) for row in result["runs"]] == [(v, s) for s in (0, 1) for v in some]
     assert {"date", "commit", "hardware", "command"} <= set(result) and result["steps"] == STEPS
-    assert all(row["n"] == 3 and row["steps"] == STEPS and set(row["skills"]) for row in result["runs"])
+    assert all(row["n"] == 1 and row["steps"] == STEPS and set(row["skills"]) for row in result["runs"])
     told = capsys.readouterr().out
-    assert all(name in told for name in some) and "3 questions a run, 4 runs" in told
+    assert all(name in told for name in some) and "1 questions a run, 4 runs" in told
     path = tmp_path / "runs" / "ablation-layouts.json"
     assert read(path) == result and not list((tmp_path / "run" / "ablations").rglob("*.ckpt*"))
     short = {**result, "runs": result["runs"][:3]}

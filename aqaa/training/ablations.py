@@ -12,7 +12,7 @@ import torch
 from scipy.stats import t as student
 
 from aqaa.config import TOKENS_PER_SECOND
-from aqaa.files import read_object, write_json
+from aqaa.files import check_file, fingerprint, read_object, write_json
 from aqaa.records import about
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import normalise
@@ -41,6 +41,7 @@ MERGES = {
     "ties": ("ties", PARENTS, (0, 1, 1)),  # changes of the others since sft1
 }
 ABLATIONS = {"layouts": LAYOUTS, "preference": PREFERENCE, "merge": MERGES}
+STARTS = {"layouts": ("pretrain",), "preference": ("sft1",), "merge": PARENTS}  # what they need
 
 
 def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
@@ -52,11 +53,16 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name!r}: choose one of {', '.join(ABLATIONS)}")
     run = Run(**options)
+    for stage in STARTS[name]:
+        check_file(run.part_file(stage))
     path = Path(results or run.export_folder.parent / "runs") / f"ablation-{name}.json"
     head = about(f"ablation {name}", run.device)
-    result = {**head, "minutes": run.minutes, "steps": run.steps, "questions": questions}
+    starts = {stage: fingerprint(run.part_file(stage))["sha256"] for stage in STARTS[name]}
+    settings = {"minutes": run.minutes, "steps": run.steps, "questions": questions}
+    result = {**head, **settings, "parents": starts}
     kept = read_object(path, "remove it, or leave --resume out") if path.exists() else {}
-    result["runs"] = kept.get("runs", []) if run.resume and _same(kept, result) else []
+    same = all(kept.get(key) == result[key] for key in (*settings, "parents"))
+    result["runs"] = kept.get("runs", []) if run.resume and same else []
     book = run.book(dev=True)
     asked = spread(book.questions, questions)
     if name == "layouts":
@@ -74,11 +80,6 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     write_json(path, result)
     print(table(result))
     return result
-
-
-def _same(kept, result):
-    """Whether runs that were kept belong to these settings."""
-    return all(kept.get(key) == result[key] for key in ("minutes", "steps", "questions"))
 
 
 def spread(places, count):
@@ -115,7 +116,7 @@ def _plain(variant):
 def averaged(run, name, variant, seed):
     """(backbone, layout, {}) of a merge of parents; the seed is only that of the answers."""
     method, parents, weights = ABLATIONS[name][variant]
-    states = merging.read_parents([run.part_file(parent) for parent in parents])
+    states = merging.trained(run, parents)
     backbone = model_folder.build("backbone", run.config)
     model_folder.fit(backbone, merging.merged(states, weights, method), variant)
     return backbone, dialogue.layout(), {}
@@ -176,7 +177,7 @@ def barriers(run, book, points=5):
         model_folder.fit(task.model, state, "a point between two models")
         return float(task.loss(batch, 0)[0])
 
-    states = dict(zip(PARENTS, merging.read_parents([run.part_file(p) for p in PARENTS])))
+    states = dict(zip(PARENTS, merging.trained(run, PARENTS), strict=True))
     result = {}
     for one, other in (PARENTS[:2], PARENTS[::2], PARENTS[1:]):
         losses, height = merging.barrier(loss, states[one], states[other], points)

@@ -121,11 +121,21 @@ def merged(states, weights, method="linear"):
     return METHODS[method](states, weights)
 
 
+def trained(run, names):
+    """State dicts of what stages left. Raises ModelError where one weight file stands for two."""
+    paths = {}
+    for name in names:
+        if (path := run.part_file(name)) in paths.values():  # that of `init`
+            fault = f"{name} has not been trained, {path} would stand in for two parents"
+            raise ModelError(f"{fault}: run `aqaa train {name}` first.")
+        paths[name] = path
+    return read_parents(list(paths.values()))
+
+
 def from_run(run, stage):
     """Merge what the stages in `stage.settings` left; writes the part of this stage."""
     settings = {"method": "linear", **stage.settings}
-    paths = [run.part_file(name) for name in settings["parents"]]
-    states = read_parents(paths)
+    states = trained(run, settings["parents"])
     backbone = model_folder.build("backbone", run.config)
     state = merged(states, settings["weights"], settings["method"])
     model_folder.fit(backbone, state, " + ".join(settings["parents"]))

@@ -178,8 +178,9 @@ class Run:
         planned = plan(scale=self.scale, seed=self.seed)
         items = [item for item in planned if item.split == "train"]
         if dev:
-            asked = asked_in(planned, "dev")
-            items = [item for item in items if item.role == "answer"] + asked
+            items = [item for item in items if item.role == "answer"]
+            known = {item.answer_id for item in items}  # a small corpus speaks few of them
+            items += [item for item in asked_in(planned, "dev") if item.answer_id in known]
         codes = load_codes(self._own("codes.npz").parent, items, data_folder() / "codes")
         lines = texts(planned)
         path = self.tokenizer_file()  # ids must mean what they meant
