@@ -336,9 +336,20 @@ def _rest(args, *own):
 
 def _train(args):
     options.check_train(args)
+    if args.parents:
+        from aqaa.training import merging
+
+        weights = args.weights or [1.0] * len(args.parents)
+        return merging.merge_folders(args.parents, weights, args.export, args.method)
+    given = _rest(args, "stage", "what", "seeds", "questions", "parents", "weights", "method")
+    if args.stage == "ablation":
+        from aqaa.training import ablations
+
+        ablations.main(args.what, seeds=args.seeds, questions=args.questions, **given)
+        return 0
     from aqaa.training import run
 
-    return run.main(**_rest(args))
+    return run.main(args.stage, **given)
 
 
 def _bench(args):

@@ -76,9 +76,17 @@ def _name(text):
     return text
 
 
+def _weights(text):
+    parts = text.split(":")
+    if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are not weights such as 5:5:1")
+    return [float(part) for part in parts]
+
+
 TYPES = {
     "name": _name,
-    "stage": _one_of(stages.names()),
+    "weights": _weights,
+    "stage": _one_of((*stages.names(), "ablation")),
     "bench": _one_of(tuple(BENCHES)),
     "seed": _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "count": _number(int, 1, 10**9, "a whole number, 1 or more"),
@@ -244,6 +252,15 @@ def check_train(args):
     if args.init and not os.path.isdir(args.init):
         remedy = "--init names a model folder, such as data/mini"
         raise ValueError(f"no folder at {args.init}: {remedy}.")
+    if (args.stage == "ablation") != bool(args.what):
+        raise ValueError("an ablation has a name, and nothing else has: write `aqaa train ablation "
+                         "layouts`, preference or merge.")
+    if args.parents and (args.stage != "merge" or args.export == "data/mini"):
+        raise ValueError("--parents are merged into another folder: write `aqaa train merge "
+                         "--parents A --parents B --weights 1:1 --export FOLDER`.")
+    for folder in args.parents:
+        if not os.path.isdir(folder):
+            raise ValueError(f"no folder at {folder}: --parents names a model folder.")
     for name in ("only", "people") if args.stage not in ("corpus", "all") else ():
         if getattr(args, name):
             raise ValueError(f"--{name} is for `aqaa train corpus`: leave it out.")

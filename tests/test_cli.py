@@ -309,6 +309,29 @@ def test_train_hands_its_options_over(run, monkeypatch):
     }  # fmt: skip
 
 
+def test_an_ablation_has_a_name_of_its_own(run, monkeypatch):
+    from aqaa.training import ablations
+
+    seen = {}
+    monkeypatch.setattr(ablations, "main", lambda what, **options: seen.update(options, what=what))
+    code, out, err = run("train", "ablation", "layouts", "--seeds", "2", "--minutes", "12", "--resume")
+    assert code == 0 and not {"parents", "weights", "method", "stage"} & set(seen)
+    assert {k: seen[k] for k in ("what", "seeds", "minutes", "questions", "resume")} == {
+        "what": "layouts", "seeds": 2, "minutes": 12.0, "questions": 120, "resume": True,
+    }  # fmt: skip
+
+
+def test_model_folders_are_merged(run, tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    parents = ("--parents", tiny_folder, "--parents", other)
+    code, out, err = run("train", "merge", *parents, "--weights", "5:1", "--export", tmp_path / "merged")
+    assert code == 0 and (tmp_path / "merged" / "backbone.safetensors").is_file(), err
+    code, out, err = run("train", "merge", *parents, "--weights", "5:5:1", "--export", tmp_path / "again")
+    assert code == 1 and one_sentence(err, "linear of 2 models and 3 weights")
+    code, out, err = run("train", "merge", *parents, "--weights", "5:1")
+    assert code == 1 and one_sentence(err, "another folder", "--export")
+
+
 def test_training_that_cannot_start_is_one_sentence(run):
     code, out, err = run("train", "flow", "--out", "o", "--corpus", "nothing")
     assert code == 1 and one_sentence(err, "nothing")

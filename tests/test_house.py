@@ -17,12 +17,12 @@ from notebooks.house import APART, FLOORS, PICTURE, draw, graph, part_of, rooms,
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
 BUDGET = {  # lines; what a reader reads to understand the model comes first
-    "config audio tokenizers backbone vocoder answer listening pipeline": 4_990,  # phone heads came in
+    "config audio tokenizers backbone vocoder answer listening pipeline": 5_030,  # phone heads, other layouts came in
     "fast": 1_100,
     "sound_files sound_headers": 540,  # whatever files people have
-    "aqaa __main__ cli options doctor records loading weights": 2_400,  # natural voices, W4A16
+    "aqaa __main__ cli options doctor records loading weights": 2_420,  # natural voices, W4A16, ablations
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 7_320,  # natural voices, people, open sentences came in
+    "corpus pitch batching training evaluation": 8_350,  # natural voices, people, preference, merging came in
     "scale": 2_450,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines
     "notebook": 1_880,
 }

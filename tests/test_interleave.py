@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aqaa.config import IdsConfig, preset
 from aqaa.tokenizers import dialogue, interleave
-from aqaa.tokenizers.dialogue import LAYOUTS, Layout
+from aqaa.tokenizers.dialogue import EVERY_LAYOUT, LAYOUTS, Layout
 from aqaa.tokenizers.interleave import from_string, merge, split
 
 MINI, FULL = preset("mini").ids, IdsConfig()
@@ -76,13 +76,12 @@ def test_kinds():
     assert names == ["marker"] * 4 + ["text"] * 2 + ["linguistic"] * 2 + ["semantic"] * 2 + ["marker"]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 @pytest.mark.parametrize("marked", [False, True])
 @settings(max_examples=40)
 @given(text=texts, n_groups=st.integers(0, 25))
 def test_every_layout_can_be_parsed_and_obeys_its_machine(name, marked, text, n_groups):
-    layout = LAYOUTS[name]
-    layout = Layout(name, layout.text_block, layout.audio_block, marked, late_text=True)
+    layout = replace(EVERY_LAYOUT[name], marked=marked, late_text=True)
     audio = audio_of(n_groups)
     answer = layout.arrange(text, audio, MINI)
     assert layout.parse(answer, MINI) == ([] if name == "audio_only" else text, audio)
@@ -106,12 +105,12 @@ def test_the_paper_layout_looks_as_in_the_paper():
     assert late == text[:10] + audio[:10] + [MINI.text_start] + text[10:] + [MINI.text_end, MINI.eot]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=30)
 def test_any_walk_of_the_machine_parses_into_whole_groups(name, seed):
     random = np.random.default_rng(seed)
-    layout = replace(LAYOUTS[name], late_text=bool(seed % 2))
+    layout = replace(EVERY_LAYOUT[name], late_text=bool(seed % 2))
     machine, answer = layout.machine(MINI, min_audio=10), []
     while not machine.finished and len(answer) < 200:
         may = copy(machine).allowed()
@@ -122,6 +121,15 @@ def test_any_walk_of_the_machine_parses_into_whole_groups(name, seed):
     if machine.finished:
         assert len(audio) >= 10 and merge(*split(answer, MINI), MINI) == audio
         assert layout.arrange(text, audio, MINI)[-1] == answer[-1] == MINI.eot
+
+
+def test_a_padded_layout_fills_its_text_blocks_to_the_end():
+    text, audio, end = list(range(100, 112)), audio_of(8), MINI.text_end
+    answer = EVERY_LAYOUT["padded_10_15"].arrange(text, audio, MINI)
+    filled = audio[:15] + text[10:] + [end] * 8 + audio[15:30] + [end] * 10 + audio[30:]
+    assert answer == text[:10] + filled + [MINI.eot]
+    whole = EVERY_LAYOUT["padded_10_15"].arrange(text[:10], audio[:30], MINI)
+    assert whole == text[:10] + audio[:15] + [end] * 10 + audio[15:30] + [end] * 10 + [MINI.eot]
 
 
 def test_the_machine_refuses_what_the_layout_forbids():

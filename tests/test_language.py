@@ -155,7 +155,7 @@ def test_examples_are_what_their_names_say(book):
 
 
 @pytest.mark.parametrize("kind", ["aqtaa", "tqaa"])
-@pytest.mark.parametrize("name", ["ratio_10_15", "ratio_3_5", "text_cot"])
+@pytest.mark.parametrize("name", dialogue.EVERY_LAYOUT)
 def test_the_machine_of_the_layout_allows_every_answer(book, kind, name):
     """What generation may say next, id by id, is what the loss lets compete there."""
     layout = dialogue.layout(name)
@@ -200,6 +200,34 @@ def test_answers_are_never_noisy(book):
         ids = example(task, "aqtaa", seed)[0]
         _, audio = task.examples.layout.parse(ids[parts_of(task, ids.tolist())[2] :], IDS)
         assert any(np.array_equal(audio, one) for one in book.audio[:3])
+
+
+def test_the_second_course_selects_stable_answers_and_special_skills(tiny_text):
+    """Text that outlives its sound is no stable format; plain facts are only a reminder."""
+    book = library(tiny_text)
+    first, second, third, fourth = (book.items[i] for i in book.questions)
+    second.category, third.category, fourth.manner = "Sing", "Logical Reasoning", ""
+    drawer = E.Examples(book, {}, layout=dialogue.Layout("seven", 7, 15, late_text=True), selected=True, heard=0.0)
+    unstable = [one for one, weight in zip((first, second, third, fourth), drawer.selected()) if not weight]
+    assert unstable == [fourth] == [one for one in (first, second, third, fourth) if one.answer_id == "a2"]
+    assert drawer.selected()[:3].tolist() == [1.0, 1.0, E.REMINDER] and not drawer.probs[3]
+    assert drawer.probs.sum() == pytest.approx(1)
+    for seed in range(3):
+        ids, weights = drawer.aqtaa(np.random.default_rng(seed))
+        start = len(ids) - int((weights > 0).sum())
+        assert not weights[:start].any() and (weights[start:] > 0).all()  # nothing of the question
+    with pytest.raises(ValueError, match="layout one_by_one ends no answer's text"):
+        E.Examples(book, {}, layout=dialogue.Layout("one_by_one", 1, 15, late_text=True), selected=True)
+
+
+def test_masks_show_what_the_loss_sees(task, book):
+    ids, weights = example(task, "aqtaa")
+    rows = E.masks(ids, weights, book.tokenizer, IDS)
+    assert len(rows) == len(ids) and [weight for *_, weight in rows] == weights.tolist()
+    assert rows[0] == ("<s>", "marker", 0.0) and rows[-1] == ("<|EOT|>", "marker", E.TEXT_WEIGHT)
+    audio = [(piece, kind) for piece, kind, _ in rows if kind in ("linguistic", "semantic")]
+    assert audio and all(piece.startswith("<audio_") for piece, _ in audio)
+    assert {kind for *_, kind, _ in rows} == {"text", "linguistic", "semantic", "marker"}
 
 
 # ---- kinds and rows of the head -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from aqaa.corpus import plan
 from aqaa.corpus.codes import load_codes
 from aqaa.files import ModelError
 from aqaa.tokenizers import dialogue, phones
-from aqaa.training import examples, features, heads, stages
+from aqaa.training import ablations, examples, features, heads, judged, pairs, stages
 from aqaa.training import run as K
 from aqaa.training.loop import read_log
 from aqaa.weights import model_folder
@@ -30,6 +30,8 @@ from tests.conftest import tiny_config
 CONFIG = tiny_config()
 ORDER = list(stages.STAGES)
 TRAINED = [stage.name for stage in stages.TABLE if stage.task]
+RECORDED = [name for name in ORDER if name in (*TRAINED, "codes", "pairs", "merge")]
+CANDIDATES = [stage.name for stage in stages.TABLE if stage.part and not stage.exported]
 STEPS = 3  # the quantiser of the semantic tokenizer comes with the third
 
 
@@ -44,6 +46,7 @@ def options(folder, **more):
 def no_plots():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(K.Trainer, "_plot", lambda self: None)
+        patch.setattr(judged, "MAX_ANSWER", 60)  # a model that knows nothing goes on and on
         yield
 
 
@@ -146,7 +149,7 @@ def test_the_book_knows_every_answer(run):
 # ---- going on -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["linguistic", "sft1"])
+@pytest.mark.parametrize("stage", ["linguistic", "sft1", "dpo"])
 def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     path = place / "run" / "parts" / f"{stage}.safetensors"
     before = path.read_bytes()
@@ -156,9 +159,10 @@ def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     assert read(place / "run" / "record.json")[stage]["steps"] == STEPS
 
 
-def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
-    """pretrain, stopped after a step and resumed, against pretrain as part of `all`."""
-    part, log = place / "run" / "parts" / "pretrain.safetensors", place / "run" / "pretrain.csv"
+@pytest.mark.parametrize("stage", ["pretrain", "sft2", "dpo"])
+def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch, stage):
+    """A stage, stopped after a step and resumed, against the same as part of `all`."""
+    part, log = place / "run" / "parts" / f"{stage}.safetensors", place / "run" / f"{stage}.csv"
     wanted, step = part.read_bytes(), K.Trainer._one_step
 
     def stop(trainer):
@@ -168,12 +172,63 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(K.Trainer, "_one_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            K.main("pretrain", **{**options(place), "resume": False})
-    assert torch.load(place / "run" / "pretrain.ckpt", weights_only=True)["step"] == 1
+            K.main(stage, **{**options(place), "resume": False})
+    assert torch.load(place / "run" / f"{stage}.ckpt", weights_only=True)["step"] == 1
     assert not log.exists() and part.read_bytes() == wanted
-    K.main("pretrain", **options(place))
+    K.main(stage, **options(place))
     assert part.read_bytes() == wanted
     assert [row["step"] for row in read_log(log)] == [str(STEPS)]
+
+
+def test_interrupted_pairs_go_on_where_they_stopped(place, tmp_path, monkeypatch):
+    """Chunks that are done are not made again, and the file is that of an unbroken run."""
+    run, making, made = tmp_path / "run", pairs.make, []
+    shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features", "*.ckpt*", "pairs*"))
+    monkeypatch.setattr(pairs, "CHUNK", 1)
+
+    def make(backbone, book, questions, *args, **more):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(questions)
+        return making(backbone, book, questions, *args, **more)
+
+    monkeypatch.setattr(pairs, "make", make)
+    with pytest.raises(KeyboardInterrupt):
+        K.main("pairs", **options(tmp_path))
+    assert len(made) == 1 and not (run / "pairs.npz").exists()
+    made[:] = [None, None]  # no more interrupts
+    K.main("pairs", **options(tmp_path))
+    assert made[2:] and not any(set(made[2]) & set(questions) for questions in made[3:])
+    resumed = pairs.read_pairs(run / "pairs.npz", CONFIG.ids)
+    shutil.rmtree(run / "pairs")
+    monkeypatch.setattr(pairs, "make", making)
+    K.main("pairs", **options(tmp_path))
+    assert pairs.read_pairs(run / "pairs.npz", CONFIG.ids) == resumed
+
+
+def test_merging_is_of_the_three_parents(place, run):
+    states = [run.part(name).state_dict() for name in ("sft1", "sft2", "dpo", "merge")]
+    for name, merged in states[3].items():
+        wanted = (5 * states[0][name] + 5 * states[1][name] + states[2][name]) / 11
+        torch.testing.assert_close(merged, wanted, rtol=2e-3, atol=1e-4)  # fp16 on disk
+    record = read(place / "run" / "record.json")["merge"]
+    assert (record["parents"], record["weights"]) == (["sft1", "sft2", "dpo"], [5, 5, 1])
+
+
+def test_a_parent_that_was_not_trained_is_named(place, beside):
+    """A model folder stands in for any stage; two parents of one file would merge to itself."""
+    later = beside(init=place / "model")
+    with pytest.raises(ModelError, match="sft2 has not been trained, .*backbone.safetensors would stand in for two"):
+        later.stage("merge")
+
+
+def test_pairs_are_of_the_tokenizers_at_hand(place, run, tmp_path):
+    """Ids of other tokenizers mean something else: such pairs are refused, and named."""
+    later = run.beside(tmp_path / "later", 1)
+    (later.out / "parts").mkdir()
+    shutil.copy(place / "run" / "parts" / "semantic.safetensors", later.out / "parts" / "linguistic.safetensors")
+    with pytest.raises(ModelError, match="pairs.npz belongs to other tokenizers"):
+        later.stage("dpo")
 
 
 def test_the_semantic_tokenizer_has_a_codebook_after_a_single_step(place, beside):
@@ -236,8 +291,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown stage 'sft3'.*corpus, features.*all"):
-        K.main("sft3", **options(tmp_path))
+    with pytest.raises(ValueError, match="unknown stage 'sft9'.*corpus, features.*all"):
+        K.main("sft9", **options(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,13 +318,13 @@ def test_steps_are_those_of_the_table_by_scale_or_as_told(tmp_path, monkeypatch,
 
 def test_a_stage_that_is_planted_in_the_table_needs_nothing_else(place, tmp_path, monkeypatch, capsys):
     """Help, order, parent, mixture, training, record and export follow from its entry."""
-    planted = replace(stages.STAGES["sft1"], name="sft2", help="a second course", parent="sft1", mixture={"aqta": 1.0})
+    planted = replace(stages.STAGES["sft1"], name="sft3", help="a third course", parent="sft1", mixture={"aqta": 1.0})
     order = [*stages.STAGES.values()]
     order.insert(-1, planted)
     monkeypatch.setattr(stages, "STAGES", {stage.name: stage for stage in order})
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"sft1 .*\n  sft2 +a second course\n  export ", shown)
+    assert re.search(r"merge .*\n  sft3 +a third course\n  export ", shown)
     run, drawn, started = tmp_path / "run", set(), []
     shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features"))
     with monkeypatch.context() as patch:
@@ -277,19 +332,27 @@ def test_a_stage_that_is_planted_in_the_table_needs_nothing_else(place, tmp_path
         ran = []
         patch.setattr(K.Run, "stage", lambda self, name: ran.append(name))
         K.main("all", **options(tmp_path))
-        assert ran == [*ORDER[:-1], "sft2", "export"]
+        assert ran == [*ORDER[:-1], "sft3", "export"]
         patch.setattr(K.Run, "stage", stage)
         patch.setattr(K.Run, "part", lambda self, name, module: started.append(name) or part(self, name, module))
         patch.setattr(examples.Examples, "aqta", lambda self, rng: drawn.add("aqta") or aqta(self, rng))
         for kind in ("aqtaa", "asr", "text", "tqaa", "tts", "next"):
             patch.setattr(examples.Examples, kind, lambda self, rng, kind=kind: pytest.fail(f"{kind} was drawn"))
-        K.main("sft2", **options(tmp_path))
+        K.main("sft3", **options(tmp_path))
         K.main("export", **options(tmp_path))
     assert started == ["sft1"] and drawn == {"aqta"}
     parts, record = run / "parts", read(run / "record.json")
-    assert list(record) == [*TRAINED[:2], "codes", *TRAINED[2:], "sft2"] and record["sft2"]["steps"] == STEPS
+    assert list(record) == [*RECORDED, "sft3"] and record["sft3"]["steps"] == STEPS
     exported = (tmp_path / "model" / "backbone.safetensors").read_bytes()
-    assert exported == (parts / "sft2.safetensors").read_bytes() != (parts / "sft1.safetensors").read_bytes()
+    assert exported == (parts / "sft3.safetensors").read_bytes() != (parts / "sft1.safetensors").read_bytes()
+
+
+def test_candidates_are_not_exported(place):
+    """What comes after sft1 waits for a table that says it is better."""
+    exported = (place / "model" / "backbone.safetensors").read_bytes()
+    parts = {name: (place / "run" / "parts" / f"{name}.safetensors").read_bytes() for name in CANDIDATES}
+    assert exported == (place / "run" / "parts" / "sft1.safetensors").read_bytes() not in parts.values()
+    assert len(set(parts.values())) == len(CANDIDATES)
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
@@ -346,3 +409,97 @@ def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
     shutil.copy(place / "run" / "parts" / "heads.safetensors", later.out / "parts")
     later.export()
     assert aqaa.load(tmp_path / "model").heads is not None
+
+
+# ---- ablations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ablate(place, tmp_path, monkeypatch):
+    """Runs an ablation of the miniature; its folders are copies."""
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("features", "*.ckpt*"))
+    more = {"corpus": place / "corpus", "seeds": 2, "questions": 3}
+    monkeypatch.setattr(judged, "listen", lambda model, book, answers, *rest: [deafen(one) for one in answers])
+    return lambda name, **options_: ablations.main(name, **{**options(tmp_path), **more, **options_})
+
+
+def deafen(one):
+    one.sound = one.agrees = False
+
+
+def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_path, monkeypatch, capsys):
+    some = {name: ablations.LAYOUTS[name] for name in ("ratio_10_15", "padded_10_15")}
+    monkeypatch.setitem(ablations.ABLATIONS, "layouts", some)
+    monkeypatch.setattr(ablations, "LAYOUTS", some)
+    result = ablate("layouts")
+    assert [(row["variant"], row["seed"]) for row in result["runs"]] == [(v, s) for s in (0, 1) for v in some]
+    assert {"date", "commit", "hardware", "command"} <= set(result) and result["steps"] == STEPS
+    assert all(row["n"] == 1 and row["steps"] == STEPS and set(row["skills"]) for row in result["runs"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in some) and "1 questions a run, 4 runs" in told
+    path = tmp_path / "runs" / "ablation-layouts.json"
+    assert read(path) == result and not list((tmp_path / "run" / "ablations").rglob("*.ckpt*"))
+    short = {**result, "runs": result["runs"][:3]}
+    path.write_text(json.dumps(short), encoding="utf-8")
+    made = []
+    trained = ablations.trained
+    monkeypatch.setitem(ablations.MAKERS, "layouts", lambda *args: made.append(args[2:]) or trained(*args))
+    again = ablate("layouts")
+    assert made == [("padded_10_15", 1)] and again["runs"][:3] == result["runs"][:3]
+    assert without_time(again["runs"][3]) == without_time(result["runs"][3])
+
+
+def without_time(row):
+    """What does not depend on how fast a machine is."""
+    return {key: value for key, value in row.items() if key != "training_seconds"}
+
+
+def test_preference_variants_start_from_one_parent_and_share_its_reference(ablate, tmp_path, monkeypatch):
+    some = dict(list(ablations.PREFERENCE.items())[:3])
+    monkeypatch.setitem(ablations.ABLATIONS, "preference", some)
+    result = ablate("preference", seeds=1)
+    parent, *trained = result["runs"]
+    assert parent["variant"] == "sft1" and "held_out" not in parent
+    assert all(row["held_out"]["pairs"] for row in trained)
+    folders = sorted(path.name for path in (tmp_path / "run" / "ablations").iterdir())
+    assert folders == ["preference-plain__β_0_1-0", "preference-plain__β_0_2-0"]
+    assert not list((tmp_path / "run" / "ablations").rglob("reference.npz"))
+
+
+def test_merges_are_judged_and_barriers_measured(ablate, monkeypatch):
+    some = {name: ablations.MERGES[name] for name in ("5:5:1", "4:0:0", "slerp", "ties")}
+    monkeypatch.setitem(ablations.ABLATIONS, "merge", some)
+    result = ablate("merge", seeds=1)
+    assert [row["variant"] for row in result["runs"]] == list(some)
+    assert set(result["barriers"]) == {"sft1 - sft2", "sft1 - dpo", "sft2 - dpo"}
+    for line in result["barriers"].values():
+        assert len(line["losses"]) == 5 and line["barrier"] >= 0
+
+
+def test_unknown_ablations_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown ablation 'colours': choose one of layouts, preference, merge"):
+        ablations.main("colours", **options(tmp_path))
+
+
+def test_a_table_follows_from_the_runs():
+    def row(variant, seed, text):
+        others = {"sound": 0.5, "agrees": 1, "refuses": 0, "seconds": 2, "n": 9}
+        return {"variant": variant, "seed": seed, "text": text, **others}
+
+    runs = [row("a", 0, 0.5), row("a", 1, 0.7), row("a", 2, 0.6), row("b", 0, 0.1)]
+    mean, half = ablations.summary(runs)["a"]["text"]
+    assert mean == pytest.approx(0.6) and half == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)
+    assert ablations.summary(runs)["b"]["text"] == (0.1, None)
+    assert "60.0 ±24.8" in ablations.table({"runs": runs})
+
+
+def test_statistics_order_the_layouts(run):
+    """Text ahead of sound: the more of it a block has, the more is visible; all of it in text_cot."""
+    book = run.book(dev=True)
+    found = {name: ablations.statistics(book, dialogue.layout(name)) for name in dialogue.EVERY_LAYOUT}
+    assert found["audio_only"] == {"distance": None, "visible": None, "before": None}
+    assert found["text_cot"]["before"] == 0 and found["text_cot"]["visible"] == max(
+        row["visible"] for row in found.values() if row["visible"] is not None
+    )
+    assert found["ratio_3_5"]["visible"] < found["ratio_10_15"]["visible"]
+    assert found["ratio_6_50"]["before"] > found["ratio_10_15"]["before"]

@@ -65,6 +65,7 @@ class Layout:
     audio_block: int
     marked: bool = False  # every piece stands between audio_start and audio_end (Table 2)
     late_text: bool = False  # audio may end before the text
+    padded: bool = False  # text blocks go on when the text has ended, full of text_end
 
     def __post_init__(self):
         if self.audio_block <= 0 or self.audio_block % GROUP_SIZE:
@@ -104,7 +105,14 @@ class Layout:
         while True:
             body += text[:size]
             if len(text) < size:  # a block that is not full is the last: the rest is audio
-                return body + [ids.text_end] + audio
+                if not self.padded:
+                    return body + [ids.text_end] + audio
+                body += [ids.text_end] * (size - len(text))
+                for start in range(0, len(audio), self.audio_block):
+                    block = audio[start : start + self.audio_block]
+                    full = len(block) == self.audio_block
+                    body += block + [ids.text_end] * (size if full else 0)
+                return body
             text = text[size:]
             body += audio[: self.audio_block]
             if len(audio) < self.audio_block:  # the audio has ended before the text
@@ -144,14 +152,22 @@ TABLE_1 = (
     Layout("text_cot", None, 15),
     Layout("ratio_10_15", 10, 15),
 )
+NEIGHBOURS = (  # other systems' blocks; audio by its seconds, in whole groups of 120 ms
+    Layout("glm4_voice", 13, 85, late_text=True),  # 13:26 at 12.5 Hz
+    Layout("step_audio_2", 1, 5, late_text=True),  # 1:4 at 25 Hz
+    Layout("lfm2_audio", 6, 40, late_text=True),  # 6:12 at 12.5 Hz
+    Layout("llama_omni2", 3, 15),  # 3:10 at 25 Hz
+    Layout("padded_10_15", 10, 15, padded=True),  # no early stop: 2506.04518 drops these blocks
+)
 LAYOUTS = {layout.name: layout for layout in TABLE_1}
+EVERY_LAYOUT = {layout.name: layout for layout in (*TABLE_1, *NEIGHBOURS)}
 
 
 def layout(name="ratio_10_15"):
-    """The layout of that name in Table 1. Raises ValueError for an unknown name."""
-    if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
+    """The layout of that name. Raises ValueError for an unknown name."""
+    if name not in EVERY_LAYOUT:
+        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(EVERY_LAYOUT)}")
+    return EVERY_LAYOUT[name]
 
 
 class Machine:
@@ -164,6 +180,7 @@ class Machine:
     eot is legal only when the text has ended and the audio is at the end of a group. A marked piece
     waits in "open" for audio_start and rests in "closed" after audio_end, where another may follow.
     With `late_text`, audio may end first: text_start, the rest of the text, text_end, "closed".
+    A padded layout fills every later text block, and the last one, in "padding".
     """
 
     def __init__(self, layout, ids, min_audio=0):
@@ -199,6 +216,8 @@ class Machine:
                 late = (ids.text_start,) if self.layout.late_text else ()
                 markers = (self._stop,) if self.text_done else late
             return Allowed("linguistic", ids.n_text, ids.semantic_start, markers)
+        if state == "padding":
+            return Allowed("text", 0, 0, (ids.text_end,))
         if state == "closed":  # behind a marked piece, or behind text that outlived its audio
             another = self.layout.marked and not self.audio_done
             return Allowed("marker", 0, 0, (ids.audio_start, ids.eot) if another else (self._stop,))
@@ -222,15 +241,18 @@ class Machine:
         else:
             self.audio_used += 1
             self.audio_total += 1
-            if self.audio_used == self.layout.audio_block and not self.text_done:
-                self.state, self.text_used = "text", 0
+            padded = self.text_done and self.layout.padded
+            if self.audio_used == self.layout.audio_block and (padded or not self.text_done):
+                self.state, self.text_used = "padding" if padded else "text", 0
 
     def _advance_marker(self, token):
         ids = self.ids
         if token == ids.text_end:
             self.text_done = True
             self.audio_used = 0
-            self.state = "closed" if self.audio_done else "audio"
+            self.text_used += 1
+            padding = self.layout.padded and self.text_used < self.layout.text_block
+            self.state = "closed" if self.audio_done else "padding" if padding else "audio"
         elif token == ids.text_start:
             self.audio_done = True
             self.state = "text"

@@ -14,10 +14,14 @@ import numpy as np
 from aqaa.config import AQTA, ASR_MARKER, TQAA, TTS
 from aqaa.corpus.curriculum import VOICE
 from aqaa.tokenizers import dialogue, interleave
-from aqaa.tokenizers.text import tagged
+from aqaa.tokenizers.text import MANNERS, tagged
 
 # What a target weighs in the loss: words are few and say all; a question is heard, not to be said.
 TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
+# Skills of the voice, by StepEval-Audio-360's names: what SFT-2 is for, whichever a book has.
+SPECIAL = ("Sing", "Creativity", "Role-playing", "Gaming", "Speech Emotion Control",
+           "Voice Instruction Following")  # fmt: skip
+REMINDER = 0.25  # share of other answers in SFT-2: without any, what they teach is soon forgotten
 
 
 class Book:
@@ -43,22 +47,49 @@ class Book:
         probs = np.array([counts[name] ** -0.4 for name in intents])
         return probs / probs.sum()
 
+    def spoken(self, index):
+        """Words, headed by their manner, and audio ids of an answer."""
+        item = self.items[index]
+        return self.encode(tagged(item.text, item.manner)), self.audio[index]
+
 
 class Examples:
     """Draws examples of a mixture {kind: share}; each kind is the method of that name.
 
     noise: share of a question's audio ids that are replaced by others of their kind. layout: how
-    text and audio of an answer share the sequence (by default the released model's)."""
+    text and audio of an answer share the sequence, as a Layout or its name (by default the released
+    model's). heard: weight of a question's ids as targets. selected: only the answers that
+    `selected` takes are drawn for spoken questions (SFT-2)."""
 
-    def __init__(self, book, mixture, *, noise=0.05, layout=None):
+    def __init__(self, book, mixture, *, noise=0.05, layout=None, heard=HEARD_WEIGHT,
+                 selected=False):  # fmt: skip
         self.book, self.mixture, self.noise, self.ids = book, mixture, noise, book.config.ids
-        self.layout = layout or dialogue.layout()
+        named = layout is None or isinstance(layout, str)
+        self.layout = dialogue.layout(*filter(None, [layout])) if named else layout
+        self.heard = heard
         self.open_turn = len(dialogue.prompt([], book.tokenizer, self.ids))
-        self.probs = book.balance()
+        self.probs = book.balance() * (self.selected() if selected else 1.0)
+        self.probs /= self.probs.sum()
         # No voice is heard in writing. A book may hold questions about voices and nothing else.
         askable = [book.items[i].category != VOICE for i in book.questions]
         written = self.probs * askable if any(askable) else self.probs
         self.written_probs = written / written.sum()
+
+    def selected(self):
+        """Weight of each question for SFT-2 (paper 3.2): only answers of a stable format, whose
+        text ends before their sound does; special skills in full, others as a reminder."""
+        weights = []
+        for index in self.book.questions:
+            item = self.book.items[index]
+            spoken = self.book.spoken(self.book.answers[item.answer_id])
+            answer = self.layout.arrange(*spoken, self.ids)
+            special = item.category in SPECIAL or item.manner in MANNERS
+            stable = self.ids.text_start not in answer
+            weights.append(stable * (1.0 if special else REMINDER))
+        if not any(weights):
+            raise ValueError(f"layout {self.layout.name} ends no answer's text before its sound: "
+                             "choose one with more text in a block")  # fmt: skip
+        return np.array(weights)
 
     def draw(self, rng):
         """One example: ids (N,) and the weight of each as a target (N,)."""
@@ -77,7 +108,7 @@ class Examples:
 
     def tts(self, rng):
         index = self.book.voiced[rng.integers(len(self.book.voiced))]
-        words, audio = self.spoken(index)
+        words, audio = self.book.spoken(index)
         return self.example(TTS, words, audio=audio)
 
     def next(self, rng):
@@ -88,7 +119,7 @@ class Examples:
     def tqaa(self, rng):
         index, answer = self.pair(rng, self.written_probs)
         question = self.book.encode(self.book.items[index].text)
-        return self.example(TQAA, question, *self.spoken(answer))
+        return self.example(TQAA, question, *self.book.spoken(answer))
 
     def aqta(self, rng):
         index, _ = self.pair(rng, self.probs)
@@ -98,26 +129,16 @@ class Examples:
 
     def aqtaa(self, rng):
         index, answer = self.pair(rng, self.probs)
-        return self.example(None, self.noisy(rng, index), *self.spoken(answer))
+        return self.example(None, self.noisy(rng, index), *self.book.spoken(answer))
 
     def pair(self, rng, probs):
         """Places in the book of a question, drawn by `probs`, and of its spoken answer."""
         index = self.book.questions[rng.choice(len(probs), p=probs)]
         return index, self.book.answers[self.book.items[index].answer_id]
 
-    def spoken(self, index):
-        """Words, headed by their manner, and audio ids of an answer."""
-        item = self.book.items[index]
-        return self.book.encode(tagged(item.text, item.manner)), self.book.audio[index]
-
     def noisy(self, rng, index):
         """Audio ids of an utterance (N,), some of them replaced by others of their kind."""
-        audio = self.book.audio[index]
-        swap = rng.random(len(audio)) < self.noise
-        first, border, end = self.ids.n_text, self.ids.semantic_start, self.ids.end
-        semantic = rng.integers(border, end, len(audio))
-        linguistic = rng.integers(first, border, len(audio))
-        return np.where(swap, np.where(audio >= border, semantic, linguistic), audio)
+        return swapped(self.book.audio[index], self.ids, self.noise, rng)
 
     def example(self, marker, question, words=None, audio=None):
         """A question and its answer of words, of audio, or of both in the layout's blocks.
@@ -136,7 +157,29 @@ class Examples:
         # are together as long as a prompt of no turns: bos in place of eot. The question's first id
         # follows a header that is the same everywhere, so it could only be guessed.
         end = len(prompt) - self.open_turn
-        weights[end - len(question) + 1 : end] = HEARD_WEIGHT
+        weights[end - len(question) + 1 : end] = self.heard
         in_words = ids[len(prompt) :] < self.ids.n_text
         weights[len(prompt) :] = np.where(in_words, TEXT_WEIGHT, ANSWER_WEIGHT)
         return ids, weights
+
+
+def swapped(audio, ids, share, rng):
+    """Audio ids (N,), of which a share is replaced by others of their kind."""
+    swap = rng.random(len(audio)) < share
+    first, border, end = ids.n_text, ids.semantic_start, ids.end
+    semantic = rng.integers(border, end, len(audio))
+    linguistic = rng.integers(first, border, len(audio))
+    return np.where(swap, np.where(audio >= border, semantic, linguistic), audio)
+
+
+def masks(ids, weights, tokenizer, config):
+    """What the loss sees of an example, for readers: (piece, kind, weight) of every id.
+
+    ids, weights (N,): of `Examples.draw`; config: IdsConfig. Weight 0 is no target."""
+    rows = []
+    for token, kind, weight in zip(ids, interleave.kinds(ids, config), weights, strict=True):
+        kind = interleave.KINDS[kind]
+        audio = kind in ("linguistic", "semantic")
+        piece = f"<audio_{token - config.n_text}>" if audio else tokenizer.decode([token], False)
+        rows.append((piece, kind, float(weight)))
+    return rows

@@ -13,8 +13,8 @@ and, only if it needs more than one optimizer (HiFT and its discriminators),
   optimizers           dict of name -> torch optimizer
   train_step(batch, step, progress)   dict of numbers to log
 Optional: `event(progress)` is called before each step (the semantic tokenizer turns its quantiser
-on there), `finish(seed)` after the last one; it returns what is measured. `lr`, `warmup` and
-`floor` (share of the rate that is left at the end) override the defaults below."""
+on there), `finish(seed)` after the last one; it returns what is measured. `lr`, `weight_decay`,
+`warmup` and `floor` (share of the rate that is left at the end) override the defaults below."""
 
 import csv
 import math
@@ -120,7 +120,9 @@ class Trainer:
                 prepare_training(module)  # faster twins, the same gradients
         self.own = not hasattr(task, "train_step")
         self.lr = getattr(task, "lr", 1e-3)
-        self.optimizers = build_optimizers(task.modules, self.lr) if self.own else task.optimizers
+        decay = getattr(task, "weight_decay", 0.01)
+        made = build_optimizers(task.modules, self.lr, decay) if self.own else task.optimizers
+        self.optimizers = made
         self.step, self.seconds = 0, 0.0
         self.rows = []  # the log
         self.sums, self.count = {}, 0  # the next row of the log will be their mean

@@ -14,28 +14,80 @@ KINDS = ("text", "linguistic", "semantic")  # of a target: which rows of the hea
 TEXT, LINGUISTIC, SEMANTIC = range(3)
 
 
-class LanguageTask:
-    """Next-token prediction; the softmax runs over the ids that a layout's machine would allow.
+class NextToken:
+    """A backbone whose softmax runs over the ids that a layout's machine would allow."""
 
-    book, mixture, noise, layout: as of `Examples`. A batch has `rows` rows of `length` ids. floor:
-    share of the learning rate `lr` that is left at the end."""
+    def __init__(self, config):
+        self.ids = ids = config.ids
+        self.markers = torch.tensor(sorted((ids.eot, ids.text_start, ids.audio_end)))
+        self.model = step1.build(config.backbone)
+        self.modules = {"model": self.model}
+
+    def kinds(self, ids):
+        """Kind of each target ids[1:]: where a marker may end the audio, it competes with audio."""
+        target, before = ids[1:], ids[:-1]
+        kinds = np.where(target >= self.ids.n_text, LINGUISTIC, TEXT)
+        kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, kinds)
+        # Audio ends only where a group does, and there the next id would be a linguistic one. A
+        # padded layout may end behind a block of text_end, where audio would go on as well.
+        in_audio = (before >= self.ids.n_text) | (before == self.ids.text_end)
+        ends_audio = np.isin(target, self.markers) & in_audio
+        return np.where(ends_audio, LINGUISTIC, kinds)
+
+    def losses(self, batch):
+        """Cross-entropy of the targets that have a weight, kind by kind.
+
+        batch: as of `LanguageTask.batch`. Yields (kind, at (B, T) bool, losses (n,) in nats), n
+        being the true values of `at`, in their order; kinds without a target are left out."""
+        hidden = self.model.model(
+            input_ids=batch["input_ids"], segment_ids=batch["segments"]
+        ).last_hidden_state  # (B, T, D)
+        for kind, rows in enumerate(self.head_rows()):
+            # Most positions of a row ask for one kind of id, whose rows are a part of the head:
+            # computing just these logits is cheaper, and trains what decoding will do.
+            at = (batch["kinds"] == kind) & (batch["weights"] > 0)
+            if not at.any():
+                continue
+            logits = self.model.logits(hidden, at, rows.to(hidden.device)).float()  # (n, rows)
+            columns = self.columns(batch["targets"][at], kind)  # (n,)
+            yield kind, at, F.cross_entropy(logits, columns, reduction="none")
+
+    def head_rows(self):
+        """Rows of lm_head that compete for a target of each kind, in the order of KINDS."""
+        first, border, end = self.ids.n_text, self.ids.semantic_start, self.ids.end
+        linguistic = torch.cat([torch.arange(first, border), self.markers])
+        return [torch.arange(first), linguistic, torch.arange(border, end)]
+
+    def columns(self, targets, kind):
+        """Position of each target (n,) among the head rows of its kind."""
+        if kind == TEXT:
+            return targets
+        if kind == SEMANTIC:
+            return targets - self.ids.semantic_start
+        place = torch.searchsorted(self.markers.to(targets.device), targets)  # markers come last
+        is_marker = targets < self.ids.n_text
+        return torch.where(is_marker, self.ids.n_linguistic + place, targets - self.ids.n_text)
+
+
+class LanguageTask(NextToken):
+    """Next-token prediction on packed examples.
+
+    book, mixture, options: as of `Examples`. A batch has `rows` rows of `length` ids. floor: share
+    of the learning rate `lr` that is left at the end."""
 
     warmup = 0.02
 
-    def __init__(self, book, mixture, *, floor=0.02, rows=12, length=512, lr=2e-3, noise=0.05,
-                 layout=None):  # fmt: skip
-        self.examples = Examples(book, mixture, noise=noise, layout=layout)
+    def __init__(self, book, mixture, *, floor=0.02, rows=12, length=512, lr=2e-3, **options):
+        super().__init__(book.config)
+        self.examples = Examples(book, mixture, **options)
         self.floor, self.rows, self.length, self.lr = floor, rows, length, lr
-        self.ids = ids = book.config.ids
-        self.markers = torch.tensor(sorted((ids.eot, ids.text_start, ids.audio_end)))
-        self.model = step1.build(book.config.backbone)
-        self.modules = {"model": self.model}
 
     @classmethod
     def from_run(cls, run, stage):
         """The task of a stage, from its parent's weights, or from the codebooks without any."""
         lr = 6e-4 if run.init else 2e-3  # weights that have learnt go on gently
-        task = cls(run.book(), stage.mixture, floor=stage.floor, lr=lr)
+        options = {"floor": stage.floor, "lr": lr, **stage.settings}
+        task = cls(run.book(), stage.mixture, **options)
         if not run.start(stage, task.model):
             task.hear_alike(*run.codebooks())
         return task
@@ -80,31 +132,11 @@ class LanguageTask:
             filled[row] += size
         return {key: torch.from_numpy(value) for key, value in batch.items()}
 
-    def kinds(self, ids):
-        """Kind of each target ids[1:]: where a marker may end the audio, it competes with audio."""
-        target, before = ids[1:], ids[:-1]
-        kinds = np.where(target >= self.ids.n_text, LINGUISTIC, TEXT)
-        kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, kinds)
-        # Audio ends only where a group does, and there the next id would be a linguistic one.
-        ends_audio = np.isin(target, self.markers) & (before >= self.ids.n_text)
-        return np.where(ends_audio, LINGUISTIC, kinds)
-
     def loss(self, batch, step):
         """Weighted mean of the cross-entropy (scalar), and that of each kind for the log."""
-        hidden = self.model.model(
-            input_ids=batch["input_ids"], segment_ids=batch["segments"]
-        ).last_hidden_state  # (B, T, D)
         logs, total = {}, 0.0
         all_weights = batch["weights"].sum()
-        for kind, rows in enumerate(self.head_rows()):
-            # Most positions of a row ask for one kind of id, whose rows are a part of the head:
-            # computing just these logits is cheaper, and trains what decoding will do.
-            at = (batch["kinds"] == kind) & (batch["weights"] > 0)  # (B, T), n of them true
-            if not at.any():
-                continue
-            logits = self.model.logits(hidden, at, rows.to(hidden.device)).float()  # (n, rows)
-            columns = self.columns(batch["targets"][at], kind)  # (n,)
-            losses = F.cross_entropy(logits, columns, reduction="none")
+        for kind, at, losses in self.losses(batch):
             # One denominator for all kinds: a target counts by its weight alone, not by how many
             # of its kind this batch happens to hold.
             weights = batch["weights"][at]
@@ -114,19 +146,3 @@ class LanguageTask:
             if answers.any():
                 logs[KINDS[kind]] = losses[answers].detach().mean()
         return total, logs
-
-    def head_rows(self):
-        """Rows of lm_head that compete for a target of each kind, in the order of KINDS."""
-        first, border, end = self.ids.n_text, self.ids.semantic_start, self.ids.end
-        linguistic = torch.cat([torch.arange(first, border), self.markers])
-        return [torch.arange(first), linguistic, torch.arange(border, end)]
-
-    def columns(self, targets, kind):
-        """Position of each target (n,) among the head rows of its kind."""
-        if kind == TEXT:
-            return targets
-        if kind == SEMANTIC:
-            return targets - self.ids.semantic_start
-        place = torch.searchsorted(self.markers.to(targets.device), targets)  # markers come last
-        is_marker = targets < self.ids.n_text
-        return torch.where(is_marker, self.ids.n_linguistic + place, targets - self.ids.n_text)

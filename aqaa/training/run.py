@@ -3,8 +3,10 @@
 A stage reads what earlier ones left in the run folder and leaves a checkpoint, a CSV, a plot and an
 entry in record.json. `export` gathers the finished parts into a model folder for `aqaa.load`."""
 
+import hashlib
 import shutil
 import time
+from copy import copy
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -14,11 +16,12 @@ import torch
 from aqaa.config import preset
 from aqaa.corpus import parts, speak
 from aqaa.corpus.codes import load_codes, store_codes, usage
-from aqaa.corpus.plan import held_out, plan, texts
-from aqaa.files import data_folder, probe, read_object, replacing, sweep, write_json
+from aqaa.corpus.plan import asked_in, held_out, plan, texts
+from aqaa.files import data_folder, fingerprint, probe, read_object, replacing, sweep, write_json
+from aqaa.pipeline import AQAA
 from aqaa.records import provenance
 from aqaa.tokenizers.text import TextTokenizer
-from aqaa.training import features, stages
+from aqaa.training import features, merging, pairs, stages
 from aqaa.training.examples import Book
 from aqaa.training.loop import Trainer
 from aqaa.weights import model_folder
@@ -38,6 +41,7 @@ class Run:
         ModelError: a folder that cannot be written is told now, not after an hour of training."""
         self.out, self.corpus_folder, self.export_folder = Path(out), Path(corpus), Path(export)
         self.init = Path(init) if init else None
+        self.base, self.training_seed = None, seed  # see `beside`
         self.device, self.seed, self.resume, self.quiet = device, seed, resume, quiet
         self.steps, self.minutes, self.scale, self.workers = steps, minutes, scale, workers
         self.only, self.people = only, people
@@ -46,10 +50,19 @@ class Run:
         sweep(self.out, self.out / "parts", self.out / "features")
         self._recorded()
 
+    def beside(self, out, seed):
+        """This run in another folder, where its own parts stand in for those that are not made
+        there, and trained with another seed; the corpus stays."""
+        other = copy(self)
+        other.out, other.base, other.training_seed = Path(out), self.out, seed
+        probe(other.out)
+        return other
+
     def stage(self, name):
         """Run one stage of the table."""
         stage = stages.STAGES[name]
-        torch.manual_seed(self.seed)  # it begins the same whether it follows others or stands alone
+        # It begins the same whether it follows others or stands alone.
+        torch.manual_seed(self.training_seed)
         if stage.task:
             self.train(stage)
         else:
@@ -59,15 +72,16 @@ class Run:
         """Train the task of a stage to its end; keep its weights and what was measured."""
         task = resolve_name(stage.task).from_run(self, stage)
         steps = self.steps or max(2, int(stage.steps * min(1.0, self.scale * 4)))
-        trainer = Trainer(task, self.out, stage.name, steps, minutes=self.minutes, seed=self.seed,
-                          device=self.device, resume=self.resume, quiet=self.quiet)  # fmt: skip
+        trainer = Trainer(task, self.out, stage.name, steps, minutes=self.minutes,
+                          seed=self.training_seed, device=self.device, resume=self.resume,
+                          quiet=self.quiet)  # fmt: skip
         result = trainer.run()
         last = trainer.rows[-1].items()
         result["last"] = {key: value for key, value in last if key not in ("step", "seconds")}
         for module in task.modules.values():
             module.cpu()
         if hasattr(task, "finish"):
-            measured = task.finish(self.seed)
+            measured = task.finish(self.training_seed)
             print(f"{stage.name}:", measured)
             result |= measured
         model_folder.save_part(self.out / "parts", stage.name, task.model)
@@ -101,21 +115,28 @@ class Run:
         print("codebooks:", use)
         self._record("codes", use)
 
+    def pairs(self):
+        """Pairs for preference training, made by SFT-1."""
+        stage = stages.STAGES["pairs"]
+        self._record("pairs", pairs.from_run(self, stage, **stage.settings))
+
+    def merge(self):
+        """The weighted mean of the three post-trained backbones."""
+        self._record("merge", merging.from_run(self, stages.STAGES["merge"]))
+
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the
         codes beside it. Parts that were not trained here come from `init`, unchanged."""
-        record = self._recorded()
-        makers = {stage.part: name for name, stage in stages.STAGES.items()}  # the last of several
-        parts = {name: self._part_file(makers[name]) for name in model_folder.PARTS}
+        record, makers = self._recorded(), stages.makers()
+        parts = {name: self.part_file(makers[name]) for name in model_folder.PARTS}
         kept = {parts[name].parent for name in ("linguistic", "semantic")} == {self.init}
         for name in model_folder.EXTRA:  # heads read the encoders that they were trained on
-            path = self._part_file(makers[name])
+            path = self.part_file(makers[name])
             if path.exists() and (kept or path.parent != self.init):
                 parts[name] = path
         if self.init:
             record = {**self._recorded(self.init), **record}
-        tokenizer = self._own("tokenizer.json", "tokenizer.json")
-        model_folder.gather(self.export_folder, self.config, tokenizer, parts, record)
+        model_folder.gather(self.export_folder, self.config, self.tokenizer_file(), parts, record)
         if (self.out / "codes.npz").exists():
             with replacing(self.export_folder.parent / "codes" / "codes.npz") as part:
                 shutil.copyfile(self.out / "codes.npz", part)
@@ -150,20 +171,47 @@ class Run:
         linguistic = self.part("linguistic").centroids
         return linguistic, self.part("semantic").quantizer._codebook.embed
 
-    def book(self):
-        """The training split as ids, with the text tokenizer (trained here when missing). The plan
-        has the words, and shipped codes stand in for this run's: no sound is needed."""
+    def book(self, dev=False):
+        """The training split as ids, with the text tokenizer (trained here when missing); with
+        `dev` the questions are those of the development split, which no weights learn from. The
+        plan has the words, and shipped codes stand in for this run's: no sound is needed."""
         planned = plan(scale=self.scale, seed=self.seed)
         items = [item for item in planned if item.split == "train"]
-        codes = load_codes(self.out, items, data_folder() / "codes")
+        if dev:
+            items = [item for item in items if item.role == "answer"]
+            known = {item.answer_id for item in items}  # a small corpus speaks few of them
+            items += [item for item in asked_in(planned, "dev") if item.answer_id in known]
+        codes = load_codes(self._own("codes.npz").parent, items, data_folder() / "codes")
         lines = texts(planned)
-        path = self._own("tokenizer.json", "tokenizer.json")  # ids must mean what they meant
+        path = self.tokenizer_file()  # ids must mean what they meant
         if not path.exists():
             words = {item.text for item in items}
             words |= {line[key] for line in lines for key in ("question", "answer")}
             with replacing(path) as part:
                 TextTokenizer.train(sorted(words), n_text=self.config.ids.n_text).save(part)
         return Book(self.config, TextTokenizer.from_file(path), items, codes, lines)
+
+    def model(self, backbone, layout="ratio_10_15"):
+        """An AQAA of a backbone and this run's other parts, each read when it is first used."""
+        text, makers = TextTokenizer.from_file(self.tokenizer_file()), stages.makers()
+        own = {"text": text, "backbone": backbone}
+        return AQAA(self.config, lambda name: own.get(name) or self.part(makers[name]),
+                    layout=layout)  # fmt: skip
+
+    def tokenizers(self):
+        """One hash of the three tokenizers: ids of others mean something else."""
+        makers = stages.makers()
+        files = [self.part_file(makers[name]) for name in ("linguistic", "semantic")]
+        digests = [fingerprint(path)["sha256"] for path in (self.tokenizer_file(), *files)]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def pairs_file(self):
+        """pairs.npz of this run, or else the shipped one."""
+        own = self._own("pairs.npz")
+        return own if own.exists() else data_folder() / "pairs" / "pairs.npz"
+
+    def tokenizer_file(self):
+        return self._own("tokenizer.json")
 
     def start(self, stage, module):
         """Give `module` the weights that a stage starts from: those of its parent, or of `init`.
@@ -178,7 +226,7 @@ class Run:
     def part(self, name, module=None):
         """`module` with the weights that stage `name` left, or else those of `init`, in eval mode.
         Raises ModelError before that stage ran."""
-        path = self._part_file(name)
+        path = self.part_file(name)
         module = module or model_folder.build(stages.STAGES[name].part, self.config)
         return model_folder.load_part(path.parent, path.stem, module)
 
@@ -195,14 +243,18 @@ class Run:
         remedy = "remove it; it only says how the parts were trained"
         return read_object(path, remedy) if path.exists() else {}
 
-    def _part_file(self, stage):
+    def part_file(self, stage):
         part = stages.STAGES[stage].part
         return self._own(f"parts/{stage}.safetensors", f"{part}.safetensors")
 
-    def _own(self, name, there):
-        """A file of this run, or else of `init`, where it is called `there`."""
-        own = self.out / name
-        return self.init / there if self.init and not own.exists() else own
+    def _own(self, name, there=None):
+        """A file of this run, or else of `base`, or else of `init`, where it is called `there`."""
+        places = [self.out / name]
+        if self.base:
+            places.append(self.base / name)
+        if self.init:
+            places.append(self.init / (there or name))
+        return next((path for path in places if path.exists()), places[-1 if self.init else 0])
 
 
 def main(stage, **options):

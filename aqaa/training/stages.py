@@ -22,12 +22,15 @@ class Stage:
     parent: str = ""  # the stage whose weights this one starts from
     mixture: dict = field(default_factory=dict)  # share of each kind of example (examples.py)
     floor: float = 0.02  # share of the learning rate that is left at the end
+    settings: dict = field(default_factory=dict)  # further arguments of the task
+    exported: bool = True  # False: a candidate, which `export` takes only if a table says so
 
 
 SPEECH = "aqaa.training.speech_tokenizers"
 HEADS = "aqaa.training.heads"
 VOCODER = "aqaa.training.flow_and_hift"
 LANGUAGE = "aqaa.training.objectives:LanguageTask"
+PREFERENCE = "aqaa.training.preference:PreferenceTask"
 TABLE = (
     Stage("corpus", "plan every utterance and speak it"),
     Stage("features", "compute what the audio tokenizers read"),
@@ -47,9 +50,28 @@ TABLE = (
         "sft1", "the backbone answers spoken questions", LANGUAGE, 5000, "backbone", "pretrain",
         mixture={"aqtaa": 0.50, "aqta": 0.28, "asr": 0.06, "text": 0.03, "tqaa": 0.07, "tts": 0.06},
     ),
+    Stage(
+        "sft2", "selected spoken answers: stable format, special skills", LANGUAGE, 600, "backbone",
+        "sft1", mixture={"aqtaa": 1.0}, settings={"selected": True, "heard": 0.0, "lr": 2e-4},
+        exported=False,
+    ),
+    Stage("pairs", "pairs of a better and a worse answer", parent="sft1"),
+    Stage(
+        "dpo", "preference for the better answer, in text", PREFERENCE, 300, "backbone", "sft1",
+        settings={"objective": "text_masked", "beta": 0.1}, exported=False,
+    ),  # not from sft2, which gains some skills and hurts others (paper 3.3)
+    Stage(
+        "merge", "the mean of sft1, sft2 and dpo, 5:5:1", part="backbone", parent="sft1",
+        settings={"parents": ("sft1", "sft2", "dpo"), "weights": (5, 5, 1)}, exported=False,
+    ),
     Stage("export", "gather the parts into a model folder"),
 )  # fmt: skip
 STAGES = {stage.name: stage for stage in TABLE}
+
+
+def makers():
+    """{part of a model folder: the stage whose weights are exported, the last of several}."""
+    return {stage.part: name for name, stage in STAGES.items() if stage.part and stage.exported}
 
 
 def names():
