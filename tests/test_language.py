@@ -166,7 +166,7 @@ def test_the_machine_of_the_layout_allows_every_answer(book, kind, name):
         start, machine = parts_of(task, ids.tolist())[2], layout.machine(IDS)
         for token, index in zip(ids[start:].tolist(), task.kinds(ids)[start - 1 :].tolist(), strict=True):
             may = machine.allowed()
-            assert may.kind == K.KINDS[index]
+            assert may.kind in (K.KINDS[index], "marker")  # a marker that must come competes with nothing
             assert {*range(may.start, may.stop), *may.markers} <= rows[index]
             machine.advance(token)
         assert machine.finished

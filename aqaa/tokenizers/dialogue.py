@@ -156,7 +156,7 @@ NEIGHBOURS = (  # other systems' blocks; audio by its seconds, in whole groups o
     Layout("glm4_voice", 13, 85, late_text=True),  # 13:26 at 12.5 Hz
     Layout("step_audio_2", 1, 5, late_text=True),  # 1:4 at 25 Hz
     Layout("lfm2_audio", 6, 40, late_text=True),  # 6:12 at 12.5 Hz
-    Layout("llama_omni2", 3, 15),  # 3:10 at 25 Hz
+    Layout("llama_omni2", 3, 15, late_text=True),  # 3:10 at 25 Hz
     Layout("padded_10_15", 10, 15, padded=True),  # no early stop: 2506.04518 drops these blocks
 )
 LAYOUTS = {layout.name: layout for layout in TABLE_1}

@@ -29,8 +29,10 @@ class NextToken:
         kinds = np.where(target >= self.ids.n_text, LINGUISTIC, TEXT)
         kinds = np.where(target >= self.ids.semantic_start, SEMANTIC, kinds)
         # Audio ends only where a group does, and there the next id would be a linguistic one. A
-        # padded layout may end behind a block of text_end, where audio would go on as well.
+        # padded layout may end behind a block of text_end, and text_start may come behind a block
+        # of text: audio would go on there as well.
         in_audio = (before >= self.ids.n_text) | (before == self.ids.text_end)
+        in_audio |= target == self.ids.text_start
         ends_audio = np.isin(target, self.markers) & in_audio
         return np.where(ends_audio, LINGUISTIC, kinds)
 
