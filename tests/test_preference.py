@@ -293,6 +293,7 @@ def test_the_rule_reads_the_manner(book):
 
 
 @pytest.mark.parametrize("objective", ["plain", "text_masked", "speech_only"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # of TRL, about transformers
 def test_trl_computes_the_same_loss(pairs, tmp_path, tiny_text, objective, monkeypatch):
     """trl.DPOTrainer on the transformers model: a collator leaves out what an objective does not count. Its softmax
     runs over the whole vocabulary; with that one, ours has the same loss and the same gradient."""

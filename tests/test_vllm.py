@@ -104,8 +104,8 @@ def test_real_chunks_are_read(tiny):
         data = client._event(line, "it")
         if data and data != b"[DONE]":
             found += client._tokens(json.loads(data), "it")
-    assert [token for token, _ in found] == [token for token, _ in expected]
-    assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-6)
+    assert [token for token, *_ in found] == [token for token, _ in expected]
+    assert [value for _, value, _ in found] == pytest.approx([value for _, value in expected], abs=1e-6)
     assert record["completion_stream"][-1] == "data: [DONE]\n\n"
 
 
