@@ -46,12 +46,18 @@ def error(found, wanted):
     return float((found - wanted).detach().norm() / wanted.detach().norm())
 
 
-@settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 5), groups=st.integers(1, 3), group=st.sampled_from([2, 32, 64]), seed=st.integers(0, 99))
-def test_int4_bytes_are_laid_out_as_documented(n, groups, group, seed):
+def filled(n, groups, group, seed):
+    """An Int4Linear of any codes and scales."""
     layer, generator = Int4Linear(groups * group, n, group), torch.Generator().manual_seed(seed)
     layer.qweight = torch.randint(0, 256, layer.qweight.shape, generator=generator, dtype=torch.uint8)
     layer.scale = torch.randn(layer.scale.shape, generator=generator).bfloat16()
+    return layer
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 5), groups=st.integers(1, 3), group=st.sampled_from([2, 32, 64]), seed=st.integers(0, 99))
+def test_int4_bytes_are_laid_out_as_documented(n, groups, group, seed):
+    layer = filled(n, groups, group, seed)
     found = layer.dequantized()
     for row in range(n):
         for k in range(groups * group):
@@ -251,9 +257,7 @@ def test_a_release_becomes_a_folder_that_loads(release, tmp_path, name, group, c
 @given(n=st.integers(1, 5), groups=st.integers(1, 3), group=st.sampled_from([8, 32, 64]), seed=st.integers(0, 99))
 def test_words_of_w4a16_are_the_bytes_of_int4(n, groups, group, seed):
     """The layout that compressed-tensors documents: code i of a word, plus 8, in its bits from 4 i on."""
-    layer, generator = Int4Linear(groups * group, n, group), torch.Generator().manual_seed(seed)
-    layer.qweight = torch.randint(0, 256, layer.qweight.shape, generator=generator, dtype=torch.uint8)
-    layer.scale = torch.randn(layer.scale.shape, generator=generator).bfloat16()
+    layer = filled(n, groups, group, seed)
     state = {f"a.{name}": value for name, value in layer.state_dict().items()}
     made, codes = shards.standard(state | {"norm.weight": layer.scale}), layer.codes()
     assert set(made) == {"a.weight_packed", "a.weight_scale", "a.weight_shape", "norm.weight"}
