@@ -310,14 +310,14 @@ def test_a_share_goes_to_the_setup_that_was_measured_alone(tmp_path):
     invented = record({512: 51.0, 8192: 40.0}, vocoder={"rtf": 0.1}, note="of a dream")
     (tmp_path / "invented.json").write_text(json.dumps(invented), encoding="utf-8")
     plain = one("1xH200", "int4", context=600).setup
-    found = words.measured(plain, tmp_path)
+    found = words.measured(plain, words.records(tmp_path))
     assert found.rate == pytest.approx(51 / one("1xH200", "int4", context=512).ceiling)  # the nearest context
     assert (found.file, found.vocoder, found.prefill, found.note) == ("invented.json", 0.1, None, "of a dream")
-    assert words.measured(replace(plain, context=9000), tmp_path).rate < found.rate
+    assert words.measured(replace(plain, context=9000), words.records(tmp_path)).rate < found.rate
     for other in ({"listeners": 2}, {"nodes": 2}, {"count": 2}, {"group": 64}, {"weights": "int8", "group": None},
                   {"gpu": sums.GPUS["H100-80"]}, {"backbone": preset("mini").backbone}):  # fmt: skip
-        assert words.measured(replace(plain, **other), tmp_path) is None, other
-    assert words.measured(plain, tmp_path / "nowhere") is None
+        assert words.measured(replace(plain, **other), words.records(tmp_path)) is None, other
+    assert words.measured(plain, words.records(tmp_path / "nowhere")) is None
     assert words.plans([plain], tmp_path)[0].rate == pytest.approx(found.rate * sums.plan(plain).ceiling)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aqaa.corpus.codes import load_codes
-from aqaa.corpus.plan import asked_in, plan
+from aqaa.corpus.plan import asked_in, plan, spread
 from aqaa.files import data_folder
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import normalise, tagged
@@ -32,9 +32,7 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
     ids = model_folder.read_config(folder).ids
     text = model_folder.read_text(folder, ids.n_text)
     items = plan(seed=seed)
-    asked = asked_in(items, split)
-    step = max(1.0, len(asked) / count) if count else 1.0
-    asked = [asked[int(i * step)] for i in range(min(count or len(asked), len(asked)))]
+    asked = spread(asked_in(items, split), count)
     wanted = {item.answer_id for item in asked}
     spoken = [item for item in items if item.role == "answer" and item.answer_id in wanted]
     codes = load_codes(data_folder() / "codes", [*asked, *spoken])

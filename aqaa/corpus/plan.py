@@ -142,6 +142,12 @@ def held_out(item):
     return item.role == "answer" and zlib.crc32(item.id.encode()) % HOLD_OUT == 0
 
 
+def spread(items, count=None):
+    """`count` of a list at most, spread evenly over it; without a count all."""
+    step = max(1.0, len(items) / count) if count else 1.0
+    return [items[int(i * step)] for i in range(min(len(items), count or len(items)))]
+
+
 def _count(n, scale):
     return max(4, round(n * scale))
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from aqaa.batching import ask_all, own_sampling
 from aqaa.config import SAMPLE_RATE
+from aqaa.corpus.plan import spread
 from aqaa.evaluation.controls import RULES, direction
 from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.tokenizers.text import normalise
@@ -87,8 +88,7 @@ def questions(corpus, limit=None):
     chosen = []
     for cell in CELLS:
         items = corpus.items(role="question", split="eval", cell=cell)
-        step = max(1.0, len(items) / limit) if limit else 1.0
-        chosen += [items[int(i * step)] for i in range(min(len(items), limit or len(items)))]
+        chosen += spread(items, limit)
     return chosen
 
 

@@ -117,7 +117,7 @@ def check(folder):
     share: of the limit that was reached; possible: no more than all. ValueError: broken records.
     """
     rows = []
-    for name, record in _records(folder):
+    for name, record in records(folder):
         for setup, rate in _rates(record):
             what, limit = f"{setup.weights} tokens/s at {setup.context}", sums.plan(setup).ceiling
             rows.append((name, what, limit, rate, rate / limit))
@@ -130,13 +130,13 @@ def check(folder):
              "possible": row[4] <= 1} for row in rows]  # fmt: skip
 
 
-def measured(setup, folder):
-    """The Measured of the runs in `folder` that had just this Setup, at the nearest context; None
-    without one: what other cards, formats or numbers of listeners reach is not known."""
+def measured(setup, runs):
+    """The Measured of those `runs` (of `records`) that had just this Setup, at the nearest context;
+    None without one: what other cards, formats or numbers of listeners reach is not known."""
     if (setup.nodes, setup.listeners) != (1, 1):
         return None
     alike, found = replace(setup, price=None, context=0), None
-    for name, record in _records(folder):
+    for name, record in runs:
         rates = [(abs(other.context - setup.context), other, rate)
                  for other, rate in _rates(record) if _alike(other, alike)]  # fmt: skip
         distance, other, rate = min(rates, key=lambda row: row[0], default=(None, None, 0))
@@ -154,17 +154,19 @@ def _alike(setup, wanted):
     return replace(setup, context=0, model=wanted.model) == wanted
 
 
-def _records(folder):
-    """(file name, record) of each run of the full model in a folder. Raises ValueError."""
+def records(folder):
+    """[(file name, record)] of each run of the full model in a folder. Raises ValueError."""
+    found = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(record, dict) and record.get("what") == "scale":
                 list(_rates(record)), list(_prefills(record))  # whether it is whole
-                yield path.name, record
+                found.append((path.name, record))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
             raise ValueError(f"{path} is not a whole record ({type(fault).__name__} {fault}): "
                              "run it again.") from None
+    return found
 
 
 def _rates(record):
@@ -189,7 +191,8 @@ def _prefills(record):
 def plans(asked, folder=None):
     """The Plan of each Setup, with what the runs recorded in `folder` (data/runs) reached."""
     folder = data_folder() / "runs" if folder is None else folder
-    return [sums.plan(setup, measured(setup, folder)) for setup in asked]
+    runs = records(folder)
+    return [sums.plan(setup, measured(setup, runs)) for setup in asked]
 
 
 def main(args):

@@ -12,6 +12,7 @@ import torch
 from scipy.stats import t as student
 
 from aqaa.config import TOKENS_PER_SECOND
+from aqaa.corpus.plan import spread
 from aqaa.files import check_file, fingerprint, read_object, write_json
 from aqaa.records import about
 from aqaa.tokenizers import dialogue, interleave
@@ -80,12 +81,6 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     write_json(path, result)
     print(table(result))
     return result
-
-
-def spread(places, count):
-    """`count` of them at most, evenly."""
-    step = max(1.0, len(places) / count)
-    return [places[int(i * step)] for i in range(min(count, len(places)))]
 
 
 # ---- one run ------------------------------------------------------------------------------------

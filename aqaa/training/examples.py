@@ -57,15 +57,14 @@ class Examples:
     """Draws examples of a mixture {kind: share}; each kind is the method of that name.
 
     noise: share of a question's audio ids that are replaced by others of their kind. layout: how
-    text and audio of an answer share the sequence, as a Layout or its name (by default the released
-    model's). heard: weight of a question's ids as targets. selected: only the answers that
+    text and audio of an answer share the sequence: a Layout or its name (the released model's).
+    heard: weight of a question's ids as targets. selected: only the answers that
     `selected` takes are drawn for spoken questions (SFT-2)."""
 
-    def __init__(self, book, mixture, *, noise=0.05, layout=None, heard=HEARD_WEIGHT,
-                 selected=False):  # fmt: skip
+    def __init__(self, book, mixture, *, noise=0.05, layout="ratio_10_15",
+                 heard=HEARD_WEIGHT, selected=False):  # fmt: skip
         self.book, self.mixture, self.noise, self.ids = book, mixture, noise, book.config.ids
-        named = layout is None or isinstance(layout, str)
-        self.layout = dialogue.layout(*filter(None, [layout])) if named else layout
+        self.layout = dialogue.layout(layout) if isinstance(layout, str) else layout
         self.heard = heard
         self.open_turn = len(dialogue.prompt([], book.tokenizer, self.ids))
         self.probs = book.balance() * (self.selected() if selected else 1.0)

@@ -49,16 +49,13 @@ def ties(base, states, weights, density=0.5):
     for name, start in base.items():
         start = start.float()
         changes = torch.stack([_trimmed(state[name].float() - start, density) for state in states])
-        weighted = changes * _column(weights, changes)
+        column = torch.tensor(weights, dtype=torch.float32).view(-1, *[1] * start.ndim)
+        weighted = changes * column
         elected = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
         agree = changes.sign() == elected
-        mass = (_column(weights, changes) * agree).sum(0).clamp(min=1e-8)
+        mass = (column * agree).sum(0).clamp(min=1e-8)
         merged[name] = start + (weighted * agree).sum(0) / mass
     return merged
-
-
-def _column(weights, changes):
-    return torch.tensor(weights, dtype=torch.float32).view(-1, *[1] * (changes.ndim - 1))
 
 
 def _trimmed(change, density):

@@ -36,6 +36,25 @@ class NextToken:
         ends_audio = np.isin(target, self.markers) & in_audio
         return np.where(ends_audio, LINGUISTIC, kinds)
 
+    @staticmethod
+    def blank(rows, length):
+        """A batch (rows, length) that holds no example yet, as arrays: input_ids, targets, kinds,
+        weights, and segments, which number the examples of a row from 1 so that attention stays
+        inside one."""
+        shape = (rows, length)
+        batch = {key: np.zeros(shape, np.int64) for key in ("input_ids", "segments", "targets")}
+        return {**batch, "kinds": np.full(shape, -1), "weights": np.zeros(shape, np.float32)}
+
+    def put(self, batch, row, start, ids, weights):
+        """Put an example, ids (N,) and their weights (N,), into a row of a batch from `start` on.
+        It takes N - 1 places: the last id is only ever a target."""
+        place = (row, slice(start, start + len(ids) - 1))
+        batch["input_ids"][place] = ids[:-1]
+        batch["targets"][place] = ids[1:]
+        batch["kinds"][place] = self.kinds(ids)
+        batch["weights"][place] = weights[1:]
+        batch["segments"][place] = batch["segments"][row].max() + 1
+
     def losses(self, batch):
         """Cross-entropy of the targets that have a weight, kind by kind.
 
@@ -109,28 +128,19 @@ class LanguageTask(NextToken):
             first += len(codes)
 
     def batch(self, rng):
-        """Examples packed into rows, each (rows, length): input_ids, targets, kinds, weights, and
-        segments, which number the examples of a row from 1 so that attention stays inside one."""
-        shape = (self.rows, self.length)
-        batch = {key: np.zeros(shape, np.int64) for key in ("input_ids", "segments", "targets")}
-        batch["kinds"] = np.full(shape, -1)
-        batch["weights"] = np.zeros(shape, np.float32)
+        """Examples packed into the rows of a batch (see `blank`)."""
+        batch = self.blank(self.rows, self.length)
         filled = np.zeros(self.rows, dtype=int)
         misses = 0
         while misses < 4:  # four examples in a row fit nowhere: the rows are full enough
             ids, weights = self.examples.draw(rng)
-            size = len(ids) - 1  # the last id is only ever a target
+            size = len(ids) - 1
             room = np.flatnonzero(filled + size <= self.length)
             if not len(room):
                 misses += 1
                 continue
             row = room[0]
-            place = (row, slice(filled[row], filled[row] + size))
-            batch["input_ids"][place] = ids[:-1]
-            batch["targets"][place] = ids[1:]
-            batch["kinds"][place] = self.kinds(ids)
-            batch["weights"][place] = weights[1:]
-            batch["segments"][place] = batch["segments"][row].max() + 1
+            self.put(batch, row, filled[row], ids, weights)
             filled[row] += size
         return {key: torch.from_numpy(value) for key, value in batch.items()}
 

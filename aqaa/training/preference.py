@@ -115,17 +115,9 @@ class PreferenceTask(NextToken):
             for n in numbers
             for answer in (self.pairs[n].chosen, self.pairs[n].rejected)
         ]
-        shape = (len(rows), max(len(ids) for ids, _ in rows) - 1)
-        batch = {key: np.zeros(shape, np.int64) for key in ("input_ids", "segments", "targets")}
-        batch["kinds"] = np.full(shape, -1)
-        batch["weights"] = np.zeros(shape, np.float32)
+        batch = self.blank(len(rows), max(len(ids) for ids, _ in rows) - 1)
         for row, (ids, start) in enumerate(rows):
-            size = len(ids) - 1
-            batch["input_ids"][row, :size] = ids[:-1]
-            batch["targets"][row, :size] = ids[1:]
-            batch["segments"][row, :size] = 1
-            batch["kinds"][row, :size] = self.kinds(ids)
-            batch["weights"][row, start - 1 : size] = 1.0  # the target before it is the prompt's
+            self.put(batch, row, 0, ids, np.arange(len(ids)) >= start)  # the prompt is given
         return {key: torch.from_numpy(value) for key, value in batch.items()}
 
     def summed(self, batch):
