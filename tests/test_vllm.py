@@ -401,10 +401,33 @@ def test_lines_for_several_machines_and_copies(released):
     assert [number for number, _ in ray] == [0, 1, 0] and ray[1][1] == "ray start --address HEAD:6379 --block"
     assert "--distributed-executor-backend ray" in ray[2][1] and "--nnodes" not in ray[2][1]
     assert "--quantization" not in serve_lines(released(quantization_config=packed_config(64)), 8)[0][1]
-    wrong = ({"nodes": 2, "copies": 2}, "a server of its own"), ({"nodes": 99}, "99 nodes cannot share")
+    wrong = ({"nodes": 2, "copies": 3}, "a server of its own"), ({"nodes": 99}, "99 nodes cannot share")
     for options, words in wrong:
         with pytest.raises(ValueError, match=words):
             serve_lines(folder, 8, **options)
+
+
+@pytest.mark.parametrize("nodes, copies", [(2, 2), (2, 4), (3, 6)])
+def test_lines_for_copies_on_several_machines(released, nodes, copies):
+    """Each machine holds as many copies; requests come to machine 0, and the ranks of all are those of one server."""
+    lines = serve_lines(released(), 2, nodes=nodes, copies=copies, head="10.0.0.1")
+    assert [number for number, _ in lines] == list(range(nodes))
+    ranks = []
+    for number, line in lines:
+        found = flags(line.replace(" --headless", ""))
+        local = int(found["--data-parallel-size-local"])
+        first = int(found.get("--data-parallel-start-rank", 0))
+        ranks += range(first, first + local)
+        given = [found[f"--data-parallel-{name}"] for name in ("size", "address", "rpc-port")]
+        assert given == [str(copies), "10.0.0.1", "13345"] and found["--tensor-parallel-size"] == "2"
+        assert ("--headless" in line) == (number > 0) == ("--data-parallel-start-rank" in found)
+        assert not {"--nnodes", "--node-rank", "--pipeline-parallel-size"} & set(found)  # each holds all layers
+    assert ranks == list(range(copies))
+    *starts, (where, line) = serve_lines(released(), 2, nodes=nodes, copies=copies, ray=True)
+    found = flags(line)
+    assert [number for number, _ in starts] == list(range(nodes)) and where == 0
+    given = [found[f"--data-parallel-{name}"] for name in ("size", "size-local", "backend")]
+    assert given == [str(copies), str(copies // nodes), "ray"] and "--headless" not in line
 
 
 def test_the_command_prints_the_lines(released, capsys):
