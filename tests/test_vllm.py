@@ -142,6 +142,48 @@ def test_a_server_gone_in_mid_answer_leaves_what_was_said(tiny, sound, fault):
     assert 92 <= said and server.requests[-1]["prompt"][-said:] == near.tokens["answer"][:said]
 
 
+@pytest.mark.parametrize("fault", ["dies", "gives up", "ends early"])
+def test_pieces_go_on_when_the_server_is_back(tiny, sound, fault, monkeypatch):
+    """What was lost is one sentence; nothing is said twice; a server that serves another name is met anew."""
+    options, told = {"temperature": 0, "max_tokens": 200, "min_audio": 150}, []
+    monkeypatch.setattr(client, "PAUSE", 0.02)
+    with serve(tiny, fault=fault, after=92) as server:
+        far = connected(tiny, server)
+        far.engine.model = "of old"
+        talk = far.stream(sound, **options)
+
+        def tell(sentence):
+            told.append(sentence)
+            server.fault = server.fault if len(told) < 2 else None
+            server.after = 40  # of what is left: it brings the answer further, and is lost again
+
+        heard = torch.cat([piece.audio for piece in far.engine.pieces(talk, tell=tell)])
+    assert len(told) == 2 and all("\n" not in sentence and sentence.endswith(".") for sentence in told)
+    assert fault == "gives up" or told[0].endswith("the answer goes on if it is back in 60 s.")
+    assert talk.answer.tokens == tiny.ask(sound, **options).tokens
+    assert torch.equal(heard, tiny.stream(sound, **options).answer.audio)
+    assert [request["model"] for request in server.requests] == ["of old", "stub", "stub"]
+
+
+@pytest.mark.parametrize("after, told", [(0, 0), (92, 1)])
+def test_pieces_end_when_no_server_brings_them_further(tiny, sound, after, told, monkeypatch):
+    monkeypatch.setattr(client, "PAUSE", 0.02)
+    said = []
+    with serve(tiny, fault="dies", after=after) as server:
+        far = connected(tiny, server)
+        talk = far.stream(sound, temperature=0, max_tokens=200, min_audio=150)
+
+        def tell(sentence):
+            said.append(sentence)
+            server.after = 0
+
+        with pytest.raises(EngineError, match="lost after 0 ids"):
+            list(far.engine.pieces(talk, 0.2, tell))
+    assert len(said) == told and len(talk.steps) >= after
+    with pytest.raises(EngineError, match="does not answer"):
+        far.engine.wait(0.05)
+
+
 @pytest.mark.parametrize("fault, words, settings", [
     ("no plug-in", "lacks aqaa's plug-in", {}),
     ("refuses", r"\(503\): the engine is asleep\.$", {}),  # in its own words
@@ -267,6 +309,22 @@ def test_the_command_line_says_one_sentence(tmp_path, capsys, tiny, tiny_folder,
     assert err.startswith("aqaa: the server at") and err.count("\n") == 1 and "lost after" in err
     assert cli.main([*ask, "-o", "answer.wav", "--engine", server.url]) == 1
     assert "does not answer" in capsys.readouterr().err and not (tmp_path / "answer.wav").exists()
+
+
+def test_a_streamed_answer_outlives_its_server_on_the_command_line(tmp_path, capsys, tiny, tiny_folder, question,
+                                                                   monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    ask = ["ask", str(question), "--preset", str(tiny_folder), "--stream", "--temperature", "0"]
+    with serve(tiny, fault="dies", after=10) as server:
+        back = Server.wait
+        monkeypatch.setattr(client, "PAUSE", 0.02)
+        monkeypatch.setattr(Server, "wait", lambda *given: (setattr(server, "fault", None), back(*given)))
+        assert cli.main([*ask, "-o", "far.wav", "--engine", server.url]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("aqaa: note: the server at") and err.count("\n") == 1 and "the answer goes on" in err
+    assert cli.main([*ask, "-o", "near.wav"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == out.splitlines()[0]
+    assert Path("far.wav").read_bytes() == Path("near.wav").read_bytes()
 
 
 @pytest.mark.parametrize(

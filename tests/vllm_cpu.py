@@ -36,7 +36,7 @@ class Attention(CPUAttentionBackendImpl):
         used = slot_mapping >= 0  # the others are padding
         kv_cache[slot_mapping[used] // size, :, slot_mapping[used] % size] = both[used].to(kv_cache.dtype)
 
-    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales):
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, **scales):
         if attn_metadata is None:  # vLLM tries how much memory it needs
             return output
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
@@ -51,7 +51,7 @@ class Attention(CPUAttentionBackendImpl):
             mask = bias.masked_fill(distance < 0, float("-inf")).to(query.dtype)
             asked = query[new].view(n_new, self.num_heads, self.head_size).transpose(0, 1)
             answer = torch.nn.functional.scaled_dot_product_attention(
-                asked[None], *(part[None] for part in cached.chunk(2, -1)), mask[None], scale=self.scale, enable_gqa=True
+                asked, *cached.chunk(2, -1), mask, scale=self.scale, enable_gqa=True
             )
-            made[new] = answer[0].transpose(0, 1)
+            made[new] = answer.transpose(0, 1)
         return output
