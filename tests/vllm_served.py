@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,6 +25,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import torch
 
@@ -417,6 +419,11 @@ def copies_on_two(world, server, processes):
     with Listeners(world.far(server), engine=server) as listeners:
         spoken = [listeners.submit(question(QUESTIONS[0]), temperature=0) for _ in range(4)]
         assert all(one.answer.tokens == near.tokens for one in spoken)
+    with urlopen(f"{world.url}/metrics") as reply:
+        counts = re.findall(r'vllm:request_success_total\{engine="(\d)".*\} (\S+)', reply.read().decode())
+    answered = {engine: sum(float(count) for one, count in counts if one == engine) for engine, _ in counts}
+    assert len(answered) == 2 and min(answered.values()) > 0 and sum(answered.values()) == 4, answered
+    return {"answers_of_each": list(answered.values())}
 
 
 # ---- all ----
