@@ -38,7 +38,7 @@ from aqaa.tokenizers import dialogue
 from tests.stub_server import Handler
 
 NOT_RUN = (
-    "vllm serve itself, on a GPU or at all", "TRITON_ATTN, which needs a GPU",
+    "vllm serve itself: tests.vllm_served does, on a CPU", "TRITON_ATTN, which needs a GPU",
     "quantisation while loading", "tensor parallelism", "AsyncLLM itself", "the V2 runner's buffers: stood in for",
 )  # fmt: skip
 HOWS = {
