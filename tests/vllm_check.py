@@ -38,12 +38,17 @@ from aqaa.tokenizers import dialogue
 from tests.stub_server import Handler
 
 NOT_RUN = (
-    "vllm serve itself, on a GPU or at all", "TRITON_ATTN, which needs a GPU",
+    "vllm serve itself: tests.vllm_served does, on a CPU", "TRITON_ATTN, which needs a GPU",
     "quantisation while loading", "tensor parallelism", "AsyncLLM itself", "the V2 runner's buffers: stood in for",
 )  # fmt: skip
-HOWS = {"tp": {}, "dp": {"copies": 2}, "pp": {"nodes": 2}, "ray": {"nodes": 2, "ray": True}}
-PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes", "node_rank", "headless",
-            "distributed_executor_backend")  # fmt: skip
+HOWS = {
+    "tp": {}, "dp": {"copies": 2}, "pp": {"nodes": 2}, "dp_nodes": {"nodes": 2, "copies": 4},
+    "ray": {"nodes": 2, "ray": True}, "dp_ray": {"nodes": 2, "copies": 4, "ray": True},
+}  # fmt: skip
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local",
+            "data_parallel_start_rank", "nnodes", "node_rank", "headless", "distributed_executor_backend",
+            "data_parallel_backend")  # fmt: skip
+PARSERS = "vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args"  # where 0.33 and 0.32 have it
 SAID = [(50, -0.5), (51, -1.25), (3, -0.125)]  # ids and logprobs of a made-up answer
 
 
@@ -254,12 +259,13 @@ def launch_flags(record):
     """vLLM's own parser takes the launch command, and its ModelConfig the released configurations."""
     vllm()
     from vllm.config import ModelConfig
-    from vllm.entrypoints.common.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from aqaa.scale.vllm import plugin
 
     plugin.register()
+    home = next(name for name in PARSERS if importlib.util.find_spec(name))
+    make_arg_parser = importlib.import_module(home).make_arg_parser
     vision = {"vision_tower_config": {"hidden_size": 1024}, "understand_projector_stride": 2, "image_token_id": 13}
     for kind, extra in (("step1", {}), ("mmgpt_step1_v2", {**vision, "eos_token_id": [2, 3]})):
         with tempfile.TemporaryDirectory() as folder:

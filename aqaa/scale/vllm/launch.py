@@ -15,6 +15,7 @@ FORMATS = {"bf16": None, "fp8": "fp8_per_channel", "int8": "int8_per_channel_wei
 PACKED = ("compressed-tensors", "gptq", "awq")  # 4-bit checkpoints that vLLM reads
 HEAD = "HEAD"  # stands for the address of machine 0
 RAY_PORT = 6379
+COPIES_PORT = 13345  # where machine 0 hands requests to the copies on the others
 
 
 def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192, **more):
@@ -59,26 +60,34 @@ def serve_lines(folder, gpus=1, weights=None, *, nodes=1, copies=1, ray=False, h
 
     gpus: that share a layer (tensor parallel), on each machine; weights: by default what the folder
     holds. nodes: machines in a row, each with a part of the layers (pipeline parallel), by vLLM's
-    own processes or, if asked, by Ray. copies: of the model on the machine (data parallel), each on
-    GPUs of its own, behind one address. head: address of machine 0. Raises ValueError as
-    serve_command, and for copies of a model that itself fills several machines.
+    own processes or, if asked, by Ray. copies: of the model (data parallel), each on GPUs of its
+    own, behind one address; with several nodes each machine holds as many. head: address of machine
+    0. Raises ValueError as serve_command, and for copies that do not divide among the machines.
     """
     if weights is None:
         weights = read_model(str(folder))[2].get("weights", "bf16")
-    if nodes > 1 and copies > 1:
-        raise ValueError(f"{copies} copies of a model on {nodes} machines each cannot be one "
-                         "server: start each copy as a server of its own.")
+    if copies > 1 and copies % nodes:
+        raise ValueError(f"{nodes} machines cannot hold {copies} copies evenly: give a multiple of "
+                         "--nodes, or start each copy that fills several as a server of its own.")
+    local, started = copies // nodes, []
+    if ray:
+        started = [(0, f"ray start --head --port {RAY_PORT}")]
+        started += [(i, f"ray start --address {head}:{RAY_PORT} --block") for i in range(1, nodes)]
     if copies > 1:
-        more |= {"data_parallel_size": copies}
-    if nodes > 1:
-        more |= {"pipeline_parallel_size": nodes}
-    if nodes == 1 or ray:
-        more |= {"distributed_executor_backend": "ray"} if ray else {}
-        start = [(0, f"ray start --head --port {RAY_PORT}")]
-        start += [(i, f"ray start --address {head}:{RAY_PORT} --block") for i in range(1, nodes)]
-        return [*(start if ray else ()), (0, serve_command(folder, gpus, weights, **more))]
-    more |= {"nnodes": nodes, "master_addr": head, "distributed_executor_backend": "mp"}
-    return [(rank, serve_command(folder, gpus, weights, **more, node_rank=rank,
+        shared = {"data_parallel_size": copies}
+        shared |= {"data_parallel_backend": "ray"} if ray else {}
+        shared |= {"data_parallel_size_local": local} if nodes > 1 else {}
+        apart = {"data_parallel_address": head, "data_parallel_rpc_port": COPIES_PORT}
+        # a start rank on machine 0 would ask for a balancer of requests outside vLLM
+        own = [{}, *({"data_parallel_start_rank": rank * local} for rank in range(1, nodes))]
+    else:
+        shared = {"pipeline_parallel_size": nodes} if nodes > 1 else {}
+        shared |= {"distributed_executor_backend": "ray"} if ray else {}
+        apart = {"nnodes": nodes, "master_addr": head, "distributed_executor_backend": "mp"}
+        own = [{"node_rank": rank} for rank in range(nodes)]
+    if nodes == 1 or ray:  # one line for all: Ray starts what the other machines need
+        return [*started, (0, serve_command(folder, gpus, weights, **shared, **more))]
+    return [(rank, serve_command(folder, gpus, weights, **shared, **apart, **own[rank], **more,
                                  **({"headless": True} if rank else {})))
             for rank in range(nodes)]  # fmt: skip
 

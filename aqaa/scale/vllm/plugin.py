@@ -30,6 +30,27 @@ def register():
     from aqaa.backbone import step1  # noqa: F401  (registers the configurations with transformers)
 
     ModelRegistry.register_model(MODEL_CLASS, f"aqaa.scale.vllm.model:{MODEL_CLASS}")
+    with suppress(ImportError, AttributeError):  # another version, with another place for it
+        _check_prompts()
+
+
+def _check_prompts():
+    """Let vLLM refuse ids that the model has not. It compares them with those of its tokenizer, and
+    we start it without one: a single such prompt would end the engine for all listeners."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.base import BaseRenderer
+
+    theirs = BaseRenderer.validate_token_ids
+
+    def validate_token_ids(self, token_ids, **options):
+        theirs(self, token_ids, **options)
+        if self.tokenizer is None:
+            count = self.model_config.get_vocab_size()
+            if wrong := [token for token in token_ids if not 0 <= token < count]:
+                raise VLLMValidationError(f"Token id {wrong[0]} is out of vocabulary: "
+                                          f"this model has {count} ids")  # fmt: skip
+
+    BaseRenderer.validate_token_ids = validate_token_ids
 
 
 def language_weights(weights):
