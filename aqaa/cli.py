@@ -208,8 +208,9 @@ def _responder(model, args):
 
     def stream(wav):
         talk = model.stream(wav, **sampling)
-        held = model.engine.pieces(talk, tell=_note) if args.engine not in (None, "fast") else talk
-        for piece in held:
+        # A server may be lost in mid-answer and come back; our own kernels cannot.
+        lasting = hasattr(model.engine, "pieces")
+        for piece in model.engine.pieces(talk, tell=_note) if lasting else talk:
             if not args.json:
                 print(piece.text, end="", flush=True)
         if not args.json:

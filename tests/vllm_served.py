@@ -30,7 +30,8 @@ from urllib.request import urlopen
 import torch
 
 from aqaa import cli, loading
-from aqaa.files import read_json, write_json
+from aqaa.files import write_json
+from aqaa.pipeline import AQAA
 from aqaa.records import provenance
 from aqaa.scale.convert import convert
 from aqaa.scale.serving import Server as Listeners
@@ -105,8 +106,6 @@ class World:
 
     def far(self, engine):
         """The mini, but for its backbone, which is the engine's."""
-        from aqaa.pipeline import AQAA
-
         model = AQAA(self.model.config, lambda name: getattr(self.model, name) if name != "backbone" else None)
         model.vocoder, model.engine = self.model.vocoder, engine
         return model
@@ -474,14 +473,12 @@ PARTS = {  # of the command, and the checks that fail with it where its server d
 }  # fmt: skip
 
 
-def record(path, world):
-    """Write what was measured; of an older record the parts stay that did not run now."""
-    old = read_json(path) if Path(path).is_file() else {}
-    found = {name: {**old.get(name, {}), **figures} for name, figures in world.figures.items()}
-    failed = {*old.get("failed", ())} - {*world.results} | {name for name, fault in world.results.items() if fault}
-    command = "python -m tests.vllm_served --record data/runs/vllm-served.json"
-    head = {"what": "served", **provenance(), "command": command, "vllm": VLLM}
-    write_json(path, {**old, **head, **found, "failed": sorted(failed)})
+def record(path, world, chosen):
+    """Write what this run measured, and by which parts of the command."""
+    failed = sorted(name for name, fault in world.results.items() if fault)
+    command = "python -m tests.vllm_served" + "".join(f" --only {part}" for part in chosen)
+    write_json(path, {"what": "served", **provenance(), "command": command, "vllm": VLLM, **world.figures,
+                      "failed": failed})  # fmt: skip
 
 
 def main(argv=None):
@@ -513,7 +510,7 @@ def main(argv=None):
         if name != "checks":
             print(name, json.dumps(value))
     if args.record:
-        record(args.record, world)
+        record(args.record, world, args.only or ())
     passed = sum(name in world.results and world.results[name] is None for name in wanted)
     print(f"{passed} passed, {len(wanted) - passed} failed")
     return int(passed < len(wanted))

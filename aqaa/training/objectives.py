@@ -134,7 +134,7 @@ class LanguageTask(NextToken):
         misses = 0
         while misses < 4:  # four examples in a row fit nowhere: the rows are full enough
             ids, weights = self.examples.draw(rng)
-            size = len(ids) - 1
+            size = len(ids) - 1  # the last id is only ever a target
             room = np.flatnonzero(filled + size <= self.length)
             if not len(room):
                 misses += 1

@@ -97,8 +97,8 @@ class Engine:
             if machine.finished:
                 return
         if count < left:
-            raise EngineError(f"{self.name} ended the answer after {count} ids, in the middle: "
-                              f"{AGAIN}")
+            ended = f"{self.name} ended the answer after {count} ids, in the middle"
+            raise EngineError(f"{ended}: {AGAIN}")
 
 
 def _among_legal(may, logprob, likeliest):
@@ -183,15 +183,15 @@ class Server(Engine):
     def pieces(self, talk, seconds=AWAY, tell=lambda sentence: None):
         """The Pieces of a Talk with this engine. One lost in mid-answer is told of, and the answer
         goes on once it is back. Raises EngineError if it brings no id in so many seconds."""
-        known = end = 0
+        ids_before = end = 0  # ids of the answer when the server was last lost; time to give it up
         while True:
             try:
                 return (yield from talk)
             except EngineError as fault:
-                if len(talk.steps) > known:
-                    known, end = len(talk.steps), time.monotonic() + seconds
-                    tell(str(fault).replace(AGAIN, f"the answer goes on if it is back in "
-                                                   f"{seconds:g} s."))  # fmt: skip
+                if len(talk.steps) > ids_before:  # it had brought the answer further: a new loss
+                    ids_before, end = len(talk.steps), time.monotonic() + seconds
+                    hope = f"the answer goes on if it is back in {seconds:g} s."
+                    tell(str(fault).replace(AGAIN, hope))  # nobody has to ask again
                 elif time.monotonic() > end:
                     raise
             self.wait(end - time.monotonic())

@@ -69,20 +69,28 @@ def serve_lines(folder, gpus=1, weights=None, *, nodes=1, copies=1, ray=False, h
     if copies > 1 and copies % nodes:
         raise ValueError(f"{nodes} machines cannot hold {copies} copies evenly: give a multiple of "
                          "--nodes, or start each copy that fills several as a server of its own.")
-    local, started = copies // nodes, []
+    started = []
     if ray:
         started = [(0, f"ray start --head --port {RAY_PORT}")]
         started += [(i, f"ray start --address {head}:{RAY_PORT} --block") for i in range(1, nodes)]
+    # Flags that every line has; those of lines that start machine by machine, without Ray; those in
+    # which the line of each machine differs.
+    shared, apart, own = {}, {}, []
     if copies > 1:
-        shared = {"data_parallel_size": copies}
-        shared |= {"data_parallel_backend": "ray"} if ray else {}
-        shared |= {"data_parallel_size_local": local} if nodes > 1 else {}
+        shared["data_parallel_size"] = copies
+        local = copies // nodes
+        if ray:
+            shared["data_parallel_backend"] = "ray"
+        if nodes > 1:
+            shared["data_parallel_size_local"] = local
         apart = {"data_parallel_address": head, "data_parallel_rpc_port": COPIES_PORT}
         # a start rank on machine 0 would ask for a balancer of requests outside vLLM
         own = [{}, *({"data_parallel_start_rank": rank * local} for rank in range(1, nodes))]
     else:
-        shared = {"pipeline_parallel_size": nodes} if nodes > 1 else {}
-        shared |= {"distributed_executor_backend": "ray"} if ray else {}
+        if nodes > 1:
+            shared["pipeline_parallel_size"] = nodes
+        if ray:
+            shared["distributed_executor_backend"] = "ray"
         apart = {"nnodes": nodes, "master_addr": head, "distributed_executor_backend": "mp"}
         own = [{"node_rank": rank} for rank in range(nodes)]
     if nodes == 1 or ray:  # one line for all: Ray starts what the other machines need
