@@ -27,6 +27,9 @@ MIN_SECONDS = 0.06  # below it neither tokenizer gives a code
 MAX_SECONDS = 60  # rows of the mini's semantic positions, and what it was trained to listen to
 SILENCE = 1e-4  # peak of a question that holds nothing to hear, full scale = 1
 QUIET = int(0.75 * SAMPLE_RATE)  # samples of silence that a question keeps at either end
+MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # Hz
+PEAK = 10 ** (-3 / 20)  # of a player's sound: 3 dB below full scale
+MARGIN = 40  # periods of the lower rate: more than the window of `resample` has at either side
 LOUD, FAINT = 10**-2.0, 10**-2.5  # energies that begin speech and carry it on: -20 and -25 dB
 
 
@@ -53,6 +56,23 @@ def write(path, samples, rate):
     except OSError as fault:
         fact = f"cannot be written ({fault.strerror})"
         raise refusal(path, fact, "choose another place or free some") from None
+
+
+def mp3(wav, rate, level=True):
+    """(N,) -> bytes of an MP3 at a rate that MP3 knows, about 4 KB a second. level: put its peak at
+    PEAK."""
+    import soundfile
+
+    if rate not in MP3_RATES:
+        to = next((known for known in MP3_RATES if known >= rate), MP3_RATES[-1])
+        wav, rate = resample(torch.from_numpy(wav), rate, to).numpy(), to
+    peak = float(np.abs(wav).max())
+    if level and peak > SILENCE:
+        wav = wav * (PEAK / peak)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(wav, -1, 1), rate, format="MP3", subtype="MPEG_LAYER_III",
+                    bitrate_mode="VARIABLE", compression_level=0.7)  # fmt: skip
+    return buffer.getvalue()
 
 
 def load_question(question, max_seconds=MAX_SECONDS):
@@ -186,6 +206,34 @@ def _resample_directly(wav, rate, to, length, piece=1 << 14, phases=1024):
         weight = torch.lerp(weights[lower], weights[lower + 1], share)  # (piece, taps)
         outputs.append((padded[..., first[:, None] + taps + width] * weight).sum(-1))
     return torch.cat(outputs, -1)
+
+
+class Resampled:
+    """A stream at `rate` -> the same at `to`, packet by packet: together what `resample` gives of
+    the whole, but a little later. `finish` gives what is left."""
+
+    def __init__(self, rate, to):
+        divisor = math.gcd(rate, to)
+        self.rate, self.to, self.down, self.up = rate, to, rate // divisor, to // divisor
+        self.margin = math.ceil(MARGIN * max(1, rate / to) / self.down) * self.down
+        self._wav, self._lead = torch.zeros(0), 0  # samples not done, behind so many that are
+
+    def push(self, samples, last=False):
+        """(n,) float32, any n -> (m,)."""
+        self._wav = torch.cat([self._wav, samples])
+        end = len(self._wav)
+        if not last:
+            end = (end - self.margin) // self.down * self.down
+        if end <= self._lead:
+            return torch.zeros(0)
+        whole = resample(self._wav, self.rate, self.to)
+        made = whole[self._lead * self.up // self.down : math.ceil(end * self.up / self.down)]
+        first = max(0, end - self.margin)
+        self._wav, self._lead = self._wav[first:], end - first
+        return made
+
+    def finish(self):
+        return self.push(torch.zeros(0), last=True)
 
 
 def endpoints(wav):

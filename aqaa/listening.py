@@ -73,6 +73,15 @@ class Listener:
             vars(self).update(state, ended=True)
         return self.ids
 
+    def peek(self):
+        """The ids of the whole if the question ended here; it goes on. Raises AudioError."""
+        audio.load_question((self.wav, SAMPLE_RATE))
+        with self._threads():
+            ids = self._look(final=True)["ids"]
+        if not ids:
+            raise audio.AudioError(audio.TOO_SHORT)
+        return ids
+
     def stream(self, **sampling):
         """`finish`, then the answer as `model.stream` gives it; the prefill is not read again."""
         ids = self.finish()

@@ -90,6 +90,7 @@ TYPES = {
     "bench": _one_of(tuple(BENCHES)),
     "seed": _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "count": _number(int, 1, 10**9, "a whole number, 1 or more"),
+    "port": _number(int, 1, 65535, "a port from 1 to 65535"),
     "workers": _number(int, 1, 1024, "a whole number from 1 to 1024"),
     "temperature": _number(float, 1e-4, 100, "0 or a number from 0.0001 to 100", also=(0,)),
     "share": _number(float, 1e-9, 1, "a number above 0, and 1 at most"),

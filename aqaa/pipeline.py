@@ -174,9 +174,9 @@ class AQAA:
         """
         return Talk(self, question, history, sampling, live=False).answer
 
-    def stream(self, question, *, history=(), **sampling):
+    def stream(self, question, *, history=(), marker=None, **sampling):
         """As `ask`, but an iterator of Pieces as they become ready; `.answer` is the whole."""
-        return Talk(self, question, history, sampling, live=True)
+        return Talk(self, question, history, sampling, live=True, marker=marker)
 
     def chat(self, **sampling):
         """A Chat with an empty history."""
@@ -186,11 +186,11 @@ class AQAA:
 class Talk:
     """One answer being made: iterate to get its Pieces; `answer` finishes it."""
 
-    def __init__(self, model, question, history, sampling, live):
+    def __init__(self, model, question, history, sampling, live, marker=None):
         self.model, self.sampling = model, sampling
         self.ledger = Ledger()
         self.seed = sampling.get("seed", 0)
-        self.prompt = model.prompt(model.listen(question, self.ledger), history)
+        self.prompt = model.prompt(model.listen(question, self.ledger), history, marker=marker)
         self.stream = model.vocoder.stream(self.seed) if live else None
         self.steps = []  # all Steps so far
         self.sound = []  # waves so far
@@ -203,6 +203,12 @@ class Talk:
 
     def __iter__(self):
         return self._pieces
+
+    def close(self):
+        """Make no more of it; a generator that waits for the next piece holds its memory."""
+        self._pieces.close()
+        if hasattr(self._source, "close"):
+            self._source.close()
 
     @property
     def answer(self):

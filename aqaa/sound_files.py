@@ -47,7 +47,7 @@ def read(path, max_seconds=None):
     demuxer = next((d for place, magic, d in FOREIGN if data.startswith(magic, place)), None)
     if demuxer is not None:
         data = _converted(data, demuxer, name, max_seconds)
-    return _decoded(completed(data, name, max_seconds), name, max_seconds)
+    return decoded(completed(data, name, max_seconds), name, max_seconds)
 
 
 def called(path):
@@ -206,7 +206,7 @@ class _Bytes(io.BytesIO):
             return -1
 
 
-def _decoded(data, name, max_seconds):
+def decoded(data, name, max_seconds):
     """(samples (N,), rate) of the bytes of a sound file, decoded in blocks within bounds."""
     import soundfile
 

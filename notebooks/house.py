@@ -9,15 +9,15 @@ FLOORS = (  # bottom to top; a file imports from below, and from its own floor w
     "sound_headers sound_files audio records",
     "tokenizers backbone vocoder",  # these three never from each other
     "fast",
-    "answer listening pipeline",
+    "answer listening pipeline voice_activity conversation",
     "weights loading doctor",
     "corpus",
     "batching lineage",
     "scale",
     "evaluation",
     "training",
-    "notebook",
-    "cli options", "__main__",
+    "notebook terminal serve",
+    "cli options places", "__main__",
 )
 APART = {"tokenizers", "backbone", "vocoder"}
 WIDTH, BOX, ROW, STEP = 800, (108, 34), 54, 42  # pixels

@@ -17,14 +17,17 @@ from notebooks.house import APART, FLOORS, PICTURE, draw, graph, part_of, rooms,
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
 BUDGET = {  # lines; what a reader reads to understand the model comes first
-    "config audio tokenizers backbone vocoder answer listening pipeline": 5_030,  # phone heads, other layouts came in
+    "config audio tokenizers backbone vocoder answer listening pipeline": 5_090,  # heads, layouts, rates of streams
+    "voice_activity conversation": 520,  # turns of a live conversation
     "fast": 1_100,
     "sound_files sound_headers": 540,  # whatever files people have
-    "aqaa __main__ cli options doctor records loading weights": 2_420,  # natural voices, W4A16, ablations
+    "aqaa __main__ cli options places doctor records loading weights": 2_460,  # natural voices, W4A16, ablations, talk
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 8_350,  # natural voices, people, preference, merging came in
+    "corpus pitch batching training evaluation": 8_580,  # natural voices, people, preference, merging, turns came in
     "scale": 2_450,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines
     "notebook": 1_880,
+    "terminal": 160,  # a microphone around a conversation
+    "serve": 1_280,  # the interfaces that other software speaks: speech, chat, realtime
 }
 READING = "config audio tokenizers backbone vocoder answer listening pipeline".split()
 PIP_SECTION = re.compile(r"^ +- pip:\n((?: {6}.*\n?)+)", re.MULTILINE)

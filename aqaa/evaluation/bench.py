@@ -13,7 +13,7 @@ from pathlib import Path
 BENCHES = {  # name: its module in aqaa.evaluation
     "speed": "speed", "accuracy": "accuracy", "synthesis": "synthesis", "codes": "codes",
     "parts": "parts", "quantize": "quantization", "streaming": "streaming", "scale": "gpu_speed",
-    "hearing": "hearing", "people": "folder",
+    "hearing": "hearing", "turns": "conversations", "people": "folder",
 }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ Nothing here needs JavaScript or a network, and the same input gives the same by
 
 import base64
 import inspect
-import io
 import json
 import os
 import random
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import soundfile
 import torch
 
 import aqaa
@@ -35,8 +33,6 @@ __all__ = [
     "recorded", "released", "sequence", "setup", "shape", "sound", "source", "spectrogram",
     "streams", "table", "token_cells", "trajectory", "waveform",
 ]  # fmt: skip
-MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # Hz
-PEAK = 10 ** (-3 / 20)  # of a player's sound: 3 dB below full scale
 FOLDERS = ("Step-Audio-Tokenizer", "Step-Audio-AQAA", "Step-Audio-TTS-3B")
 PUBLISHED = dict(zip(ROLES, FOLDERS))
 
@@ -62,7 +58,7 @@ class Sound:
         if not RATES[0] <= self.rate <= RATES[1]:
             raise ValueError(f"a sound of {rate} samples a second cannot be played: "
                              "pass its rate in Hz.")
-        self.mp3 = _mp3(self.wav, self.rate, level)
+        self.mp3 = audio.mp3(self.wav, self.rate, level)
 
     @property
     def seconds(self):
@@ -84,20 +80,6 @@ class Sound:
             f'<audio controls preload="none" aria-label="{escape(named)}" '
             f'src="data:audio/mpeg;base64,{data}"></audio>{words}</figure>'
         )
-
-
-def _mp3(wav, rate, level):
-    """(N,) -> bytes of an MP3 at a rate that MP3 knows, about 4 KB a second."""
-    if rate not in MP3_RATES:
-        to = next((known for known in MP3_RATES if known >= rate), MP3_RATES[-1])
-        wav, rate = audio.resample(torch.from_numpy(wav), rate, to).numpy(), to
-    peak = float(np.abs(wav).max())
-    if level and peak > audio.SILENCE:
-        wav = wav * (PEAK / peak)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wav, -1, 1), rate, format="MP3", subtype="MPEG_LAYER_III",
-                    bitrate_mode="VARIABLE", compression_level=0.7)  # fmt: skip
-    return buffer.getvalue()
 
 
 sound = Sound  # as notebooks call it

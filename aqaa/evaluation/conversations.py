@@ -1,0 +1,219 @@
+"""`aqaa bench turns`: dialogues made of recordings, with pauses, hesitations, noise and barge-in.
+
+A person who is never there asks the shipped questions. Sound comes in packets of 20 ms by a clock
+of its own, and the work of the model takes the time that it really takes (or `cost` seconds a
+unit): packets that come meanwhile wait, as in a microphone's buffer. The same dialogue is held with
+and without speculation, so that what a speculation saves is a difference of one question.
+"""
+
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from aqaa import audio, files
+from aqaa.config import SAMPLE_RATE
+from aqaa.conversation import Conversation, State
+from aqaa.corpus import degrade
+from aqaa.evaluation.accuracy import share
+from aqaa.evaluation.speed import busy_machine
+
+PACKET = 320  # samples
+KINDS = {"plain": 0.35, "hesitation": 0.25, "noise": 0.15, "barge_in": 0.15, "cough": 0.10}
+BACKGROUND = -65.0  # dB below full scale, of the quiet room
+SNR = 15.0  # dB, of questions in noise
+HESITATIONS = 0.3, 1.1  # seconds; some are longer than the pause that ends a turn
+COUGH = 0.4  # seconds, of noise
+LONGEST = 60.0  # seconds until a turn without an end counts as lost
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the person does in a turn: wait (s), then (N,) samples; cough: noise in the answer."""
+
+    kind: str
+    wait: float
+    sound: np.ndarray
+    cough: bool = False
+
+
+def spoken(wav):
+    """The part of (N,) at 16 kHz from its first to its last frame within 25 dB of its level."""
+    energy = wav[: len(wav) // 160 * 160].view(-1, 160).var(-1, correction=0)
+    loud = (energy > audio.FAINT * energy.topk(min(10, len(energy))).values[-1]).nonzero()
+    return wav[160 * int(loud[0]) : 160 * int(loud[-1]) + 160]
+
+
+def script(wavs, n, seed):
+    """n turns (Said) of questions (N,), each in a kind of KINDS; the first is plain."""
+    rng, made = np.random.default_rng(seed), []
+    for i in range(n):
+        kind = rng.choice(list(KINDS), p=list(KINDS.values())) if i else "plain"
+        sound = spoken(wavs[rng.integers(len(wavs))]).numpy()
+        wait = rng.uniform(0.3, 1.5)
+        if kind == "hesitation":
+            at = _faintest(sound)
+            gap = np.zeros(int(rng.uniform(*HESITATIONS) * SAMPLE_RATE), np.float32)
+            sound = np.concatenate([sound[:at], gap, sound[at:]])
+        if kind == "noise":
+            sound = degrade.noise(sound, SNR, rng, rng.uniform(0, 0.9)).astype(np.float32)
+        made.append(Said(str(kind), wait, sound, kind == "cough"))
+    return made
+
+
+def _faintest(sound):
+    """The middle of the faintest 50 ms in the middle half of a question: between words, mostly."""
+    energy = np.convolve(sound**2, np.ones(800), "same")
+    n = len(sound)
+    return n // 4 + int(energy[n // 4 : n - n // 4].argmin())
+
+
+class Room:
+    """A person, a clock and a Conversation. cost: seconds of a unit of work, None: as it takes."""
+
+    def __init__(self, model, cost=None, seed=0, sampling=None, **options):
+        self.now = self.sound = 0.0  # of the clock, of the microphone
+        self.cost, self.rng, self._began = cost, np.random.default_rng(seed), None
+        self.talk = Conversation(model, clock=self.clock, **options, **sampling or {})
+
+    def clock(self):
+        """Seconds; they go on while the model works."""
+        if self._began is None:
+            return self.now
+        return self.now + (time.perf_counter() - self._began if self.cost is None else self.cost)
+
+    def play(self, sound):
+        """(N,) samples reach the microphone in real time, over the noise of the room -> Events."""
+        events, level = [], 10 ** (BACKGROUND / 20)
+        sound = sound + level * self.rng.standard_normal(len(sound))
+        for packet in torch.from_numpy(sound.astype(np.float32)).split(PACKET):
+            self.sound += len(packet) / SAMPLE_RATE
+            while self.talk.busy and self.now < self.sound:
+                self._began = time.perf_counter()
+                events += self.talk.work()
+                self.now, self._began = self.clock(), None
+            self.now = max(self.now, self.sound)
+            events += self.talk.push(packet)
+        return events
+
+    def until(self, condition):
+        """Quiet until condition(its events) or LONGEST seconds -> Events."""
+        events, ends = [], self.sound + LONGEST
+        while not condition(events) and self.sound < ends:
+            events += self.play(np.zeros(PACKET))
+        return events
+
+    def turn(self, said):
+        """One turn -> its row: kind; lost; latency in s from the last sound of the question to the
+        first of the answer; cut: answered in mid-question; resumed, used: a speculation was
+        discarded, or let out; barge_in, wrong_interruption: None, or whether there was one."""
+        talk, used = self.talk, self.talk.counts["used"]
+        self.play(np.zeros(int(said.wait * SAMPLE_RATE)))
+        wanted = said.kind == "barge_in" and talk.state is State.REPLYING
+        events = self.play(said.sound)
+        end, cut = self.sound, reply(events) is not None
+        events += self.until(lambda seen: reply(events + seen) is not None
+                             or any(event.kind == "refused" for event in seen))  # fmt: skip
+        kinds, first = [event.kind for event in events], reply(events)
+        row = {
+            "kind": said.kind, "lost": first is None, "cut": cut, "resumed": "resumed" in kinds,
+            "latency": None if cut or first is None else first - end,
+            "used": talk.counts["used"] > used, "wrong_interruption": None,
+            "barge_in": "interrupted" in kinds if wanted else None,
+        }  # fmt: skip
+        if said.cough and first is not None:
+            noise = 0.1 * self.rng.standard_normal(int(COUGH * SAMPLE_RATE))
+            row["wrong_interruption"] = any(event.kind == "interrupted"
+                                            for event in self.play(noise))  # fmt: skip
+        return row
+
+    def dialogue(self, turns, tell=lambda: None):
+        """Rows of all turns; before each but a barge-in the person hears the answer out."""
+        rows = []
+        for said in turns:
+            if said.kind != "barge_in":
+                self.until(lambda _: self.talk.state is State.SILENCE and not self.talk.busy)
+            rows.append(self.turn(said) | {"memory_mb": memory()})
+            tell()
+        self.until(lambda _: self.talk.state is State.SILENCE and not self.talk.busy)
+        return rows
+
+
+def reply(events):
+    """When the first sound of the answer to the latest question came; None if it has not."""
+    ended, first = False, None
+    for event in events:
+        if event.kind in ("started", "resumed", "interrupted"):
+            ended, first = False, None
+        elif event.kind == "ended":
+            ended = True
+        elif ended and first is None and event.kind == "piece" and len(event.audio):
+            first = event.at
+    return first
+
+
+def memory():
+    """MB of this process that are in memory now; None where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return None
+
+
+def summary(rows, other):
+    """Numbers of a dialogue's rows; other: those of the same dialogue without speculation."""
+    heard = [row["latency"] for row in rows if row["latency"] is not None]
+    saved = [1000 * (b["latency"] - a["latency"]) for a, b in zip(rows, other, strict=True)
+            if (a["used"] or b["used"]) and None not in (a["latency"], b["latency"])]  # fmt: skip
+    memories = [row["memory_mb"] for row in rows]
+    early = memories[len(memories) // 10]  # by then all caches are made
+    return {
+        "turns": len(rows), "lost": sum(row["lost"] for row in rows),
+        "latency_median_s": _quantile(heard, 0.5), "latency_95_s": _quantile(heard, 0.95),
+        "used": share(row["used"] for row in rows),
+        "saved_ms_median": _quantile(saved, 0.5), "saved_n": len(saved),
+        "cut_questions": share(row["cut"] for row in rows if row["kind"] == "hesitation"),
+        "barge_ins_heard": share(row["barge_in"] for row in rows),
+        "wrong_interruptions": share(row["wrong_interruption"] for row in rows),
+        "memory_growth_percent": None if early is None else 100 * (memories[-1] / early - 1),
+    }  # fmt: skip
+
+
+def _quantile(values, q):
+    return round(float(np.quantile(values, q)), 4) if values else None
+
+
+def measure(model, seed=0, limit=200, busy=False, progress=True, cost=None, **sampling):
+    """`limit` turns with and without speculation. busy: while every core runs an endless loop."""
+    from tqdm import tqdm
+
+    folder = files.data_folder() / "questions"
+    wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))]
+    if not wavs:
+        raise ValueError(f"{folder} holds no wav files: "
+                         "set AQAA_DATA to the `data` folder of a clone of aqaa.")  # fmt: skip
+    turns, found, results = script(wavs, limit, seed), {}, {}
+    with busy_machine() if busy else nullcontext():
+        for speculate in (True, False):
+            name = "with" if speculate else "without"
+            options = {"speculate": speculate, "sampling": {"seed": seed} | sampling}
+            room = Room(model, cost, seed, **options)
+            with tqdm(total=limit, desc=f"{name} speculation", disable=not progress) as bar:
+                found[name] = room.dialogue(turns, bar.update)
+            counts = dict(room.talk.counts)
+            results[name] = {"counts": counts, "drift_s": room.now - room.sound}
+    for name, other in (("with", "without"), ("without", "with")):
+        results[name] |= summary(found[name], found[other])
+    return {"busy": busy, **{f"{name} speculation": row for name, row in results.items()},
+            "rows": found}  # fmt: skip
+
+
+def table(result):
+    """A result as text, a line a value."""
+    rows = {title: row for title, row in result.items() if title.endswith("speculation")}
+    return "\n".join(f"{title:20} {name:22} {value}"
+                     for title in rows for name, value in rows[title].items())  # fmt: skip
