@@ -150,6 +150,26 @@ def minutes(stage):
     return stage["seconds"] / 60 + (minutes(stage["continues"]) if "continues" in stage else 0)
 
 
+def turns(result):
+    """Simulated conversations, idle and busy, with and without speculation."""
+    found = [("idle", result)] + [("busy", busy) for busy in [run("turns-busy")] if busy]
+    lines = [f"**Turns**: {result['with speculation']['turns']} simulated ones, of the shipped questions, with pauses, noise "
+             "and interruptions; from the end of speech to the first sound of the answer, of which the controller waits 0.7 s to "
+             "be sure that a turn has ended (busy: beside an endless loop on every core).", "",
+             "| cores | speculation | median, s | 95 %, s | saved, median ms | lost | cut short in a hesitation | interruptions heard "
+             "| coughs taken for one |", "|---" * 9 + "|"]
+    for name, record in found:
+        for kind in ("with", "without"):
+            row = record[f"{kind} speculation"]
+            used = f"{row['counts']['used']} of {row['counts']['speculations']} used" if kind == "with" else "none"
+            saved = f"{row['saved_ms_median']:.0f} (n = {row['saved_n']})" if kind == "with" else ""
+            of = [f"{round(row[key]['share'] * row[key]['n'])} of {row[key]['n']}"
+                  for key in ("cut_questions", "barge_ins_heard", "wrong_interruptions")]
+            cells = (name, used, f"{row['latency_median_s']:.2f}", f"{row['latency_95_s']:.2f}", saved, row["lost"], *of)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def results():
     def numbers(name, title, rows):
         return section(name, lambda result: table(result, title, rows))
@@ -175,6 +195,7 @@ def results():
         "busy_loops": "other programs' endless loops on the cores when busy",
         "busy.real_time_factor": "real-time factor, ask, busy", "busy.stream_first_audio_s": "first sound, busy, s",
         "busy_over_idle": "an answer when busy, times as long"})
+    lines += section("turns", turns)
     lines += section("parts", parts) + section("quantize", quantized) + section("h200-130b-int4", full_size)
     lines += section("tests", whole_tests)
     record = ROOT / "data" / "mini" / "record.json"
