@@ -153,11 +153,12 @@ def minutes(stage):
 def turns(result):
     """Simulated conversations, idle and busy, with and without speculation."""
     found = [("idle", result)] + [("busy", busy) for busy in [run("turns-busy")] if busy]
-    lines = [f"**Turns**: {result['with speculation']['turns']} simulated ones, of the shipped questions, with pauses, noise "
-             "and interruptions; from the end of speech to the first sound of the answer, of which the controller waits 0.7 s to "
-             "be sure that a turn has ended (busy: beside an endless loop on every core).", "",
-             "| cores | speculation | median, s | 95 %, s | saved, median ms | lost | cut short in a hesitation | interruptions heard "
-             "| coughs taken for one |", "|---" * 9 + "|"]
+    n = result["with speculation"]["turns"]
+    lines = [f"**Turns**: {n} simulated ones, of the shipped questions, with pauses, noise and interruptions; from "
+             "the end of speech to the first sound of the answer, of which the controller waits 0.7 s to be sure "
+             "that a turn has ended (busy: beside an endless loop on every core).", "",
+             "| cores | speculation | median, s | 95 %, s | saved, median ms | lost | cut short in a hesitation "
+             "| interruptions heard | coughs taken for one |", "|---" * 9 + "|"]
     for name, record in found:
         for kind in ("with", "without"):
             row = record[f"{kind} speculation"]
@@ -165,8 +166,8 @@ def turns(result):
             saved = f"{row['saved_ms_median']:.0f} (n = {row['saved_n']})" if kind == "with" else ""
             of = [f"{round(row[key]['share'] * row[key]['n'])} of {row[key]['n']}"
                   for key in ("cut_questions", "barge_ins_heard", "wrong_interruptions")]
-            cells = (name, used, f"{row['latency_median_s']:.2f}", f"{row['latency_95_s']:.2f}", saved, row["lost"], *of)
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            seconds = [f"{row[f'latency_{key}_s']:.2f}" for key in ("median", "95")]
+            lines.append("| " + " | ".join(map(str, (name, used, *seconds, saved, row["lost"], *of))) + " |")
     return lines
 
 
