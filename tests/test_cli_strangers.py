@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from aqaa import cli, options
+from aqaa import cli, options, places
 from tests.conftest import RATE, tone
 
 LONG = "q" * 300
@@ -320,7 +320,7 @@ def test_long_names_that_begin_alike_keep_apart(quick, capsys):
         shutil.copy("one.wav", name)
     assert quick("", None, names=names) == 0
     made = os.listdir("out")
-    assert len(made) == 3 and all(len(os.fsencode(name)) <= cli.LONGEST_NAME for name in made)
+    assert len(made) == 3 and all(len(os.fsencode(name)) <= places.LONGEST_NAME for name in made)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])

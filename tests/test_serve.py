@@ -239,9 +239,9 @@ def test_an_answer_is_streamed_as_it_is_whole(client):
     data, words, last = b"", "", None
     for chunk in client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options):
         last = chunk
-        heard = getattr(chunk.choices[0].delta, "audio", None) if chunk.choices else None
-        data += base64.b64decode((heard or {}).get("data", ""))
-        words += (heard or {}).get("transcript", "")
+        heard = chunk.to_dict()["choices"][0]["delta"].get("audio", {}) if chunk.choices else {}  # as it was sent
+        data += base64.b64decode(heard.get("data", ""))
+        words += heard.get("transcript", "")
     assert data == base64.b64decode(whole.data) and words.strip() == whole.transcript
     assert last.usage.total_tokens > 0
 
