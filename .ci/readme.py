@@ -152,14 +152,16 @@ def minutes(stage):
 
 def turns(result):
     """Simulated conversations, idle and busy, with and without speculation."""
-    found = [("idle", result)] + [("busy", busy) for busy in [run("turns-busy")] if busy]
+    found, busy = {"idle": result}, run("turns-busy")
+    if busy:
+        found["busy"] = busy
     n = result["with speculation"]["turns"]
     lines = [f"**Turns**: {n} simulated ones, of the shipped questions, with pauses, noise and interruptions; from "
              "the end of speech to the first sound of the answer, of which the controller waits 0.7 s to be sure "
              "that a turn has ended (busy: beside an endless loop on every core).", "",
              "| cores | speculation | median, s | 95 %, s | saved, median ms | lost | cut short in a hesitation "
              "| interruptions heard | coughs taken for one |", "|---" * 9 + "|"]
-    for name, record in found:
+    for name, record in found.items():
         for kind in ("with", "without"):
             row = record[f"{kind} speculation"]
             used = f"{row['counts']['used']} of {row['counts']['speculations']} used" if kind == "with" else "none"
@@ -168,7 +170,7 @@ def turns(result):
                   for key in ("cut_questions", "barge_ins_heard", "wrong_interruptions")]
             seconds = [f"{row[f'latency_{key}_s']:.2f}" for key in ("median", "95")]
             lines.append("| " + " | ".join(map(str, (name, used, *seconds, saved, row["lost"], *of))) + " |")
-    return lines
+    return [*lines, "", source(busy)] if busy else lines
 
 
 def results():

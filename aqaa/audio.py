@@ -246,9 +246,7 @@ def endpoints(wav):
     n = wav.shape[-1]
     if n < 5 * 160:
         return 0, n
-    # The variance of 10 ms, not the power: some microphones have an offset.
-    energy = wav[: n // 160 * 160].view(-1, 160).var(-1, correction=0)
-    level = energy.topk(min(10, len(energy))).values[-1]  # the tenth loudest: clicks do not count
+    energy, level = energies(wav)
     loud = (energy > LOUD * level).float()
     runs = loud.unfold(0, 5, 1).amin(-1).nonzero()[:, 0].tolist()  # first frames of 50 loud ms
     if not runs:
@@ -258,6 +256,13 @@ def endpoints(wav):
     first = max(quiet[quiet < first].tolist(), default=-1) + 1
     last = min(quiet[quiet > last].tolist(), default=len(energy)) - 1
     return max(0, 160 * first - QUIET), min(n, 160 * (last + 1) + QUIET)
+
+
+def energies(wav):
+    """(N,) at 16 kHz -> energies of its frames of 10 ms, (N // 160,), and its level, a scalar."""
+    # The variance of 10 ms, not the power: some microphones have an offset.
+    energy = wav[: len(wav) // 160 * 160].view(-1, 160).var(-1, correction=0)
+    return energy, energy.topk(min(10, len(energy))).values[-1]  # the tenth loudest: no click
 
 
 def energy_norm(wav):

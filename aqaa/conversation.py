@@ -108,7 +108,7 @@ class Conversation:
         self._prefill = None if model.engine else generation.Prefill(model.decoder, self._room)
         self.turns, self._rest = [], torch.zeros(0)  # samples that are no whole frame yet
         self._speech = self._quiet = 0.0  # seconds of the present run
-        self._last = None  # turn, text and seconds of the answer that ended last
+        self._talk = self._last = None  # answer being made; turn, text, seconds of the last one
         self._forget()
         self.tune(detector, timing, speculate, interruptible)
 
@@ -128,7 +128,7 @@ class Conversation:
 
     def _drop(self):
         """No answer."""
-        if getattr(self, "_talk", None):
+        if self._talk:
             self._talk.close()
         self._talk = self._turn = self._fault = None
         self._whole = False  # all pieces are made

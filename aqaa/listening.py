@@ -65,22 +65,21 @@ class Listener:
         After an AudioError the question goes on, as if it had not been asked to end.
         """
         if not self.ended:
-            audio.load_question((self.wav, SAMPLE_RATE))  # the checks of a question in a file
-            with self._threads():
-                state = self._look(final=True)
-            if not state["ids"]:
-                raise audio.AudioError(audio.TOO_SHORT)
-            vars(self).update(state, ended=True)
+            vars(self).update(self._last_look(), ended=True)
         return self.ids
 
     def peek(self):
         """The ids of the whole if the question ended here; it goes on. Raises AudioError."""
-        audio.load_question((self.wav, SAMPLE_RATE))
+        return self._last_look()["ids"]
+
+    def _last_look(self):
+        """What `_look` finds if no more comes. Raises AudioError where that is no question."""
+        audio.load_question((self.wav, SAMPLE_RATE))  # the checks of a question in a file
         with self._threads():
-            ids = self._look(final=True)["ids"]
-        if not ids:
+            state = self._look(final=True)
+        if not state["ids"]:
             raise audio.AudioError(audio.TOO_SHORT)
-        return ids
+        return state
 
     def stream(self, **sampling):
         """`finish`, then the answer as `model.stream` gives it; the prefill is not read again."""

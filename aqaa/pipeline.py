@@ -175,7 +175,10 @@ class AQAA:
         return Talk(self, question, history, sampling, live=False).answer
 
     def stream(self, question, *, history=(), marker=None, **sampling):
-        """As `ask`, but an iterator of Pieces as they become ready; `.answer` is the whole."""
+        """As `ask`, but an iterator of Pieces as they become ready; `.answer` is the whole.
+
+        marker: as of `prompt`.
+        """
         return Talk(self, question, history, sampling, live=True, marker=marker)
 
     def chat(self, **sampling):

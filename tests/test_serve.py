@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed  # noqa: E402
 from aqaa.serve import app, sound  # noqa: E402
 from aqaa.serve.guard import Limits, check_host  # noqa: E402
 from aqaa.serve.realtime import Session, line  # noqa: E402
-from aqaa.serve.requests import Fault, cut  # noqa: E402
+from aqaa.serve.requests import Chats, Fault, cut  # noqa: E402
 from aqaa.serve.worker import Reply, Waiting, Worker  # noqa: E402
 
 SAMPLING = {"seed": 3, "max_tokens": 60}
@@ -244,6 +244,13 @@ def test_an_answer_is_streamed_as_it_is_whole(client):
         words += heard.get("transcript", "")
     assert data == base64.b64decode(whole.data) and words.strip() == whole.transcript
     assert last.usage.total_tokens > 0
+
+
+def test_a_written_answer_that_is_cut_says_so(tiny, monkeypatch):
+    monkeypatch.setattr("aqaa.serve.requests.LONGEST_WRITTEN", 1)
+    chats = Chats(tiny, None, {"seed": 3})
+    *_, end = chats.answer(chats.asked({"messages": [{"role": "user", "content": "what is seven"}]}))
+    assert end["usage"]["completion_tokens"] == 1 and end["finish_reason"] == "length"
 
 
 def test_text_in_and_text_out_by_the_async_client(address):

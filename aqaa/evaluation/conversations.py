@@ -42,8 +42,8 @@ class Said:
 
 def spoken(wav):
     """The part of (N,) at 16 kHz from its first to its last frame within 25 dB of its level."""
-    energy = wav[: len(wav) // 160 * 160].view(-1, 160).var(-1, correction=0)
-    loud = (energy > audio.FAINT * energy.topk(min(10, len(energy))).values[-1]).nonzero()
+    energy, level = audio.energies(wav)
+    loud = (energy > audio.FAINT * level).nonzero()
     return wav[160 * int(loud[0]) : 160 * int(loud[-1]) + 160]
 
 

@@ -15,10 +15,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route, WebSocketRoute
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from aqaa.files import parse_json
 from aqaa.serve import realtime, sound
 from aqaa.serve.guard import LIMITS, Guard, check_host, refused
-from aqaa.serve.requests import MODEL, Chats, Fault, fault_of, speech
+from aqaa.serve.requests import MODEL, Chats, Fault, fault_of, object_of, speech
 from aqaa.serve.worker import Reply, Waiting, Worker
 
 WHY_CLOSED = {  # how one of a session's tasks ended: a client that has gone needs no reason
@@ -78,13 +77,7 @@ class Server:
                         raise Fault(f"{fact}: send a shorter sound.", status=413)
         except TimeoutError:
             raise Fault("the request came too slowly: send it again.", status=408) from None
-        try:
-            body = parse_json(data.decode("utf-8"))
-        except ValueError as fault:
-            raise Fault(f"the request is no JSON ({fault}): send an object.") from None
-        if not isinstance(body, dict):
-            raise Fault("the request is no object of JSON: send one.")
-        return body
+        return object_of(data, "the request")
 
     async def speech(self, request):
         form, make = speech(self.model, await self._body(request), self.sampling)
@@ -164,9 +157,6 @@ class Server:
             while True:
                 await websocket.send_text(await unsent.get())
 
-        async def watch():  # `write` may be waiting for a client that reads no more
-            await full.wait()
-
         async def read():
             while True:
                 async with asyncio.timeout(self.limits.idle):
@@ -175,7 +165,8 @@ class Server:
                 while session.unread > self.limits.event:  # the model is behind: the client waits
                     await asyncio.sleep(0.02)
 
-        tasks = [asyncio.create_task(step()) for step in (read, write, watch)]
+        # `write` may be waiting for a client that reads no more: `full` ends the session then.
+        tasks = [asyncio.create_task(step()) for step in (read, write, full.wait)]
         try:
             self.worker.add(session)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -13,9 +13,8 @@ from collections import deque
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 from aqaa.conversation import Conversation, State, Timing
-from aqaa.files import parse_json
 from aqaa.serve import sound
-from aqaa.serve.requests import MODEL, Fault, fault_of, take
+from aqaa.serve.requests import MODEL, Fault, fault_of, object_of, take
 
 OPEN = (State.SPEAKING, State.PAUSED)
 DETECTION = {"type": "server_vad", "silence_duration_ms": 700, "prefix_padding_ms": 500,
@@ -96,12 +95,7 @@ class Session:
     def _take(self, text):
         event_id = None
         try:
-            try:
-                message = parse_json(text)
-            except ValueError as fault:
-                raise Fault(f"an event is no JSON ({fault}): send an object.") from None
-            if not isinstance(message, dict):
-                raise Fault("an event is an object with a type: send such a one.")
+            message = object_of(text, "an event")
             event_id, kind = message.get("event_id"), message.get("type")
             if kind not in HANDLERS:
                 raise Fault(f"there is no event {kind!r}: {', '.join(HANDLERS)} are known.", "type")
@@ -270,8 +264,8 @@ class Session:
             self._question()
         self._committed = False
         rate = audio.Resampled(self.model.vocoder.sample_rate, sound.RATE)
-        self.answer = {"id": new("resp"), "item": new("item"), "text": "", "sounds": False}
-        self.answer["rate"] = rate
+        self.answer = {"id": new("resp"), "item": new("item"), "text": "", "sounds": False,
+                       "rate": rate}  # fmt: skip
         self.tell("response.created", response=self._response("in_progress"))
 
     def _response(self, status, output=(), **details):

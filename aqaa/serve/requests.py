@@ -14,6 +14,7 @@ import torch
 
 from aqaa import audio
 from aqaa.config import AQTA, TQAA, TTS
+from aqaa.files import parse_json
 from aqaa.pipeline import SAMPLING
 from aqaa.serve import sound
 from aqaa.serve.worker import Reply, Waiting
@@ -22,6 +23,7 @@ from aqaa.tokenizers.text import normalise
 
 MODEL = "aqaa"
 LONGEST_TEXT = 4096  # letters of a text to be spoken
+LONGEST_WRITTEN = 200  # ids of an answer without sound, where a request says nothing else
 LONGEST_SENTENCE = 200  # letters that one answer can hold
 REMEMBERED = 1000  # answers that a later request may name by their id
 SENTENCE = re.compile(r"(?<=[.!?;])\s+")
@@ -54,6 +56,17 @@ def fault_of(error):
     if isinstance(error, ValueError):  # ours: one sentence on what was sent
         return Fault(" ".join(str(error).split())[:500])
     return Fault(f"the server could not answer ({type(error).__name__}): try again.", status=500)
+
+
+def object_of(text, what):
+    """The object of JSON in str, or in bytes of UTF-8, that a client sent. Raises Fault."""
+    try:
+        value = parse_json(text if isinstance(text, str) else text.decode("utf-8"))
+    except ValueError as fault:
+        raise Fault(f"{what} is no JSON ({fault}): send an object.") from None
+    if not isinstance(value, dict):
+        raise Fault(f"{what} is no object of JSON: send one.")
+    return value
 
 
 def take(body, name, kind, default=None, one_of=()):
@@ -207,24 +220,24 @@ class Chats:
                 question += model.listen((part, audio.SAMPLE_RATE))
         if not question:
             raise Fault("the question is empty: send sound or text.", "messages")
+        most = LONGEST_WRITTEN if asked.form is None else SAMPLING["max_tokens"]
+        options = {"max_tokens": most, **asked.sampling}
         if asked.form is None:
             marker = None if written else AQTA
             prompt = model.prompt(question, history, marker=marker)
-            options = {"max_tokens": 200, **asked.sampling}
             steps = list(model.generate(prompt, layout=TextOnly(), **options))
             ids = [step.id for step in steps if step.kind == "text"]
             text, n_ids = model.text.decode(ids).strip(), len(steps)
             yield text, torch.zeros(0)
         else:
             marker = TQAA if written else None
-            talk = model.stream(question, history=history, marker=marker, **asked.sampling)
+            talk = model.stream(question, history=history, marker=marker, **options)
             yield from resampled(model, talk)
             text, n_ids, prompt = talk.answer.text, len(talk.steps), talk.prompt
         n_prompt = len(prompt)
-        most = asked.sampling.get("max_tokens", SAMPLING["max_tokens"])
         yield {"transcript": text, "usage": {
             "prompt_tokens": n_prompt, "completion_tokens": n_ids, "total_tokens": n_prompt + n_ids,
-        }, "finish_reason": "length" if n_ids >= most else "stop"}  # fmt: skip
+        }, "finish_reason": "length" if n_ids >= options["max_tokens"] else "stop"}  # fmt: skip
 
     def _words(self, part):
         if isinstance(part, str):
