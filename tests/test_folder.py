@@ -13,6 +13,7 @@ from aqaa import audio, cli
 from aqaa.evaluation import folder as F
 from aqaa.evaluation import whisper
 from aqaa.files import data_folder
+from tests.conftest import RATE
 
 QUESTIONS = data_folder() / "questions"
 
@@ -46,9 +47,43 @@ def test_ear_mind_and_mouth_are_told_and_bad_files_stop_nobody(place, asked, cap
     assert result["word_error"] == whisper.word_error([(asked[1], row["heard"]) for row in result["rows"]])[0]
     assert [name in " ".join(result["faults"]) for name in ("bad.wav", "gone.wav", "'what'")] == [True] * 3
     told = F.table(result)
+    assert one["failed"] in (None, "mouth") and two["failed"] in ("ear", "mind") and "failed: ear " in told
     assert "2 recordings" in told and told.count("left out: ") == 3 and "1 right, 1 wrong" in told
     assert "mind:" in capsys.readouterr().out
     assert (one["mouth"] is None) == bool(whisper.missing())
+
+
+def examined(**changes):
+    good = {"said": "what is two", "heard": "what is two", "phones": None, "phone_error": None, "answer": "two",
+            "confidence": 0.9, "judged": "right", "known": True, "mouth": "two"}  # fmt: skip
+    return F.Examined(**{**good, **changes})
+
+
+@pytest.mark.parametrize("changes, failed, errors", [
+    ({}, None, {"ear": 0, "mind": 0, "mouth": 0}), ({"mouth": None}, None, {"ear": 0, "mind": 0}),
+    ({"heard": "what is too"}, None, {"ear": 33.3, "mind": 0, "mouth": 0}),  # it was understood all the same
+    ({"heard": "what is too", "judged": "wrong"}, "ear", {"ear": 33.3, "mind": 100, "mouth": 0}),
+    ({"judged": "wrong"}, "mind", {"ear": 0, "mind": 100, "mouth": 0}),
+    ({"judged": "not known", "known": False, "said": None}, None, {"mouth": 0}),
+    ({"mouth": "too"}, "mouth", {"ear": 0, "mind": 0, "mouth": 100}),
+])  # fmt: skip
+def test_which_of_the_three_failed(changes, failed, errors):
+    found = examined(**changes)
+    assert found.failed == failed and found.errors == errors
+    assert str(found).endswith(F.VERDICTS[failed]) and found.heard in str(found) and repr(found) == str(found)
+
+
+def test_one_recording_is_examined_as_a_path_and_as_samples(asked, monkeypatch):
+    monkeypatch.setattr(whisper, "missing", lambda: ["all"])
+    model = aqaa.load("mini")
+    found = F.examine(model, QUESTIONS / asked[0], asked[1])  # the curriculum brings the answer
+    assert found.known and found.answer == asked[2] and found.judged == "right" and found.errors["mind"] == 0
+    assert found.phones and found.mouth is None and found.failed is None and "not judged" in str(found)
+    wav, rate = __import__("soundfile").read(QUESTIONS / asked[0])
+    bare = F.examine(model, (wav, rate))
+    assert (bare.said, bare.judged, bare.heard, bare.errors) == (None, "not known", found.heard, {})
+    with pytest.raises(aqaa.AudioError):
+        F.examine(model, (np.zeros(RATE), RATE))
 
 
 @pytest.mark.parametrize("content, said", [

@@ -25,7 +25,7 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
     "corpus pitch batching training evaluation": 8_580,  # natural voices, people, preference, merging, turns came in
     "scale": 2_450,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines
-    "notebook": 1_880,
+    "notebook": 2_240,  # a conversation in a widget: calls, turns, blocks
     "terminal": 160,  # a microphone around a conversation
     "serve": 1_280,  # the interfaces that other software speaks: speech, chat, realtime
 }

@@ -521,10 +521,11 @@ def test_every_widget_has_a_page(tiny, question):
         widgets.Ode(states, [0, 1], lambda state: state.flatten(), interactive=True),
         widgets.Listening([("a", tone())], interactive=True),
         widgets.Planner(interactive=True),
+        widgets.Conversation(tiny, interactive=True),
     ]
     for widget in made:
         script = widget._view._esm
         assert "export default" in script and "http://" not in script.replace("http://www.w3.org/2000/svg", "")
         data, _ = widget._repr_mimebundle_()
         assert data["text/plain"] == repr(widget) and "application/vnd.jupyter.widget-view+json" in data
-    assert len({type(widget._view) for widget in made}) == len(widgets.__all__) == 8
+    assert len({type(widget._view) for widget in made}) == len(widgets.__all__) == 9

@@ -3,14 +3,20 @@
 The folder holds sound files and questions.txt, a line a file: `file: what is said -> right answer`
 (the answer may be left out: a question of the curriculum brings its own). Reported for each file:
 the ear (phones and words it heard), the mind (answer, confidence, right or not) and the mouth (what
-an outside recogniser hears in the spoken answer)."""
+an outside recogniser hears in the spoken answer).
+
+`examine(model, "mine.wav", "what is the capital of france")` does it for one recording: printed, it
+says which of the three failed."""
 
 import re
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from aqaa import audio
+from aqaa.corpus import engines, speak
 from aqaa.corpus.plan import asked_in, plan
 from aqaa.evaluation import whisper
 from aqaa.files import reading
@@ -20,6 +26,13 @@ from aqaa.tokenizers.text import normalise
 
 LIST = "questions.txt"
 LINE = re.compile(r"(?P<file>[^:]+):(?P<text>[^>]*?)(->(?P<answer>.*))?")
+MISHEARD = 25.0  # percent of an answer's words: an outside judge errs too
+VERDICTS = {
+    None: "None of the three failed.",
+    "ear": "The ear failed: other words were heard than were said.",
+    "mind": "The mind failed: the ear did its part, but the answer is not right.",
+    "mouth": "The mouth failed: an outside judge hears other words than were written.",
+}
 KINDS = ("right", "wrong", "not known")
 
 
@@ -53,11 +66,88 @@ def listed(folder):
     return rows, faults
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What became of one recording: texts in plain words, errors in percent, None: not known.
+
+    said; heard: by the ear, as words; phones: the same as names, phone_error of them; answer: of
+    the mind, its confidence and how it is judged, one of KINDS; known: is there a right answer to
+    judge it by; mouth: what the judge hears in it.
+    """
+
+    said: str | None
+    heard: str
+    phones: list | None
+    phone_error: float | None
+    answer: str
+    confidence: float
+    judged: str
+    known: bool
+    mouth: str | None
+
+    @property
+    def errors(self):
+        """{part: percent wrong} of the parts that could be judged: of words, or of the answer."""
+        found = {"ear": _word_error(self.said, self.heard)}
+        found["mind"] = 100.0 * (self.judged != "right") if self.known else None
+        found["mouth"] = _word_error(self.answer, self.mouth)
+        return {part: error for part, error in found.items() if error is not None}
+
+    @property
+    def failed(self):
+        """"ear", "mind" or "mouth", the first that did not do its part; None if all did, as far as
+        they could be judged. A question that is misheard but answered rightly was heard."""
+        if self.judged != "right" and self.errors.get("ear"):
+            return "ear"
+        if self.errors.get("mind"):
+            return "mind"
+        return "mouth" if self.errors.get("mouth", 0.0) > MISHEARD else None
+
+    def __str__(self):
+        phones = "" if self.phone_error is None else f" (phone error {self.phone_error:.0f} %)"
+        mouth = f"not judged: {whisper.INSTALL}" if self.mouth is None else self.mouth
+        return "\n".join([
+            self.said or "(nobody says what was said)", f"  ear:   {self.heard}{phones}",
+            f"  mind:  {self.answer} ({self.confidence:.2f}, {self.judged})", f"  mouth: {mouth}",
+            f"  {VERDICTS[self.failed]}",
+        ])  # fmt: skip
+
+    __repr__ = __str__
+
+
+def _word_error(wanted, found):
+    if wanted is None or found is None:
+        return None
+    return round(whisper.word_error([(wanted, found)])[0], 1)
+
+
+def examine(model, sound, said=None, answer=None, seed=0):
+    """Examined of one recording (a path, or (samples, rate)). said: its words; answer: the right
+    one, which the curriculum brings for its own questions. Raises AudioError."""
+    said = normalise(said) if said else None
+    right = {normalise(answer)} if answer else known_answers().get(said)
+    ids = model.listen(str(sound) if isinstance(sound, Path) else sound)
+    heard, given = normalise(model.transcribe(ids)), model.ask(ids, seed=seed)
+    written = normalise(given.text)
+    judged = "not known" if right is None else "right" if written in right else "wrong"
+    phones = error = mouth = None
+    if model.heads is not None:
+        phones = [phone.name for phone in model.phones(sound)["linguistic"]]
+    if said and phones is not None and not engines.absent(["flite:slt"]):
+        error = round(error_rate([phones], [speak.phones_of([said])[said]]), 1)
+    if not whisper.missing():
+        mouth = whisper.heard(audio.resample(given.audio, given.sample_rate))
+    confidence = round(given.confidence, 4)
+    known = right is not None
+    return Examined(said, heard, phones, error, written, confidence, judged, known, mouth)
+
+
+@cache
 def known_answers():
     """{question: answers that are right} of the curriculum, in every wording of its plan."""
-    answers = {}
+    answers, items = {}, plan()
     for split in ("train", "dev", "eval"):
-        for item in asked_in(plan(), split):
+        for item in asked_in(items, split):
             if not item.want:  # the answer lies in the words
                 answers.setdefault(normalise(item.text), set()).add(normalise(item.answer))
     return answers
@@ -67,17 +157,17 @@ def measure(model, target, seed=0, progress=True):
     """Ask an AQAA what the recordings of folder `target` ask. Returns counts, word errors, "faults"
     and "rows". Raises ValueError or ModelError for a folder without a list."""
     listing, faults = listed(target)
-    known, rows = known_answers(), []
-    phones_of = _phones_of(model)
+    rows = []
     for path, text, answer in listing:
         try:
-            row = _row(model, path, text, {answer} if answer else known.get(text), phones_of, seed)
+            found = examine(model, path, text, answer, seed)
         except AudioError as fault:
             faults.append(str(fault))
             continue
-        rows.append(row)
+        row = {"file": path.name, **asdict(found), "failed": found.failed}
+        rows.append({name: row[name] for name in row if name not in ("phones", "known")})
         if progress:
-            print(_told(row), flush=True)
+            print(f"{path.name}: {found}", flush=True)
     error, count = whisper.word_error([(row["said"], row["heard"]) for row in rows])
     result = {"recordings": len(rows), "words": count, "word_error": round(error, 1)}
     result |= {kind: sum(row["judged"] == kind for row in rows) for kind in KINDS}
@@ -90,39 +180,6 @@ def measure(model, target, seed=0, progress=True):
     return {**result, "faults": faults, "rows": rows}
 
 
-def _phones_of(model):
-    """The function that spells a text in phones; None without phone heads or without flite."""
-    from aqaa.corpus import engines, speak
-
-    return None if model.heads is None or engines.absent(["flite:slt"]) else speak.phones_of
-
-
-def _row(model, path, text, right, phones_of, seed):
-    heard = normalise(model.transcribe(str(path)))
-    answer = model.ask(str(path), seed=seed)
-    written = normalise(answer.text)
-    judged = "not known" if right is None else "right" if written in right else "wrong"
-    error = None
-    if phones_of:
-        wanted = phones_of([text])[text]
-        ear = [phone.name for phone in model.phones(str(path))["linguistic"]]
-        error = round(error_rate([ear], [wanted]), 1)
-    mouth = None
-    if not whisper.missing():
-        mouth = whisper.heard(audio.resample(answer.audio, answer.sample_rate))
-    return {
-        "file": path.name, "said": text, "heard": heard, "phone_error": error, "answer": written,
-        "confidence": round(answer.confidence, 4), "judged": judged, "mouth": mouth,
-    }  # fmt: skip
-
-
-def _told(row):
-    phones = "" if row["phone_error"] is None else f" (phone error {row['phone_error']:.0f} %)"
-    mouth = "" if row["mouth"] is None else f"\n  mouth: {row['mouth']}"
-    return (f"{row['file']}: {row['said']}\n  ear:   {row['heard']}{phones}\n  mind:  "
-            f"{row['answer']} ({row['confidence']:.2f}, {row['judged']}){mouth}")  # fmt: skip
-
-
 def table(result):
     """The sums as text; faults below."""
     lines = ["", f"{result['recordings']} recordings, {result['words']} words said: "
@@ -130,6 +187,9 @@ def table(result):
     if "phone_error" in result:
         lines.append(f"phone error of the linguistic tokenizer {result['phone_error']:.1f} %")
     lines.append(", ".join(f"{result[kind]} {kind}" for kind in KINDS))
+    failed = [row["failed"] for row in result["rows"]]
+    counts = (f"{part} {failed.count(part)}" for part in ("ear", "mind", "mouth"))
+    lines.append(f"failed: {', '.join(counts)}")
     if "mouth_word_error" in result:
         lines.append(f"of {result['mouth_words']} words answered, "
                      f"{result['mouth_word_error']:.1f} % are not heard as written")  # fmt: skip

@@ -8,12 +8,14 @@ for one.
 import json
 import threading
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 from aqaa.notebook.figures import array
 from aqaa.notebook.strips import KINDS
 
 SCRIPTS = Path(__file__).with_name("js")
+MORE = {"conversation": [files("aqaa.serve") / "live.js"]}  # what a script shares with other pages
 
 
 def pcm16(wav):
@@ -30,6 +32,7 @@ def front_end(script):
     colours = json.dumps({kind: colour for kind, (_, colour) in KINDS.items()})
     names = ("common.js", f"{script}.js", "widgets.css")
     common, own, style = ((SCRIPTS / name).read_text(encoding="utf-8") for name in names)
+    common += "".join(file.read_text(encoding="utf-8") for file in MORE.get(script, ()))
     # The data never change; the state does, and a page loaded later begins with it.
     synced = {name: traitlets.Dict().tag(sync=True) for name in ("data", "state")}
     parts = {"_esm": f"const COLORS = {colours};\n{common}{own}", "_css": style, **synced}

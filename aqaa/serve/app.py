@@ -136,7 +136,9 @@ class Server:
         return JSONResponse(known)
 
     async def page(self, request):
-        return HTMLResponse(files("aqaa.serve").joinpath("talk.html").read_text(encoding="utf-8"))
+        parts = (files("aqaa.serve").joinpath(name) for name in ("talk.html", "live.js"))
+        html, script = (part.read_text(encoding="utf-8") for part in parts)
+        return HTMLResponse(html.replace("/* live.js */", script))
 
     async def realtime(self, websocket):
         asked = websocket.scope.get("subprotocols", ())

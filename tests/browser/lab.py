@@ -1,4 +1,4 @@
-"""JupyterLab on a free port, headless Chromium with a fake microphone, and an ear for what its pages play."""
+"""JupyterLab or Notebook 7 on a free port, headless Chromium with a fake microphone, an ear for what its pages play."""
 
 import json
 import os
@@ -20,6 +20,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 START = 120  # seconds that a server or a page may take to come up
 CELL = 180  # seconds of one cell; the first one loads a model
 UI = 60  # seconds until a click has had its effect
+KINDS = {  # module: where a notebook is opened, and what is seen when its kernel is ready
+    "jupyterlab": ("lab/tree", "text=Python 3 (ipykernel) | Idle"),
+    "notebook": ("notebooks", '.jp-Notebook-ExecutionIndicator[data-status="idle"]'),
+}
 SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
@@ -61,7 +65,8 @@ def write_notebook(path, cells):
 class Lab:
     """A server over `folder`; nothing of the user's own set-up is read or written."""
 
-    def __init__(self, folder, home, settings=None):
+    def __init__(self, folder, home, settings=None, module="jupyterlab"):
+        self.place, self.ready = KINDS[module]
         for name, values in {**SETTINGS, **(settings or {})}.items():
             path = home / "settings" / f"{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,7 @@ class Lab:
                  "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings",
                  "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}  # fmt: skip
         env = {**os.environ, **{name: str(home / part) for name, part in names.items()}, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+        command = [sys.executable, "-m", module, "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
                    f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}",
                    "--IdentityProvider.token=", "--ServerApp.password=",
                    "--ServerApp.disable_check_xsrf=True"]  # fmt: skip
@@ -96,7 +101,7 @@ class Lab:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
         said = self.log.read_text(encoding="utf-8", errors="replace")
-        raise RuntimeError(f"JupyterLab did not start:\n{said[-2000:]}")
+        raise RuntimeError(f"Jupyter did not start:\n{said[-2000:]}")
 
     def close(self):
         """End the server and its kernels."""
@@ -126,7 +131,8 @@ class Book:
         self.context.set_default_timeout(1000 * UI)
         self.page = self.context.new_page()
         self.page.add_init_script(EAR)
-        self.url, self.places, self.done, self.errors = f"{lab.url}/lab/tree/{name}", list(cells), set(), []
+        self.url, self.ready = f"{lab.url}/{lab.place}/{name}", lab.ready
+        self.places, self.done, self.errors = list(cells), set(), []
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda fault: self.errors.append(str(fault)))
         self.load(f"{self.url}?reset")
@@ -135,7 +141,7 @@ class Book:
         """Load the page, the first time or again."""
         self.page.goto(url or self.url, timeout=1000 * START)
         self.page.locator(".jp-Notebook .jp-Cell").nth(len(self.places) - 1).wait_for(timeout=1000 * START)
-        self.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=1000 * START)  # a key before is lost
+        self.page.locator(self.ready).first.wait_for(timeout=1000 * START)  # a key before is lost
 
     def cell(self, name):
         """Locator of a cell."""

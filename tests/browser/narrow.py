@@ -79,6 +79,11 @@ def every_widget(model, question):
     player = talk.Player(interactive=True)
     player._set(phase="done", text=question["transcript"], sound=base.pcm16(wav), rate=16_000,
                 message="2.2 s made in 4 pieces, first sound after 240 ms, 0 gaps.")  # fmt: skip
+    conversation = widgets.Conversation(model, interactive=True)
+    turn = {"item": "a", "question": question["transcript"], "answer": "well that would be forty two", "heard": "well",
+            "interrupted": True, "ready_ms": 812, "sound_ms": 913,
+            "blocks": [["text", "well that would be", 10], ["audio", 15], ["text", "two", 3], *[["audio", 15]] * 20]}
+    conversation._set(turns=[turn] * 2, message=talk.Recorder.REFUSALS["NotAllowedError"])
     refused = widgets.Planner(interactive=True)
     refused._receive(None, {"type": "set", "count": 1, "gpu": "H100-80", "weights": "bf16"}, [])
     return {"recorder": talk.Recorder(question, interactive=True), "player": player, "voice": voice,
@@ -86,6 +91,7 @@ def every_widget(model, question):
             "ode": widgets.Ode(states, torch.linspace(0, 1, 5), lambda state: wav[:800], interactive=True),
             "interleave": widgets.Interleave(24, 120, interactive=True),
             "listening": widgets.Listening(pairs, interactive=True), "marked": marked,
+            "conversation": conversation,
             "planner": widgets.Planner(interactive=True), "refused": refused}  # fmt: skip
 
 
