@@ -14,12 +14,7 @@ from scipy.signal import fftconvolve
 
 from .browser import lab, narrow
 
-REASON = "the browser test needs anywidget, jupyterlab and playwright: pip install -e '.[test]'"
-pytest.importorskip("anywidget", reason=REASON)
-pytest.importorskip("jupyterlab", reason=REASON)
-playwright = pytest.importorskip("playwright.sync_api", reason=REASON)
-if lab.find_browser() is None:
-    pytest.skip("the browser test needs chromium: apt-get install chromium", allow_module_level=True)
+playwright = lab.need("anywidget", "jupyterlab")
 
 RATE = 16_000
 QUESTION = lab.ROOT / "data" / "questions" / "product_q001959.wav"
@@ -76,9 +71,7 @@ ode""",
 def place(tmp_path_factory):
     """The folder of the notebooks, with the microphone's file in it."""
     folder = tmp_path_factory.mktemp("notebooks")
-    wave, rate = soundfile.read(QUESTION)
-    silence = [np.zeros(int(seconds * rate)) for seconds in (BEFORE, AFTER)]
-    soundfile.write(folder / "microphone.wav", np.concatenate([silence[0], wave, silence[1]]), rate)
+    lab.write_microphone(folder / "microphone.wav", QUESTION, BEFORE, AFTER)
     lab.write_notebook(folder / "talk.ipynb", CELLS)
     return folder
 

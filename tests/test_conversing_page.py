@@ -3,18 +3,11 @@
 import json
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
-import soundfile
 
 from .browser import lab
 
-REASON = "the browser test needs anywidget, jupyterlab and playwright: pip install -e '.[test]'"
-pytest.importorskip("anywidget", reason=REASON)
-pytest.importorskip("jupyterlab", reason=REASON)
-playwright = pytest.importorskip("playwright.sync_api", reason=REASON)
-if lab.find_browser() is None:
-    pytest.skip("the browser test needs chromium: apt-get install chromium", allow_module_level=True)
+playwright = lab.need("anywidget", "jupyterlab")
 
 QUESTION = lab.ROOT / "data" / "questions" / "product_q001959.wav"
 BEFORE, AFTER = 0.8, 2.2  # seconds of silence around the question in the microphone
@@ -40,9 +33,7 @@ print(json.dumps([{name: turn[name] for name in kept} for turn in conversation.t
 def place(tiny_folder, tmp_path_factory):
     """The folder of the notebook, with the microphone's file and the model in it."""
     folder = tmp_path_factory.mktemp("notebooks")
-    wave, rate = soundfile.read(QUESTION)
-    silence = [np.zeros(int(seconds * rate)) for seconds in (BEFORE, AFTER)]
-    soundfile.write(folder / "microphone.wav", np.concatenate([silence[0], wave, silence[1]]), rate)
+    lab.write_microphone(folder / "microphone.wav", QUESTION, BEFORE, AFTER)
     (folder / "tiny").symlink_to(tiny_folder)
     return folder
 

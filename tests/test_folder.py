@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import aqaa
@@ -79,7 +80,7 @@ def test_one_recording_is_examined_as_a_path_and_as_samples(asked, monkeypatch):
     found = F.examine(model, QUESTIONS / asked[0], asked[1])  # the curriculum brings the answer
     assert found.known and found.answer == asked[2] and found.judged == "right" and found.errors["mind"] == 0
     assert found.phones and found.mouth is None and found.failed is None and "not judged" in str(found)
-    wav, rate = __import__("soundfile").read(QUESTIONS / asked[0])
+    wav, rate = soundfile.read(QUESTIONS / asked[0])
     bare = F.examine(model, (wav, rate))
     assert (bare.said, bare.judged, bare.heard, bare.errors) == (None, "not known", found.heard, {})
     with pytest.raises(aqaa.AudioError):

@@ -2,18 +2,11 @@
 
 import re
 
-import numpy as np
 import pytest
-import soundfile
 
 from .browser import lab
 
-REASON = "the test of the page needs playwright and the packages of [serve]: pip install -e '.[test]'"
-for package in ("starlette", "uvicorn", "websockets"):
-    pytest.importorskip(package, reason=REASON)
-playwright = pytest.importorskip("playwright.sync_api", reason=REASON)
-if lab.find_browser() is None:
-    pytest.skip("the test of the page needs chromium: apt-get install chromium", allow_module_level=True)
+playwright = lab.need("starlette", "uvicorn", "websockets")
 
 from .test_serve import serving  # noqa: E402
 
@@ -26,9 +19,7 @@ WAIT = 120  # seconds
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     path = tmp_path_factory.mktemp("sound") / "microphone.wav"
-    wave, rate = soundfile.read(QUESTION)
-    silence = [np.zeros(int(seconds * rate)) for seconds in (BEFORE, AFTER)]
-    soundfile.write(path, np.concatenate([silence[0], wave, silence[1]]), rate)
+    lab.write_microphone(path, QUESTION, BEFORE, AFTER)
     with playwright.sync_playwright() as driver:
         chromium = lab.launch(driver, path)
         yield chromium

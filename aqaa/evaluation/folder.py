@@ -126,8 +126,9 @@ def examine(model, sound, said=None, answer=None, seed=0):
     one, which the curriculum brings for its own questions. Raises AudioError."""
     said = normalise(said) if said else None
     right = {normalise(answer)} if answer else known_answers().get(said)
-    ids = model.listen(str(sound) if isinstance(sound, Path) else sound)
-    heard, given = normalise(model.transcribe(ids)), model.ask(ids, seed=seed)
+    ids = model.listen(sound)
+    heard = normalise(model.transcribe(ids))
+    given = model.ask(ids, seed=seed)
     written = normalise(given.text)
     judged = "not known" if right is None else "right" if written in right else "wrong"
     phones = error = mouth = None
@@ -165,7 +166,8 @@ def measure(model, target, seed=0, progress=True):
             faults.append(str(fault))
             continue
         row = {"file": path.name, **asdict(found), "failed": found.failed}
-        rows.append({name: row[name] for name in row if name not in ("phones", "known")})
+        del row["phones"], row["known"]  # long, and told by "judged"
+        rows.append(row)
         if progress:
             print(f"{path.name}: {found}", flush=True)
     error, count = whisper.word_error([(row["said"], row["heard"]) for row in rows])

@@ -96,16 +96,20 @@ class Call(Session):
     """
 
     def __init__(self, model, told, turns, changed, past=(), **options):
-        self.turns, self._changed, self._now, self._speech_end = turns, changed, None, 0.0
+        self.turns, self._changed = turns, changed
+        self._now, self._speech_end = None, 0.0  # the Exchange that goes on; on the talk's clock
         self.leaving, self.gone = False, Event()
         super().__init__(Watched(model), told, **options)
-        texts = [text for _, text in past]
+        texts = [text for _, text in past]  # question, answer, question, …
         self.talk.turns += [Turn([], *pair) for pair in zip(texts[::2], texts[1::2])]
 
     def leave(self, item=None, heard_ms=0):
         """End question and answer; item: what was sounding, until heard_ms. From any thread."""
-        cut = {"type": "conversation.item.truncate", "item_id": item, "audio_end_ms": int(heard_ms)}
-        for event in [cut] * bool(item) + [{"type": "response.cancel"}]:
+        events = [{"type": "response.cancel"}]
+        if item:  # what was not heard is forgotten before the answer ends
+            events.insert(0, {"type": "conversation.item.truncate", "item_id": item,
+                              "audio_end_ms": int(heard_ms)})  # fmt: skip
+        for event in events:
             self.put(line({**event, "event_id": LEFT}))
         self.leaving = True
 

@@ -14,6 +14,8 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -51,6 +53,22 @@ AudioScheduledSourceNode.prototype.stop = function (...rest) {
 def find_browser():
     """Path of a full Chromium, or None."""
     return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def need(*packages):
+    """Skip the tests of a module where a package or Chromium is missing; playwright's synchronous interface."""
+    for package in (*packages, "playwright.sync_api"):
+        found = pytest.importorskip(package, reason=f"the browser test needs {package}: pip install -e '.[test]'")
+    if find_browser() is None:
+        pytest.skip("the browser test needs chromium: apt-get install chromium", allow_module_level=True)
+    return found
+
+
+def write_microphone(path, question, before, after):
+    """What Chromium's microphone hears again and again: a recording with seconds of silence around it."""
+    wave, rate = soundfile.read(question)
+    silence = [np.zeros(int(seconds * rate)) for seconds in (before, after)]
+    soundfile.write(path, np.concatenate([silence[0], wave, silence[1]]), rate)
 
 
 def write_notebook(path, cells):
