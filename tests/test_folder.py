@@ -14,6 +14,7 @@ from aqaa import audio, cli
 from aqaa.evaluation import folder as F
 from aqaa.evaluation import whisper
 from aqaa.files import data_folder
+from aqaa.tokenizers.text import normalise
 from tests.conftest import RATE
 
 QUESTIONS = data_folder() / "questions"
@@ -21,9 +22,12 @@ QUESTIONS = data_folder() / "questions"
 
 @pytest.fixture(scope="module")
 def asked():
-    """(name, transcript, answer) of a shipped question that the mini answers."""
-    entries = json.loads((QUESTIONS / "questions.json").read_text(encoding="utf-8"))
-    entry = next(one for one in entries if one["cell"] == "seen_seen" and one["manner"] == "normal")
+    """(name, transcript, answer) of the first shipped question of its world that the mini answers."""
+    model, entries = aqaa.load("mini"), json.loads((QUESTIONS / "questions.json").read_text(encoding="utf-8"))
+    entry = next(
+        one for one in entries if one["cell"] == "seen_seen" and one["manner"] == "normal"
+        and normalise(model.ask(QUESTIONS / one["file"], seed=0).text) == one["answer"]
+    )  # fmt: skip
     return entry["file"], entry["transcript"], entry["answer"]
 
 
@@ -85,6 +89,18 @@ def test_one_recording_is_examined_as_a_path_and_as_samples(asked, monkeypatch):
     assert (bare.said, bare.judged, bare.heard, bare.errors) == (None, "not known", found.heard, {})
     with pytest.raises(aqaa.AudioError):
         F.examine(model, (np.zeros(RATE), RATE))
+
+
+def test_a_manifest_will_do(place, asked):
+    (place / F.LIST).unlink()
+    rows = [{"file": f"{name}.wav", "text": text} for name, text in
+            (("one", "What is a black hole?"), ("two", asked[1]))]
+    (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert F.listed(place) == ([(place / "one.wav", "what is a black hole", None), (place / "two.wav", asked[1], None)], [])
+    rows[0]["file"] = "gone.wav"
+    (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(ValueError, match="gone.wav, which is not there"):
+        F.listed(place)
 
 
 @pytest.mark.parametrize("content, said", [

@@ -1,9 +1,10 @@
 """`aqaa bench people FOLDER`: another ear. Recordings of your own: what of them is understood?
 
 The folder holds sound files and questions.txt, a line a file: `file: what is said -> right answer`
-(the answer may be left out: a question of the curriculum brings its own). Reported for each file:
-the ear (phones and words it heard), the mind (answer, confidence, right or not) and the mouth (what
-an outside recogniser hears in the spoken answer).
+(the answer may be left out: a question of the curriculum brings its own), or a manifest.json, a
+list of {"file", "text"}. Reported for each file: the ear (phones and words it heard), the mind
+(answer, confidence, right or not) and the mouth (what an outside recogniser hears in the spoken
+answer).
 
 `examine(model, "mine.wav", "what is the capital of france")` does it for one recording: printed, it
 says which of the three failed."""
@@ -19,6 +20,7 @@ from aqaa import audio
 from aqaa.corpus import engines, speak
 from aqaa.corpus.plan import asked_in, plan
 from aqaa.evaluation import whisper
+from aqaa.evaluation.hearing_clips import manifest
 from aqaa.files import reading
 from aqaa.sound_headers import AudioError
 from aqaa.tokenizers.phones import error_rate
@@ -40,6 +42,8 @@ def listed(folder):
     """([(path, text, answer or None), …], faults) of a folder. Raises ValueError or ModelError
     where there is no list."""
     path = Path(folder) / LIST
+    if not path.is_file() and (Path(folder) / "manifest.json").is_file():
+        return [(sound, normalise(text), None) for sound, text in manifest(folder)], []
     if not path.is_file():
         raise ValueError(f"{folder} holds no {LIST}: write one, a line a recording, such as "
                          "`hello.wav: what is the capital of france -> the capital of france is "

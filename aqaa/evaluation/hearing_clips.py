@@ -149,7 +149,12 @@ TRANSCRIPTS = {
 
 
 def recorded(folder):
-    """Clips of people in a folder with manifest.json, a list of {"file", "text" (or "digit"),
+    """Clips of people in a folder with a manifest. Raises ValueError."""
+    return [Clip(text, _read(path)) for path, text in manifest(folder)]
+
+
+def manifest(folder):
+    """[(path, text), …] of a folder with manifest.json, a list of {"file", "text" (or "digit"),
     "split"}; of splits only "evaluation", and what has none. Raises ValueError."""
     path, remedy = Path(folder) / "manifest.json", "mend the manifest, or get the folder again"
     try:
@@ -165,7 +170,7 @@ def recorded(folder):
         raise ValueError(f"{path} has no clip for evaluation: {remedy}.")
     if lost := [name for name, _ in rows if not Path(folder, name).is_file()]:
         raise ValueError(f"{path} names {lost[0]}, which is not there: {remedy}.")
-    return [Clip(text, _read(Path(folder, name))) for name, text in rows]
+    return [(Path(folder, name), text) for name, text in rows]
 
 
 def with_phones(clips):
