@@ -96,7 +96,8 @@ def test_a_manifest_will_do(place, asked):
     rows = [{"file": f"{name}.wav", "text": text} for name, text in
             (("one", "What is a black hole?"), ("two", asked[1]))]
     (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
-    assert F.listed(place) == ([(place / "one.wav", "what is a black hole", None), (place / "two.wav", asked[1], None)], [])
+    said = [(place / "one.wav", "what is a black hole", None), (place / "two.wav", asked[1], None)]
+    assert F.listed(place) == (said, [])
     rows[0]["file"] = "gone.wav"
     (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(ValueError, match="gone.wav, which is not there"):

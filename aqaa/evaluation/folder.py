@@ -2,9 +2,9 @@
 
 The folder holds sound files and questions.txt, a line a file: `file: what is said -> right answer`
 (the answer may be left out: a question of the curriculum brings its own), or a manifest.json, a
-list of {"file", "text"}. Reported for each file: the ear (phones and words it heard), the mind
-(answer, confidence, right or not) and the mouth (what an outside recogniser hears in the spoken
-answer).
+list of {"file", "text"}, of which entries with a "split" count only if it is "evaluation". Reported
+for each file: the ear (phones and words it heard), the mind (answer, confidence, right or not) and
+the mouth (what an outside recogniser hears in the spoken answer).
 
 `examine(model, "mine.wav", "what is the capital of france")` does it for one recording: printed, it
 says which of the three failed."""
@@ -42,9 +42,9 @@ def listed(folder):
     """([(path, text, answer or None), …], faults) of a folder. Raises ValueError or ModelError
     where there is no list."""
     path = Path(folder) / LIST
-    if not path.is_file() and (Path(folder) / "manifest.json").is_file():
-        return [(sound, normalise(text), None) for sound, text in manifest(folder)], []
     if not path.is_file():
+        if (Path(folder) / "manifest.json").is_file():  # it names no answers
+            return [(sound, normalise(text), None) for sound, text in manifest(folder)], []
         raise ValueError(f"{folder} holds no {LIST}: write one, a line a recording, such as "
                          "`hello.wav: what is the capital of france -> the capital of france is "
                          "paris`.")
