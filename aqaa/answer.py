@@ -23,8 +23,8 @@ class Answer:
     """A finished answer.
 
     audio (N,) float32 on the CPU at sample_rate; tokens: ids by name ("prompt", "answer", "text")
-    and codes ("linguistic", "semantic"); timings and pieces: see Ledger; confidence: geometric mean
-    of the probabilities of the text tokens, 0 without text.
+    and codes ("linguistic", "semantic"); timings and pieces: see Ledger; confidence: probability
+    that the text is right, see pipeline.confidence.
     """
 
     text: str

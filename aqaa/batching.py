@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from aqaa.audio import resample
 from aqaa.backbone.generation import generate_batch
-from aqaa.pipeline import MIN_AUDIO, SAMPLING
+from aqaa.pipeline import MIN_AUDIO, SAMPLING, confidence
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import normalise
 
@@ -14,21 +14,25 @@ BATCH = 32  # questions tokenised and answered at once
 MAX_ANSWER = 700  # ids: the longest answers of the curriculum have about 350
 
 
-def ask_all(model, wavs, *, batch=BATCH, seed=0, speak=True, progress=None, **sampling):
-    """A generator of (index, text, wav (N,) float32 or None), in no particular order.
+def ask_all(model, wavs, *, histories=None, batch=BATCH, seed=0, speak=True, progress=None,
+            **sampling):  # fmt: skip
+    """A generator of (index, text, wav (N,) float32 or None, confidence), in no particular order.
 
     wavs: list of (N,) float at 16 kHz, as are the answers. Questions of similar length are
     tokenised and generated together; the vocoder takes answers one by one, and speak=False leaves
-    it out. sampling goes to the generator (temperature, top_p).
+    it out. histories: of each question what was said before, (role, text) pairs. sampling goes to
+    the generator (temperature, top_p).
     """
+    histories = histories or [()] * len(wavs)
     order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))  # little padding in a batch
     bar = {"desc": progress, "disable": not progress, "unit": "question", "leave": False}
     with tqdm(total=len(wavs), **bar) as bar:
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            answers = answer_batch(model, [wavs[i] for i in chosen], seed, **sampling)
-            for i, (text, audio_ids) in zip(chosen, answers):
-                yield i, text, speak_ids(model, audio_ids, seed) if speak else None
+            before = [histories[i] for i in chosen]
+            answers = answer_batch(model, [wavs[i] for i in chosen], seed, before, **sampling)
+            for i, (text, audio_ids, sure) in zip(chosen, answers):
+                yield i, text, speak_ids(model, audio_ids, seed) if speak else None, sure
                 bar.update()
 
 
@@ -40,20 +44,27 @@ def speak_ids(model, audio_ids, seed=0):
     return resample(wav, model.config.hift.sampling_rate).numpy()
 
 
-def answer_batch(model, wavs, seed=0, **sampling):
-    """Questions (N,) float at 16 kHz -> [(text, audio ids of whole groups)], all at once."""
+def answer_batch(model, wavs, seed=0, histories=None, **sampling):
+    """Questions (N,) float at 16 kHz -> [(text, audio ids of whole groups, confidence)], all at
+    once. histories: as of `ask_all`."""
     sounds = [torch.as_tensor(np.asarray(wav, np.float32)).to(model.device) for wav in wavs]
     linguistic = model.linguistic.encode_batch(sounds)
     semantic = model.semantic.encode_batch(sounds)
-    merged = (interleave.merge(first.cpu(), second.cpu(), model.ids)
-              for first, second in zip(linguistic, semantic, strict=True))  # fmt: skip
+    merged = [interleave.merge(first.cpu(), second.cpu(), model.ids)
+              for first, second in zip(linguistic, semantic, strict=True)]  # fmt: skip
+    prompts = list(map(model.prompt, merged, histories or [()] * len(merged)))
+    return answer_prompts(model, prompts, seed, **sampling)
+
+
+def answer_prompts(model, prompts, seed=0, **sampling):
+    """The same of prompts, lists of ids."""
     settings = {"max_tokens": MAX_ANSWER, "min_audio": MIN_AUDIO, **own_sampling(), **sampling}
     common, answers = (model.ids, model.layout), []
-    prompts = list(map(model.prompt, merged))
     for steps in generate_batch(model.backbone, prompts, *common, seed=seed, **settings):
         text, audio = model.layout.parse([step.id for step in steps], model.ids)
         whole = interleave.groups(audio, model.ids).reshape(-1).tolist()
-        answers.append((normalise(model.text.decode(text)), whole))
+        sure = confidence(steps, model.config.confidence)
+        answers.append((normalise(model.text.decode(text)), whole, sure))
     return answers
 
 

@@ -170,6 +170,16 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class ConfidenceConfig:
+    """What makes a probability of being right of the mean probability c of an answer's words:
+    sigmoid(slope * logit(c) + offset), fitted by `aqaa bench calibration` on questions that no
+    weights have learnt from. As it stands here, c itself."""
+
+    slope: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class AQAAConfig:
     """The whole system."""
 
@@ -181,6 +191,7 @@ class AQAAConfig:
     mel: MelConfig = field(default_factory=MelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     hift: HiftConfig = field(default_factory=HiftConfig)
+    confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
 
     def to_dict(self):
         return asdict(self)

@@ -6,7 +6,7 @@ keeps a history as text (AQAA paper 2.4: audio would cost fourteen times the tok
 
 import time
 from functools import cached_property
-from math import exp
+from math import exp, log
 
 import torch
 
@@ -288,19 +288,29 @@ class Talk:
         ids = [step.id for step in self.steps]
         tokens = {"prompt": self.prompt, "answer": ids, "text": text_ids(self.steps)}
         tokens["linguistic"], tokens["semantic"] = interleave.split(ids, self.model.ids)
-        logprobs = [step.logprob for step in self.steps if step.kind == "text"]
         self.ledger.mark("total")
         self.ledger.times["first_audio_share"] = self._n_first / len(ids)
-        confidence = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
         return Answer(
             self._text.strip(), torch.cat(self.sound), self.model.vocoder.sample_rate, tokens,
-            self.ledger.times, confidence, tuple(self.ledger.pieces),
+            self.ledger.times, confidence(self.steps, self.model.config.confidence),
+            tuple(self.ledger.pieces),
         )  # fmt: skip
 
 
 def text_ids(steps):
     """Ids of the text among the Steps of an answer."""
     return [step.id for step in steps if step.kind == "text"]
+
+
+def confidence(steps, how):
+    """Probability that the text of an answer's Steps is right, 0 without text. how: the
+    ConfidenceConfig that makes it of the geometric mean of the probabilities of its ids."""
+    logprobs = [step.logprob for step in steps if step.kind == "text"]
+    if not logprobs:
+        return 0.0
+    # A mean of 1 has no logit: 1 - 1e-7 is as near to it as fp32 comes.
+    mean = min(max(exp(sum(logprobs) / len(logprobs)), 1e-7), 1 - 1e-7)
+    return 1 / (1 + exp(-how.slope * log(mean / (1 - mean)) - how.offset))
 
 
 class Chat:

@@ -57,9 +57,9 @@ def ask(monkeypatch):
     """A parrot knows which of the three questions was asked, and answers by playing the recording."""
 
     def ask(texts=SAID, sounds=SOUNDS, **options):
-        def batch(model, wavs, seed=0, **sampling):
+        def batch(model, wavs, seed=0, histories=None, **sampling):
             asked = [round(float(wav[0]) * 10) for wav in wavs]
-            return [(texts[i], [] if sounds[i] is None else [i]) for i in asked]
+            return [(texts[i], [] if sounds[i] is None else [i], 0.5) for i in asked]
 
         parrot = SimpleNamespace(config=preset("mini"), synthesize=lambda ids, seed: torch.from_numpy(sounds[ids[0]]))
         monkeypatch.setattr(batching, "answer_batch", batch)
@@ -108,7 +108,7 @@ def test_the_grammar_has_all_answers_and_what_was_written():
 
 def test_limit_spreads_over_a_cell():
     made = [SimpleNamespace(id=i, cell="seen_new") for i in range(10)]
-    corpus = SimpleNamespace(items=lambda role, split, cell: [item for item in made if item.cell == cell])
+    corpus = SimpleNamespace(items=lambda split, cell: [item for item in made if item.cell == cell])
     assert [item.id for item in questions(corpus, 3)] == [0, 3, 6]
     assert len(questions(corpus)) == len(questions(corpus, 50)) == 10
     corpus.folder, made[:] = "here", []
@@ -117,8 +117,9 @@ def test_limit_spreads_over_a_cell():
 
 
 def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
-    from aqaa.corpus import plan, speak
+    from aqaa.corpus import plan, speak, wider
 
+    monkeypatch.setattr(wider, "plan", lambda seed: [])
     shelf, spoken = Shelf(), {}
     unasked = Item("a9", "train", "", "answer", "x", "voice", 0, answer="x", manner="normal", answer_id="a9")
     trained = Item("q9", "train", "", "question", "?", "voice", 0, answer="x", answer_id="a9")
@@ -144,7 +145,7 @@ def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
     begun(tmp_path / "open")  # a part without questions
     assert accuracy.evaluation_corpus(tmp_path).folder == place
     begun(tmp_path / "questions")
-    assert accuracy.evaluation_corpus(tmp_path).folder == tmp_path / "questions" and not spoken
+    assert accuracy.evaluation_corpus(tmp_path).folder == tmp_path and not spoken
 
 
 def test_a_place_that_does_not_exist_is_told_before_the_work(tmp_path):
@@ -194,7 +195,8 @@ def test_questions_are_answered_in_batches_by_a_real_backbone():
     model.synthesize = lambda ids, seed: torch.full((len(ids),), 0.1)
     wavs = [np.zeros(1920 * n, np.float32) for n in (4, 2, 3)]
     first, again = (list(ask_all(model, wavs, batch=2, max_tokens=45)) for _ in range(2))
-    assert [i for i, _, _ in first] == [1, 2, 0]
-    assert all(text.startswith("t") and len(sound) % 5 == 0 and len(sound) for _, text, sound in first)
-    assert [text for _, text, _ in first] == [text for _, text, _ in again]
-    assert all(sound is None for _, _, sound in ask_all(model, wavs, speak=False, max_tokens=12))
+    assert [i for i, _, _, _ in first] == [1, 2, 0]
+    assert all(0 < sure < 1 for *_, sure in first)
+    assert all(text.startswith("t") and len(sound) % 5 == 0 and len(sound) for _, text, sound, _ in first)
+    assert [text for _, text, *_ in first] == [text for _, text, *_ in again]
+    assert all(sound is None for _, _, sound, _ in ask_all(model, wavs, speak=False, max_tokens=12))

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from scipy.signal import stft
 
-from aqaa.corpus import engines, kokoro, natural
+from aqaa.corpus import engines, kokoro, natural, noises, wider
 from aqaa.corpus import voices as V
 from aqaa.pitch import f0
 
@@ -44,10 +44,23 @@ def height(wav):
 
 
 def test_every_voice_has_an_engine():
-    assert {voice.split(":")[0] for voice in SPEAKERS} | {"people"} == set(engines.ENGINES)
-    everyone = V.TRAINING + V.EVALUATION + V.NATURAL + V.NATURAL_HELD_OUT
+    assert {voice.split(":")[0] for voice in SPEAKERS} | {"people", "noise"} == set(engines.ENGINES)
+    everyone = V.TRAINING + V.EVALUATION + V.NATURAL + V.NATURAL_HELD_OUT + wider.NOISES
     assert engines.of(everyone) == [name for name in engines.ENGINES if name != "people"]
     assert all(engine.speed() > 0 for name, engine in engines.ENGINES.items() if name != "kokoro")
+
+
+@pytest.mark.parametrize("voice", wider.NOISES)
+def test_noise_is_loud_and_each_draw_another(voice):
+    needs(voice)
+    made = engines.synthesize([(voice, TEXT, replace(PLAIN, lead=lead)) for lead in (0.1, 0.2, 0.1)])
+    for samples, rate in made:
+        assert rate == 16_000 and 0.8 <= len(samples) / rate < 6 and np.abs(samples).max() == pytest.approx(0.5)
+    assert np.array_equal(made[0][0], made[2][0])
+    if voice != "noise:reversed":  # which takes no chance
+        assert len(made[0][0]) != len(made[1][0]) or not np.allclose(made[0][0], made[1][0])
+    with pytest.raises(ValueError, match="no kind of noise is called silence"):
+        noises.spoil("silence", [], PLAIN)
 
 
 @pytest.mark.parametrize("voice", SPEAKERS)

@@ -53,7 +53,7 @@ def test_ear_mind_and_mouth_are_told_and_bad_files_stop_nobody(place, asked, cap
     assert [name in " ".join(result["faults"]) for name in ("bad.wav", "gone.wav", "'what'")] == [True] * 3
     told = F.table(result)
     assert one["failed"] in (None, "mouth") and two["failed"] in ("ear", "mind") and "failed: ear " in told
-    assert "2 recordings" in told and told.count("left out: ") == 3 and "1 right, 1 wrong" in told
+    assert "2 recordings" in told and told.count("left out: ") == 3 and "1 right, 0 honest, 1 wrong" in told
     assert "mind:" in capsys.readouterr().out
     assert (one["mouth"] is None) == bool(whisper.missing())
 
@@ -70,6 +70,7 @@ def examined(**changes):
     ({"heard": "what is too", "judged": "wrong"}, "ear", {"ear": 33.3, "mind": 100, "mouth": 0}),
     ({"judged": "wrong"}, "mind", {"ear": 0, "mind": 100, "mouth": 0}),
     ({"judged": "not known", "known": False, "said": None}, None, {"mouth": 0}),
+    ({"judged": "honest", "known": False, "heard": "what"}, None, {"ear": 66.7, "mouth": 0}),
     ({"mouth": "too"}, "mouth", {"ear": 0, "mind": 0, "mouth": 100}),
 ])  # fmt: skip
 def test_which_of_the_three_failed(changes, failed, errors):

@@ -72,10 +72,10 @@ def header(task, role):
 def parts_of(task, ids):
     """(where the question begins, where it ends, where the answer begins) in a list of ids."""
     asked, opened = header(task, "human"), [IDS.eot, *header(task, "assistant")]
-    first = ids.index(IDS.bot) + len(asked)
     ends = [i for i in range(len(ids)) if ids[i : i + len(opened)] == opened]
-    assert ids[first - len(asked) : first] == asked and len(ends) == 1
-    return first, ends[0], ends[0] + len(opened)
+    starts = [i + len(asked) for i in range(ends[-1]) if ids[i : i + len(asked)] == asked]
+    assert ids[1 + (ids[1] < IDS.n_text and ids[1] != IDS.bot) :][: len(asked)] == asked and len(starts) == len(ends)
+    return starts[-1], ends[-1], ends[-1] + len(opened)  # of the last turn
 
 
 # ---- the book -------------------------------------------------------------------------------------------------------
@@ -107,6 +107,60 @@ def test_voices_are_not_asked_about_in_writing(tiny_text):
         return {book.items[drawer.pair(rng, probs)[0]].intent for _ in range(40)}
 
     assert intents(drawer.written_probs) == {"sum", "echo"} and "person" in intents(drawer.probs)
+
+
+def dialogues(tokenizer, copies=None):
+    """The library with a second question, and codes by name, some with copies."""
+    book = library(tokenizer)
+    second = item(9, "follow", SENTENCES[3], "follow_again", SENTENCES[1], "a0", manner="slow")
+    second.slots = {"asked": SENTENCES[0], "answered": f"(slow) {SENTENCES[1]}"}
+    noise = item(10, "question", SENTENCES[7], E.UNHEARD, SENTENCES[3], "a1")
+    rng, items = np.random.default_rng(1), [*book.items, second, noise]
+    names = [name for one in items for name in (one.id, *(copies or {}).get(one.id, ()))]
+    stored = {name: (rng.integers(0, 16, 4), rng.integers(0, 32, 6)) for name in names}
+    return E.Book(CONFIG, tokenizer, items, stored, LINES)
+
+
+def test_a_second_question_stands_behind_the_first(tiny_text):
+    book = dialogues(tiny_text)
+    drawer, lengths = E.Examples(book, {}, noise=0), set()
+    first = [t for role, text in (("user", SENTENCES[0]), ("assistant", f"(slow) {SENTENCES[1]}"))
+             for t in dialogue.prompt([(role, text)], tiny_text, IDS, answer=False)[1:]]  # fmt: skip
+    asked, follows = book.audio[9].tolist(), 0
+    for seed in range(40):
+        ids, weights = drawer.turns(np.random.default_rng(seed))
+        ids = ids.tolist()
+        lengths.add(ids.count(IDS.bot))
+        at = [i for i in range(len(ids)) if ids[i : i + len(asked)] == asked]
+        if at:
+            follows += 1
+            before = ids[: at[0] - len(header_of(book, "human"))]
+            assert before[-len(first) :] == first
+        assert not weights[: len(ids) - ids[::-1].index(IDS.bot)][:10].any()  # what was said before is given
+    assert {4, 6} <= lengths <= {4, 6, 8} and 20 < follows < 40
+    assert 9 not in book.questions and book.follows == [9]
+
+
+def header_of(book, role):
+    return [IDS.bot, *book.encode(f"{role}\n")]
+
+
+def test_copies_are_heard_in_place_of_what_was_spoken(tiny_text):
+    book = dialogues(tiny_text, {"q3": ("q3~1", "q3~2")})
+    drawer = E.Examples(book, {}, noise=0)
+    heard = {tuple(drawer.noisy(np.random.default_rng(seed), 3).tolist()) for seed in range(30)}
+    assert heard == {tuple(ids.tolist()) for ids in book.heard[3]} and len(heard) == 3
+    assert len(book.heard[4]) == 1 and book.audio[3] is book.heard[3][0]
+    with pytest.raises(ValueError, match="there are no codes of a0: run `aqaa train codes`"):
+        E.Book(CONFIG, tiny_text, book.items, {}, LINES)
+
+
+def test_noise_has_no_words_and_is_not_asked_in_writing(tiny_text):
+    book = dialogues(tiny_text)
+    drawer, rng = E.Examples(book, {}), np.random.default_rng(0)
+    assert 10 in book.questions and 10 not in book.spoken_words
+    assert 10 in {drawer.pair(rng, drawer.probs)[0] for _ in range(60)}
+    assert 10 not in {drawer.pair(rng, drawer.written_probs)[0] for _ in range(60)}
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from aqaa.corpus import engines, natural, parts, speak
+from aqaa.corpus import engines, natural, parts, speak, wider
 from aqaa.corpus import plan as P
 from aqaa.corpus import voices as V
 from tests import tones
@@ -26,6 +26,8 @@ def few(scale, seed):
 def spoken(monkeypatch):
     tones.install(monkeypatch)
     monkeypatch.setattr(parts, "plan", few)
+    planned = wider.plan()
+    monkeypatch.setattr(wider, "plan", lambda scale, seed: planned[:2] + planned[-6:])
     monkeypatch.setattr(speak, "PER_SHARD", 16)
     monkeypatch.delenv(natural.STYLES_ENV, raising=False)
 
@@ -36,14 +38,14 @@ def make(folder, **more):
 
 def test_parts_are_read_together_and_each_for_itself(spoken, tmp_path):
     corpus = make(tmp_path)
-    questions, opened = (speak.Corpus(tmp_path / part) for part in ("questions", "open"))
-    assert len(corpus.items()) == len(questions.items()) + len(opened.items()) and corpus.complete
-    assert [item.id for item in corpus.items()] == [item.id for item in questions.items() + opened.items()]
-    for alone, part in ((questions, "questions"), (opened, "open")):
+    questions, opened, more = (speak.Corpus(tmp_path / part) for part in ("questions", "open", "wider"))
+    every = [*questions.items(), *opened.items(), *more.items()]
+    assert [item.id for item in corpus.items()] == [item.id for item in every] and corpus.complete
+    for alone, part in ((questions, "questions"), (opened, "open"), (more, "wider")):
         mine = [item for item in corpus.items() if item.part == part]
         assert mine and {item.part for item in alone.items()} == {""}
         assert all(np.array_equal(alone.wav(a), corpus.wav(b)) for a, b in zip(alone.items(), mine, strict=True))
-    assert corpus.items(role="open", split="train") and corpus.answers().keys() == questions.answers().keys()
+    assert corpus.items(role="open", split="train") and corpus.answers().keys() == questions.answers().keys() | more.answers().keys()
     assert {item.voice for item in corpus.items(role="open")} > set(V.NATURAL)
 
 
@@ -52,9 +54,9 @@ def test_a_part_is_spoken_again_without_the_others(spoken, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "questions").iterdir()}
     for path in (tmp_path / "open").iterdir():
         path.unlink()
-    assert list(speak.Corpus(tmp_path).places) == ["questions"]
+    assert list(speak.Corpus(tmp_path).places) == ["questions", "wider"]
     corpus = make(tmp_path, only="open", resume=False, seed=1)
-    assert corpus.complete and list(corpus.places) == ["questions", "open"]
+    assert corpus.complete and list(corpus.places) == ["questions", "open", "wider"]
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "questions").iterdir()}
 
 
@@ -88,7 +90,7 @@ def test_cost_is_said_before_anything_is_spoken(spoken, tmp_path, capsys, monkey
     line = r"^(\w+): (\d+) utterances, about ([\d.]+) hours, (\d+) minutes of one core$"
     told = re.findall(line, capsys.readouterr().out, re.MULTILINE)
     assert [(part, int(count)) for part, count, *_ in told] == [
-        ("questions", 20), ("open", len(P.open_plan(0.01))),
+        ("questions", 20), ("open", len(P.open_plan(0.01))), ("wider", 8),
     ]  # fmt: skip
 
 

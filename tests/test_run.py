@@ -434,7 +434,7 @@ def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_
     result = ablate("layouts")
     assert [(row["variant"], row["seed"]) for row in result["runs"]] == [(v, s) for s in (0, 1) for v in some]
     assert {"date", "commit", "hardware", "command"} <= set(result) and result["steps"] == STEPS
-    assert all(row["n"] == 1 and row["steps"] == STEPS and set(row["skills"]) for row in result["runs"])
+    assert all(row["n"] == 3 and row["steps"] == STEPS and set(row["skills"]) for row in result["runs"])
     told = capsys.readouterr().out
     assert all(name in told for name in some) and "1 questions a run, 4 runs" in told
     path = tmp_path / "runs" / "ablation-layouts.json"

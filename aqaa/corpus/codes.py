@@ -26,34 +26,49 @@ def usage(codes, size):
     return {"size": size, "used": len(probs), "perplexity": perplexity, "entropy_bits": bits}
 
 
-def store_codes(folder, items, linguistic, semantic):
-    """Write codes.npz: the code sequences of each item, small enough to travel."""
+def store_codes(path, names, linguistic, semantic):
+    """Write an npz of the code sequences of utterances by their ids, small enough to travel."""
     pairs = list(zip(linguistic, semantic, strict=True))
-    with replacing(Path(folder) / "codes.npz") as part, open(part, "wb") as file:
+    with replacing(Path(path)) as part, open(part, "wb") as file:
         np.savez_compressed(
             file,
-            ids=np.array([item.id for item in items]),
+            ids=np.array(names),
             lengths=np.array([[len(codes) for codes in pair] for pair in pairs], dtype=np.int16),
             codes=np.concatenate([codes for pair in pairs for codes in pair]).astype(np.int16),
         )
 
 
 def load_codes(folder, items, shipped=None):
-    """List of (linguistic, semantic) int arrays, in the order of `items`, from folder/codes.npz.
+    """List of (linguistic, semantic) int arrays, in the order of `items`: `stored_codes` of them.
 
-    shipped: a folder whose codes serve when there are none in `folder`. Raises FileNotFoundError if
-    there are none at all, ValueError if they are damaged, or of other utterances.
-    """
-    paths = [Path(place) / "codes.npz" for place in (folder, shipped or folder)]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
-    with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
-        names = file["ids"].tolist()
-        lengths, codes = (file[key].astype(np.int64) for key in ("lengths", "codes"))
-    parts = np.split(codes, lengths.reshape(-1).cumsum()[:-1])
-    pairs = dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
+    Raises ValueError if there are none of an item, and what `stored_codes` raises."""
+    pairs = stored_codes(folder, shipped)
     if missing := [item.id for item in items if item.id not in pairs]:
-        raise ValueError(f"{path} has no codes of {missing[0]}: it belongs to another corpus, run "
+        raise ValueError(f"{folder} has no codes of {missing[0]}: it belongs to another corpus, run "
                          "`aqaa train codes`")
     return [pairs[item.id] for item in items]
+
+
+def stored_codes(folder, shipped=None):
+    """{id: (linguistic, semantic)} of every file of codes in a folder; ID~1, ID~2, … are copies of
+    an utterance, bent (augment.py).
+
+    shipped: a folder whose files serve where `folder` has none of that name. Raises
+    FileNotFoundError if there are none at all, ValueError if they are damaged."""
+    files = {path.name: path for place in (shipped, folder) if place
+             for path in sorted(Path(place).glob("codes*.npz"))}  # fmt: skip
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
+    pairs = {}
+    for path in files.values():
+        with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
+            names = file["ids"].tolist()
+            lengths, codes = (file[key].astype(np.int64) for key in ("lengths", "codes"))
+        parts = np.split(codes, lengths.reshape(-1).cumsum()[:-1])
+        pairs |= dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
+    return pairs
+
+
+def codes_file(folder, part=""):
+    """Where the codes of a part of a corpus lie: codes.npz, codes_wider.npz, …"""
+    return Path(folder) / ("codes.npz" if part in ("", "questions") else f"codes_{part}.npz")

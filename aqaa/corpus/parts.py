@@ -4,7 +4,7 @@ Each part lies in a folder of its own, so that one may change while the others s
 
 from pathlib import Path
 
-from aqaa.corpus import engines, natural, people, speak
+from aqaa.corpus import engines, natural, people, speak, wider
 from aqaa.corpus.plan import OPEN, open_plan, plan
 
 SECONDS = 0.5, 0.06  # of an utterance: silence at its ends, and a letter, on the average of voices
@@ -26,6 +26,7 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True, only=N
     makers = {
         "questions": lambda: plan(scale, seed),
         "open": lambda: _open(folder / "open", scale, seed),
+        "wider": lambda: _wider(folder / "wider", scale, seed),
         "people": lambda: recorded,
     }
     plans = {part: makers[part]() for part in chosen}
@@ -66,6 +67,19 @@ def _open(folder, scale, seed):
     if not natural.styles_file():
         print(f"Kokoro mixes 3 styles in place of 41: for all of them {natural.STYLES_HELP}.")
     return open_plan(scale, seed)
+
+
+def _wider(folder, scale, seed):
+    """Items of the wider part by the engines that are installed, or were when it was begun; says
+    what is left out. An Item has the same id either way."""
+    items = wider.plan(scale, seed)
+    voices = {item.voice for item in items}
+    lacks, began = engines.absent(voices), speak.head(folder).get("engines", {})
+    for name, missing in lacks.items() if not began else ():
+        print(f"{' and '.join(missing)} not found: the wider part goes without the voices of "
+              f"{name}; run `{engines.ENGINES[name].install}`.")  # fmt: skip
+    known = set(began) or set(engines.of(voices)) - set(lacks)
+    return [item for item in items if item.voice.split(":")[0] in known]
 
 
 def _people(folders, seed):

@@ -64,17 +64,17 @@ PLANNED, STORED = NAMES[: NAMES.index("phones")], NAMES[: NAMES.index("part")]
 def plan(scale=1.0, seed=0):
     """All Items of a corpus, the same for the same seed: answers, evaluation, shuffled training."""
     rng = Random(f"plan {seed}")
-    answers = _answers()
+    answers = answer_items()
     ids = {(item.answer, item.manner): item.id for item in answers}
     spoken = answers if scale >= 1 else []
     for manner in V.MANNERS if scale < 1 else ():  # a miniature speaks a few of each manner
         same = [item for item in answers if item.manner == manner]
         spoken += rng.sample(same, max(2, round(len(same) * scale)))
-    items = spoken + _answer_voice_generic(_count(ANSWER_VOICE_GENERIC, scale), rng)
+    items = spoken + _answer_voice_generic(scaled(ANSWER_VOICE_GENERIC, scale), rng)
     for cell, (count, wording, pool) in CELLS.items():
-        items += _evaluation(cell, _count(count, scale), wording, pool, ids, rng)
-    items += _evaluation("", _count(DEV, scale), "seen", V.TRAINING, ids, rng)
-    training = _training(scale, ids, rng) + _generic(_count(GENERIC, scale), rng)
+        items += _evaluation(cell, scaled(count, scale), wording, pool, ids, rng)
+    items += _evaluation("", scaled(DEV, scale), "seen", V.TRAINING, ids, rng)
+    training = _training(scale, ids, rng) + _generic(scaled(GENERIC, scale), rng)
     rng.shuffle(training)
     rng = Random(f"later {seed}")  # its own: the plan before stays what it was
     later = _training(scale, ids, rng, later=True)
@@ -95,9 +95,9 @@ def open_plan(scale=1.0, seed=0, natural=True):
     Without `natural` voices the synthesizers say their share alone."""
     rng = Random(f"open {seed}")
     counts = OPEN["natural"] if natural else {}
-    voices = [voice for voice, count in counts.items() for _ in range(_count(count, scale))]
-    choice = _Choice(rng)
-    count = _count(OPEN["synthesizers"], scale)
+    voices = [voice for voice, count in counts.items() for _ in range(scaled(count, scale))]
+    choice = Choice(rng)
+    count = scaled(OPEN["synthesizers"], scale)
     voices += [V.pick(choice, V.TRAINING) for _ in range(count)]
     rng.shuffle(voices)
     bare, patterns = C.bare_questions(), C.held_out_patterns()
@@ -148,11 +148,11 @@ def spread(items, count=None):
     return [items[int(i * step)] for i in range(min(len(items), count or len(items)))]
 
 
-def _count(n, scale):
+def scaled(n, scale):
     return max(4, round(n * scale))
 
 
-def _answers():
+def answer_items():
     """Items of all distinct (answer, manner). Those of read-only facts are for evaluation."""
     seen = {}
     for intent in C.INTENTS.values():
@@ -168,7 +168,7 @@ def _answers():
     return list(seen.values())
 
 
-class _Choice:
+class Choice:
     """numpy's `choice` with the standard library's generator, whose stream never changes."""
 
     def __init__(self, rng):
@@ -179,7 +179,7 @@ class _Choice:
 
 
 def _question(split, cell, intent, core, fact, pool, ids, rng):
-    voice = V.pick(_Choice(rng), pool, fact.want)
+    voice = V.pick(Choice(rng), pool, fact.want)
     return Item(
         "", split, cell, "question", C.wording(core, fact, rng), voice, 0, intent.category,
         intent.name, core, dict(fact.slots), fact.want, fact.answer, fact.manner,
@@ -193,7 +193,7 @@ def _training(scale, ids, rng, later=False):
     for intent in C.INTENTS.values():
         known, wordings = intent.known(), intent.later if later else intent.cores
         renders = intent.later_renders if later else intent.renders
-        count, turns = _count(renders, scale) if wordings else 0, Counter()
+        count, turns = scaled(renders, scale) if wordings else 0, Counter()
         rounds = count // len(known) + 1
         order = [fact for _ in range(rounds) for fact in rng.sample(known, len(known))][:count]
         allowed = {core: {fact.key for fact in intent.allowed(core)} for core in wordings}
@@ -276,7 +276,7 @@ def sentences(count, rng):
 
 
 def _generic(count, rng):
-    return [Item("", "train", "", "generic", text, V.pick(_Choice(rng), V.TRAINING))
+    return [Item("", "train", "", "generic", text, V.pick(Choice(rng), V.TRAINING))
             for text in sentences(count, rng)]  # fmt: skip
 
 

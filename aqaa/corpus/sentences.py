@@ -147,11 +147,23 @@ def sentence(rng, least_used=None):
     kinds = KINDS[BANDS.index(band)]
     while True:
         draft = _Draft(rng, counts, low, high)
-        text = draft.make(rng.choices(list(kinds), list(kinds.values()))[0])
-        text = re.sub(r"\ban? (?=([a-z']+))", lambda m: "an " if VOWEL.match(m[1]) else "a ", text)
+        text = _articles(draft.make(rng.choices(list(kinds), list(kinds.values()))[0]))
         if low <= len(text.split()) <= high:
             counts.update(draft.drawn)
             return text
+
+
+def filled(pattern, rng, least_used=None):
+    """A pattern such as "where do <animals> sleep" with words in its slots. Arguments as above."""
+    counts = Counter() if least_used is None else least_used
+    draft = _Draft(rng, counts, 1, 25)
+    text = SLOT.sub(lambda found: draft.slot(*found.groups()), pattern)
+    counts.update(draft.drawn)
+    return _articles(" ".join(text.split()))
+
+
+def _articles(text):
+    return re.sub(r"\ban? (?=([a-z']+))", lambda m: "an " if VOWEL.match(m[1]) else "a ", text)
 
 
 def open_sentences(count, rng, avoid=lambda text: False):

@@ -26,7 +26,7 @@ from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import CELLS, STORED, Item, plan_hash
 from aqaa.files import reading, replacing
 
-PARTS = ("questions", "open", "people")
+PARTS = ("questions", "open", "wider", "people")
 PER_SHARD = 400
 RESUME = "run `aqaa train corpus --resume`"
 AGAIN = f"remove it and the file of the same name beside it, and {RESUME}"
@@ -108,7 +108,7 @@ class Corpus:
         if not self.places:
             raise FileNotFoundError(f"{folder} holds no corpus; make one with `aqaa train corpus`.")
         self.heads = {part: head(place) for part, place in self.places.items()}
-        self._items, self._shards = [], {}
+        self._items, self._shards, self._first = [], {}, {}
         for part, place in self.places.items():
             for path in sorted(place.glob("shard_*.jsonl")):
                 with reading(path, AGAIN):
@@ -135,6 +135,13 @@ class Corpus:
             with reading(path, AGAIN):
                 self._shards[shard] = np.lib.format.open_memmap(path, mode="r")
         return np.array(self._shards[shard][item.offset : item.offset + item.length])
+
+    def before(self, item):
+        """The first question of a second one: it was planned just before it."""
+        if not self._first:
+            follows = zip(self._items, self._items[1:])
+            self._first = {two.id: one for one, two in follows if one.role == "first"}
+        return self._first[item.id]
 
     def answers(self):  # by answer_id
         return {item.answer_id: item for item in self.items(role="answer")}
@@ -166,7 +173,8 @@ def _speak_shard(index, items, folder):
     sounds = iter(engines.synthesize(jobs))
     wavs, lines, offset = [], [], 0
     for item in items:
-        item = replace(item, phones=phones[said_as(item.text)], shard=index, offset=offset)
+        said = [] if item.voice.startswith("noise:") else phones[said_as(item.text)]
+        item = replace(item, phones=said, shard=index, offset=offset)
         wav = _insist(item) if item.want else _finish(item, *next(sounds), 0)
         if not wav.any():
             raise RuntimeError(f"{item.voice} said nothing for {item.text!r}; is the synthesizer "
@@ -190,7 +198,7 @@ def _generator(item, attempt):
 
 def _how(item, attempt=0):
     """The answer voice's manner, or the variation this question's seed draws."""
-    if item.manner and item.role != "question":
+    if item.manner and item.role not in ("question", "follow"):
         return V.MANNERS[item.manner]
     if item.role == "people":
         return V.draw_recording(_generator(item, attempt))

@@ -17,12 +17,18 @@ from aqaa.config import SAMPLE_RATE
 from aqaa.corpus.plan import spread
 from aqaa.evaluation.controls import RULES, direction
 from aqaa.evaluation.judges import Judge, missing_words
+from aqaa.pipeline import text_ids
 from aqaa.tokenizers.text import normalise
 
 CELLS = {  # of the corpus, and what they are called in the table
     "seen_seen": "seen wording, seen voice", "seen_new": "seen wording, new voice",
     "new_seen": "new wording, seen voice", "new_new": "new wording, new voice",
     "slot_seen": "seen wording, unseen slot", "read_only": "facts only ever read",
+    "known_natural": "seen wording, natural voice", "new_natural": "new wording, natural voice",
+    "outside_seen": "outside the world, seen voice",
+    "outside_natural": "outside the world, natural voice",
+    "follow_seen": "second turn, seen voice", "follow_natural": "second turn, natural voice",
+    "unheard": "sound without words",
 }  # fmt: skip
 METRICS = {  # of a Row, and their heading
     "text": "text", "lenient": "spoken", "strict": "strict", "agrees": "agrees",
@@ -45,6 +51,7 @@ class Row:
     question: str
     expected: str
     written: str = ""  # the model's text
+    confidence: float = 0.0
     heard: str = ""  # by the lenient judge, in the model's sound
     heard_strict: str = ""
     seconds: float = 0.0  # of sound
@@ -70,8 +77,11 @@ def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progr
                 manner=i.manner or "normal") for i in items]  # fmt: skip
     sounds = [None] * len(rows)
     wavs, label = [recording(corpus, item) for item in items], "asking" if progress else None
-    for i, written, sound in ask_all(model, wavs, seed=seed, speak=not text_only, progress=label):
+    before = [history(model, corpus, item, seed) for item in items]
+    for i, written, sound, sure in ask_all(model, wavs, histories=before, seed=seed, speak=not text_only,
+                                     progress=label):  # fmt: skip
         rows[i].written, rows[i].text = written, written == rows[i].expected
+        rows[i].confidence = round(sure, 4)
         sounds[i] = sound
         rows[i].seconds = 0.0 if sound is None else round(len(sound) / SAMPLE_RATE, 3)
     settings = {name: repr(value) for name, value in own_sampling().items()}
@@ -87,9 +97,19 @@ def questions(corpus, limit=None):
     """Evaluation questions, `limit` of each cell at most, spread evenly over the cell."""
     chosen = []
     for cell in CELLS:
-        items = corpus.items(role="question", split="eval", cell=cell)
+        items = corpus.items(split="eval", cell=cell)
         chosen += spread(items, limit)
     return chosen
+
+
+def history(model, corpus, item, seed=0):
+    """What was said before a second question: the first one is spoken to the model, which writes
+    down what it hears and what it answers, right or not; () of any other question."""
+    if item.role != "follow":
+        return ()
+    ids = model.listen((recording(corpus, corpus.before(item)), SAMPLE_RATE))
+    words = model.text.decode(text_ids(model.generate(model.prompt(ids), seed=seed))).strip()
+    return [("user", model.transcribe(ids)), ("assistant", words)]
 
 
 def score_sound(rows, items, sounds, corpus, workers, seed, progress):
@@ -185,27 +205,31 @@ def evaluation_corpus(folder, seed=0, workers=2):
     """The questions of the corpus in `folder`, also while it is growing; without any, those for
     evaluation and their answers are spoken into `evaluation` there. Interrupted speaking goes on.
     """
-    from aqaa.corpus import speak
+    from aqaa.corpus import engines, speak, wider
     from aqaa.corpus.plan import plan
 
     places = speak.places(folder)
     if "questions" in places:
-        return speak.Corpus(places["questions"])
+        return speak.Corpus(folder)
     place = Path(folder) if places.keys() == {""} else Path(folder) / "evaluation"
     corpus = speak.Corpus(place) if (place / "plan.json").exists() else None
     if corpus and corpus.complete:
         return corpus
     items = plan(seed=seed)
     asked = [item for item in items if item.split == "eval" and item.role == "question"]
-    wanted = {item.answer_id for item in asked}
+    more = [item for item in wider.plan(seed=seed) if item.split == "eval" or item.role == "answer"]
+    lacks = engines.absent({item.voice for item in more})
+    more = [item for item in more if not engines.of([item.voice])[0] in lacks]
+    wanted = {item.answer_id for item in asked + more}
     # The normal form of a manner's answer is the reference that the manner is measured against.
-    texts = {item.answer for item in asked if item.manner in RULES}
+    texts = {item.answer for item in asked + more if item.manner in RULES}
     answers = [item for item in items if item.role == "answer"]
     answers = [item for item in answers if item.answer_id in wanted
                or item.manner == "normal" and item.answer in texts]  # fmt: skip
-    if corpus and corpus.heads[""]["hash"] != speak.plan_hash(answers + asked):
+    planned = answers + asked + more
+    if corpus and corpus.heads[""]["hash"] != speak.plan_hash(planned):
         return corpus
-    return speak.speak(answers + asked, place, workers)
+    return speak.speak(planned, place, workers)
 
 
 def all_answers():

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from aqaa import audio
-from aqaa.corpus import engines, speak
-from aqaa.corpus.plan import asked_in, plan
+from aqaa.corpus import engines, speak, wider
+from aqaa.corpus.plan import plan
 from aqaa.evaluation import whisper
 from aqaa.evaluation.hearing_clips import manifest
 from aqaa.files import reading
@@ -35,7 +35,8 @@ VERDICTS = {
     "mind": "The mind failed: the ear did its part, but the answer is not right.",
     "mouth": "The mouth failed: an outside judge hears other words than were written.",
 }
-KINDS = ("right", "wrong", "not known")
+KINDS = ("right", "honest", "wrong", "not known")  # honest: it says that it does not know
+HONEST = tuple(wider.WIDER["answers"].values())
 
 
 def listed(folder):
@@ -101,6 +102,8 @@ class Examined:
     def failed(self):
         """"ear", "mind" or "mouth", the first that did not do its part; None if all did, as far as
         they could be judged. A question that is misheard but answered rightly was heard."""
+        if self.judged == "honest":
+            return None
         if self.judged != "right" and self.errors.get("ear"):
             return "ear"
         if self.errors.get("mind"):
@@ -135,6 +138,8 @@ def examine(model, sound, said=None, answer=None, seed=0):
     given = model.ask(ids, seed=seed)
     written = normalise(given.text)
     judged = "not known" if right is None else "right" if written in right else "wrong"
+    if right is None and written in HONEST:
+        judged = "honest"
     phones = error = mouth = None
     if model.heads is not None:
         phones = [phone.name for phone in model.phones(sound)["linguistic"]]
@@ -150,11 +155,10 @@ def examine(model, sound, said=None, answer=None, seed=0):
 @cache
 def known_answers():
     """{question: answers that are right} of the curriculum, in every wording of its plan."""
-    answers, items = {}, plan()
-    for split in ("train", "dev", "eval"):
-        for item in asked_in(items, split):
-            if not item.want:  # the answer lies in the words
-                answers.setdefault(normalise(item.text), set()).add(normalise(item.answer))
+    answers, items = {}, plan() + wider.plan()
+    for item in (one for one in items if one.role == "question"):
+        if not item.want and item.category != wider.HONESTY:  # the answer lies in the words
+            answers.setdefault(normalise(item.text), set()).add(normalise(item.answer))
     return answers
 
 

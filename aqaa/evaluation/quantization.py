@@ -143,7 +143,7 @@ def shipped(model):
     folder = files.data_folder() / "questions"
     rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     wavs = [audio.load_question(folder / row["file"]) for row in rows]
-    texts = [text for text, _ in answer_batch(model, wavs, temperature=0.0)]
+    texts = [text for text, _, _ in answer_batch(model, wavs, temperature=0.0)]
     return texts, [normalise(row["answer"]) for row in rows]
 
 

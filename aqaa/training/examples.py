@@ -5,14 +5,18 @@ vocabulary; an answer's text begins with its manner, "(slow) …", unless that i
   text   written question -> written answer           asr   speech -> its words
   tts    words (and a manner) -> answer voice          next  speech, continued (audio continuation)
   tqaa   written question -> spoken answer             aqta  spoken question -> written answer
-  aqtaa  spoken question -> written and spoken answer, in blocks of the layout"""
+  aqtaa  spoken question -> written and spoken answer, in blocks of the layout
+  turns  the same behind earlier turns, which are text, as in a chat"""
 
+import itertools
+from collections import Counter
 from functools import cache
 
 import numpy as np
 
 from aqaa.config import AQTA, ASR_MARKER, TQAA, TTS
 from aqaa.corpus.curriculum import VOICE
+from aqaa.corpus.voices import NATURAL
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import MANNERS, tagged
 
@@ -21,6 +25,9 @@ TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
 # Skills of the voice, by StepEval-Audio-360's names: what SFT-2 is for, whichever a book has.
 SPECIAL = ("Sing", "Creativity", "Role-playing", "Gaming", "Speech Emotion Control",
            "Voice Instruction Following")  # fmt: skip
+NATURAL_WEIGHT = 2.5  # of a question in a natural voice among the others
+HISTORY, FOLLOWS = (0.5, 0.35, 0.15), 0.7  # chances of 0, 1, 2 further turns; of a second question
+UNHEARD = "unheard"  # the intent of noise
 REMINDER = 0.25  # share of other answers in SFT-2: without any, what they teach is soon forgotten
 
 
@@ -28,29 +35,48 @@ class Book:
     """Everything that is said, as ids: one entry an utterance, with its words and its audio ids."""
 
     def __init__(self, config, tokenizer, items, codes, lines):
-        """items: of a corpus; codes: list of (linguistic, semantic) arrays; lines: of `plan.texts`.
-        Raises ValueError when the answer to a question is missing."""
+        """items: of a corpus; codes: list of (linguistic, semantic) arrays, or `stored_codes`, where
+        an item may have copies; lines: of `plan.texts`. Raises ValueError when the answer to a
+        question is missing, or codes are."""
         self.config, self.tokenizer, self.items, self.lines = config, tokenizer, items, lines
-        self.audio = [np.array(interleave.merge(*pair, config.ids), np.int64) for pair in codes]
+        copies = [[pair] for pair in codes] if isinstance(codes, list) else _copies(codes, items)
+        self.heard = [[np.array(interleave.merge(*pair, config.ids), np.int64) for pair in pairs]
+                      for pairs in copies]  # fmt: skip
+        self.audio = [variants[0] for variants in self.heard]  # as spoken
         self.encode = cache(tokenizer.encode)  # a text to its ids, the same list each time
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
+        self.spoken_words = [i for i, item in enumerate(items) if item.intent != UNHEARD]
+        self.follows = [i for i, item in enumerate(items) if item.role == "follow"]
         self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
         self.answers = {items[i].answer_id: i for i in self.voiced if items[i].answer_id}
-        missing = {items[i].answer_id for i in self.questions} - set(self.answers)
+        asked = self.questions + self.follows
+        missing = {items[i].answer_id for i in asked} - set(self.answers)
         if missing:
             raise ValueError(f"{len(missing)} answers were never spoken, {min(missing)} among them")
 
     def balance(self):
-        """Probability of each question: equal shares for intents, though large ones still lead."""
+        """Probability of each question: equal shares for intents, though large ones still lead;
+        natural voices are heard more often than there are of them."""
         intents = [self.items[i].intent for i in self.questions]
-        counts = {name: intents.count(name) for name in set(intents)}
+        counts = Counter(intents)
+        natural = [self.items[i].voice in NATURAL for i in self.questions]
         probs = np.array([counts[name] ** -0.4 for name in intents])
+        probs *= np.where(natural, NATURAL_WEIGHT, 1.0)
         return probs / probs.sum()
 
     def spoken(self, index):
         """Words, headed by their manner, and audio ids of an answer."""
         item = self.items[index]
         return self.encode(tagged(item.text, item.manner)), self.audio[index]
+
+
+def _copies(stored, items):
+    """[[codes as spoken, codes of its copies …], …] of items."""
+    if missing := [item.id for item in items if item.id not in stored]:
+        raise ValueError(f"there are no codes of {missing[0]}: run `aqaa train codes`")
+    names = (itertools.chain([item.id], (f"{item.id}~{i}" for i in itertools.count(1)))
+             for item in items)  # fmt: skip
+    return [[stored[name] for name in itertools.takewhile(stored.__contains__, one)] for one in names]
 
 
 class Examples:
@@ -69,8 +95,9 @@ class Examples:
         self.open_turn = len(dialogue.prompt([], book.tokenizer, self.ids))
         self.probs = book.balance() * (self.selected() if selected else 1.0)
         self.probs /= self.probs.sum()
-        # No voice is heard in writing. A book may hold questions about voices and nothing else.
-        askable = [book.items[i].category != VOICE for i in book.questions]
+        # No voice is heard in writing, and no noise. A book may hold nothing but such questions.
+        askable = [book.items[i].category != VOICE and book.items[i].intent != UNHEARD
+                   for i in book.questions]  # fmt: skip
         written = self.probs * askable if any(askable) else self.probs
         self.written_probs = written / written.sum()
 
@@ -101,7 +128,7 @@ class Examples:
         return self.example(None, self.book.encode(line["question"]), answer)
 
     def asr(self, rng):
-        index = int(rng.integers(len(self.book.items)))
+        index = self.book.spoken_words[rng.integers(len(self.book.spoken_words))]
         words = self.book.encode(self.book.items[index].text)
         return self.example(ASR_MARKER, self.noisy(rng, index), words)
 
@@ -130,6 +157,25 @@ class Examples:
         index, answer = self.pair(rng, self.probs)
         return self.example(None, self.noisy(rng, index), *self.book.spoken(answer))
 
+    def turns(self, rng):
+        """A second question behind the first; or any question behind turns that do not matter."""
+        history = [self.some_turn(rng) for _ in range(rng.choice(3, p=HISTORY))]
+        if self.book.follows and rng.random() < FOLLOWS:
+            index = self.book.follows[rng.integers(len(self.book.follows))]
+            item = self.book.items[index]
+            history = history[1:] + [(item.slots["asked"], item.slots["answered"])]
+            answer = self.book.answers[item.answer_id]
+        else:
+            history = history or [self.some_turn(rng)]
+            index, answer = self.pair(rng, self.probs)
+        turns = [turn for asked, answered in history
+                 for turn in (("user", asked), ("assistant", answered))]  # fmt: skip
+        return self.example(None, self.noisy(rng, index), *self.book.spoken(answer), turns=turns)
+
+    def some_turn(self, rng):
+        line = self.book.lines[rng.integers(len(self.book.lines))]
+        return line["question"], tagged(line["answer"], line["manner"])
+
     def pair(self, rng, probs):
         """Places in the book of a question, drawn by `probs`, and of its spoken answer."""
         index = self.book.questions[rng.choice(len(probs), p=probs)]
@@ -137,14 +183,16 @@ class Examples:
 
     def noisy(self, rng, index):
         """Audio ids of an utterance (N,), some of them replaced by others of their kind."""
-        return swapped(self.book.audio[index], self.ids, self.noise, rng)
+        variants = self.book.heard[index]
+        return swapped(variants[rng.integers(len(variants))], self.ids, self.noise, rng)
 
-    def example(self, marker, question, words=None, audio=None):
+    def example(self, marker, question, words=None, audio=None, turns=()):
         """A question and its answer of words, of audio, or of both in the layout's blocks.
 
-        marker: a control token that asks for this kind of answer, or None. Returns ids (N,) and
+        marker: a control token that asks for this kind of answer, or None; turns: what was said
+        before. Returns ids (N,) and
         weights (N,): the chat template is given, so only question and answer are targets."""
-        asked = [("user", question)]
+        asked = [*turns, ("user", question)]
         prompt = dialogue.prompt(asked, self.book.tokenizer, self.ids, marker=marker)
         if words is not None and audio is not None:
             answer = self.layout.arrange(words, audio, self.ids)

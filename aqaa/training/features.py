@@ -26,6 +26,7 @@ AGAIN = "remove features.json beside it, and run `aqaa train features` again"
 ANSWER_SHARE = 4.0  # an answer-voice utterance is drawn this much more often than a question
 FRAME = 160  # samples of a log-mel frame
 WIDTHS = {"lfr": 560, "log_mel": 512, "f0": 4}  # of a row
+BATCH = 64  # utterances whose codes are made at once
 F0_FLOOR = 60.0  # Hz; melody is measured in octaves above it
 
 
@@ -135,7 +136,8 @@ def utterances(folder, items, kind):
     rows = _load(folder / f"{kind}.npy", sum(lengths))
     extra = {"f0": _load(folder / "f0.npy", sum(lengths))} if kind == "log_mel" else {}
     phones = [phone_ids(item.phones) for item in items]
-    weights = [ANSWER_SHARE if item.role == "answer" else 1.0 for item in items]
+    # What has no phones, noise, teaches no tokenizer.
+    weights = [ANSWER_SHARE if item.role == "answer" else float(bool(item.phones)) for item in items]
     return Utterances(rows, lengths, phones, extra, np.array(weights))
 
 
@@ -181,3 +183,21 @@ def hidden(model, x, lengths):
         return model((x + model.add_shift) * model.rescale, lengths)
     log_mel = x.unflatten(-1, (-1, model.config.n_mels)).flatten(1, 2).transpose(1, 2)
     return model.hidden(log_mel, lengths * 4)[0]
+
+
+@torch.no_grad()
+def codes(model, data, rows, bend=None, seed=()):
+    """{row: codes (N,)} of a tokenizer, for rows of its Utterances that are in order of length.
+
+    bend: an Augment for copies from other mouths and microphones. For the same rows and seed the
+    mouths of two tokenizers are the same: their sizes are what an Augment draws first."""
+    found = {}
+    for start in tqdm(range(0, len(rows), BATCH), "codes", unit="batch", mininterval=5):
+        batch = rows[start : start + BATCH]
+        x, lengths = data.gather(batch)  # (B, T, D), (B,)
+        if bend:
+            x, _, _ = bend(x, lengths, np.random.default_rng((*seed, start)))
+        quantized = model.quantize(hidden(model, x, lengths))  # (B, T)
+        for row, ids, length in zip(batch, quantized, lengths.tolist(), strict=True):
+            found[row] = ids[:length].numpy()
+    return found

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from aqaa.config import preset
-from aqaa.corpus import parts, speak
-from aqaa.corpus.codes import load_codes, store_codes, usage
+from aqaa.corpus import parts, speak, wider
+from aqaa.corpus.codes import codes_file, store_codes, stored_codes, usage
 from aqaa.corpus.plan import asked_in, held_out, plan, texts
 from aqaa.files import data_folder, fingerprint, probe, read_object, replacing, sweep, write_json
-from aqaa.pipeline import AQAA
+from aqaa.pipeline import AQAA, SPOKEN
 from aqaa.records import provenance
 from aqaa.tokenizers.text import TextTokenizer
 from aqaa.training import features, merging, pairs, stages
@@ -95,23 +95,27 @@ class Run:
         opened, items = self.items()
         features.prepare(opened, items, self.out / "features", self.workers)
 
-    @torch.no_grad()
     def codes(self):
-        """Both code sequences of every utterance."""
+        """Both code sequences of every utterance, and of bent copies of the wider part's."""
         _, items = self.items()
-        sizes = {"linguistic": self.config.ids.n_linguistic, "semantic": self.config.ids.n_semantic}
-        codes = {name: [None] * len(items) for name in sizes}
+        order = sorted(range(len(items)), key=lambda i: items[i].length)  # so that little is padded
+        copied = [i for i in order if wider.is_copied(items[i])]
+        heard = {}  # (copy, name of the tokenizer): {row: codes}
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
-            model = self.part(name)
+            model, task = self.part(name), resolve_name(stages.STAGES[name].task)
             data = features.utterances(self.out / "features", items, kind)
-            by_length = np.argsort(data.lengths, kind="stable")  # so that little is padded
-            for rows in np.split(by_length, range(64, len(items), 64)):
-                x, lengths = data.gather(rows)  # (B, T, D), (B,)
-                quantized = model.quantize(features.hidden(model, x, lengths))  # (B, T)
-                for row, ids, length in zip(rows, quantized, lengths.tolist(), strict=True):
-                    codes[name][row] = ids[:length].numpy()
-        store_codes(self.out, items, **codes)
-        use = {name: usage(codes[name], size) for name, size in sizes.items()}
+            heard[0, name] = features.codes(model, data, order)
+            bend = task.bender(model.config)
+            for copy in range(1, wider.COPIES + 1):
+                heard[copy, name] = features.codes(model, data, copied, bend, (self.seed, copy))
+        for part in dict.fromkeys(item.part for item in items):
+            rows = {item.id: (i, 0) for i, item in enumerate(items) if item.part == part}
+            rows |= {f"{items[i].id}~{copy}": (i, copy) for copy in range(1, wider.COPIES + 1)
+                     for i in copied if part == "wider"}  # fmt: skip
+            pairs = [[heard[copy, name][i] for i, copy in rows.values()] for name in SPOKEN]
+            store_codes(codes_file(self.out, part), list(rows), *pairs)
+        sizes = {"linguistic": self.config.ids.n_linguistic, "semantic": self.config.ids.n_semantic}
+        use = {name: usage(list(heard[0, name].values()), size) for name, size in sizes.items()}
         print("codebooks:", use)
         self._record("codes", use)
 
@@ -137,9 +141,9 @@ class Run:
         if self.init:
             record = {**self._recorded(self.init), **record}
         model_folder.gather(self.export_folder, self.config, self.tokenizer_file(), parts, record)
-        if (self.out / "codes.npz").exists():
-            with replacing(self.export_folder.parent / "codes" / "codes.npz") as part:
-                shutil.copyfile(self.out / "codes.npz", part)
+        for path in sorted(self.out.glob("codes*.npz")):
+            with replacing(self.export_folder.parent / "codes" / path.name) as part:
+                shutil.copyfile(path, part)
         print(f"wrote {self.export_folder}")
 
     def items(self):
@@ -176,20 +180,24 @@ class Run:
         `dev` the questions are those of the development split, which no weights learn from. The
         plan has the words, and shipped codes stand in for this run's: no sound is needed."""
         planned = plan(scale=self.scale, seed=self.seed)
-        items = [item for item in planned if item.split == "train"]
+        lines = texts(planned)
+        planned += wider.plan(scale=self.scale, seed=self.seed)
+        stored = stored_codes(self._own("codes.npz").parent, data_folder() / "codes")
+        spoken = [item for item in planned if item.id in stored]
+        # A small corpus speaks few answers, and one without natural voices not all questions.
+        known = {item.answer_id for item in spoken if item.role == "answer"}
+        asked = [item for item in spoken if not item.answer_id or item.answer_id in known]
+        items = [item for item in asked if item.split == "train"]
         if dev:
             items = [item for item in items if item.role == "answer"]
-            known = {item.answer_id for item in items}  # a small corpus speaks few of them
-            items += [item for item in asked_in(planned, "dev") if item.answer_id in known]
-        codes = load_codes(self._own("codes.npz").parent, items, data_folder() / "codes")
-        lines = texts(planned)
+            items += [item for item in asked if item.split == "dev" and item.role != "first"]
         path = self.tokenizer_file()  # ids must mean what they meant
         if not path.exists():
             words = {item.text for item in items}
             words |= {line[key] for line in lines for key in ("question", "answer")}
             with replacing(path) as part:
                 TextTokenizer.train(sorted(words), n_text=self.config.ids.n_text).save(part)
-        return Book(self.config, TextTokenizer.from_file(path), items, codes, lines)
+        return Book(self.config, TextTokenizer.from_file(path), items, stored, lines)
 
     def model(self, backbone, layout="ratio_10_15"):
         """An AQAA of a backbone and this run's other parts, each read when it is first used."""

@@ -86,7 +86,12 @@ class PhoneTask:
     def __init__(self, config, data, tests=None, budget=1200):
         self.config, self.data, self.tests = config, data, tests or {}
         self.buckets = LengthBuckets(data.lengths, budget, data.weights)
-        self.augment = Augment(config.n_mels, *self.bank(config.n_mels), unit=self.unit)
+        self.augment = self.bender(config)
+
+    @classmethod
+    def bender(cls, config):
+        """The Augment of this tokenizer's features."""
+        return Augment(config.n_mels, *cls.bank(config.n_mels), unit=cls.unit)
 
     @classmethod
     def from_run(cls, run, stage):

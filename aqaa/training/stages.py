@@ -48,7 +48,8 @@ TABLE = (
     ),
     Stage(
         "sft1", "the backbone answers spoken questions", LANGUAGE, 5000, "backbone", "pretrain",
-        mixture={"aqtaa": 0.50, "aqta": 0.28, "asr": 0.06, "text": 0.03, "tqaa": 0.07, "tts": 0.06},
+        mixture={"aqtaa": 0.40, "aqta": 0.28, "turns": 0.13, "asr": 0.10, "text": 0.02,
+                 "tqaa": 0.03, "tts": 0.04},
     ),
     Stage(
         "sft2", "selected spoken answers: stable format, special skills", LANGUAGE, 600, "backbone",

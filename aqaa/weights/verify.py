@@ -70,7 +70,7 @@ def check_setting(setting, value, place):
     else:
         whole = setting.type is not float
         most = AT_MOST * max(1, *_flat(setting.default))
-        if setting.name == "mel_mean":
+        if setting.name in ("mel_mean", "offset"):
             least = -most
         else:
             least = 0 if setting.name in MAY_BE_ZERO else 1 if whole else 1e-12

@@ -1,0 +1,199 @@
+"""The wider part of the curriculum: known questions in natural voices, questions outside the mini's
+world, second questions that need the first, and sound that nobody could understand.
+
+A second question is an Item of role "follow"; its slots hold what was said before: "asked",
+"answered" (with its manner). Where it is no training, the Item before it, of role "first", is the
+first question, spoken by the same voice. `wider.toml` has the wordings and the counts."""
+
+import tomllib
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+from aqaa.corpus import intents as C
+from aqaa.corpus import plan as P
+from aqaa.corpus import voices as V
+from aqaa.corpus.curriculum import VOICE
+from aqaa.corpus.facts import SCRIPT, number, stable_hash
+from aqaa.corpus.sentences import filled, sentence
+from aqaa.tokenizers.text import MANNERS, tagged
+
+WIDER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+CELLS = tuple(WIDER["cells"])
+OUTSIDE, UNHEARD = WIDER["answers"]["outside"], WIDER["answers"]["unheard"]
+NOISES = tuple(f"noise:{kind}" for kind in "hiss hum tones reversed crowd muffled".split())
+VOICES = {"hibari": V.NATURAL[:1], "kokoro": V.NATURAL[1:], "noise": NOISES}
+COPIES = 2  # of a training utterance, from bent features (training/augment.py)
+HONESTY = "Honesty"  # the category of what is outside and of what is not understood
+
+
+def plan(scale=1.0, seed=0):
+    """Items of the wider part: its answers, evaluation and development, shuffled training. Answers
+    to known questions are those of `plan.plan`, by their ids."""
+    rng = Random(f"wider {seed}")
+    ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
+    items = []
+    for number_, text in enumerate(WIDER["answers"].values()):
+        name = f"b{number_:04d}"
+        ids[text, "normal"] = name
+        items.append(P.Item(name, "train", "", "answer", text, V.ANSWER_VOICE, category=HONESTY,
+                            manner="normal", answer=text, answer_id=name))  # fmt: skip
+    make = _Maker(rng, ids)
+    for cell, count in WIDER["cells"].items():
+        kind, _, who = cell.partition("_")
+        pool = {"natural": V.NATURAL_HELD_OUT, "seen": V.TRAINING}.get(who, NOISES)
+        items += make.all(kind, P.scaled(count, scale), pool, "eval", cell)
+    for kind, count in (("known", 120), ("outside", 60), ("follow", 60)):
+        pool = V.NATURAL if kind == "known" else V.NATURAL + V.TRAINING[::4]
+        items += make.all(kind, P.scaled(count, scale), pool, "dev")
+    training = []
+    for kind, counts in WIDER["counts"].items():
+        for who, count in counts.items():
+            pool = VOICES.get(who, V.TRAINING)
+            training += make.all(kind, P.scaled(count, scale), pool, "train")
+    rng.shuffle(training)
+    items += training
+    for place, item in enumerate(items):
+        item.id = item.id or f"w{place:06d}"
+        item.seed = stable_hash(str(seed), "wider", str(place), item.text)
+    return items
+
+
+def is_copied(item):
+    """Whether the codes of bent copies of an Item are kept, too."""
+    return item.part == "wider" and item.split == "train" and item.role != "answer"
+
+
+def lines_of(text):
+    """([wordings of the training], [those held out]) of a text with a wording a line."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return ([line for line in lines if not line.startswith("*")],
+            [line[1:].strip() for line in lines if line.startswith("*")])  # fmt: skip
+
+
+def words_of(text):
+    """The same of words between blanks, or of phrases between commas."""
+    parts = [" ".join(part.split()) for part in (text.split(",") if "," in text else text.split())]
+    return ([part for part in parts if not part.startswith("*")],
+            [part[1:] for part in parts if part.startswith("*")])  # fmt: skip
+
+
+class _Maker:
+    """Draws questions of each kind; what was drawn is counted, so that all is used evenly."""
+
+    def __init__(self, rng, ids):
+        self.rng, self.ids, self.drawn = rng, ids, Counter()
+        self.known = C.bare_questions()
+        self.patterns = C.held_out_patterns()
+        told = [fact for intent in C.INTENTS.values() for fact in intent.known()]
+        self.told = {(fact.answer, fact.manner) for fact in told}
+
+    def all(self, kind, count, pool, split, cell=""):
+        """`count` Items of a kind. Evaluation hears held-out wordings and words, except "known"."""
+        maker = getattr(self, f"_{kind}")
+        made = []
+        for turn in range(count):
+            seen = pool is V.TRAINING
+            voice = V.pick(P.Choice(self.rng), pool) if seen else self.rng.choice(pool)
+            text, fact, intent, core, slots = maker(turn, split == "eval")
+            role = "follow" if kind == "follow" else "question"
+            if role == "follow" and split != "train":  # the first question is spoken as well
+                made.append(P.Item("", split, "", "first", slots["asked"], voice))
+            made.append(P.Item(
+                "", split, cell, role, text, voice, 0, intent[1], intent[0], core, slots, "",
+                fact[0], fact[1], self.ids[fact],
+            ))  # fmt: skip
+        return made
+
+    def _known(self, turn, held_out, new=False):
+        stock = [one for one in C.INTENTS.values() if one.category != VOICE]
+        intent = stock[turn % len(stock)]
+        core = self.rng.choice(intent.held_out if new else intent.cores)
+        fact = self.rng.choice(intent.allowed(core))
+        text = C.wording(core, fact, self.rng)
+        return (text, (fact.answer, fact.manner), (intent.name, intent.category), core,
+                dict(fact.slots))  # fmt: skip
+
+    def _new(self, turn, held_out):
+        return self._known(turn, held_out, new=True)
+
+    def _outside(self, turn, held_out):  # each of the three kinds in turn
+        return (self._open, self._world, self._near)[turn % 3](turn, held_out)
+
+    def _refused(self, text, kind, core=""):
+        return text, (OUTSIDE, "normal"), (f"outside_{kind}", HONESTY), core, {}
+
+    def _open(self, turn, held_out):
+        return self._refused(self.sentence(), "open")
+
+    def _world(self, turn, held_out):
+        core = self.rng.choice(lines_of(WIDER["outside"]["wordings"])[held_out])
+        text = filled(core, self.rng, self.drawn)
+        if self.rng.random() < 0.25:
+            text = f"{self.rng.choice(C.ASKING[1:])} {text}"
+        return self._refused(text, "world", core)
+
+    def _near(self, turn, held_out):
+        """A known wording about what is not known."""
+        words = WIDER["outside"]["near"]
+        intent = C.INTENTS[self.rng.choice(sorted(words))]
+        slot = self.rng.choice(words_of(words[intent.name])[held_out])
+        names = dict(intent.facts[0].slots)
+        values = dict(zip(names, slot.split("|"), strict=True))
+        core = self.rng.choice(intent.cores)
+        return self._refused(core.format(**values), "near", core)
+
+    def _unheard(self, turn, held_out):
+        return self.sentence(), (UNHEARD, "normal"), ("unheard", HONESTY), "", {}
+
+    def sentence(self):
+        """An open sentence that is no question of the curriculum, and none that was drawn before."""
+        while True:
+            text = sentence(self.rng, self.drawn)
+            if text not in self.known and not any(one.search(text) for one in self.patterns):
+                self.known.add(text)
+                return text
+
+    def _follow(self, turn, held_out):
+        """A second question behind a first one; draws until there is a known answer."""
+        kinds = sorted(WIDER["follow"])
+        kind = kinds[turn % len(kinds)]
+        entry = WIDER["follow"][kind]
+        names = entry.get("intents", " ".join(C.INTENTS)).split()
+        while True:
+            intent = C.INTENTS[self.rng.choice(names)]
+            first = self.rng.choice(intent.known())
+            core = self.rng.choice(lines_of(entry["wordings"])[held_out])
+            found = self._second(kind, intent, first, core)
+            if found and intent.category != VOICE:
+                break
+        text, fact = found
+        asked = C.wording(self.rng.choice(intent.cores), first, self.rng)
+        slots = {"asked": asked, "answered": tagged(first.answer, first.manner)}
+        return text, fact, (f"follow_{kind}", intent.category), core, slots
+
+    def _second(self, kind, intent, first, core):
+        """(text, (answer, manner)) of a second question, or None where it has no known answer."""
+        where = intent.name.rpartition("_")[2]
+        if kind in ("other", "other_place"):
+            fact = self.rng.choice(intent.known())
+            if fact is first:
+                return None
+            return core.format(w=fact.key, where=where), (fact.answer, fact.manner)
+        if kind == "further":
+            last = first.answer.split(" is ")[-1]
+            fact = next((one for one in intent.known() if one.key == last), None)
+            return fact and (core.format(where=where), (fact.answer, fact.manner))
+        if kind in ("plus", "minus", "times"):
+            result, b = first.answer.split(" is equal to ")[-1], number(self.rng.randint(1, 10))
+            name = {"plus": "sum", "minus": "difference", "times": "product"}[kind]
+            wanted = f"{result} {b}"
+            fact = next((one for one in C.INTENTS[name].known() if one.key == wanted), None)
+            return fact and (core.format(b=b), (fact.answer, fact.manner))
+        if kind == "again":
+            return core, (first.answer, first.manner)
+        manner = self.rng.choice(MANNERS)
+        answer = first.answer, manner
+        if answer not in self.told or manner == first.manner:
+            return None
+        return core.format(**SCRIPT["intents"][f"say_{manner}"]["marks"]), answer
