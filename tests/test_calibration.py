@@ -47,7 +47,9 @@ def test_the_error_is_the_distance_in_points():
 
 
 def test_confidence_rises_with_the_mean_and_is_the_mean_as_it_stands():
-    def of(logprob, how=config.ConfidenceConfig()):
+    bare = config.ConfidenceConfig()
+
+    def of(logprob, how=bare):
         steps = [SimpleNamespace(kind="text", logprob=logprob)] * 3 + [SimpleNamespace(kind="semantic", logprob=-9)]
         return pipeline.confidence(steps, how)
 

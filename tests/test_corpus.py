@@ -219,3 +219,14 @@ if tones.ENGINES:
     def test_a_text_of_one_word_has_its_phones_wherever_it_stands(texts):
         phones = K.phones_of(texts)
         assert list(phones) == texts and phones["yes"] == ["y", "eh", "s"] and all(phones.values())
+
+
+def test_more_shards_than_a_worker_may_speak_are_all_spoken(monkeypatch, tmp_path):
+    """Workers are renewed on the way; a pool that renewed its own stopped for good after eight shards."""
+    items = [item for item in P.plan() if item.voice == "espeak:en-us+m1" and not item.want][:6]
+    if lacks := K.engines.absent(["espeak:en-us", "flite:slt"]):
+        pytest.skip(f"{lacks} not found: `{K.engines.DEBIAN}` brings it")
+    monkeypatch.setattr(K, "PER_SHARD", 1)
+    monkeypatch.setattr(K, "ROUND", 2)
+    corpus = K.speak(items, tmp_path, workers=2, progress=False)
+    assert corpus.complete and [item.id for item in corpus.items()] == [item.id for item in items]

@@ -17,13 +17,13 @@ from notebooks.house import APART, FLOORS, PICTURE, draw, graph, part_of, rooms,
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
 BUDGET = {  # lines; what a reader reads to understand the model comes first
-    "config audio tokenizers backbone vocoder answer listening pipeline": 5_090,  # heads, layouts, rates of streams
+    "config audio tokenizers backbone vocoder answer listening pipeline": 5_100,  # heads, layouts, streams, confidence
     "voice_activity conversation": 520,  # turns of a live conversation
     "fast": 1_100,
     "sound_files sound_headers": 540,  # whatever files people have
     "aqaa __main__ cli options places doctor records loading weights": 2_460,  # natural voices, W4A16, ablations, talk
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 8_590,  # natural voices, people, manifests, preference, merging, turns
+    "corpus pitch batching training evaluation": 9_150,  # natural voices, people, preference, turns, wider
     "scale": 2_450,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines
     "notebook": 2_240,  # a conversation in a widget: calls, turns, blocks
     "terminal": 160,  # a microphone around a conversation

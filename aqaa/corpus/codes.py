@@ -44,8 +44,8 @@ def load_codes(folder, items, shipped=None):
     Raises ValueError if there are none of an item, and what `stored_codes` raises."""
     pairs = stored_codes(folder, shipped)
     if missing := [item.id for item in items if item.id not in pairs]:
-        raise ValueError(f"{folder} has no codes of {missing[0]}: it belongs to another corpus, run "
-                         "`aqaa train codes`")
+        raise ValueError(f"{folder} has no codes of {missing[0]}: it belongs to another corpus, "
+                         "run `aqaa train codes`")
     return [pairs[item.id] for item in items]
 
 

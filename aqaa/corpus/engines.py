@@ -149,12 +149,12 @@ def _scheme(name, text, how, path):
 
 def _noise(jobs):
     """Sound that nobody could understand: what espeak says of each text, spoilt (noises.py)."""
-    said = [noises.N_SPEAKERS.get(name, 0) for name, _, _ in jobs]
+    speakers = [noises.speakers(name) for name, _, _ in jobs]
     spoken = iter(ENGINES["espeak"].speak([
-        (voice, job[1], job[2]) for job, count in zip(jobs, said) for voice in noises.SPEAKERS[:count]
+        (voice, text, how) for (_, text, how), mine in zip(jobs, speakers) for voice in mine
     ]))  # fmt: skip
-    return [noises.spoil(name, [next(spoken) for _ in range(count)], how)
-            for (name, _, how), count in zip(jobs, said, strict=True)]  # fmt: skip
+    return [noises.spoil(name, [next(spoken) for _ in mine], how)
+            for (name, _, how), mine in zip(jobs, speakers, strict=True)]  # fmt: skip
 
 
 def _debian(speak, program, speed):

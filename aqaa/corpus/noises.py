@@ -1,4 +1,4 @@
-"""Sound that nobody could understand, for the answer that says so: speech spoilt, or none at all."""
+"""Sound that nobody could understand, for the answer that says so: spoilt speech, or none."""
 
 import numpy as np
 from scipy.signal import butter, lfilter, sosfilt
@@ -8,7 +8,11 @@ from aqaa.corpus.degrade import noise, rms
 from aqaa.corpus.voices import to_16k
 
 SPEAKERS = ("en-us+m2", "en-us+f2", "en+m5", "en-us+f5")  # of espeak-ng
-N_SPEAKERS = {"reversed": 1, "muffled": 1, "crowd": 4}  # of a kind of noise; others have none
+
+
+def speakers(kind):
+    """Voices of espeak-ng that a kind of noise is made of."""
+    return SPEAKERS[: {"reversed": 1, "muffled": 1, "crowd": 4}.get(kind, 0)]
 
 
 def spoil(kind, spoken, how):

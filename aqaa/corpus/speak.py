@@ -28,6 +28,7 @@ from aqaa.files import reading, replacing
 
 PARTS = ("questions", "open", "wider", "people")
 PER_SHARD = 400
+ROUND = 8  # shards that a worker speaks before another takes its place
 RESUME = "run `aqaa train corpus --resume`"
 AGAIN = f"remove it and the file of the same name beside it, and {RESUME}"
 TRIES = 60  # renders until the sound is clearly of the wanted class
@@ -56,16 +57,23 @@ def speak(items, folder, workers=2, progress=True):
             for i in todo:
                 bar.update(_speak_shard(i, shards[i], folder))
             return Corpus(folder)
-        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-        with ProcessPoolExecutor(workers, context, _leave_quietly, max_tasks_per_child=4) as pool:
-            futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in todo]
-            try:
-                for future in as_completed(futures):
-                    bar.update(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        # Engines take ever more memory: workers are renewed, by a new pool each time, since one
+        # that renews its own (max_tasks_per_child) can stop for good on Python 3.11.
+        for start in range(0, len(todo), workers * ROUND):
+            _speak_shards(todo[start : start + workers * ROUND], shards, folder, workers, bar)
     return Corpus(folder)
+
+
+def _speak_shards(numbers, shards, folder, workers, bar):
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
+    with ProcessPoolExecutor(workers, context, _leave_quietly) as pool:
+        futures = [pool.submit(_speak_shard, i, shards[i], folder) for i in numbers]
+        try:
+            for future in as_completed(futures):
+                bar.update(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def check(items, folder):

@@ -147,7 +147,7 @@ class _Maker:
         return self.sentence(), (UNHEARD, "normal"), ("unheard", HONESTY), "", {}
 
     def sentence(self):
-        """An open sentence that is no question of the curriculum, and none that was drawn before."""
+        """An open sentence that is no question of the curriculum and was not drawn before."""
         while True:
             text = sentence(self.rng, self.drawn)
             if text not in self.known and not any(one.search(text) for one in self.patterns):

@@ -78,8 +78,8 @@ def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progr
     sounds = [None] * len(rows)
     wavs, label = [recording(corpus, item) for item in items], "asking" if progress else None
     before = [history(model, corpus, item, seed) for item in items]
-    for i, written, sound, sure in ask_all(model, wavs, histories=before, seed=seed, speak=not text_only,
-                                     progress=label):  # fmt: skip
+    given = ask_all(model, wavs, histories=before, seed=seed, speak=not text_only, progress=label)
+    for i, written, sound, sure in given:
         rows[i].written, rows[i].text = written, written == rows[i].expected
         rows[i].confidence = round(sure, 4)
         sounds[i] = sound
@@ -219,7 +219,7 @@ def evaluation_corpus(folder, seed=0, workers=2):
     asked = [item for item in items if item.split == "eval" and item.role == "question"]
     more = [item for item in wider.plan(seed=seed) if item.split == "eval" or item.role == "answer"]
     lacks = engines.absent({item.voice for item in more})
-    more = [item for item in more if not engines.of([item.voice])[0] in lacks]
+    more = [item for item in more if engines.of([item.voice])[0] not in lacks]
     wanted = {item.answer_id for item in asked + more}
     # The normal form of a manner's answer is the reference that the manner is measured against.
     texts = {item.answer for item in asked + more if item.manner in RULES}

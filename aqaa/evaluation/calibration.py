@@ -84,8 +84,9 @@ def interval(sure, right, seed=0):
 def picture(sure, right):
     """[{"sure", "right", "n"}, …]: mean confidence and share right, a row a bin."""
     bins = np.array_split(np.argsort(sure, kind="stable"), BINS)
-    return [{"sure": round(float(sure[part].mean()), 3), "right": round(float(right[part].mean()), 3),
-             "n": len(part)} for part in bins if len(part)]  # fmt: skip
+    means = [(sure[part].mean(), right[part].mean(), len(part)) for part in bins if len(part)]
+    return [{"sure": round(float(one), 3), "right": round(float(other), 3), "n": n}
+            for one, other, n in means]  # fmt: skip
 
 
 def _asked(model, preset, split, limit, seed, progress):

@@ -35,9 +35,9 @@ class Book:
     """Everything that is said, as ids: one entry an utterance, with its words and its audio ids."""
 
     def __init__(self, config, tokenizer, items, codes, lines):
-        """items: of a corpus; codes: list of (linguistic, semantic) arrays, or `stored_codes`, where
-        an item may have copies; lines: of `plan.texts`. Raises ValueError when the answer to a
-        question is missing, or codes are."""
+        """items: of a corpus; codes: list of (linguistic, semantic) arrays, or `stored_codes`, in
+        which an item may have copies; lines: of `plan.texts`. Raises ValueError when the answer to
+        a question is missing, or codes are."""
         self.config, self.tokenizer, self.items, self.lines = config, tokenizer, items, lines
         copies = [[pair] for pair in codes] if isinstance(codes, list) else _copies(codes, items)
         self.heard = [[np.array(interleave.merge(*pair, config.ids), np.int64) for pair in pairs]
@@ -74,9 +74,11 @@ def _copies(stored, items):
     """[[codes as spoken, codes of its copies …], …] of items."""
     if missing := [item.id for item in items if item.id not in stored]:
         raise ValueError(f"there are no codes of {missing[0]}: run `aqaa train codes`")
-    names = (itertools.chain([item.id], (f"{item.id}~{i}" for i in itertools.count(1)))
-             for item in items)  # fmt: skip
-    return [[stored[name] for name in itertools.takewhile(stored.__contains__, one)] for one in names]
+    result = []
+    for item in items:
+        names = itertools.chain([item.id], (f"{item.id}~{i}" for i in itertools.count(1)))
+        result.append([stored[name] for name in itertools.takewhile(stored.__contains__, names)])
+    return result
 
 
 class Examples:

@@ -137,7 +137,8 @@ def utterances(folder, items, kind):
     extra = {"f0": _load(folder / "f0.npy", sum(lengths))} if kind == "log_mel" else {}
     phones = [phone_ids(item.phones) for item in items]
     # What has no phones, noise, teaches no tokenizer.
-    weights = [ANSWER_SHARE if item.role == "answer" else float(bool(item.phones)) for item in items]
+    weights = [ANSWER_SHARE if item.role == "answer" else float(bool(item.phones))
+               for item in items]  # fmt: skip
     return Utterances(rows, lengths, phones, extra, np.array(weights))
 
 

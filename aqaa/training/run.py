@@ -16,7 +16,7 @@ import torch
 from aqaa.config import preset
 from aqaa.corpus import parts, speak, wider
 from aqaa.corpus.codes import codes_file, store_codes, stored_codes, usage
-from aqaa.corpus.plan import asked_in, held_out, plan, texts
+from aqaa.corpus.plan import held_out, plan, texts
 from aqaa.files import data_folder, fingerprint, probe, read_object, replacing, sweep, write_json
 from aqaa.pipeline import AQAA, SPOKEN
 from aqaa.records import provenance
@@ -100,19 +100,20 @@ class Run:
         _, items = self.items()
         order = sorted(range(len(items)), key=lambda i: items[i].length)  # so that little is padded
         copied = [i for i in order if wider.is_copied(items[i])]
-        heard = {}  # (copy, name of the tokenizer): {row: codes}
+        heard = {}  # (number of the copy, name of the tokenizer): {row: codes}
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
             model, task = self.part(name), resolve_name(stages.STAGES[name].task)
             data = features.utterances(self.out / "features", items, kind)
             heard[0, name] = features.codes(model, data, order)
             bend = task.bender(model.config)
-            for copy in range(1, wider.COPIES + 1):
-                heard[copy, name] = features.codes(model, data, copied, bend, (self.seed, copy))
+            for number in range(1, wider.COPIES + 1):
+                seed = self.seed, number
+                heard[number, name] = features.codes(model, data, copied, bend, seed)
         for part in dict.fromkeys(item.part for item in items):
             rows = {item.id: (i, 0) for i, item in enumerate(items) if item.part == part}
-            rows |= {f"{items[i].id}~{copy}": (i, copy) for copy in range(1, wider.COPIES + 1)
+            rows |= {f"{items[i].id}~{number}": (i, number) for number, _ in heard if number
                      for i in copied if part == "wider"}  # fmt: skip
-            pairs = [[heard[copy, name][i] for i, copy in rows.values()] for name in SPOKEN]
+            pairs = [[heard[number, name][i] for i, number in rows.values()] for name in SPOKEN]
             store_codes(codes_file(self.out, part), list(rows), *pairs)
         sizes = {"linguistic": self.config.ids.n_linguistic, "semantic": self.config.ids.n_semantic}
         use = {name: usage(list(heard[0, name].values()), size) for name, size in sizes.items()}
