@@ -38,27 +38,26 @@ def store_codes(path, names, linguistic, semantic):
         )
 
 
-def load_codes(folder, items, shipped=None):
+def load_codes(folder, items):
     """List of (linguistic, semantic) int arrays, in the order of `items`: `stored_codes` of them.
 
     Raises ValueError if there are none of an item, and what `stored_codes` raises."""
-    pairs = stored_codes(folder, shipped)
+    pairs = stored_codes(folder)
     if missing := [item.id for item in items if item.id not in pairs]:
         raise ValueError(f"{folder} has no codes of {missing[0]}: it belongs to another corpus, "
                          "run `aqaa train codes`")
     return [pairs[item.id] for item in items]
 
 
-def stored_codes(folder, shipped=None):
-    """{id: (linguistic, semantic)} of every file of codes in a folder; ID~1, ID~2, … are copies of
-    an utterance, bent (augment.py).
+def stored_codes(*folders):
+    """{id: (linguistic, semantic)} of the files of codes in some folders, of which a later one
+    counts where two have a file of that name. ID~1, ID~2, … are bent copies of an utterance.
 
-    shipped: a folder whose files serve where `folder` has none of that name. Raises
-    FileNotFoundError if there are none at all, ValueError if they are damaged."""
-    files = {path.name: path for place in (shipped, folder) if place
-             for path in sorted(Path(place).glob("codes*.npz"))}  # fmt: skip
+    Raises FileNotFoundError if there are none at all, ValueError if they are damaged."""
+    files = {path.name: path for folder in folders
+             for path in sorted(Path(folder).glob("codes*.npz"))}  # fmt: skip
     if not files:
-        raise FileNotFoundError(f"{folder} holds no codes.npz: run `aqaa train codes` first")
+        raise FileNotFoundError(f"{folders[-1]} holds no codes.npz: run `aqaa train codes` first")
     pairs = {}
     for path in files.values():
         with reading(path, "run `aqaa train codes` again"), np.load(path) as file:

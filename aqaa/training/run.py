@@ -183,7 +183,10 @@ class Run:
         planned = plan(scale=self.scale, seed=self.seed)
         lines = texts(planned)
         planned += wider.plan(scale=self.scale, seed=self.seed)
-        stored = stored_codes(self._own("codes.npz").parent, data_folder() / "codes")
+        places = [self.base or self.out, self.out]
+        if self.part_file("linguistic").parent.name != "parts":  # no tokenizers of its own
+            places.insert(0, data_folder() / "codes")
+        stored = stored_codes(*places)
         spoken = [item for item in planned if item.id in stored]
         # A small corpus speaks few answers, and one without natural voices not all questions.
         known = {item.answer_id for item in spoken if item.role == "answer"}
