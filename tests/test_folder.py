@@ -99,10 +99,17 @@ def test_a_manifest_will_do(place, asked):
     (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
     said = [(place / "one.wav", "what is a black hole", None), (place / "two.wav", asked[1], None)]
     assert F.listed(place) == (said, [])
-    rows[0]["file"] = "gone.wav"
+    rows[0]["file"] = "gone.wav"  # one bad entry never stops the others
+    rows += [{"file": "one.wav", "text": "x", "split": "train"}, {"text": "no file"}, 7]
     (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
-    with pytest.raises(ValueError, match="gone.wav, which is not there"):
-        F.listed(place)
+    found, faults = F.listed(place)
+    assert found == said[1:]
+    assert [words for words in ("entry 4 of", "entry 5 of", "gone.wav is named in manifest.json but is not there.")
+            if not any(words in fault for fault in faults)] == [] and len(faults) == 3  # fmt: skip
+    for rows, words in (([], "names no recording .*see its splits"), ([rows[0]], "gone.wav is named")):
+        (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
+        with pytest.raises(ValueError, match=words):
+            F.listed(place)
 
 
 @pytest.mark.parametrize("content, said", [

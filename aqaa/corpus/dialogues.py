@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aqaa.corpus import wider
-from aqaa.corpus.codes import load_codes
+from aqaa.corpus.codes import stored_codes
 from aqaa.corpus.plan import plan, spread
 from aqaa.files import data_folder
 from aqaa.tokenizers import dialogue, interleave
@@ -36,14 +36,16 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
     folder = sources.find(source)
     ids = model_folder.read_config(folder).ids
     text = model_folder.read_text(folder, ids.n_text)
-    items = plan(seed=seed) + wider.plan(seed=seed)
+    stored = stored_codes(data_folder() / "codes")
+    # Of the wider part not all need have been spoken (see the data card).
+    items = plan(seed=seed) + [item for item in wider.plan(seed=seed) if item.id in stored]
     asked = [one for one in items if one.role in ("question", "follow") and one.split == split]
     asked = spread(asked, count)
     wanted = {item.answer_id for item in asked}
     spoken = [item for item in items if item.role == "answer" and item.answer_id in wanted]
-    codes = load_codes(data_folder() / "codes", [*asked, *spoken])
-    pairs = zip([*asked, *spoken], codes, strict=True)
-    audio = {item.id: interleave.merge(*pair, ids) for item, pair in pairs}
+    if missing := [item.id for item in (*asked, *spoken) if item.id not in stored]:
+        raise ValueError(f"there are no codes of {missing[0]}: they belong to another corpus")
+    audio = {item.id: interleave.merge(*stored[item.id], ids) for item in (*asked, *spoken)}
     answers = {item.answer_id: item for item in spoken}
     layout, result = dialogue.layout(), []
     for item in asked:

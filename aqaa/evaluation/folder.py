@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from aqaa import audio
-from aqaa.corpus import engines, speak, wider
+from aqaa.corpus import engines, people, speak, wider
+from aqaa.corpus.facts import number
 from aqaa.corpus.plan import plan
 from aqaa.evaluation import whisper
-from aqaa.evaluation.hearing_clips import manifest
 from aqaa.files import reading
 from aqaa.sound_headers import AudioError
 from aqaa.tokenizers.phones import error_rate
@@ -35,6 +35,7 @@ VERDICTS = {
     "mind": "The mind failed: the ear did its part, but the answer is not right.",
     "mouth": "The mouth failed: an outside judge hears other words than were written.",
 }
+EVALUATION = "evaluation"  # the split that counts, as does an entry without one
 KINDS = ("right", "honest", "wrong", "not known")  # honest: it says that it does not know
 HONEST = tuple(wider.WIDER["answers"].values())
 
@@ -44,8 +45,8 @@ def listed(folder):
     where there is no list."""
     path = Path(folder) / LIST
     if not path.is_file():
-        if (Path(folder) / "manifest.json").is_file():  # it names no answers
-            return [(sound, normalise(text), None) for sound, text in manifest(folder)], []
+        if (Path(folder) / "manifest.json").is_file():
+            return _of_manifest(Path(folder))
         raise ValueError(f"{folder} holds no {LIST}: write one, a line a recording, such as "
                          "`hello.wav: what is the capital of france -> the capital of france is "
                          "paris`.")
@@ -68,6 +69,28 @@ def listed(folder):
     if not rows:
         why = (faults or ["it is empty"])[0]
         raise ValueError(f"{path} names no recording that is there: {why}")
+    return rows, faults
+
+
+def _of_manifest(folder):
+    """The same of a manifest.json, which names no answers."""
+    rows, faults = [], []
+    for place, entry in enumerate(people.manifest(folder), 1):
+        try:
+            if entry.get("split", EVALUATION) != EVALUATION:
+                continue
+            sound = folder / entry["file"]
+            text = entry["text"] if "text" in entry else number(int(entry["digit"]))
+            rows.append((sound, normalise(text), None))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            faults.append(f"entry {place} of {folder}/manifest.json is no file with its text: "
+                          f"{str(entry):.60}")  # fmt: skip
+    faults += [f"{path} is named in manifest.json but is not there."
+               for path, *_ in rows if not path.is_file()]  # fmt: skip
+    rows = [row for row in rows if row[0].is_file() and row[1]]
+    if not rows:
+        raise ValueError(f"{folder}/manifest.json names no recording for evaluation that is there: "
+                         f"{(faults or ['see its splits'])[0]}")  # fmt: skip
     return rows, faults
 
 
