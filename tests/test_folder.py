@@ -106,8 +106,8 @@ def test_a_manifest_will_do(place, asked):
     assert found == said[1:]
     assert [words for words in ("entry 4 of", "entry 5 of", "gone.wav is named in manifest.json but is not there.")
             if not any(words in fault for fault in faults)] == [] and len(faults) == 3  # fmt: skip
-    for rows, words in (([], "names no recording .*see its splits"), ([rows[0]], "gone.wav is named")):
-        (place / "manifest.json").write_text(json.dumps(rows), encoding="utf-8")
+    for few, words in (([], "names no recording .*see its splits"), ([rows[0]], "gone.wav is named")):
+        (place / "manifest.json").write_text(json.dumps(few), encoding="utf-8")
         with pytest.raises(ValueError, match=words):
             F.listed(place)
 

@@ -53,12 +53,12 @@ def listed(folder):
     rows, faults = [], []
     with reading(path, "write it anew, as plain text in UTF-8"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         found = LINE.fullmatch(line.strip())
         if not found or not normalise(found["text"]):
-            faults.append(f"line {number} of {path} is no `file: what is said`: {line.strip()!r}")
+            faults.append(f"line {place} of {path} is no `file: what is said`: {line.strip()!r}")
             continue
         sound = Path(folder) / found["file"].strip()
         if not sound.is_file():
