@@ -52,7 +52,26 @@ def accuracy(result):
         best = max(manner, key=lambda entry: entry["n"])
         lines += ["", f"Requested manner measured in the answer, right direction: {percent(best)} % of {best['n']} "
                   "(rules over rate, pitch and energy; the moods are rules too, not emotion)."]
+    from aqaa.corpus.wider import HONESTY, WIDER
+
+    known = [row for row in result.get("rows", ()) if row["category"] != HONESTY]
+    if known:
+        refused = sum(row["written"] in WIDER["answers"].values() for row in known)
+        share = f"{100 * refused / len(known):.1f} %"
+        lines += ["", f"Of {len(known)} questions with a known answer {refused} ({share}) got “I do not know that yet” "
+                  "or “I did not hear you well”. The natural voices are Kokoro's and Piper's joe; none of them was ever "
+                  "heard. Before a second turn the first question is spoken, too, and what the model makes of it is the "
+                  "history."]
     return lines
+
+
+def calibration(result):
+    error, before = result["error"], result["before"]
+    interval = f"{error['low']:.1f} to {error['high']:.1f}"
+    return ["**How sure it is**: on the average of ten bins its confidence is off by "
+            f"{error['points']:.1f} points (95 %: {interval}; the bare mean probability of its words by "
+            f"{before['points']:.1f}), on {result['measured_on']:,} evaluation questions of all kinds. Two numbers were "
+            f"fitted to {result['fitted_on']} others."]
 
 
 FAMILIES = {"seen": "voices of the training", "other": "other synthesizers",
@@ -177,7 +196,7 @@ def results():
     def numbers(name, title, rows):
         return section(name, lambda result: table(result, title, rows))
 
-    lines = section("accuracy", accuracy) + section("hearing", hearing)
+    lines = section("accuracy", accuracy) + section("calibration", calibration) + section("hearing", hearing)
     lines += numbers("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {
         "n": "answers, each spoken four times", "lenient": "heard right, lenient",
         "teacher_lenient": "teacher's own wavs",
