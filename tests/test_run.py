@@ -436,7 +436,7 @@ def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_
     assert {"date", "commit", "hardware", "command"} <= set(result) and result["steps"] == STEPS
     assert all(row["n"] == 3 and row["steps"] == STEPS and set(row["skills"]) for row in result["runs"])
     told = capsys.readouterr().out
-    assert all(name in told for name in some) and "1 questions a run, 4 runs" in told
+    assert all(name in told for name in some) and "3 questions a run, 4 runs" in told
     path = tmp_path / "runs" / "ablation-layouts.json"
     assert read(path) == result and not list((tmp_path / "run" / "ablations").rglob("*.ckpt*"))
     short = {**result, "runs": result["runs"][:3]}
