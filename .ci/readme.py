@@ -39,6 +39,8 @@ def section(name, write):
 
 
 def accuracy(result):
+    from aqaa.corpus.wider import HONEST, HONESTY
+
     names = {name.replace("×", ","): name for name in result["summary"]}
     lines = ["**Accuracy**, percent, on questions that were never in training "
              f"({result['questions']} in all; the judge chooses among {result.get('grammar', '–')} sentences):", "",
@@ -52,16 +54,14 @@ def accuracy(result):
         best = max(manner, key=lambda entry: entry["n"])
         lines += ["", f"Requested manner measured in the answer, right direction: {percent(best)} % of {best['n']} "
                   "(rules over rate, pitch and energy; the moods are rules too, not emotion)."]
-    from aqaa.corpus.wider import HONESTY, WIDER
-
     known = [row for row in result.get("rows", ()) if row["category"] != HONESTY]
     if known:
-        refused = sum(row["written"] in WIDER["answers"].values() for row in known)
+        refused = sum(row["written"] in HONEST for row in known)
         share = f"{100 * refused / len(known):.1f} %"
         lines += ["", f"Of {len(known)} questions with a known answer {refused} ({share}) got “I do not know that yet” "
-                  "or “I did not hear you well”. The natural voices are Kokoro's and Piper's joe; none of them was ever "
-                  "heard. Before a second turn the first question is spoken, too, and what the model makes of it is the "
-                  "history."]
+                  "or “I did not hear you well”. The natural voices are Kokoro's and Piper's joe; none of them was "
+                  "ever heard. Before a second turn the first question is spoken, too, and what the model makes of it "
+                  "is the history."]
     return lines
 
 
@@ -70,8 +70,8 @@ def calibration(result):
     interval = f"{error['low']:.1f} to {error['high']:.1f}"
     return ["**How sure it is**: on the average of ten bins its confidence is off by "
             f"{error['points']:.1f} points (95 %: {interval}; the bare mean probability of its words by "
-            f"{before['points']:.1f}), on {result['measured_on']:,} evaluation questions of all kinds. Two numbers were "
-            f"fitted to {result['fitted_on']} others."]
+            f"{before['points']:.1f}), on {result['measured_on']:,} evaluation questions of all kinds. Two numbers "
+            f"were fitted to {result['fitted_on']} others."]
 
 
 FAMILIES = {"seen": "voices of the training", "other": "other synthesizers",

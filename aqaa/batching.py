@@ -23,13 +23,12 @@ def ask_all(model, wavs, *, histories=None, batch=BATCH, seed=0, speak=True, pro
     it out. histories: of each question what was said before, (role, text) pairs. sampling goes to
     the generator (temperature, top_p).
     """
-    histories = histories or [()] * len(wavs)
     order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))  # little padding in a batch
     bar = {"desc": progress, "disable": not progress, "unit": "question", "leave": False}
     with tqdm(total=len(wavs), **bar) as bar:
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            before = [histories[i] for i in chosen]
+            before = histories and [histories[i] for i in chosen]
             answers = answer_batch(model, [wavs[i] for i in chosen], seed, before, **sampling)
             for i, (text, audio_ids, sure) in zip(chosen, answers):
                 yield i, text, speak_ids(model, audio_ids, seed) if speak else None, sure

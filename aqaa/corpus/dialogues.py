@@ -13,14 +13,11 @@ from aqaa.weights import model_folder, sources
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A question and its answer as ids; the answer begins at `start`. answer: its words, judged;
-    cell: of evaluation; item: the id of the question."""
+    """A question and its answer as ids; the answer begins at `start`. answer: its words, judged."""
 
     ids: list
     start: int
     answer: str
-    cell: str = ""
-    item: str = ""
 
     @property
     def prompt(self):
@@ -50,12 +47,9 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
     layout, result = dialogue.layout(), []
     for item in asked:
         answer = answers[item.answer_id]
-        before = []
-        if item.role == "follow":
-            before = [("user", item.slots["asked"]), ("assistant", item.slots["answered"])]
-        prompt = dialogue.prompt([*before, ("user", audio[item.id])], text, ids)
+        turns = [*wider.turns_before(item), ("user", audio[item.id])]
+        prompt = dialogue.prompt(turns, text, ids)
         words = text.encode(tagged(answer.text, answer.manner))
         reply = layout.arrange(words, audio[answer.id], ids)
-        result.append(Dialogue(prompt + reply, len(prompt), normalise(item.answer),
-                               item.cell, item.id))  # fmt: skip
+        result.append(Dialogue(prompt + reply, len(prompt), normalise(item.answer)))
     return result

@@ -43,6 +43,12 @@ def number(n):
     return f"{TENS[tens - 2]} {UNITS[unit]}" if unit else TENS[tens - 2]
 
 
+def held_apart(parts):
+    """([wordings, or words, of the training], [those never heard in training, marked by *])."""
+    return ([part for part in parts if not part.startswith("*")],
+            [part[1:].strip() for part in parts if part.startswith("*")])  # fmt: skip
+
+
 def words(name):
     return SCRIPT["words"][name].split()
 

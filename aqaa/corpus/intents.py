@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from aqaa.corpus.curriculum import FACTS
-from aqaa.corpus.facts import SCRIPT, phrases, stable_hash
+from aqaa.corpus.facts import SCRIPT, held_apart, phrases, stable_hash
 
 ASKS = set("what how which is am do does who high happy fast a one after before".split())
 ASKING, ORDERING, CLOSERS = map(phrases, ("ASKING", "ORDERING", "CLOSERS"))
@@ -58,11 +58,11 @@ def _intent(name, entry):
             text = text.replace(f"<{mark}>", words)
         return tuple(line.strip() for line in text.strip().splitlines())
 
-    wordings, options = lines("wordings"), ("category", "renders", "hold_one_in", "later_renders")
+    cores, held_out = held_apart(lines("wordings"))
+    options = "category", "renders", "hold_one_in", "later_renders"
     return Intent(
         name, facts=FACTS[name], later=lines("later"),
-        cores=tuple(line for line in wordings if not line.startswith("*")),
-        held_out=tuple(line[1:].strip() for line in wordings if line.startswith("*")),
+        cores=tuple(cores), held_out=tuple(held_out),
         **{key: entry[key] for key in options if key in entry},
     )  # fmt: skip
 

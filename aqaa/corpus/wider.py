@@ -14,13 +14,12 @@ from aqaa.corpus import intents as C
 from aqaa.corpus import plan as P
 from aqaa.corpus import voices as V
 from aqaa.corpus.curriculum import VOICE
-from aqaa.corpus.facts import SCRIPT, number, stable_hash
+from aqaa.corpus.facts import SCRIPT, held_apart, number, stable_hash
 from aqaa.corpus.sentences import filled, sentence
 from aqaa.tokenizers.text import MANNERS, tagged
 
 WIDER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-CELLS = tuple(WIDER["cells"])
-OUTSIDE, UNHEARD = WIDER["answers"]["outside"], WIDER["answers"]["unheard"]
+HONEST = OUTSIDE, UNHEARD = tuple(WIDER["answers"].values())  # answers: not known, not heard
 NOISES = tuple(f"noise:{kind}" for kind in "hiss hum tones reversed crowd muffled".split())
 VOICES = {"hibari": V.NATURAL[:1], "kokoro": V.NATURAL[1:], "noise": NOISES}
 COPIES = 2  # of a training utterance, from bent features (training/augment.py)
@@ -33,8 +32,8 @@ def plan(scale=1.0, seed=0):
     rng = Random(f"wider {seed}")
     ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
     items = []
-    for number_, text in enumerate(WIDER["answers"].values()):
-        name = f"b{number_:04d}"
+    for place, text in enumerate(HONEST):
+        name = f"b{place:04d}"
         ids[text, "normal"] = name
         items.append(P.Item(name, "train", "", "answer", text, V.ANSWER_VOICE, category=HONESTY,
                             manner="normal", answer=text, answer_id=name))  # fmt: skip
@@ -59,23 +58,30 @@ def plan(scale=1.0, seed=0):
     return items
 
 
+def turns_before(item):
+    """(role, text) pairs of what was said before a second question; none of any other Item."""
+    if item.role != "follow":
+        return []
+    return [("user", item.slots["asked"]), ("assistant", item.slots["answered"])]
+
+
 def is_copied(item):
     """Whether the codes of bent copies of an Item are kept, too."""
     return item.part == "wider" and item.split == "train" and item.role != "answer"
 
 
+# ---- texts of wider.toml ----
+
+
 def lines_of(text):
     """([wordings of the training], [those held out]) of a text with a wording a line."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    return ([line for line in lines if not line.startswith("*")],
-            [line[1:].strip() for line in lines if line.startswith("*")])  # fmt: skip
+    return held_apart([line.strip() for line in text.strip().splitlines()])
 
 
 def words_of(text):
     """The same of words between blanks, or of phrases between commas."""
-    parts = [" ".join(part.split()) for part in (text.split(",") if "," in text else text.split())]
-    return ([part for part in parts if not part.startswith("*")],
-            [part[1:] for part in parts if part.startswith("*")])  # fmt: skip
+    parts = text.split(",") if "," in text else text.split()
+    return held_apart([" ".join(part.split()) for part in parts])
 
 
 class _Maker:

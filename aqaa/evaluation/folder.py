@@ -37,7 +37,6 @@ VERDICTS = {
 }
 EVALUATION = "evaluation"  # the split that counts, as does an entry without one
 KINDS = ("right", "honest", "wrong", "not known")  # honest: it says that it does not know
-HONEST = tuple(wider.WIDER["answers"].values())
 
 
 def listed(folder):
@@ -161,7 +160,7 @@ def examine(model, sound, said=None, answer=None, seed=0):
     given = model.ask(ids, seed=seed)
     written = normalise(given.text)
     judged = "not known" if right is None else "right" if written in right else "wrong"
-    if right is None and written in HONEST:
+    if right is None and written in wider.HONEST:
         judged = "honest"
     phones = error = mouth = None
     if model.heads is not None:

@@ -17,6 +17,7 @@ import numpy as np
 from aqaa.config import AQTA, ASR_MARKER, TQAA, TTS
 from aqaa.corpus.curriculum import VOICE
 from aqaa.corpus.voices import NATURAL
+from aqaa.corpus.wider import turns_before
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import MANNERS, tagged
 
@@ -165,18 +166,18 @@ class Examples:
         if self.book.follows and rng.random() < FOLLOWS:
             index = self.book.follows[rng.integers(len(self.book.follows))]
             item = self.book.items[index]
-            history = history[1:] + [(item.slots["asked"], item.slots["answered"])]
+            history = [*history[1:], turns_before(item)]  # its first question comes last
             answer = self.book.answers[item.answer_id]
         else:
             history = history or [self.some_turn(rng)]
             index, answer = self.pair(rng, self.probs)
-        turns = [turn for asked, answered in history
-                 for turn in (("user", asked), ("assistant", answered))]  # fmt: skip
+        turns = [turn for pair in history for turn in pair]
         return self.example(None, self.noisy(rng, index), *self.book.spoken(answer), turns=turns)
 
     def some_turn(self, rng):
+        """A written question and its answer, as two turns of a dialogue."""
         line = self.book.lines[rng.integers(len(self.book.lines))]
-        return line["question"], tagged(line["answer"], line["manner"])
+        return [("user", line["question"]), ("assistant", tagged(line["answer"], line["manner"]))]
 
     def pair(self, rng, probs):
         """Places in the book of a question, drawn by `probs`, and of its spoken answer."""

@@ -112,7 +112,7 @@ class Run:
         for part in dict.fromkeys(item.part for item in items):
             rows = {item.id: (i, 0) for i, item in enumerate(items) if item.part == part}
             rows |= {f"{items[i].id}~{number}": (i, number) for number, _ in heard if number
-                     for i in copied if part == "wider"}  # fmt: skip
+                     for i in copied if items[i].part == part}  # fmt: skip
             pairs = [[heard[number, name][i] for i, number in rows.values()] for name in SPOKEN]
             store_codes(codes_file(self.out, part), list(rows), *pairs)
         sizes = {"linguistic": self.config.ids.n_linguistic, "semantic": self.config.ids.n_semantic}
