@@ -117,9 +117,9 @@ def test_limit_spreads_over_a_cell():
 
 
 def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
-    from aqaa.corpus import plan, speak, wider
+    from aqaa.corpus import plan, play, speak
 
-    monkeypatch.setattr(wider, "plan", lambda seed: [])
+    monkeypatch.setattr(play, "joined", lambda seed: [])
     shelf, spoken = Shelf(), {}
     unasked = Item("a9", "train", "", "answer", "x", "voice", 0, answer="x", manner="normal", answer_id="a9")
     trained = Item("q9", "train", "", "question", "?", "voice", 0, answer="x", answer_id="a9")

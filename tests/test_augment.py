@@ -51,7 +51,7 @@ def test_banks_know_where_they_are(kind):
 
 @pytest.mark.parametrize("kind", BANKS)
 def test_noise_joins_as_power_and_padding_stays(kind):
-    augment = bender(kind, noisy=1.0, babble=0.0, curve=0.0)
+    augment = bender(kind, noisy=1.0, babble=0.0, curve=0.0, banded=0.0)
     x = rows_of(kind, 500).repeat(3, 1, 1)
     lengths = torch.tensor([x.shape[1], x.shape[1] - 3, 4])
     degraded, clean, factors = augment(x.clone(), lengths, np.random.default_rng(0))
@@ -73,9 +73,20 @@ def test_the_same_generator_bends_alike_and_no_strength_bends_nothing(kind):
 
 
 def test_another_voice_stays_behind_the_one_that_is_asked():
-    augment = bender("linguistic", noisy=0.0, babble=1.0, curve=0.0, warp=0.0)
+    augment = bender("linguistic", noisy=0.0, babble=1.0, curve=0.0, warp=0.0, banded=0.0)
     x = torch.cat([rows_of("linguistic", 400), rows_of("linguistic", 3000)])
     degraded, clean, _ = augment(x.clone(), torch.full((2,), x.shape[1]), np.random.default_rng(1))
     own, other = (clean[i].reshape(-1, 80).mean(0).argmax() for i in (0, 1))
     heard = degraded[0].reshape(-1, 80).mean(0)
     assert heard[own] > heard[other] > clean[0].reshape(-1, 80).mean(0)[other] + 1
+
+
+@pytest.mark.parametrize("kind", BANKS)
+def test_a_line_leaves_its_band_and_takes_what_lies_beyond(kind):
+    augment = bender(kind, noisy=0.0, babble=0.0, curve=0.0, warp=0.0, banded=1.0, deepest=(40.0, 40.0))
+    x = rows_of(kind, 1000).repeat(3, 1, 1)
+    degraded, clean, _ = augment(x.clone(), torch.full((3,), x.shape[1]), np.random.default_rng(2))
+    lost = ((clean - degraded) * augment.unit).reshape(3, -1, augment.n_mels).mean(1)
+    kept = (augment.hz > 400) & (augment.hz < 3000)
+    assert lost[:, kept].abs().max() < 0.05
+    assert (lost[:, -1] > 1).all() and (lost[:, 0] > 0.5).all()

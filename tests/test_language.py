@@ -182,6 +182,7 @@ def test_examples_are_what_their_names_say(book):
     task = make(book, noise=0)
     audio = {tuple(ids.tolist()): one for ids, one in zip(book.audio, book.items, strict=True)}
     said = {tuple(book.encode(text)): text for text in SENTENCES}
+    said |= {tuple(book.encode(one.text)): one.text for one in book.items}
     said |= {tuple(book.encode(tagged(one.text, one.manner))): one.text for one in book.items}
     answers = {one.text: one.answer for one in book.items if one.role == "question"}
     markers = {"asr": ASR_MARKER, "tts": TTS, "tqaa": TQAA, "aqta": AQTA}
@@ -418,3 +419,18 @@ def test_a_few_steps_already_help(book, tmp_path, monkeypatch):
     before = task.loss(batch, 0)[0].item()
     Trainer(task, tmp_path, "toy", 20, quiet=True).run()
     assert task.loss(batch, 0)[0].item() < 0.97 * before
+
+
+def test_natural_voices_and_what_only_one_word_decides_are_heard_more_often(tiny_text):
+    book = library(tiny_text)
+    book.items[3].voice = E.NATURAL[0]
+    before = library(tiny_text).balance()
+    ratio = book.balance() / before
+    assert ratio[0] / ratio[1] == pytest.approx(E.NATURAL_WEIGHT) and np.allclose(ratio[1:], ratio[1])
+    shares = book.by_voice(book.questions)
+    assert shares.sum() == pytest.approx(1) and shares[0] / shares[1] == pytest.approx(E.NATURAL_WEIGHT)
+    assert len(book.by_voice([])) == 0
+    book = library(tiny_text)
+    book.items[3].intent = "outside_near"
+    ratio = book.balance() / before
+    assert ratio[0] / ratio[1] == pytest.approx(E.INTENT_WEIGHTS["outside_near"])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aqaa.corpus import wider
+from aqaa.corpus import play, wider
 from aqaa.corpus.codes import stored_codes
 from aqaa.corpus.plan import plan, spread
 from aqaa.files import data_folder
@@ -34,8 +34,8 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
     ids = model_folder.read_config(folder).ids
     text = model_folder.read_text(folder, ids.n_text)
     stored = stored_codes(data_folder() / "codes")
-    # Of the wider part not all need have been spoken (see the data card).
-    items = plan(seed=seed) + [item for item in wider.plan(seed=seed) if item.id in stored]
+    # Of what joined not all need have been spoken (see the data card).
+    items = plan(seed=seed) + [item for item in play.joined(seed=seed) if item.id in stored]
     asked = [one for one in items if one.role in ("question", "follow") and one.split == split]
     asked = spread(asked, count)
     wanted = {item.answer_id for item in asked}

@@ -4,7 +4,7 @@ Each part lies in a folder of its own, so that one may change while the others s
 
 from pathlib import Path
 
-from aqaa.corpus import engines, natural, people, speak, wider
+from aqaa.corpus import engines, natural, people, play, speak, wider
 from aqaa.corpus.plan import OPEN, open_plan, plan
 
 SECONDS = 0.5, 0.06  # of an utterance: silence at its ends, and a letter, on the average of voices
@@ -26,7 +26,8 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True, only=N
     makers = {
         "questions": lambda: plan(scale, seed),
         "open": lambda: _open(folder / "open", scale, seed),
-        "wider": lambda: _wider(folder / "wider", scale, seed),
+        "wider": lambda: _joined(folder / "wider", wider.plan(scale, seed)),
+        "play": lambda: _joined(folder / "play", play.plan(scale, seed)),
         "people": lambda: recorded,
     }
     plans = {part: makers[part]() for part in chosen}
@@ -69,15 +70,14 @@ def _open(folder, scale, seed):
     return open_plan(scale, seed)
 
 
-def _wider(folder, scale, seed):
-    """Items of the wider part by the engines that are installed, or were when it was begun; says
-    what is left out. An Item has the same id either way."""
-    items = wider.plan(scale, seed)
+def _joined(folder, items):
+    """Those of the planned `items` whose engines are installed, or were when this part was begun;
+    says what is left out. An Item has the same id either way."""
     voices = {item.voice for item in items}
     lacks, began = engines.absent(voices), speak.head(folder).get("engines", {})
     for name, missing in lacks.items() if not began else ():
-        print(f"{' and '.join(missing)} not found: the wider part goes without the voices of "
-              f"{name}; run `{engines.ENGINES[name].install}`.")  # fmt: skip
+        print(f"{' and '.join(missing)} not found: the {folder.name} part goes without the voices "
+              f"of {name}; run `{engines.ENGINES[name].install}`.")  # fmt: skip
     known = set(began) or set(engines.of(voices)) - set(lacks)
     return [item for item in items if item.voice.split(":")[0] in known]
 

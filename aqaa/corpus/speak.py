@@ -26,7 +26,7 @@ from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import CELLS, STORED, Item, plan_hash
 from aqaa.files import reading, replacing
 
-PARTS = ("questions", "open", "wider", "people")
+PARTS = ("questions", "open", "wider", "play", "people")
 PER_SHARD = 400
 ROUND = 8  # shards that a worker speaks before another takes its place
 RESUME = "run `aqaa train corpus --resume`"

@@ -28,6 +28,8 @@ CELLS = {  # of the corpus, and what they are called in the table
     "outside_seen": "outside the world, seen voice",
     "outside_natural": "outside the world, natural voice",
     "follow_seen": "second turn, seen voice", "follow_natural": "second turn, natural voice",
+    "play_seen": "creativity, roles, games, seen voice",
+    "play_natural": "creativity, roles, games, natural voice",
     "unheard": "sound without words",
 }  # fmt: skip
 METRICS = {  # of a Row, and their heading
@@ -205,7 +207,7 @@ def evaluation_corpus(folder, seed=0, workers=2):
     """The questions of the corpus in `folder`, also while it is growing; without any, those for
     evaluation and their answers are spoken into `evaluation` there. Interrupted speaking goes on.
     """
-    from aqaa.corpus import engines, speak, wider
+    from aqaa.corpus import engines, play, speak
     from aqaa.corpus.plan import plan
 
     places = speak.places(folder)
@@ -217,13 +219,14 @@ def evaluation_corpus(folder, seed=0, workers=2):
         return corpus
     items = plan(seed=seed)
     asked = [item for item in items if item.split == "eval" and item.role == "question"]
-    more = [item for item in wider.plan(seed=seed) if item.split == "eval" or item.role == "answer"]
+    joined = play.joined(seed=seed)
+    more = [item for item in joined if item.split == "eval" and item.role != "answer"]
     lacks = engines.absent({item.voice for item in more})
     more = [item for item in more if engines.of([item.voice])[0] not in lacks]
     wanted = {item.answer_id for item in asked + more}
     # The normal form of a manner's answer is the reference that the manner is measured against.
     texts = {item.answer for item in asked + more if item.manner in RULES}
-    answers = [item for item in items if item.role == "answer"]
+    answers = [item for item in items + joined if item.role == "answer"]
     answers = [item for item in answers if item.answer_id in wanted
                or item.manner == "normal" and item.answer in texts]  # fmt: skip
     planned = answers + asked + more
@@ -234,9 +237,10 @@ def evaluation_corpus(folder, seed=0, workers=2):
 
 def all_answers():
     """Every text that the curriculum may want to hear."""
-    from aqaa.corpus import intents
+    from aqaa.corpus import intents, play
 
-    return {fact.answer for intent in intents.INTENTS.values() for fact in intent.facts}
+    known = {fact.answer for intent in intents.INTENTS.values() for fact in intent.facts}
+    return known | {fact.answer for rows in play.facts().values() for fact in rows}
 
 
 def recording(corpus, item):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from aqaa import audio
-from aqaa.corpus import engines, people, speak, wider
+from aqaa.corpus import engines, people, play, speak, wider
 from aqaa.corpus.facts import number
 from aqaa.corpus.plan import plan
 from aqaa.evaluation import whisper
@@ -177,7 +177,7 @@ def examine(model, sound, said=None, answer=None, seed=0):
 @cache
 def known_answers():
     """{question: answers that are right} of the curriculum, in every wording of its plan."""
-    answers, items = {}, plan() + wider.plan()
+    answers, items = {}, plan() + play.joined()
     for item in (one for one in items if one.role == "question"):
         if not item.want and item.category != wider.HONESTY:  # the answer lies in the words
             answers.setdefault(normalise(item.text), set()).add(normalise(item.answer))

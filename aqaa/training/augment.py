@@ -18,6 +18,9 @@ class Augment:
     curve = 4.0  # dB: deviation of a smooth curve along frequency
     noisy, babble = 0.55, 0.12  # share of utterances with noise, with another voice behind them
     snr = 3.0, 40.0  # dB, of noise below the speech
+    banded = 0.2  # share of utterances over a line that leaves a band: a telephone, a small codec
+    edges = (100.0, 400.0), (3000.0, 5000.0)  # Hz, between which the band begins and ends
+    slopes, deepest = (12.0, 72.0), (20.0, 80.0)  # dB an octave beyond an edge, and dB at most
 
     def __init__(self, n_mels, hz_of, mel_of, unit=1.0, top=7600.0, strength=1.0):
         self.n_mels, self.unit, self.top, self.strength = n_mels, unit, top, strength
@@ -66,7 +69,13 @@ class Augment:
             other = power[(row + 1) % batch].roll(int(rng.integers(rows)), 0)
             gap = max(float(below[row]), 1.6)  # the one asked stays 7 dB louder
             add[row] = other - loud[(row + 1) % batch] + loud[row] - gap
-        degraded = torch.logaddexp(power, add) / self.unit
+        over = torch.from_numpy(rng.random(batch) < self.banded * self.strength)
+        lines = torch.stack([self._line(rng) for _ in range(batch)]) * over[:, None]
+        heard = torch.logaddexp(power, add)
+        narrow = heard - lines[:, None]
+        # As in the front ends, what lies eight decades below the loudest is one floor.
+        floor = narrow.amax((1, 2), keepdim=True) - 8 * np.log(10)
+        degraded = torch.where(over[:, None, None], narrow.clamp(min=floor), heard) / self.unit
         degraded = torch.where(valid, degraded, x.reshape(degraded.shape))
         return degraded.reshape(x.shape), clean.reshape(x.shape), torch.from_numpy(factors).float()
 
@@ -78,6 +87,13 @@ class Augment:
         curve = rng.normal(0, decibels / 2, (batch, 3)) @ waves
         curve += rng.normal(0, decibels / 2, (batch, 1)) * (place - 0.5) * 2
         return torch.from_numpy(curve * np.log(10) / 10 / self.unit).float()[:, None]
+
+    def _line(self, rng):
+        """(n_mels,) what a line takes away, in natural logarithms of power."""
+        low, high = (rng.uniform(*edge) for edge in self.edges)
+        beyond = np.maximum(np.log2(low / self.hz), np.log2(self.hz / high)).clip(0)  # octaves
+        loss = np.minimum(beyond * rng.uniform(*self.slopes), rng.uniform(*self.deepest))
+        return torch.from_numpy(loss * np.log(10) / 10).float()
 
     def _noise(self, count, rng):
         """(count, n_mels) log power about 0: a random colour, restless as noise is."""

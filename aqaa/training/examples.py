@@ -26,7 +26,10 @@ TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
 # Skills of the voice, by StepEval-Audio-360's names: what SFT-2 is for, whichever a book has.
 SPECIAL = ("Sing", "Creativity", "Role-playing", "Gaming", "Speech Emotion Control",
            "Voice Instruction Following")  # fmt: skip
-NATURAL_WEIGHT = 2.5  # of a question in a natural voice among the others
+NATURAL_WEIGHT = 4.0  # of what a natural voice says, among the others
+# What the mini does not know is asked more often than there is of it, most of all in words that it
+# knows: only there does one word decide.
+INTENT_WEIGHTS = {"outside_open": 1.5, "outside_world": 1.5, "outside_near": 2.5}
 HISTORY, FOLLOWS = (0.5, 0.35, 0.15), 0.7  # chances of 0, 1, 2 further turns; of a second question
 UNHEARD = "unheard"  # the intent of noise
 REMINDER = 0.25  # share of other answers in SFT-2: without any, what they teach is soon forgotten
@@ -60,10 +63,15 @@ class Book:
         natural voices are heard more often than there are of them."""
         intents = [self.items[i].intent for i in self.questions]
         counts = Counter(intents)
-        natural = [self.items[i].voice in NATURAL for i in self.questions]
-        probs = np.array([counts[name] ** -0.4 for name in intents])
-        probs *= np.where(natural, NATURAL_WEIGHT, 1.0)
+        shares = [counts[name] ** -0.4 * INTENT_WEIGHTS.get(name, 1.0) for name in intents]
+        probs = np.array(shares) * self.by_voice(self.questions)
         return probs / probs.sum()
+
+    def by_voice(self, indices):
+        """Probability of each utterance of `indices` where only its voice counts."""
+        natural = [self.items[i].voice in NATURAL for i in indices]
+        weights = np.where(natural, NATURAL_WEIGHT, 1.0)
+        return weights / max(weights.sum(), 1.0)
 
     def spoken(self, index):
         """Words, headed by their manner, and audio ids of an answer."""
@@ -98,6 +106,7 @@ class Examples:
         self.open_turn = len(dialogue.prompt([], book.tokenizer, self.ids))
         self.probs = book.balance() * (self.selected() if selected else 1.0)
         self.probs /= self.probs.sum()
+        self.asr_probs, self.follow_probs = map(book.by_voice, (book.spoken_words, book.follows))
         # No voice is heard in writing, and no noise. A book may hold nothing but such questions.
         askable = [book.items[i].category != VOICE and book.items[i].intent != UNHEARD
                    for i in book.questions]  # fmt: skip
@@ -131,7 +140,7 @@ class Examples:
         return self.example(None, self.book.encode(line["question"]), answer)
 
     def asr(self, rng):
-        index = self.book.spoken_words[rng.integers(len(self.book.spoken_words))]
+        index = self.book.spoken_words[rng.choice(len(self.asr_probs), p=self.asr_probs)]
         words = self.book.encode(self.book.items[index].text)
         return self.example(ASR_MARKER, self.noisy(rng, index), words)
 
@@ -164,7 +173,7 @@ class Examples:
         """A second question behind the first; or any question behind turns that do not matter."""
         history = [self.some_turn(rng) for _ in range(rng.choice(3, p=HISTORY))]
         if self.book.follows and rng.random() < FOLLOWS:
-            index = self.book.follows[rng.integers(len(self.book.follows))]
+            index = self.book.follows[rng.choice(len(self.follow_probs), p=self.follow_probs)]
             item = self.book.items[index]
             history = [*history[1:], turns_before(item)]  # its first question comes last
             answer = self.book.answers[item.answer_id]

@@ -13,7 +13,7 @@ from aqaa.tokenizers.phones import (
     code_vectors,
     error_rate,
 )  # fmt: skip
-from aqaa.training import features
+from aqaa.training import features, stages
 from aqaa.training.features import LengthBuckets, Utterances
 from aqaa.training.speech_tokenizers import upsampled_ctc
 
@@ -39,16 +39,19 @@ class HeadsTask:
 
     @classmethod
     def from_run(cls, run, stage):
-        heard = {}
+        heard, makers = {}, stages.makers()
         for name, kind in KINDS.items():
             data, tests = run.utterances(kind)
             probs = data.weights / data.weights.sum()
             count = min(UTTERANCES, np.count_nonzero(probs))
             train = np.random.default_rng(run.seed).choice(len(probs), count, False, probs)
             chosen = np.unique(np.concatenate([train, *tests.values()]).astype(int))
-            heard[name] = listened(run.part(name), data, chosen)
+            heard[name] = listened(run.part(makers[name]), data, chosen)
         tests = {name: np.searchsorted(chosen, rows) for name, rows in tests.items()}
-        return cls(run.config, heard, np.searchsorted(chosen, train), tests)
+        task = cls(run.config, heard, np.searchsorted(chosen, train), tests)
+        if run.init and (run.init / "heads.safetensors").exists():
+            run.start(stage, task.model)
+        return task
 
     def batch(self, rng):
         indices, batch = self.buckets.draw(rng), {}

@@ -106,7 +106,7 @@ class LanguageTask(NextToken):
     @classmethod
     def from_run(cls, run, stage):
         """The task of a stage, from its parent's weights, or from the codebooks without any."""
-        lr = 6e-4 if run.init else 2e-3  # weights that have learnt go on gently
+        lr = 1e-3 if run.init else 2e-3  # weights that have learnt go on gently
         options = {"floor": stage.floor, "lr": lr, **stage.settings}
         task = cls(run.book(), stage.mixture, **options)
         if not run.start(stage, task.model):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from aqaa.config import preset
-from aqaa.corpus import parts, speak, wider
+from aqaa.corpus import parts, play, speak, wider
 from aqaa.corpus.codes import codes_file, store_codes, stored_codes, usage
 from aqaa.corpus.plan import held_out, plan, texts
 from aqaa.files import data_folder, fingerprint, probe, read_object, replacing, sweep, write_json
@@ -96,23 +96,26 @@ class Run:
         features.prepare(opened, items, self.out / "features", self.workers)
 
     def codes(self):
-        """Both code sequences of every utterance, and of bent copies of the wider part's."""
+        """Both code sequences of every utterance, and of bent copies (`wider.is_copied`)."""
         _, items = self.items()
         order = sorted(range(len(items)), key=lambda i: items[i].length)  # so that little is padded
         copied = [i for i in order if wider.is_copied(items[i])]
-        heard = {}  # (number of the copy, name of the tokenizer): {row: codes}
+        heard, makers = {}, stages.makers()  # (number of the copy, tokenizer): {row: codes}
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
-            model, task = self.part(name), resolve_name(stages.STAGES[name].task)
+            model, task = self.part(makers[name]), resolve_name(stages.STAGES[name].task)
             data = features.utterances(self.out / "features", items, kind)
             heard[0, name] = features.codes(model, data, order)
             bend = task.bender(model.config)
             for number in range(1, wider.COPIES + 1):
                 seed = self.seed, number
                 heard[number, name] = features.codes(model, data, copied, bend, seed)
-        for part in dict.fromkeys(item.part for item in items):
-            rows = {item.id: (i, 0) for i, item in enumerate(items) if item.part == part}
-            rows |= {f"{items[i].id}~{number}": (i, number) for number, _ in heard if number
-                     for i in copied if items[i].part == part}  # fmt: skip
+        files = {part: {} for part in dict.fromkeys(item.part for item in items)}
+        for i, item in enumerate(items):
+            files[item.part][item.id] = i, 0
+        if copied:
+            files["bent"] = {f"{items[i].id}~{number}": (i, number)
+                             for number in range(1, wider.COPIES + 1) for i in copied}  # fmt: skip
+        for part, rows in files.items():
             pairs = [[heard[number, name][i] for i, number in rows.values()] for name in SPOKEN]
             store_codes(codes_file(self.out, part), list(rows), *pairs)
         sizes = {"linguistic": self.config.ids.n_linguistic, "semantic": self.config.ids.n_semantic}
@@ -182,7 +185,7 @@ class Run:
         plan has the words, and shipped codes stand in for this run's: no sound is needed."""
         planned = plan(scale=self.scale, seed=self.seed)
         lines = texts(planned)
-        planned += wider.plan(scale=self.scale, seed=self.seed)
+        planned += play.joined(self.scale, self.seed)
         places = [self.base or self.out, self.out]
         if self.part_file("linguistic").parent.name != "parts":  # no tokenizers of its own
             places.insert(0, data_folder() / "codes")

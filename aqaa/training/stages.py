@@ -27,6 +27,7 @@ class Stage:
 
 
 SPEECH = "aqaa.training.speech_tokenizers"
+STEADY = "aqaa.training.steady"
 HEADS = "aqaa.training.heads"
 VOCODER = "aqaa.training.flow_and_hift"
 LANGUAGE = "aqaa.training.objectives:LanguageTask"
@@ -36,6 +37,10 @@ TABLE = (
     Stage("features", "compute what the audio tokenizers read"),
     Stage("linguistic", "CTC, then k-means", f"{SPEECH}:LinguisticTask", 4400, "linguistic"),
     Stage("semantic", "CTC through a quantiser", f"{SPEECH}:SemanticTask", 2700, "semantic"),
+    Stage("steady_linguistic", "more voices, the same codes", f"{STEADY}:SteadyLinguistic", 1500,
+          "linguistic", "linguistic"),
+    Stage("steady_semantic", "more voices, the same codes", f"{STEADY}:SteadySemantic", 1500,
+          "semantic", "semantic"),
     Stage("codes", "store both code sequences of every utterance"),
     Stage("heads", "phones that both tokenizers hear", f"{HEADS}:HeadsTask", 1500, "heads"),
     Stage("hift", "mel to wave", f"{VOCODER}:HiftTask", 2400, "hift"),
@@ -48,8 +53,8 @@ TABLE = (
     ),
     Stage(
         "sft1", "the backbone answers spoken questions", LANGUAGE, 5000, "backbone", "pretrain",
-        mixture={"aqtaa": 0.40, "aqta": 0.28, "turns": 0.13, "asr": 0.10, "text": 0.02,
-                 "tqaa": 0.03, "tts": 0.04},
+        mixture={"aqtaa": 0.36, "aqta": 0.26, "turns": 0.20, "asr": 0.10, "text": 0.02,
+                 "tqaa": 0.03, "tts": 0.03},
     ),
     Stage(
         "sft2", "selected spoken answers: stable format, special skills", LANGUAGE, 600, "backbone",

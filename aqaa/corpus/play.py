@@ -1,0 +1,157 @@
+"""Creativity, Role-playing and Gaming: three more categories of StepEval-Audio-360, in play.toml.
+
+A role is a voice: whoever asks for a giant hears a low one. Stories are made of three given words;
+evaluation gives words that never stood together in training."""
+
+import tomllib
+from itertools import product
+from pathlib import Path
+from random import Random
+
+from aqaa.corpus import plan as P
+from aqaa.corpus import voices as V
+from aqaa.corpus import wider
+from aqaa.corpus.curriculum import SENTENCES
+from aqaa.corpus.facts import Fact, held_apart, number, stable_hash
+from aqaa.tokenizers.text import tagged
+
+PLAY = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+DEV = 3  # questions of each intent for choices
+
+
+def _words(name):
+    return [part.split() for part in PLAY["words"][name].split(",")]
+
+
+def _fact(answer, manner="normal", **slots):
+    return Fact(tuple(slots.items()), answer, manner)
+
+
+def _rhymes():
+    for one, other in _words("rhymes"):
+        yield _fact(f"{other} rhymes with {one}", w=one)
+        yield _fact(f"{one} rhymes with {other}", w=other)
+
+
+def _stories():
+    words = (PLAY["words"][name].split() for name in ("animals", "people", "things"))
+    for a, b, c in product(*words):
+        answer = f"once a {a} and a {b} looked for a {c} and they found it together"
+        yield _fact(answer, a=a, b=b, c=c)
+
+
+def _guesses():
+    for a in range(1, 21):
+        for b in range(a + 2, a + 14, 4):
+            yield _fact(f"my guess is {number((a + b) // 2)}", a=number(a), b=number(b))
+
+
+def _said_by(told):
+    """Sentences of the curriculum that are spoken in the manner of a role."""
+    for role, (manner, _) in PLAY["roles"].items():
+        for x in SENTENCES:
+            if (x, manner) in told:
+                yield _fact(x, manner, x=x, r=role)
+
+
+def facts():
+    """{intent: [Fact, …]}; a second question has those of what is asked again."""
+    told = {(item.answer, item.manner) for item in P.answer_items() if item.split == "train"}
+    made = {
+        "rhyme": _rhymes(),
+        "finish": (_fact(end, x=line) for line, end in PLAY["lines"].items()),
+        "story": _stories(),
+        "role_be": (_fact(said, manner, r=r) for r, (manner, said) in PLAY["roles"].items()),
+        "role_say": _said_by(told),
+        "rock": (_fact(said, m=move) for move, said in PLAY["moves"].items()),
+        "guess": _guesses(),
+        "chain": (_fact(f"my word is {x}", w=w) for w, x in _words("chained")),
+        "riddle": (_fact(f"i guess that it is {x}", x=clue) for clue, x in PLAY["riddles"].items()),
+    }
+    made = {name: list(rows) for name, rows in made.items()}
+    for name, entry in PLAY["intents"].items():
+        if "first" in entry:
+            made[name] = made[entry["first"]]
+    return made
+
+
+def apart(name, fact):
+    """Whether a fact is kept from training: half of all stories."""
+    return name == "story" and stable_hash("story", fact.key) % 2 == 1
+
+
+def joined(scale=1.0, seed=0):
+    """Items of all that joined the questions of curriculum.toml: the wider part and this one."""
+    return wider.plan(scale, seed) + plan(scale, seed)
+
+
+def plan(scale=1.0, seed=0):
+    """Items: answers that are new, evaluation, development, shuffled training. Ids never move."""
+    make = _Maker(Random(f"play {seed}"))
+    names, items = list(PLAY["intents"]), list(make.answers)
+    for cell, count in PLAY["cells"].items():
+        pool = V.TRAINING if cell.endswith("seen") else V.NATURAL_HELD_OUT
+        for turn in range(P.scaled(count, scale)):
+            items += make.asked(names[turn % len(names)], pool, "eval", cell)
+    for name in names * P.scaled(DEV, min(scale, 1.0)):
+        items += make.asked(name, V.NATURAL + V.TRAINING[::4], "dev")
+    training = []
+    for name, counts in PLAY["counts"].items():
+        for who, count in counts.items():
+            pool = wider.VOICES.get(who, V.TRAINING)
+            for _ in range(P.scaled(count, scale)):
+                training += make.asked(name, pool, "train")
+    make.rng.shuffle(training)
+    items += training
+    if scale < 1:  # a miniature speaks the answers that it needs
+        asked = {item.answer_id for item in items if item.role != "answer"}
+        items = [item for item in items if item.role != "answer" or item.id in asked]
+    for place, item in enumerate(items):
+        item.id = item.id or f"y{place:06d}"
+        item.seed = stable_hash(str(seed), "play", str(place), item.text)
+    return items
+
+
+class _Maker:
+    """Draws questions of each intent; `answers` are the Items that the curriculum lacks."""
+
+    def __init__(self, rng):
+        self.rng, self.stock, self.answers = rng, facts(), []
+        self.ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
+        self.cores = {name: held_apart(entry["wordings"].strip().splitlines())
+                      for name, entry in PLAY["intents"].items()}  # fmt: skip
+        for name, rows in self.stock.items():
+            for fact in rows:
+                if (fact.answer, fact.manner) not in self.ids:
+                    self.answers.append(self._answer(name, fact))
+
+    def _answer(self, name, fact):
+        id = self.ids[fact.answer, fact.manner] = f"p{len(self.answers):04d}"
+        return P.Item(
+            id, "eval" if apart(name, fact) else "train", "", "answer", fact.answer,
+            V.ANSWER_VOICE, category=PLAY["intents"][name]["category"], intent=name,
+            manner=fact.manner, answer=fact.answer, answer_id=id,
+        )  # fmt: skip
+
+    def asked(self, name, pool, split, cell=""):
+        """[Item] of a question; of a second one that is no training, the first one before it."""
+        entry, new = PLAY["intents"][name], split == "eval"
+        known = [one for one in self.stock[name] if apart(name, one) == (new and name == "story")]
+        fact, core = self.rng.choice(known), self.rng.choice(self.cores[name][new])
+        seen = pool is V.TRAINING
+        voice = V.pick(P.Choice(self.rng), pool) if seen else self.rng.choice(pool)
+        slots, role, before = dict(fact.slots), "question", []
+        if first := entry.get("first"):
+            role, slots = "follow", self._before(first, fact)
+            if split != "train":
+                before = [P.Item("", split, "", "first", slots["asked"], voice)]
+        return [*before, P.Item(
+            "", split, cell, role, core.format(**dict(fact.slots)), voice, 0, entry["category"],
+            name, core, slots, "", fact.answer, fact.manner, self.ids[fact.answer, fact.manner],
+        )]  # fmt: skip
+
+    def _before(self, first, fact):
+        """What was said before a second question: of the same role, or of any other round."""
+        said = fact if first == "role_be" else self.rng.choice(self.stock[first])
+        asked = self.rng.choice(self.cores[first][0]).format(**dict(said.slots))
+        return {"asked": asked, "answered": tagged(said.answer, said.manner)}
