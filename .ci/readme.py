@@ -74,6 +74,7 @@ def calibration(result):
             f"were fitted to {result['fitted_on']} others."]
 
 
+CHANGED = ("noise 20 dB", "noise 10 dB", "noise 5 dB", "telephone", "mp3")
 FAMILIES = {"seen": "voices of the training", "other": "other synthesizers",
             "natural": "natural voices of the corpus (Kokoro, hibari)",
             "kokoro": "Kokoro, held out", "styles": "four English styles, held out", "joe": "Piper's joe, held out",
@@ -83,20 +84,26 @@ FAMILIES = {"seen": "voices of the training", "other": "other synthesizers",
 
 
 def hearing(result):
-    """Phone errors of the newest entry, families as rows."""
-    entry = [part for part in result.values() if isinstance(part, dict)][-1]
+    """Phone errors and codes that stay: families as rows, every recorded entry a column of each tokenizer."""
+    entries = {label: part for label, part in result.items() if isinstance(part, dict)}
+    ears = ("linguistic", "semantic")
+    heads = [f"{ear}, {label}" for ear in ears for label in entries]
+    *_, newest = entries.values()
     lines = ["**Whom the ears hear**: phones wrong, missing or too many, percent (95 % of draws of as many clips), "
-             "read from the linguistic encoder and from the semantic codes. Both were trained on the voices of the "
-             "first rows alone.", "",
-             "| | clips | linguistic | semantic |", "|---|---|---|---|"]
-    for name, row in sorted(entry["phone_error"].items(), key=lambda pair: list(FAMILIES).index(pair[0].split(",")[0])):
+             "read from the linguistic encoder and from the semantic codes; “before”: the ears that knew the voices of "
+             "the first rows alone, “steady”: after they went on with natural voices, their codebooks kept.", "",
+             f"| | clips | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for name in sorted(newest["phone_error"], key=lambda name: list(FAMILIES).index(name.split(",")[0])):
         family, _, kind = name.partition(", ")
-        cells = ["{} ({}–{})".format(row[ear]["error"], *row[ear]["interval"]) for ear in ("linguistic", "semantic")]
-        lines.append(f"| {FAMILIES[family]}{', ' if kind else ''}{kind} | {row['n']} | {cells[0]} | {cells[1]} |")
-    kept = entry["agreement"]
-    lines += ["", "Codes that stay under noise of 20 / 10 / 5 dB: linguistic "
-              + " / ".join(f"{kept[f'noise {snr} dB']['linguistic']:.0f}" for snr in (20, 10, 5)) + ", semantic "
-              + " / ".join(f"{kept[f'noise {snr} dB']['semantic']:.0f}" for snr in (20, 10, 5)) + " %."]
+        rows = [(entry["phone_error"].get(name), ear) for ear in ears for entry in entries.values()]
+        cells = ["{} ({}–{})".format(row[ear]["error"], *row[ear]["interval"]) if row else "–" for row, ear in rows]
+        clips = newest["phone_error"][name]["n"]
+        lines.append(f"| {FAMILIES[family]}{', ' if kind else ''}{kind} | {clips} | {' | '.join(cells)} |")
+    for label, entry in entries.items():
+        kept = entry["agreement"]
+        told = {ear: " / ".join(f"{kept[way][ear]:.0f}" for way in CHANGED) for ear in ears}
+        lines += ["", f"Codes that stay ({label}) under noise of 20 / 10 / 5 dB, over a telephone line / as MP3: "
+                  f"linguistic {told['linguistic']}, semantic {told['semantic']} %."]
     return lines
 
 

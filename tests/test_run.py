@@ -112,7 +112,7 @@ def test_codes_are_those_of_the_finished_tokenizers(place, run):
     corpus, items = run.items()
     codes = load_codes(run.out, items)
     for which, name in enumerate(("linguistic", "semantic")):
-        module, same, total = run.part(name, model_folder.build(name, CONFIG)), 0, 0
+        module, same, total = run.part(f"steady_{name}", model_folder.build(name, CONFIG)), 0, 0
         for i in range(0, len(items), 40):
             heard = module.encode(features.as_heard(items[i], corpus.wav(items[i])), energy_norm=False).numpy()
             stored = codes[i][which]
@@ -226,7 +226,7 @@ def test_pairs_are_of_the_tokenizers_at_hand(place, run, tmp_path):
     """Ids of other tokenizers mean something else: such pairs are refused, and named."""
     later = run.beside(tmp_path / "later", 1)
     (later.out / "parts").mkdir()
-    shutil.copy(place / "run" / "parts" / "semantic.safetensors", later.out / "parts" / "linguistic.safetensors")
+    shutil.copy(place / "run" / "parts" / "semantic.safetensors", later.out / "parts" / "steady_linguistic.safetensors")
     with pytest.raises(ModelError, match="pairs.npz belongs to other tokenizers"):
         later.stage("dpo")
 
@@ -403,7 +403,7 @@ def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
     later.export()
     assert (tmp_path / "model" / "heads.safetensors").exists()
     (later.out / "parts").mkdir(exist_ok=True)
-    shutil.copy(place / "run" / "parts" / "linguistic.safetensors", later.out / "parts")
+    shutil.copy(place / "run" / "parts" / "steady_linguistic.safetensors", later.out / "parts")
     later.export()
     assert not (tmp_path / "model" / "heads.safetensors").exists()
     shutil.copy(place / "run" / "parts" / "heads.safetensors", later.out / "parts")

@@ -7,6 +7,7 @@ first question, spoken by the same voice. `wider.toml` has the wordings and the 
 
 import tomllib
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -86,6 +87,19 @@ def words_of(text):
     return held_apart([" ".join(part.split()) for part in parts])
 
 
+@dataclass
+class _Asked:
+    """One question that was drawn, before it has a voice."""
+
+    text: str
+    answer: str
+    manner: str
+    intent: str
+    category: str
+    core: str = ""
+    slots: dict = field(default_factory=dict)
+
+
 class _Maker:
     """Draws questions of each kind; what was drawn is counted, so that all is used evenly."""
 
@@ -103,13 +117,13 @@ class _Maker:
         for turn in range(count):
             seen = pool is V.TRAINING
             voice = V.pick(P.Choice(self.rng), pool) if seen else self.rng.choice(pool)
-            text, fact, intent, core, slots = maker(turn, split == "eval")
+            one = maker(turn, split == "eval")
             role = "follow" if kind == "follow" else "question"
             if role == "follow" and split != "train":  # the first question is spoken as well
-                made.append(P.Item("", split, "", "first", slots["asked"], voice))
+                made.append(P.Item("", split, "", "first", one.slots["asked"], voice))
             made.append(P.Item(
-                "", split, cell, role, text, voice, 0, intent[1], intent[0], core, slots, "",
-                fact[0], fact[1], self.ids[fact],
+                "", split, cell, role, one.text, voice, 0, one.category, one.intent, one.core,
+                one.slots, "", one.answer, one.manner, self.ids[one.answer, one.manner],
             ))  # fmt: skip
         return made
 
@@ -119,8 +133,8 @@ class _Maker:
         core = self.rng.choice(intent.held_out if new else intent.cores)
         fact = self.rng.choice(intent.allowed(core))
         text = C.wording(core, fact, self.rng)
-        return (text, (fact.answer, fact.manner), (intent.name, intent.category), core,
-                dict(fact.slots))  # fmt: skip
+        return _Asked(text, fact.answer, fact.manner, intent.name, intent.category, core,
+                      dict(fact.slots))  # fmt: skip
 
     def _new(self, turn, held_out):
         return self._known(turn, held_out, new=True)
@@ -129,7 +143,7 @@ class _Maker:
         return (self._open, self._world, self._near)[turn % 3](turn, held_out)
 
     def _refused(self, text, kind, core=""):
-        return text, (OUTSIDE, "normal"), (f"outside_{kind}", HONESTY), core, {}
+        return _Asked(text, OUTSIDE, "normal", f"outside_{kind}", HONESTY, core)
 
     def _open(self, turn, held_out):
         return self._refused(self.sentence(), "open")
@@ -152,7 +166,7 @@ class _Maker:
         return self._refused(core.format(**values), "near", core)
 
     def _unheard(self, turn, held_out):
-        return self.sentence(), (UNHEARD, "normal"), ("unheard", HONESTY), "", {}
+        return _Asked(self.sentence(), UNHEARD, "normal", "unheard", HONESTY)
 
     def sentence(self):
         """An open sentence that is no question of the curriculum and was not drawn before."""
@@ -175,10 +189,10 @@ class _Maker:
             found = self._second(kind, intent, first, core)
             if found and intent.category != VOICE:
                 break
-        text, fact = found
+        text, (answer, manner) = found
         asked = C.wording(self.rng.choice(intent.cores), first, self.rng)
         slots = {"asked": asked, "answered": tagged(first.answer, first.manner)}
-        return text, fact, (f"follow_{kind}", intent.category), core, slots
+        return _Asked(text, answer, manner, f"follow_{kind}", intent.category, core, slots)
 
     def _second(self, kind, intent, first, core):
         """(text, (answer, manner)) of a second question, or None where it has no known answer."""
