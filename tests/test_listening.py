@@ -17,7 +17,7 @@ from tests.test_linguistic import MODEL as PUBLISHED_STYLE
 
 LENGTHS = st.sampled_from([0, 500, 879, 880, STRIDE, 3 * STRIDE, 20_000, 27_111])
 SIZES = st.one_of(st.just(0), st.just(1), st.integers(2, 900), st.integers(3000, 9000), st.sampled_from([STRIDE, 7680]))
-QUESTION = files.data_folder() / "questions" / "sum_q001813.wav"
+QUESTION = files.data_folder() / "questions" / "product_q001959.wav"
 
 
 @pytest.fixture(scope="module")
