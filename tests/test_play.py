@@ -6,7 +6,7 @@ from aqaa.corpus import intents as C
 from aqaa.corpus import plan as P
 from aqaa.corpus import play, wider
 from aqaa.corpus import voices as V
-from aqaa.corpus.facts import UNITS, held_apart, number
+from aqaa.corpus.facts import UNITS, number
 from aqaa.tokenizers.text import MANNERS, tagged
 
 ITEMS = play.plan()
@@ -53,7 +53,7 @@ def test_training_never_hears_what_evaluation_asks():
     patterns = C.held_out_patterns()
     assert not [item for item in trained if any(pattern.search(item.text) for pattern in patterns)]
     for name, entry in play.PLAY["intents"].items():
-        heard, kept = held_apart(entry["wordings"].strip().splitlines())
+        heard, kept = wider.lines_of(entry["wordings"])
         assert len(heard) >= 5 and len(kept) >= 2 and not set(heard) & set(kept), name
 
 

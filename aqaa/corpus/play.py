@@ -12,7 +12,7 @@ from aqaa.corpus import plan as P
 from aqaa.corpus import voices as V
 from aqaa.corpus import wider
 from aqaa.corpus.curriculum import SENTENCES
-from aqaa.corpus.facts import Fact, held_apart, number, stable_hash
+from aqaa.corpus.facts import Fact, number, stable_hash
 from aqaa.tokenizers.text import tagged
 
 PLAY = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -106,10 +106,7 @@ def plan(scale=1.0, seed=0):
     if scale < 1:  # a miniature speaks the answers that it needs
         asked = {item.answer_id for item in items if item.role != "answer"}
         items = [item for item in items if item.role != "answer" or item.id in asked]
-    for place, item in enumerate(items):
-        item.id = item.id or f"y{place:06d}"
-        item.seed = stable_hash(str(seed), "play", str(place), item.text)
-    return items
+    return wider.numbered(items, "y", "play", seed)
 
 
 class _Maker:
@@ -118,19 +115,19 @@ class _Maker:
     def __init__(self, rng):
         self.rng, self.stock, self.answers = rng, facts(), []
         self.ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
-        self.cores = {name: held_apart(entry["wordings"].strip().splitlines())
-                      for name, entry in PLAY["intents"].items()}  # fmt: skip
+        intents = PLAY["intents"].items()
+        self.cores = {name: wider.lines_of(entry["wordings"]) for name, entry in intents}
         for name, rows in self.stock.items():
             for fact in rows:
                 if (fact.answer, fact.manner) not in self.ids:
                     self.answers.append(self._answer(name, fact))
 
     def _answer(self, name, fact):
-        id = self.ids[fact.answer, fact.manner] = f"p{len(self.answers):04d}"
+        name_of = self.ids[fact.answer, fact.manner] = f"p{len(self.answers):04d}"
         return P.Item(
-            id, "eval" if apart(name, fact) else "train", "", "answer", fact.answer,
+            name_of, "eval" if apart(name, fact) else "train", "", "answer", fact.answer,
             V.ANSWER_VOICE, category=PLAY["intents"][name]["category"], intent=name,
-            manner=fact.manner, answer=fact.answer, answer_id=id,
+            manner=fact.manner, answer=fact.answer, answer_id=name_of,
         )  # fmt: skip
 
     def asked(self, name, pool, split, cell=""):
@@ -138,8 +135,7 @@ class _Maker:
         entry, new = PLAY["intents"][name], split == "eval"
         known = [one for one in self.stock[name] if apart(name, one) == (new and name == "story")]
         fact, core = self.rng.choice(known), self.rng.choice(self.cores[name][new])
-        seen = pool is V.TRAINING
-        voice = V.pick(P.Choice(self.rng), pool) if seen else self.rng.choice(pool)
+        voice = wider.voice_of(self.rng, pool)
         slots, role, before = dict(fact.slots), "question", []
         if first := entry.get("first"):
             role, slots = "follow", self._before(first, fact)

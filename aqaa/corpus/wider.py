@@ -53,10 +53,7 @@ def plan(scale=1.0, seed=0):
             training += make.all(kind, P.scaled(count, scale), pool, "train")
     rng.shuffle(training)
     items += training
-    for place, item in enumerate(items):
-        item.id = item.id or f"w{place:06d}"
-        item.seed = stable_hash(str(seed), "wider", str(place), item.text)
-    return items
+    return numbered(items, "w", "wider", seed)
 
 
 def turns_before(item):
@@ -64,6 +61,19 @@ def turns_before(item):
     if item.role != "follow":
         return []
     return [("user", item.slots["asked"]), ("assistant", item.slots["answered"])]
+
+
+def voice_of(rng, pool):
+    """A voice of a pool: training voices by their shares, others evenly."""
+    return V.pick(P.Choice(rng), pool) if pool is V.TRAINING else rng.choice(pool)
+
+
+def numbered(items, letter, part, seed):
+    """The Items with ids, where they have none, and seeds: by their places in a part's plan."""
+    for place, item in enumerate(items):
+        item.id = item.id or f"{letter}{place:06d}"
+        item.seed = stable_hash(str(seed), part, str(place), item.text)
+    return items
 
 
 def is_copied(item):
@@ -115,8 +125,7 @@ class _Maker:
         maker = getattr(self, f"_{kind}")
         made = []
         for turn in range(count):
-            seen = pool is V.TRAINING
-            voice = V.pick(P.Choice(self.rng), pool) if seen else self.rng.choice(pool)
+            voice = voice_of(self.rng, pool)
             one = maker(turn, split == "eval")
             role = "follow" if kind == "follow" else "question"
             if role == "follow" and split != "train":  # the first question is spoken as well

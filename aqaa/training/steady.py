@@ -1,9 +1,9 @@
-"""Finished audio tokenizers learn to hear more, and their codes go on meaning what they meant.
+"""Finished audio tokenizers learn to hear more, and their codebooks stay as they are.
 
 A recogniser that learns on gives every sound other codes, and all that was learnt from the old ones
 (the language model, the vocoder) is lost. Here the codebook stays, and the tokenizer as it was is
 the teacher. Where it hears well, in the voices that it was trained on, what it makes of a clean
-utterance is the target for every bent copy: noise, lines and microphones no longer change a code.
+utterance is the target for every bent copy: noise, lines and microphones shall change fewer codes.
 Where it hears badly, in natural voices, the phones are the target (CTC through the codes)."""
 
 import math
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from aqaa.corpus.voices import NATURAL
-from aqaa.tokenizers.phones import PhoneHeads, best_path, code_vectors, error_rate
+from aqaa.tokenizers.phones import PhoneHeads, code_vectors
 from aqaa.tokenizers.semantic import distances
+from aqaa.training import features
 from aqaa.training.speech_tokenizers import LinguisticTask, SemanticTask, upsampled_ctc
 
 NATURAL_SHARE = 2.5  # a natural utterance is drawn this much more often than another
@@ -95,27 +96,29 @@ class Steady:
         return codes + ctc + NEAR * near, logs
 
     @torch.no_grad()
+    def evaluate(self, indices):
+        """Of utterances: phone error in percent, read through the codes, and percent of the codes
+        that are the teacher's."""
+        same = []
+
+        def read(x, lengths, part):
+            mask = present(x, lengths)
+            hidden, before = (self.rows(one, x, lengths) for one in (self.model, self.old))
+            same.append(self.model.quantize(hidden)[mask] == self.old.quantize(before)[mask])
+            return self.head(self.through(hidden, mask))
+
+        error = self.recognise(indices, read)
+        return error, 100 * torch.cat(same).float().mean().item()
+
     def finish(self, seed):
-        """Measure: {"phone_error": {test: percent}, "kept": percent of codes that are the old ones
-        in the answer voice}."""
+        """Measure: {"phone_error": {test: percent}, "kept": {test: percent of the old codes}}."""
         self.model.eval()
         self.head.eval()
-        errors, kept = {}, {}
-        for name, rows in self.tests.items():
-            said, same = [], []
-            for start in range(0, len(rows), 16):
-                part = list(rows[start : start + 16])
-                x, lengths = self.data.gather(part)
-                x = self.normalised(x)
-                mask = present(x, lengths)
-                hidden, before = (self.rows(one, x, lengths) for one in (self.model, self.old))
-                logits = self.head(self.through(hidden, mask))
-                said += best_path(logits.unflatten(-1, (self.factor, -1)).flatten(1, 2),
-                                  lengths * self.factor)  # fmt: skip
-                same.append(self.model.quantize(hidden)[mask] == self.old.quantize(before)[mask])
-            errors[name] = round(error_rate(said, [self.data.phones[i] for i in rows]), 2)
-            kept[name] = round(100 * torch.cat(same).float().mean().item(), 2)
-        return {"phone_error": errors, "kept": kept}
+        scores = {name: self.evaluate(rows) for name, rows in self.tests.items()}
+        return {
+            "phone_error": {name: round(error, 2) for name, (error, _) in scores.items()},
+            "kept": {name: round(kept, 2) for name, (_, kept) in scores.items()},
+        }
 
 
 class SteadyLinguistic(Steady, LinguisticTask):
@@ -146,8 +149,7 @@ class SteadySemantic(Steady, SemanticTask):
     name = "semantic"
 
     def rows(self, model, x, lengths):
-        log_mel = x.unflatten(-1, (4, -1)).flatten(1, 2).transpose(1, 2)  # (B, 128, 4 T)
-        return model.hidden(log_mel, lengths * 4)[0]
+        return features.hidden(model, x, lengths)
 
     def distance(self, hidden):
         """(B, T, D) -> (B, T, K)"""
