@@ -98,3 +98,28 @@ def test_syllables(text, count):
 
 def test_envelope_peaks():
     assert controls.envelope_peaks(hum(2.0, beats=5)) in (9, 10, 11)
+
+
+class Cutter:
+    """A judge that finds three words, the last one from `at` seconds on."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def when(self, wav, text):
+        last = len(wav) / RATE
+        return [("a", 0, self.at / 2), ("b", self.at / 2, self.at), ("c", self.at, last)] if self.at else []
+
+
+def test_a_switch_is_right_where_both_parts_differ_as_asked():
+    quiet, loud, plain = (hum(level=level, pad=0) for level in (0.03, 0.3, 0.1))
+    normal, parts = np.concatenate([plain, plain]), [("a b", "soft"), ("c", "loud")]
+
+    def right(first, second, at=1.0, asked=parts):
+        return controls.switched(asked, np.concatenate([first, second]), normal, Cutter(at))
+
+    assert right(quiet, loud)
+    assert not right(loud, quiet) and right(loud, quiet, asked=[("a b", "loud"), ("c", "soft")])
+    assert not right(quiet, quiet) and not right(plain, loud)
+    assert not right(quiet, loud, at=1.9)  # at another place
+    assert not right(quiet, loud, at=0)  # the words are not found

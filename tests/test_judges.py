@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aqaa.evaluation.judges import Judge, bigram_arpa, missing_words, word_graph
 from aqaa.tokenizers.text import normalise
+from tests.conftest import RATE
 
 SAID = ["seven plus five is equal to twelve", "the capital of france is paris", "the opposite of hot is cold"]
 PATHS = [Path(__file__).parent / "data" / f"{text.replace(' ', '_')}.flac" for text in SAID]  # flite's voice slt
@@ -46,6 +47,18 @@ def test_nothing_is_heard_in_nothing(judge, wav):
 def test_noise_and_half_a_sentence_are_no_answer(judge):
     assert judge.hear(np.random.default_rng(0).normal(0, 0.1, 32000)) == ""
     assert judge.hear(SOUNDS[0][: len(SOUNDS[0]) // 2]) != SAID[0]
+
+
+def test_it_finds_when_the_words_of_a_known_sentence_are_said(judge):
+    for sound, text in zip(SOUNDS, SAID, strict=True):
+        found = judge.when(np.pad(sound, (RATE // 2, 0)), text)
+        assert [word for word, _, _ in found] == text.split()
+        assert 0.4 < found[0][1] < 0.8 and found[-1][2] < 0.52 + len(sound) / RATE
+        assert all(a < b <= c for (_, a, b), (_, c, _) in zip(found, found[1:], strict=False))
+        assert judge.hear(sound) == text  # it still chooses among all answers
+    assert judge.when(np.zeros(RATE), SAID[0]) == [] == judge.when(SOUNDS[0][: RATE // 3], SAID[1])
+    with pytest.raises(ValueError, match="no answer of this judge has the word 'banana'"):
+        judge.when(SOUNDS[0], "seven plus banana")
 
 
 def test_the_strict_judge_knows_its_bigrams_alone():

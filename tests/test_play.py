@@ -10,7 +10,7 @@ from aqaa.corpus.facts import UNITS, number
 from aqaa.tokenizers.text import MANNERS, tagged
 
 ITEMS = play.plan()
-ASKED = [item for item in ITEMS if item.role in ("question", "follow")]
+ASKED = [item for item in ITEMS if item.role in ("question", "follow") and item.intent != "switch"]
 
 
 def of(intent):

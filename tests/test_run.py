@@ -17,7 +17,8 @@ import torch
 import aqaa
 from aqaa import cli, pipeline
 from aqaa.corpus import plan
-from aqaa.corpus.codes import load_codes
+from aqaa.corpus.codes import load_codes, store_codes, stored_codes
+from aqaa.corpus.voices import ANSWER_VOICE
 from aqaa.files import ModelError
 from aqaa.tokenizers import dialogue, phones
 from aqaa.training import ablations, examples, features, heads, judged, pairs, stages
@@ -409,6 +410,49 @@ def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
     shutil.copy(place / "run" / "parts" / "heads.safetensors", later.out / "parts")
     later.export()
     assert aqaa.load(tmp_path / "model").heads is not None
+
+
+def going_on(place, folder):
+    """A run in `folder` that goes on from the model of `place`, with its own copies of what it needs."""
+    shutil.copytree(place / "model", folder / "before" / "model")
+    shutil.copytree(place / "codes", folder / "before" / "codes")
+    later = K.Run(**{**options(folder), "init": folder / "before" / "model", "corpus": place / "corpus"})
+    (later.out / "features").symlink_to(place / "run" / "features")
+    return later
+
+
+def test_what_the_vocoder_learnt_to_say_keeps_its_codes_when_ears_are_new(place, run, tmp_path):
+    later, (_, items) = going_on(place, tmp_path), run.items()
+    folder = later.init.parent / "codes"
+    earlier = stored_codes(folder)
+    marked = {name: tuple((codes + 1) % 16 for codes in pair) for name, pair in earlier.items()}
+    for path in folder.glob("codes*.npz"):
+        with np.load(path) as file:
+            names = file["ids"].tolist()
+        store_codes(path, names, *zip(*(marked[name] for name in names), strict=True))
+    later.stage("codes")
+    codes = stored_codes(later.out)
+    assert codes.keys() == earlier.keys() and {item.role for item in items} >= {"question", "answer"}
+    for item in items:
+        said = item.role in ("answer", "generic") and item.voice == ANSWER_VOICE
+        wanted = (marked if said else earlier)[item.id]
+        assert all(np.array_equal(a, b) for a, b in zip(codes[item.id], wanted, strict=True))
+
+
+def test_codes_of_a_part_do_not_take_the_place_of_the_whole(place, tmp_path):
+    later = going_on(place, tmp_path)
+    later.stage("codes")
+    later.export()
+    weights = (tmp_path / "model" / "backbone.safetensors").stat().st_mtime_ns
+    path = later.out / "codes.npz"
+    with np.load(path) as file:
+        names = file["ids"].tolist()[:-3]
+    pairs = stored_codes(later.out)
+    store_codes(path, names, *zip(*(pairs[name] for name in names), strict=True))
+    with pytest.raises(ValueError, match="has 3 utterances that .* lacks: code the whole part, export to another"):
+        later.export()
+    assert (tmp_path / "model" / "backbone.safetensors").stat().st_mtime_ns == weights
+    assert stored_codes(tmp_path / "codes").keys() == pairs.keys()
 
 
 # ---- ablations ------------------------------------------------------------------------------------------------------

@@ -62,6 +62,19 @@ def test_voices_held_out_are_never_in_training():
     assert natural == set(V.NATURAL_HELD_OUT)
 
 
+def test_choices_have_wordings_and_voices_of_their_own():
+    """What is chosen on them is chosen on what training never heard, and evaluation does not ask."""
+    mine = [item for item in of("dev") if item.core in C.INTENTS.get(item.intent, C.INTENTS["sum"]).tried]
+    assert len(mine) == wider.TRIED == len(ITEMS) - ITEMS.index(mine[0])
+    unheard = [item for item in mine if item.voice in V.CHOICES]
+    assert {item.voice for item in mine} == {*V.CHOICES, *V.NATURAL} and 0.4 < len(unheard) / len(mine) < 0.6
+    assert len({item.intent for item in mine}) == len({item.intent for item in of("eval", "new_natural")}) > 30
+    others = [*ITEMS[: -wider.TRIED], *P.plan()]
+    assert not {item.core for item in mine} & {item.core for item in others}
+    assert not {item.text for item in mine} & {item.text for item in others}
+    assert not {item.voice for item in others} & set(V.CHOICES)
+
+
 def test_outside_is_no_known_question():
     known = C.bare_questions()
     for item in ASKED:

@@ -71,3 +71,21 @@ def stored_codes(*folders):
 def codes_file(folder, part=""):
     """Where the codes of a part of a corpus lie: codes.npz, codes_wider.npz, …"""
     return Path(folder) / ("codes.npz" if part in ("", "questions") else f"codes_{part}.npz")
+
+
+def replaceable(source, folder):
+    """{file of codes in `source`: where it goes in `folder`}. Raises ValueError where one there has
+    utterances that the new one lacks: a part of a corpus, coded to learn something, shall not take
+    the place of the whole."""
+    files = {path: Path(folder) / path.name for path in sorted(Path(source).glob("codes*.npz"))}
+    for path, there in files.items():
+        lost = _ids(there) - _ids(path) if there.exists() else ()
+        if lost:
+            raise ValueError(f"{there} has {len(lost):,} utterances that {path} lacks: code the "
+                             "whole part, export to another folder, or move that file away")
+    return files
+
+
+def _ids(path):
+    with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
+        return set(file["ids"].tolist())

@@ -10,6 +10,7 @@ from functools import cache
 
 from aqaa.corpus.curriculum import FACTS
 from aqaa.corpus.facts import SCRIPT, held_apart, phrases, stable_hash
+from aqaa.tokenizers.text import normalise
 
 ASKS = set("what how which is am do does who high happy fast a one after before".split())
 ASKING, ORDERING, CLOSERS = map(phrases, ("ASKING", "ORDERING", "CLOSERS"))
@@ -26,6 +27,7 @@ class Intent:
     hold_one_in: int = 8  # one fact in so many is never asked in a given core; 0: none
     later: tuple = ()  # wordings that joined when the plan stood: asked after all the rest
     later_renders: int = 0
+    tried: tuple = ()  # wordings of development: neither of training nor of evaluation
 
     def allowed(self, core):
         """Facts that training may ask in this core (a held-out core gets all)."""
@@ -61,7 +63,7 @@ def _intent(name, entry):
     cores, held_out = held_apart(lines("wordings"))
     options = "category", "renders", "hold_one_in", "later_renders"
     return Intent(
-        name, facts=FACTS[name], later=lines("later"),
+        name, facts=FACTS[name], later=lines("later"), tried=lines("tried"),
         cores=tuple(cores), held_out=tuple(held_out),
         **{key: entry[key] for key in options if key in entry},
     )  # fmt: skip
@@ -98,6 +100,7 @@ def bare_questions():
 
 
 def said_as(text):
-    """What an engine is given for a text: a lone letter a in a spelling is said as its name."""
+    """What an engine is given for a text: no manners, and a lone a in a spelling as its name."""
+    text = normalise(text)
     head, mark, letters = text.partition(" is spelled ")
     return f"{head}{mark}{re.sub(r'a(?= |$)', 'ay', letters)}" if mark and " " in letters else text

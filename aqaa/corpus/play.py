@@ -9,8 +9,8 @@ from pathlib import Path
 from random import Random
 
 from aqaa.corpus import plan as P
+from aqaa.corpus import switches, wider
 from aqaa.corpus import voices as V
-from aqaa.corpus import wider
 from aqaa.corpus.curriculum import SENTENCES
 from aqaa.corpus.facts import Fact, number, stable_hash
 from aqaa.tokenizers.text import tagged
@@ -86,7 +86,8 @@ def joined(scale=1.0, seed=0):
 
 
 def plan(scale=1.0, seed=0):
-    """Items: answers that are new, evaluation, development, shuffled training. Ids never move."""
+    """Items: answers that are new, evaluation, development, shuffled training, and the same of
+    switches.py. Ids never move."""
     make = _Maker(Random(f"play {seed}"))
     names, items = list(PLAY["intents"]), list(make.answers)
     for cell, count in PLAY["cells"].items():
@@ -106,6 +107,7 @@ def plan(scale=1.0, seed=0):
     if scale < 1:  # a miniature speaks the answers that it needs
         asked = {item.answer_id for item in items if item.role != "answer"}
         items = [item for item in items if item.role != "answer" or item.id in asked]
+    items += switches.plan(PLAY["switch"], scale, seed)
     return wider.numbered(items, "y", "play", seed)
 
 

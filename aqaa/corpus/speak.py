@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -25,6 +26,7 @@ from aqaa.corpus import voices as V
 from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import CELLS, STORED, Item, plan_hash
 from aqaa.files import reading, replacing
+from aqaa.tokenizers.text import pieces
 
 PARTS = ("questions", "open", "wider", "play", "people")
 PER_SHARD = 400
@@ -176,14 +178,15 @@ def _leave_quietly():  # a worker that Ctrl-C reaches cleans up; its parent says
 def _speak_shard(index, items, folder):
     phones = phones_of(sorted({said_as(item.text) for item in items}))
     # A recording is not told what to say but where it lies.
-    jobs = [(item.voice, item.source or said_as(item.text), _how(item))
-            for item in items if not item.want]  # fmt: skip
+    jobs = [(item.voice, item.source or said_as(words), how)
+            for item in items if not item.want for words, how in _parts(item)]  # fmt: skip
     sounds = iter(engines.synthesize(jobs))
     wavs, lines, offset = [], [], 0
     for item in items:
         said = [] if item.voice.startswith("noise:") else phones[said_as(item.text)]
         item = replace(item, phones=said, shard=index, offset=offset)
-        wav = _insist(item) if item.want else _finish(item, *next(sounds), 0)
+        mine = () if item.want else list(islice(sounds, len(_parts(item))))
+        wav = _finish(item, mine) if mine else _insist(item)
         if not wav.any():
             raise RuntimeError(f"{item.voice} said nothing for {item.text!r}; is the synthesizer "
                                "installed whole?")
@@ -204,10 +207,19 @@ def _generator(item, attempt):
     return np.random.default_rng([item.seed & 0xFFFFFFFF, item.seed >> 32, attempt])
 
 
+def _answers(item):  # in the answer voice, as its manner says
+    return item.manner and item.role not in ("question", "follow")
+
+
+def _parts(item):
+    """[(words, how they are said), …]: one, or several where an answer's manner changes."""
+    if not _answers(item):
+        return [(item.text, _how(item))]
+    return [(words, V.MANNERS[manner]) for words, manner in pieces(item.text, item.manner)]
+
+
 def _how(item, attempt=0):
-    """The answer voice's manner, or the variation this question's seed draws."""
-    if item.manner and item.role not in ("question", "follow"):
-        return V.MANNERS[item.manner]
+    """The variation that the seed of a question draws."""
     if item.role == "people":
         return V.draw_recording(_generator(item, attempt))
     if item.voice in V.NATURAL and item.split == "train" and not item.want:
@@ -215,13 +227,15 @@ def _how(item, attempt=0):
     return V.draw(_generator(item, attempt), item.want, mild=item.split != "train")
 
 
-def _finish(item, samples, rate, attempt):
-    """Engine sound -> int16 wav of the item; its f0, spread and rate are set."""
-    how = _how(item, attempt)
-    if isinstance(how, V.Manner):
-        wav = V.say_answer(samples, rate, item.manner)
+def _finish(item, sounds, attempt=0):
+    """Engine sounds -> int16 wav of the item; its f0, spread and rate are set."""
+    if _answers(item):
+        manners = (manner for _, manner in pieces(item.text, item.manner))
+        wavs = [V.say_answer(*sound, manner) for sound, manner in zip(sounds, manners, strict=True)]
+        wav = np.concatenate(wavs)
         speech = V.trim(wav / np.float32(32768))
     else:
+        ((samples, rate),), how = sounds, _how(item, attempt)
         speech = V.trim(V.to_16k(samples, rate, how.playback))
         wav = V.vary(speech, how, np.random.default_rng([item.seed & 0xFFFFFFFF, attempt, 1]))
     vars(item).update(V.measure(speech, sum(phone in VOWELS for phone in item.phones)))
@@ -234,8 +248,8 @@ def _insist(item):
     for attempt in range(TRIES):
         if attempt:
             item.voice = V.pick(_generator(item, attempt + TRIES), pool, item.want)
-        (sound,) = engines.synthesize([(item.voice, item.text, _how(item, attempt))])
-        wav = _finish(item, *sound, attempt)
+        sounds = engines.synthesize([(item.voice, item.text, _how(item, attempt))])
+        wav = _finish(item, sounds, attempt)
         if V.belongs(vars(item), item.want):
             return wav
     raise RuntimeError(f"no render of {item.text!r} became {item.want} in {TRIES} tries; widen the "

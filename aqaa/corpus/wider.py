@@ -23,6 +23,7 @@ WIDER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="ut
 HONEST = OUTSIDE, UNHEARD = tuple(WIDER["answers"].values())  # answers: not known, not heard
 NOISES = tuple(f"noise:{kind}" for kind in "hiss hum tones reversed crowd muffled".split())
 VOICES = {"hibari": V.NATURAL[:1], "kokoro": V.NATURAL[1:], "noise": NOISES}
+TRIED = 360  # questions for choices, in wordings of their own and half in voices of their own
 COPIES = 2  # of a training utterance, from bent features (training/augment.py)
 HONESTY = "Honesty"  # the category of what is outside and of what is not understood
 
@@ -53,6 +54,8 @@ def plan(scale=1.0, seed=0):
             training += make.all(kind, P.scaled(count, scale), pool, "train")
     rng.shuffle(training)
     items += training
+    pool = V.CHOICES + V.NATURAL * (len(V.CHOICES) // 2)  # as many of either kind
+    items += make.all("tried", P.scaled(TRIED, scale), pool, "dev")  # last: ids never move
     return numbered(items, "w", "wider", seed)
 
 
@@ -136,17 +139,20 @@ class _Maker:
             ))  # fmt: skip
         return made
 
-    def _known(self, turn, held_out, new=False):
+    def _known(self, turn, held_out, wordings="cores"):
         stock = [one for one in C.INTENTS.values() if one.category != VOICE]
         intent = stock[turn % len(stock)]
-        core = self.rng.choice(intent.held_out if new else intent.cores)
+        core = self.rng.choice(getattr(intent, wordings))
         fact = self.rng.choice(intent.allowed(core))
         text = C.wording(core, fact, self.rng)
         return _Asked(text, fact.answer, fact.manner, intent.name, intent.category, core,
                       dict(fact.slots))  # fmt: skip
 
     def _new(self, turn, held_out):
-        return self._known(turn, held_out, new=True)
+        return self._known(turn, held_out, "held_out")
+
+    def _tried(self, turn, held_out):
+        return self._known(turn, held_out, "tried")
 
     def _outside(self, turn, held_out):  # each of the three kinds in turn
         return (self._open, self._world, self._near)[turn % 3](turn, held_out)

@@ -15,10 +15,10 @@ import numpy as np
 from aqaa.batching import ask_all, own_sampling
 from aqaa.config import SAMPLE_RATE
 from aqaa.corpus.plan import spread
-from aqaa.evaluation.controls import RULES, direction
+from aqaa.evaluation.controls import RULES, direction, switched
 from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.pipeline import text_ids
-from aqaa.tokenizers.text import normalise
+from aqaa.tokenizers.text import normalise, pieces
 
 CELLS = {  # of the corpus, and what they are called in the table
     "seen_seen": "seen wording, seen voice", "seen_new": "seen wording, new voice",
@@ -31,6 +31,8 @@ CELLS = {  # of the corpus, and what they are called in the table
     "play_seen": "creativity, roles, games, seen voice",
     "play_natural": "creativity, roles, games, natural voice",
     "unheard": "sound without words",
+    "switch_seen": "two manners in a sentence, seen voice",
+    "switch_natural": "two manners in a sentence, natural voice",
 }  # fmt: skip
 METRICS = {  # of a Row, and their heading
     "text": "text", "lenient": "spoken", "strict": "strict", "agrees": "agrees",
@@ -76,7 +78,8 @@ def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progr
         raise ValueError(f"{corpus.folder} holds no evaluation questions: make the corpus again")
     started = time.monotonic()
     rows = [Row(i.id, i.cell, i.category, i.intent, i.voice, i.text, normalise(i.answer),
-                manner=i.manner or "normal") for i in items]  # fmt: skip
+                manner=" ".join(how for _, how in pieces(i.answer, i.manner or "normal")))
+            for i in items]  # fmt: skip
     sounds = [None] * len(rows)
     wavs, label = [recording(corpus, item) for item in items], "asking" if progress else None
     before = [history(model, corpus, item, seed) for item in items]
@@ -135,12 +138,15 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
         for row, item in zip(rows, items, strict=True):
             if item.answer_id in taught:
                 setattr(row, f"teacher_{mode}", taught[item.answer_id] == row.expected)
-    texts = {row.expected for row in rows if row.manner in RULES}
+    parts = [pieces(item.answer, item.manner) for item in items]
+    texts = {row.expected for row, (one, *_) in zip(rows, parts, strict=True) if one[1] in RULES}
     normal = {normalise(item.answer): item for item in spoken.values() if item.manner == "normal"}
     normal = {text: recording(corpus, normal[text]) for text in texts & set(normal)}
-    for row, sound in zip(rows, sounds, strict=True):
-        if row.manner in RULES and row.expected in normal:
-            row.manner_ok = direction(row.manner, sound, normal[row.expected])
+    for row, sound, mine in zip(rows, sounds, parts, strict=True):
+        if mine[0][1] in RULES and row.expected in normal:
+            against = normal[row.expected]
+            row.manner_ok = (switched(mine, sound, against, judge) if mine[1:]
+                             else direction(row.manner, sound, against))  # fmt: skip
     return {"grammar": len(judge.answers), "answers": len(answers), "unsayable_texts": unsayable}
 
 
@@ -225,7 +231,7 @@ def evaluation_corpus(folder, seed=0, workers=2):
     more = [item for item in more if engines.of([item.voice])[0] not in lacks]
     wanted = {item.answer_id for item in asked + more}
     # The normal form of a manner's answer is the reference that the manner is measured against.
-    texts = {item.answer for item in asked + more if item.manner in RULES}
+    texts = {normalise(item.answer) for item in asked + more if item.manner in RULES}
     answers = [item for item in items + joined if item.role == "answer"]
     answers = [item for item in answers if item.answer_id in wanted
                or item.manner == "normal" and item.answer in texts]  # fmt: skip

@@ -110,3 +110,23 @@ def direction(manner, answer_wav, normal_wav):
         raise ValueError(f"no rule for the manner {manner!r}: choose one of {', '.join(RULES)}")
     change = compare(answer_wav, normal_wav)
     return all(sign * change[name] > MARGIN[name] for name, sign in RULES[manner].items())
+
+
+def switched(parts, answer_wav, normal_wav, judge):
+    """Whether a sentence changes its manner at the place that was asked for: each of its `parts`,
+    (words, manner), differs from the same words said normally as its rule asks. Both recordings are
+    cut between the words that the judge, a judges.Judge, finds in them; False where it does not."""
+    text = " ".join(words for words, _ in parts)
+    cuts = []
+    for wav in (answer_wav, normal_wav):
+        found, wavs, begin = judge.when(wav, text), [], 0
+        for words, _ in parts[:-1] if found else ():
+            count = len(words.split())
+            (_, _, ends), (_, starts, _) = found[count - 1], found[count]
+            end = round((ends + starts) / 2 * SAMPLE_RATE)
+            wavs.append(wav[begin:end])
+            begin, found = end, found[count:]
+        cuts.append([*wavs, wav[begin:]])
+    return all(len(wavs) == len(parts) for wavs in cuts) and all(
+        direction(manner, one, other) for (_, manner), one, other in zip(parts, *cuts, strict=True)
+    )

@@ -53,13 +53,37 @@ class Judge:
         pcm = self._prepare(wav)
         if pcm is None:
             return ""
-        decoder = self._decoder(strict)
+        heard = self._search(self._decoder(strict), pcm).hyp()
+        return heard.hypstr if heard else ""
+
+    @staticmethod
+    def _search(decoder, pcm):
         decoder.reinit_feat()  # forgets the cepstral mean and the noise of the recording before
         decoder.start_utt()
         decoder.process_raw(pcm, no_search=False, full_utt=True)
         decoder.end_utt()
-        heard = decoder.hyp()
-        return heard.hypstr if heard else ""
+        return decoder
+
+    def when(self, wav, text):
+        """[(word, its first second, its last), …] of a text that wav (N,) is known to say; none
+        where it cannot be found there. Raises ValueError for a word that no answer has."""
+        words, pcm = normalise(text).split(), self._prepare(wav)
+        known = {word for answer in self.answers for word in answer.split()}
+        if unknown := [word for word in words if word not in known]:
+            raise ValueError(f"no answer of this judge has the word {unknown[0]!r}: give it one")
+        if pcm is None:
+            return []
+        decoder = self._decoder(strict=False)
+        chain = [(place, place + 1, 1.0, word) for place, word in enumerate(words)]
+        decoder.add_fsg("known", decoder.create_fsg("known", 0, len(words), chain))
+        decoder.activate_search("known")
+        self._search(decoder, pcm)
+        found = [(part.word.split("(")[0], part.start_frame, part.end_frame + 1)
+                 for part in decoder.seg() or () if part.word[0] not in "<("]  # fmt: skip
+        decoder.activate_search("answers")
+        if [word for word, _, _ in found] != words:
+            return []
+        return [(word, *((frame / 100 - PAD) for frame in at)) for word, *at in found]
 
     def hear_all(self, wavs, strict=False, workers=1, progress=None):
         """What is heard in each of several wavs, in their order, by `workers` processes. progress:

@@ -19,7 +19,7 @@ from aqaa.corpus.curriculum import VOICE
 from aqaa.corpus.voices import NATURAL
 from aqaa.corpus.wider import turns_before
 from aqaa.tokenizers import dialogue, interleave
-from aqaa.tokenizers.text import MANNERS, tagged
+from aqaa.tokenizers.text import MANNERS, normalise, tagged
 
 # What a target weighs in the loss: words are few and say all; a question is heard, not to be said.
 TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
@@ -141,7 +141,7 @@ class Examples:
 
     def asr(self, rng):
         index = self.book.spoken_words[rng.choice(len(self.asr_probs), p=self.asr_probs)]
-        words = self.book.encode(self.book.items[index].text)
+        words = self.book.encode(normalise(self.book.items[index].text))
         return self.example(ASR_MARKER, self.noisy(rng, index), words)
 
     def tts(self, rng):

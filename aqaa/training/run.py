@@ -15,8 +15,9 @@ import torch
 
 from aqaa.config import preset
 from aqaa.corpus import parts, play, speak, wider
-from aqaa.corpus.codes import codes_file, store_codes, stored_codes, usage
+from aqaa.corpus.codes import codes_file, replaceable, store_codes, stored_codes, usage
 from aqaa.corpus.plan import held_out, plan, texts
+from aqaa.corpus.voices import ANSWER_VOICE
 from aqaa.files import data_folder, fingerprint, probe, read_object, replacing, sweep, write_json
 from aqaa.pipeline import AQAA, SPOKEN
 from aqaa.records import provenance
@@ -100,11 +101,15 @@ class Run:
         _, items = self.items()
         order = sorted(range(len(items)), key=lambda i: items[i].length)  # so that little is padded
         copied = [i for i in order if wider.is_copied(items[i])]
-        heard, makers = {}, stages.makers()  # (number of the copy, tokenizer): {row: codes}
+        said, makers = self._said(items), stages.makers()
+        heard = {}  # (number of the copy, tokenizer): {row: codes}
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
             model, task = self.part(makers[name]), resolve_name(stages.STAGES[name].task)
             data = features.utterances(self.out / "features", items, kind)
-            heard[0, name] = features.codes(model, data, order)
+            which = SPOKEN.index(name)
+            known = {i: said[item.id][which] for i, item in enumerate(items) if item.id in said}
+            unknown = [i for i in order if i not in known]
+            heard[0, name] = known | features.codes(model, data, unknown)
             bend = task.bender(model.config)
             for number in range(1, wider.COPIES + 1):
                 seed = self.seed, number
@@ -123,6 +128,20 @@ class Run:
         print("codebooks:", use)
         self._record("codes", use)
 
+    def _said(self, items):
+        """{id: codes} of what a vocoder that was not trained here learnt to say: it stays."""
+        there = self.init and self.init.parent / "codes"
+        if not there or not any(there.glob("codes*.npz")) or self._trained("flow"):
+            return {}
+        stored = stored_codes(there)
+        return {item.id: stored[item.id] for item in items
+                if item.voice == ANSWER_VOICE and item.role in ("answer", "generic")
+                and item.id in stored}  # fmt: skip
+
+    def _trained(self, stage):
+        """Whether a stage has left its part in this run, or in the one it is beside."""
+        return self.part_file(stage).parent.name == "parts"
+
     def pairs(self):
         """Pairs for preference training, made by SFT-1."""
         stage = stages.STAGES["pairs"]
@@ -134,8 +153,10 @@ class Run:
 
     def export(self):
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the
-        codes beside it. Parts that were not trained here come from `init`, unchanged."""
+        codes beside it. Parts that were not trained here come from `init`, unchanged. Raises
+        ValueError, before anything is written, where fewer codes would take the place of more."""
         record, makers = self._recorded(), stages.makers()
+        codes = replaceable(self.out, self.export_folder.parent / "codes")
         parts = {name: self.part_file(makers[name]) for name in model_folder.PARTS}
         kept = {parts[name].parent for name in ("linguistic", "semantic")} == {self.init}
         for name in model_folder.EXTRA:  # heads read the encoders that they were trained on
@@ -145,8 +166,8 @@ class Run:
         if self.init:
             record = {**self._recorded(self.init), **record}
         model_folder.gather(self.export_folder, self.config, self.tokenizer_file(), parts, record)
-        for path in sorted(self.out.glob("codes*.npz")):
-            with replacing(self.export_folder.parent / "codes" / path.name) as part:
+        for path, there in codes.items():
+            with replacing(there) as part:
                 shutil.copyfile(path, part)
         print(f"wrote {self.export_folder}")
 
@@ -187,7 +208,7 @@ class Run:
         lines = texts(planned)
         planned += play.joined(self.scale, self.seed)
         places = [self.base or self.out, self.out]
-        if self.part_file("linguistic").parent.name != "parts":  # no tokenizers of its own
+        if not self._trained("linguistic"):  # no tokenizers of its own
             places.insert(0, data_folder() / "codes")
         stored = stored_codes(*places)
         spoken = [item for item in planned if item.id in stored]

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from aqaa.corpus.voices import NATURAL
+from aqaa.corpus.voices import TRAINING
 from aqaa.tokenizers.phones import PhoneHeads, code_vectors
 from aqaa.tokenizers.semantic import distances
 from aqaa.training import features
 from aqaa.training.speech_tokenizers import LinguisticTask, SemanticTask, upsampled_ctc
 
-NATURAL_SHARE = 2.5  # a natural utterance is drawn this much more often than another
+SHARES = {"hibari": 2.0, "kokoro": 8.0, "people": 6.0}  # drawn so much more: many speakers most
 NEAR = 0.25  # weight of the distance to the nearest code, where no code is given
 TEMPERATURE = 0.25  # of the codes' competition: softer, and rows flee from all codes
 MASKS = {"widest": 8, "time_widest": 0}  # a code of 60 ms cannot be guessed from its neighbours
@@ -53,8 +53,8 @@ class Steady:
     def from_run(cls, run, stage):
         _, items = run.items()
         data, tests = run.utterances(cls.kind)
-        natural = [item.voice in NATURAL for item in items]
-        data.weights = data.weights * [NATURAL_SHARE if one else 1.0 for one in natural]
+        natural = [item.voice not in TRAINING for item in items]  # people are, too
+        data.weights = data.weights * [SHARES.get(item.voice.split(":")[0], 1.0) for item in items]
         dev = [i for i, item in enumerate(items) if natural[i] and item.split == "dev"]
         tests = {"answer_voice": tests.get("answer_voice", ()), "natural_dev": dev}
         tests = {name: rows for name, rows in tests.items() if len(rows)}

@@ -1,0 +1,71 @@
+"""A manner that changes in the middle: "say the first part slowly and the rest quickly".
+
+The answer's text says where, "the cat sleeps (fast) on the kitchen table", behind the manner that
+it begins with; each part is spoken in its own. [switch] of play.toml has wordings and counts."""
+
+from random import Random
+
+from aqaa.corpus import plan as P
+from aqaa.corpus import voices as V
+from aqaa.corpus import wider
+from aqaa.corpus.curriculum import FOLLOW, SENTENCES
+from aqaa.corpus.facts import SCRIPT, stable_hash
+
+PAIRS = tuple(pair for one in ("slow fast", "high low", "loud soft", "happy sad")
+              for pair in (one.split(), one.split()[::-1]))  # fmt: skip
+HOLD_ONE_IN = 8  # of all sentences with a pair of manners one in so many is never asked in training
+NAME = "switch"
+
+
+def parts_of(text):
+    """The first half of the words of a sentence, and the rest."""
+    words = text.split()
+    half = (len(words) + 1) // 2
+    return " ".join(words[:half]), " ".join(words[half:])
+
+
+def facts():
+    """[(sentence, the two manners, text of the answer), …]"""
+    return [(x, pair, "{0} ({2}) {1}".format(*parts_of(x), pair[1]))
+            for x in SENTENCES for pair in PAIRS]  # fmt: skip
+
+
+def apart(fact):
+    """Whether a sentence with a pair of manners is kept from training."""
+    return stable_hash(NAME, *fact[0].split(), *fact[1]) % HOLD_ONE_IN == 0
+
+
+def plan(entry, scale=1.0, seed=0):
+    """Items: evaluation, development, shuffled training and, last, the answers. entry: [switch] of
+    play.toml. A miniature speaks only the answers that it needs."""
+    rng, known, kept = Random(f"{NAME} {seed}"), [], []
+    for place, fact in enumerate(facts()):
+        (kept if apart(fact) else known).append((f"s{place:04d}", fact))
+    cores = wider.lines_of(entry["wordings"])
+
+    def asked(count, pool, split, cell=""):
+        for _ in range(P.scaled(count, scale)):
+            new = split == "eval"
+            name, (x, pair, said) = rng.choice(kept if new else known)
+            a, b = (SCRIPT["intents"][f"say_{manner}"]["marks"]["adverb"] for manner in pair)
+            core, (p, q), voice = rng.choice(cores[new]), parts_of(x), wider.voice_of(rng, pool)
+            yield P.Item(
+                "", split, cell, "question", core.format(x=x, p=p, q=q, a=a, b=b), voice, 0, FOLLOW,
+                NAME, core, {"x": x, "a": pair[0], "b": pair[1]}, "", said, pair[0], name,
+            )  # fmt: skip
+
+    items, training = [], []
+    for cell, count in entry["cells"].items():
+        pool = V.TRAINING if cell.endswith("seen") else V.NATURAL_HELD_OUT
+        items += asked(count, pool, "eval", cell)
+    items += asked(entry["dev"], V.NATURAL + V.TRAINING[::4], "dev")
+    for who, count in entry["counts"].items():
+        training += asked(count, wider.VOICES.get(who, V.TRAINING), "train")
+    rng.shuffle(training)
+    items += training
+    wanted = {item.answer_id for item in items}
+    for split, rows in (("train", known), ("eval", kept)):
+        items += [P.Item(name, split, "", "answer", said, V.ANSWER_VOICE, category=FOLLOW,
+                         intent=NAME, manner=pair[0], answer=said, answer_id=name)
+                  for name, (_, pair, said) in rows if scale >= 1 or name in wanted]  # fmt: skip
+    return items
