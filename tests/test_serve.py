@@ -400,7 +400,7 @@ def test_limits_of_size_and_of_sessions(tiny):
 
 def test_a_client_that_does_not_read_is_let_go(tiny, monkeypatch):
     monkeypatch.setattr(app, "LEAVE", 0.2)
-    with serving(tiny, limits=Limits(unread=30)) as address:
+    with serving(tiny, limits=Limits(unread=3_000_000)) as address:
         with client_of(address).realtime.connect(model="aqaa") as talk:
             talk.recv()
             count = 0

@@ -144,10 +144,13 @@ class Server:
         asked = websocket.scope.get("subprotocols", ())
         await websocket.accept("realtime" if "realtime" in asked else None)
         loop, unsent, full = asyncio.get_running_loop(), asyncio.Queue(), asyncio.Event()
+        size = 0  # of what is unsent, in bytes: an event may be a word or seconds of sound
 
         def put(line):
+            nonlocal size
             unsent.put_nowait(line)
-            if unsent.qsize() >= self.limits.unread:
+            size += len(line)  # ASCII
+            if size > self.limits.unread:
                 full.set()
 
         def send(event):
@@ -156,8 +159,11 @@ class Server:
         session = realtime.Session(self.model, send, **self.sampling)
 
         async def write():
+            nonlocal size
             while True:
-                await websocket.send_text(await unsent.get())
+                line = await unsent.get()
+                await websocket.send_text(line)
+                size -= len(line)
 
         async def read():
             while True:

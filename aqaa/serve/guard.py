@@ -21,7 +21,8 @@ PROTOCOL_KEY = "openai-insecure-api-key."  # how a page names its token: it cann
 @dataclass(frozen=True)
 class Limits:
     """sessions at once; bytes of a request and of an event; seconds for a request to arrive, to be
-    answered, of silence on a WebSocket, and of its whole; events that a client may leave unread."""
+    answered, of silence on a WebSocket, and of its whole; bytes of events that a client may leave
+    unread."""
 
     sessions: int = 32
     body: int = 32 << 20
@@ -30,7 +31,7 @@ class Limits:
     answer: float = 600
     idle: float = 300
     session: float = 1800
-    unread: int = 5000
+    unread: int = 16 << 20
 
 
 LIMITS = Limits()
