@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aqaa.corpus.facts import number
+from aqaa.corpus.kokoro import lacking
 from aqaa.files import scratch
 from aqaa.tokenizers.phones import error_rate
 from aqaa.tokenizers.text import normalise
@@ -24,8 +25,7 @@ SIGNS = {"%": " percent", "$": " dollars ", "+": " plus ", "=": " is equal to ",
 
 def missing():
     """Packages that are not installed, as a list of names."""
-    names = {**{part: part.replace("_", "-") for part in PARTS}, "faster_whisper": "faster-whisper"}
-    return [name for module, name in names.items() if not importlib.util.find_spec(module)]
+    return lacking(*(part.replace("_", "-") for part in PARTS), "faster-whisper")
 
 
 @cache
