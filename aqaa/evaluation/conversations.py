@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
@@ -190,8 +191,6 @@ def _quantile(values, q):
 
 def measure(model, seed=0, limit=200, busy=False, progress=True, cost=None, **sampling):
     """`limit` turns with and without speculation. busy: while every core runs an endless loop."""
-    from tqdm import tqdm
-
     turns, found, results = script(streaming.shipped_questions(), limit, seed), {}, {}
     with busy_machine() if busy else nullcontext():
         for name, speculate in (("with", True), ("without", False)):
