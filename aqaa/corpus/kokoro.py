@@ -103,8 +103,7 @@ class Kokoro:
         timbre, prosody: {style: weight} of the voice's colour and of its melody (default: the same
         mix). speed, pitch, spread: factors on rate, f0 and its range. Raises ValueError for a text
         without sound or of more than 500 phonemes."""
-        phonemes = self.phonemize(text)
-        tokens = [self.vocabulary[p] for p in phonemes if p in self.vocabulary]
+        tokens = [self.vocabulary[p] for p in self.phonemize(text) if p in self.vocabulary]
         if not 0 < len(tokens) <= 500:
             raise ValueError(f"a text must have 1 to 500 phonemes, {text[:40]!r} has {len(tokens)}")
         row = len(tokens) - 1
@@ -158,8 +157,7 @@ def pieces(model):
     from onnx.utils import Extractor
 
     for name, shape in HIDDEN.items():
-        sizes = [n or None for n in shape]
-        value = helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+        value = helper.make_tensor_value_info(name, TensorProto.FLOAT, [n or None for n in shape])
         model.graph.value_info.append(value)
     cut, hidden = Extractor(model).extract_model, list(HIDDEN)
     yield cut(["tokens", "style", "speed", "pitch", "spread"], hidden[:4])
@@ -302,8 +300,7 @@ class Graph:
         from onnx import TensorProto, helper
 
         for name in ("pitch", "spread"):
-            value = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
-            self.graph.input.append(value)
+            self.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]))
         source = next(node for node in self.nodes if MELODY in node.output)
         raw, number = f"{MELODY}_raw", self.number
         readers, self.nodes = self.nodes, []

@@ -90,8 +90,7 @@ def speak_kokoro(jobs):
         men = sum(weight for style, weight in timbre.items() if style[1] == "m")
         if pitch < 0.71 and men > 0.5:
             pitch *= 1.6  # a man's style is low by itself
-        sound = voice.say(text + how.mark, timbre, prosody, how.rate, pitch, spread)
-        made.append((sound, RATE))
+        made.append((voice.say(text + how.mark, timbre, prosody, how.rate, pitch, spread), RATE))
     return made
 
 

@@ -73,13 +73,11 @@ def spelled(n):
     """English words of a whole number; from a million on digit by digit."""
     if n <= 100:
         return number(n)
-    if n < 1000:
-        rest = f" {number(n % 100)}" if n % 100 else ""
-        return f"{number(n // 100)} hundred{rest}"
-    if n < 1_000_000:
-        rest = f" {spelled(n % 1000)}" if n % 1000 else ""
-        return f"{spelled(n // 1000)} thousand{rest}"
-    return " ".join(number(int(digit)) for digit in str(n))
+    if n >= 1_000_000:
+        return " ".join(number(int(digit)) for digit in str(n))
+    size, name = (1000, "thousand") if n >= 1000 else (100, "hundred")
+    many, rest = divmod(n, size)
+    return f"{spelled(many)} {name} {spelled(rest)}" if rest else f"{spelled(many)} {name}"
 
 
 def word_error(pairs):

@@ -132,11 +132,8 @@ class PhoneTask:
 
     def recognise(self, indices, read, budget=16):
         """`phone_error` on utterances, of what the network reads of them."""
-
-        def normal(x, *rest):
-            return read(self.normalised(x), *rest)
-
-        return phone_error(self.data, indices, self.factor, normal, budget)
+        return phone_error(self.data, indices, self.factor,
+                           lambda x, *rest: read(self.normalised(x), *rest), budget)  # fmt: skip
 
 
 class LinguisticTask(PhoneTask):
@@ -283,8 +280,7 @@ class SemanticTask(PhoneTask):
         if self.model.training and flat.isfinite().all():
             size, total = self.register.size, self.register.total
             size.mul_(0.98).add_(torch.bincount(codes, minlength=len(size)).float(), alpha=0.02)
-            sums = torch.zeros_like(total).index_add_(0, codes, flat)
-            total.mul_(0.98).add_(sums, alpha=0.02)
+            total.mul_(0.98).add_(torch.zeros_like(total).index_add_(0, codes, flat), alpha=0.02)
             dead = (size < 0.05).nonzero().flatten()[: len(flat)]
             if len(dead):
                 picks = torch.randperm(len(flat), device=flat.device)[: len(dead)]
