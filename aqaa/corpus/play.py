@@ -120,17 +120,12 @@ class _Maker:
         intents = PLAY["intents"].items()
         self.cores = {name: wider.lines_of(entry["wordings"]) for name, entry in intents}
         for name, rows in self.stock.items():
+            category = PLAY["intents"][name]["category"]
             for fact in rows:
                 if (fact.answer, fact.manner) not in self.ids:
-                    self.answers.append(self._answer(name, fact))
-
-    def _answer(self, name, fact):
-        name_of = self.ids[fact.answer, fact.manner] = f"p{len(self.answers):04d}"
-        return P.Item(
-            name_of, "eval" if apart(name, fact) else "train", "", "answer", fact.answer,
-            V.ANSWER_VOICE, category=PLAY["intents"][name]["category"], intent=name,
-            manner=fact.manner, answer=fact.answer, answer_id=name_of,
-        )  # fmt: skip
+                    place = self.ids[fact.answer, fact.manner] = f"p{len(self.answers):04d}"
+                    split = "eval" if apart(name, fact) else "train"
+                    self.answers.append(P.answer_item(place, split, fact, name, category))
 
     def asked(self, name, pool, split, cell=""):
         """[Item] of a question; of a second one that is no training, the first one before it."""

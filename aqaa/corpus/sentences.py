@@ -142,23 +142,21 @@ def vocabulary():
 
 def sentence(rng, least_used=None):
     """A text of 1 to 25 words. `least_used`, a Counter of what was drawn so far, is added to."""
-    counts = Counter() if least_used is None else least_used
     low, high, _ = band = rng.choices(BANDS, [share for *_, share in BANDS])[0]
     kinds = KINDS[BANDS.index(band)]
     while True:
-        draft = _Draft(rng, counts, low, high)
+        draft = _Draft(rng, least_used, low, high)
         text = _articles(draft.make(rng.choices(list(kinds), list(kinds.values()))[0]))
         if low <= len(text.split()) <= high:
-            counts.update(draft.drawn)
+            draft.counts.update(draft.drawn)
             return text
 
 
 def filled(pattern, rng, least_used=None):
     """A pattern such as "where do <animals> sleep" with words in its slots. Arguments as above."""
-    counts = Counter() if least_used is None else least_used
-    draft = _Draft(rng, counts, 1, 25)
+    draft = _Draft(rng, least_used, 1, 25)
     text = SLOT.sub(lambda found: draft.slot(*found.groups()), pattern)
-    counts.update(draft.drawn)
+    draft.counts.update(draft.drawn)
     return _articles(" ".join(text.split()))
 
 
@@ -186,9 +184,9 @@ def open_sentences(count, rng, avoid=lambda text: False):
 class _Draft:
     """One sentence in the making: `drawn` is what it took from the pools."""
 
-    def __init__(self, rng, counts, low, high):
-        self.rng, self.counts, self.low, self.high, self.drawn = rng, counts, low, high, []
-        self.verbs = VERBS
+    def __init__(self, rng, least_used, low, high):
+        self.rng, self.low, self.high, self.drawn, self.verbs = rng, low, high, [], VERBS
+        self.counts = Counter() if least_used is None else least_used
 
     def take(self, pool):
         few = [pool[int(self.rng.random() * len(pool))] for _ in range(CANDIDATES)]

@@ -130,12 +130,10 @@ class Corpus:
         """Whether all of the parts that were begun is spoken."""
         return len(self._items) == sum(head["items"] for head in self.heads.values())
 
-    def items(self, role=None, split=None, cell=None):
-        """Items with the given role, split and cell (see plan.Item)."""
-        asked = (role, split, cell)
-        return [item for item in self._items if all(
-            want in (None, has) for want, has in zip(asked, (item.role, item.split, item.cell))
-        )]  # fmt: skip
+    def items(self, **wanted):
+        """Items with the given role, split, cell (see plan.Item)."""
+        return [item for item in self._items
+                if all(getattr(item, name) == value for name, value in wanted.items())]  # fmt: skip
 
     def wav(self, item):
         """int16 samples (N,) at 16 kHz."""

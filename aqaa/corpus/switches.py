@@ -9,7 +9,7 @@ from aqaa.corpus import plan as P
 from aqaa.corpus import voices as V
 from aqaa.corpus import wider
 from aqaa.corpus.curriculum import FOLLOW, SENTENCES
-from aqaa.corpus.facts import SCRIPT, stable_hash
+from aqaa.corpus.facts import SCRIPT, Fact, stable_hash
 
 PAIRS = tuple(pair for one in ("slow fast", "high low", "loud soft", "happy sad")
               for pair in (one.split(), one.split()[::-1]))  # fmt: skip
@@ -25,14 +25,14 @@ def parts_of(text):
 
 
 def facts():
-    """[(sentence, the two manners, text of the answer), …]"""
-    return [(x, pair, "{0} ({2}) {1}".format(*parts_of(x), pair[1]))
-            for x in SENTENCES for pair in PAIRS]  # fmt: skip
+    """Facts of every sentence (slot x) in every pair of manners (slots a and b)."""
+    return [Fact((("x", x), ("a", a), ("b", b)), "{0} ({2}) {1}".format(*parts_of(x), b), a)
+            for x in SENTENCES for a, b in PAIRS]  # fmt: skip
 
 
 def apart(fact):
-    """Whether a sentence with a pair of manners is kept from training."""
-    return stable_hash(NAME, *fact[0].split(), *fact[1]) % HOLD_ONE_IN == 0
+    """Whether a sentence in a pair of manners is kept from training."""
+    return stable_hash(NAME, *fact.key.split()) % HOLD_ONE_IN == 0
 
 
 def plan(entry, scale=1.0, seed=0):
@@ -46,12 +46,14 @@ def plan(entry, scale=1.0, seed=0):
     def asked(count, pool, split, cell=""):
         for _ in range(P.scaled(count, scale)):
             new = split == "eval"
-            name, (x, pair, said) = rng.choice(kept if new else known)
-            a, b = (SCRIPT["intents"][f"say_{manner}"]["marks"]["adverb"] for manner in pair)
+            name, fact = rng.choice(kept if new else known)
+            slots = dict(fact.slots)
+            x, *manners = slots.values()
+            a, b = (SCRIPT["intents"][f"say_{manner}"]["marks"]["adverb"] for manner in manners)
             core, (p, q), voice = rng.choice(cores[new]), parts_of(x), wider.voice_of(rng, pool)
             yield P.Item(
                 "", split, cell, "question", core.format(x=x, p=p, q=q, a=a, b=b), voice, 0, FOLLOW,
-                NAME, core, {"x": x, "a": pair[0], "b": pair[1]}, "", said, pair[0], name,
+                NAME, core, slots, "", fact.answer, fact.manner, name,
             )  # fmt: skip
 
     items, training = [], []
@@ -65,7 +67,6 @@ def plan(entry, scale=1.0, seed=0):
     items += training
     wanted = {item.answer_id for item in items}
     for split, rows in (("train", known), ("eval", kept)):
-        items += [P.Item(name, split, "", "answer", said, V.ANSWER_VOICE, category=FOLLOW,
-                         intent=NAME, manner=pair[0], answer=said, answer_id=name)
-                  for name, (_, pair, said) in rows if scale >= 1 or name in wanted]  # fmt: skip
+        items += [P.answer_item(name, split, fact, NAME, FOLLOW)
+                  for name, fact in rows if scale >= 1 or name in wanted]  # fmt: skip
     return items

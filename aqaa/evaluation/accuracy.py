@@ -14,7 +14,8 @@ import numpy as np
 
 from aqaa.batching import ask_all, own_sampling
 from aqaa.config import SAMPLE_RATE
-from aqaa.corpus.plan import spread
+from aqaa.corpus import engines, intents, play, speak
+from aqaa.corpus import plan as P
 from aqaa.evaluation.controls import RULES, direction, switched
 from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.pipeline import text_ids
@@ -94,17 +95,14 @@ def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progr
     if not text_only:
         facts |= score_sound(rows, items, sounds, corpus, workers, seed, progress)
     minutes = round((time.monotonic() - started) / 60, 2)
-    rows_as_dicts = [asdict(row) for row in rows]
-    return {**facts, "minutes": minutes, "summary": summarise(rows), "rows": rows_as_dicts}
+    return {**facts, "minutes": minutes, "summary": summarise(rows),
+            "rows": [asdict(row) for row in rows]}  # fmt: skip
 
 
 def questions(corpus, limit=None):
     """Evaluation questions, `limit` of each cell at most, spread evenly over the cell."""
-    chosen = []
-    for cell in CELLS:
-        items = corpus.items(split="eval", cell=cell)
-        chosen += spread(items, limit)
-    return chosen
+    cells = (corpus.items(split="eval", cell=cell) for cell in CELLS)
+    return [item for items in cells for item in P.spread(items, limit)]
 
 
 def history(model, corpus, item, seed=0):
@@ -178,9 +176,8 @@ def summarise(rows):
     groups |= {name: [row for row in rows if row.cell == cell] for cell, name in CELLS.items()}
     for name in sorted({row.category for row in rows}):
         groups[name] = [row for row in rows if row.category == name]
-    understood = [row for row in rows if row.category == UNDERSTANDING]
-    new_voices = [row for row in understood if row.cell.endswith("_new")]
-    groups[f"{UNDERSTANDING}, new voices"] = new_voices
+    heard = groups.get(UNDERSTANDING, ())
+    groups[f"{UNDERSTANDING}, new voices"] = [row for row in heard if row.cell.endswith("_new")]
     groups |= {f"manner: {name}": [row for row in rows if row.manner == name] for name in RULES}
     return {name: {metric: share(getattr(row, metric) for row in members) for metric in METRICS}
             for name, members in groups.items() if members}  # fmt: skip
@@ -190,8 +187,7 @@ def table(result):
     """A result as lines of text: percent and standard error of each group."""
     summary = result["summary"]
     width = max(map(len, summary)) + 1
-    headings = "".join(f"{heading:>12}" for heading in METRICS.values())
-    lines = [f"{'':{width}}    n{headings}"]
+    lines = [f"{'':{width}}    n" + "".join(f"{heading:>12}" for heading in METRICS.values())]
     for name, scores in summary.items():
         n = max(entry["n"] for entry in scores.values())
         cells = "".join(f"{_percent(entry):>12}" for entry in scores.values())
@@ -213,9 +209,6 @@ def evaluation_corpus(folder, seed=0, workers=2):
     """The questions of the corpus in `folder`, also while it is growing; without any, those for
     evaluation and their answers are spoken into `evaluation` there. Interrupted speaking goes on.
     """
-    from aqaa.corpus import engines, play, speak
-    from aqaa.corpus.plan import plan
-
     places = speak.places(folder)
     if "questions" in places:
         return speak.Corpus(folder)
@@ -223,8 +216,8 @@ def evaluation_corpus(folder, seed=0, workers=2):
     corpus = speak.Corpus(place) if (place / "plan.json").exists() else None
     if corpus and corpus.complete:
         return corpus
-    items = plan(seed=seed)
-    asked = [item for item in items if item.split == "eval" and item.role == "question"]
+    items = P.plan(seed=seed)
+    asked = P.asked_in(items, "eval")
     joined = play.joined(seed=seed)
     more = [item for item in joined if item.split == "eval" and item.role != "answer"]
     lacks = engines.absent({item.voice for item in more})
@@ -243,8 +236,6 @@ def evaluation_corpus(folder, seed=0, workers=2):
 
 def all_answers():
     """Every text that the curriculum may want to hear, but stories: each has words of its own."""
-    from aqaa.corpus import intents, play
-
     known = {fact.answer for intent in intents.INTENTS.values() for fact in intent.facts}
     games = [rows for name, rows in play.facts().items() if name != "story"]
     return known | {fact.answer for rows in games for fact in rows}

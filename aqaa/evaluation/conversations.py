@@ -13,15 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from aqaa import audio, files
+from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 from aqaa.conversation import Conversation, State
 from aqaa.corpus import degrade
+from aqaa.evaluation import streaming
 from aqaa.evaluation.accuracy import share
 from aqaa.evaluation.speed import busy_machine
+from aqaa.evaluation.streaming import PACKET
 
-PACKET = 320  # samples
 KINDS = {"plain": 0.35, "hesitation": 0.25, "noise": 0.15, "barge_in": 0.15, "cough": 0.10}
 BACKGROUND = -65.0  # dB below full scale, of the quiet room
 SNR = 15.0  # dB, of questions in noise
@@ -189,23 +191,13 @@ def _quantile(values, q):
 
 def measure(model, seed=0, limit=200, busy=False, progress=True, cost=None, **sampling):
     """`limit` turns with and without speculation. busy: while every core runs an endless loop."""
-    from tqdm import tqdm
-
-    folder = files.data_folder() / "questions"
-    wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))]
-    if not wavs:
-        raise ValueError(f"{folder} holds no wav files: "
-                         "set AQAA_DATA to the `data` folder of a clone of aqaa.")  # fmt: skip
-    turns, found, results = script(wavs, limit, seed), {}, {}
+    turns, found, results = script(streaming.shipped_questions(), limit, seed), {}, {}
     with busy_machine() if busy else nullcontext():
-        for speculate in (True, False):
-            name = "with" if speculate else "without"
-            options = {"speculate": speculate, "sampling": {"seed": seed} | sampling}
-            room = Room(model, cost, seed, **options)
+        for name, speculate in (("with", True), ("without", False)):
+            room = Room(model, cost, seed, {"seed": seed} | sampling, speculate=speculate)
             with tqdm(total=limit, desc=f"{name} speculation", disable=not progress) as bar:
                 found[name] = room.dialogue(turns, bar.update)
-            counts = dict(room.talk.counts)
-            results[name] = {"counts": counts, "drift_s": room.now - room.sound}
+            results[name] = {"counts": dict(room.talk.counts), "drift_s": room.now - room.sound}
     for name, other in (("with", "without"), ("without", "with")):
         results[name] |= summary(found[name], found[other])
     return {"busy": busy, **{f"{name} speculation": row for name, row in results.items()},
@@ -214,6 +206,4 @@ def measure(model, seed=0, limit=200, busy=False, progress=True, cost=None, **sa
 
 def table(result):
     """A result as text, a line a value."""
-    rows = {title: row for title, row in result.items() if title.endswith("speculation")}
-    return "\n".join(f"{title:20} {name:22} {value}"
-                     for title in rows for name, value in rows[title].items())  # fmt: skip
+    return streaming.table({name: row for name, row in result.items() if name != "rows"}, 20)

@@ -206,9 +206,8 @@ def measure(model, target, seed=0, progress=True):
     if spoken := [row for row in rows if row["mouth"] is not None]:
         error, count = whisper.word_error([(row["answer"], row["mouth"]) for row in spoken])
         result |= {"mouth_word_error": round(error, 1), "mouth_words": count}
-    if measured := [row for row in rows if row["phone_error"] is not None]:
-        mean = np.mean([row["phone_error"] for row in measured])
-        result["phone_error"] = round(float(mean), 1)
+    if measured := [row["phone_error"] for row in rows if row["phone_error"] is not None]:
+        result["phone_error"] = round(float(np.mean(measured)), 1)
     return {**result, "faults": faults, "rows": rows}
 
 

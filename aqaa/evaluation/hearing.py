@@ -22,6 +22,7 @@ from aqaa.records import about
 from aqaa.tokenizers.phones import PHONE_IDS
 
 TOKENIZERS = ("linguistic", "semantic")
+CELL = "{error:5.1f} ({interval[0]:.1f}–{interval[1]:.1f})"  # of the printed table
 RESAMPLES = 2000  # of the clips, for an interval
 ROOM = 0.3, 0.3  # seconds of echo, and its share
 AGREEMENT, STEADY = "agreement", ("seen", "other", "kokoro")  # families whose codes are compared
@@ -70,21 +71,17 @@ def measure(model, seed=0, folder="work/hearing", people=(), only=None, limit=No
             _tell(progress, f"listening to {name}")
             errors[name] = error_of(model, clips_of.with_phones(clips), seed)
         spoken.setdefault(name.split(",")[0], []).extend(clips[:EACH])
-        _write(out, result)
+        if out:  # already now: the last sets may take long to be spoken
+            files.write_json(out, result)
     if AGREEMENT in wanted:
         _tell(progress, "comparing codes")
         chosen = {name: spoken[name] for name in STEADY if name in spoken}
         entry[AGREEMENT] = agreement(model, chosen)
     entry["minutes"] = round((time.monotonic() - started) / 60, 2)
-    _write(out, result)
-    _tell(progress, table(result))
-    return result
-
-
-def _write(out, result):
-    """Keep what is known so far: the last sets may take long to be spoken."""
     if out:
         files.write_json(out, result)
+    _tell(progress, table(result))
+    return result
 
 
 def _sets(wanted, missing, folder, recordings, limit, seed, progress):
@@ -169,7 +166,7 @@ def table(result):
         if entry["phone_error"]:
             lines += [f"{'phone error, %':22}clips  phones  linguistic           semantic (codes)"]
         for name, row in entry["phone_error"].items():
-            cells = [f"{row[kind]['error']:5.1f} ({_span(row[kind])})" for kind in TOKENIZERS]
+            cells = [CELL.format(**row[kind]) for kind in TOKENIZERS]
             lines.append(f"{name:22}{row['n']:5}{row['phones']:8}  {cells[0]:21}{cells[1]}")
         if entry.get(AGREEMENT):
             lines += ["", f"{'codes that stay, %':22}clips  linguistic  semantic"]
@@ -177,7 +174,3 @@ def table(result):
             lines.append(f"{name:22}{row['n']:5}{row['linguistic']:12.1f}{row['semantic']:10.1f}")
         lines += [f"left out: {name}: {fault}" for name, fault in entry["missing"].items()]
     return "\n".join([*lines, "", "In brackets: 95 % of draws of as many clips."])
-
-
-def _span(row):
-    return "{:.1f}–{:.1f}".format(*row["interval"])

@@ -3,7 +3,6 @@
 Spoken clips are made once, and kept as one FLAC each under a name that is the hash of all that
 decides its sound: a later run hears the same ones."""
 
-import io
 import json
 import os
 import tomllib
@@ -87,17 +86,12 @@ def spoken(family, lines, folder, seed=0):
     if todo:
         files.probe(Path(folder, family))
     for start in range(0, len(todo), AT_ONCE):
-        part = todo[start : start + AT_ONCE]
-        for i, sound in zip(part, engines.synthesize([jobs[i] for i in part]), strict=True):
-            _keep(paths[i], V.vary(V.trim(V.to_16k(*sound)), jobs[i][2], None))
+        some = todo[start : start + AT_ONCE]
+        for i, sound in zip(some, engines.synthesize([jobs[i] for i in some]), strict=True):
+            wav = V.vary(V.trim(V.to_16k(*sound)), jobs[i][2], None)
+            with files.replacing(paths[i]) as part:
+                soundfile.write(part, wav, SAMPLE_RATE, "PCM_16", format="FLAC")
     return [Clip(text, _read(path)) for (_, text), path in zip(lines, paths, strict=True)]
-
-
-def _keep(path, wav):
-    flac = io.BytesIO()
-    soundfile.write(flac, wav, SAMPLE_RATE, "PCM_16", format="FLAC")
-    with files.replacing(path) as part:
-        part.write_bytes(flac.getbuffer())
 
 
 def _read(path):

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from aqaa.config import SAMPLE_RATE
 from aqaa.tokenizers.text import normalise
@@ -96,11 +97,7 @@ class Judge:
         else:
             heard = (self.hear(wav, strict) for wav in wavs)
         with pool or contextlib.nullcontext():
-            if progress:
-                from tqdm import tqdm
-
-                heard = tqdm(heard, total=len(wavs), desc=progress, leave=False)
-            return list(heard)
+            return list(tqdm(heard, progress, len(wavs), leave=False, disable=not progress))
 
     def _prepare(self, wav):
         """(N,) float -> 16-bit bytes at one level, padded and dithered; None for silence."""
@@ -183,16 +180,14 @@ def bigram_arpa(sentences):
     more is left for unseen ones. Interpolation is written out as back-off, so any reader of ARPA
     files computes the same numbers.
     """
-    pairs, words = Counter(), Counter()
+    pairs, words, seen = Counter(), Counter(), Counter()  # seen: as the first of a pair
     for sentence in sentences:
         line = ["<s>", *sentence.split(), "</s>"]
         pairs.update(zip(line, line[1:]))
         words.update(line[1:])
+        seen.update(line[:-1])
     total, kinds = words.total(), len(words)
-    seen, successors = Counter(), Counter()
-    for (before, _), count in pairs.items():
-        seen[before] += count
-        successors[before] += 1
+    successors = Counter(before for before, _ in pairs)
     single = {w: (count + 0.5) / (total + 0.5 * kinds) for w, count in words.items()}
     left = {w: successors[w] / (successors[w] + seen[w]) for w in seen}  # the share of the unigram
     lines = ["\\data\\", f"ngram 1={kinds + 1}", f"ngram 2={len(pairs)}", "", "\\1-grams:"]

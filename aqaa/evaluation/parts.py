@@ -20,6 +20,7 @@ from statistics import median
 
 import torch
 
+from aqaa.backbone.generation import Decoder
 from aqaa.config import PRESETS, SAMPLE_RATE
 from aqaa.evaluation import peers
 from aqaa.evaluation.speed import turns
@@ -201,8 +202,6 @@ def hift(config):
 
 def backbone(config):
     """One token after another: the mini in fp32; a layer of the full one, in bfloat16."""
-    from aqaa.backbone.generation import Decoder
-
     whole, sizes = config.name == "mini", config.backbone
     if not whole:
         sizes = replace(sizes, num_hidden_layers=1, vocab_size=LAYER_VOCABULARY)

@@ -100,8 +100,7 @@ def matcha(flow):
         mask = torch.ones_like(told[:, :1]) if mask is None else mask.repeat(2, 1, 1)
         x = noise
         for t, after in pairwise(flow.decoder.time_steps(n_timesteps, mu)):
-            both = peer(x.repeat(2, 1, 1), mask, told, t.expand(len(told)))
-            conditional, free = both.chunk(2)
+            conditional, free = peer(x.repeat(2, 1, 1), mask, told, t.expand(len(told))).chunk(2)
             x = x + (after - t) * ((1 + rate) * conditional - rate * free)
         return x
 

@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 from statistics import median
 
+import torch
+
+from aqaa import files, loading
+from aqaa.doctor import devices
+from aqaa.weights import model_folder
+
 REPEATS = 5
 COLD = 3  # fresh processes of each kind, in turns
 SIDE_BY_SIDE = ("total_s", "real_time_factor", "stream_first_audio_s", "stream_real_time_factor",
@@ -21,12 +27,6 @@ def measure(preset="mini", device="cpu", seed=0, limit=REPEATS, busy=False):
     """A dict of numbers; times are medians over `limit` questions, in seconds. busy: measure again
     while every core also runs somebody else's endless loop; "busy" then holds those numbers, and
     "busy_over_idle" how many times as long an answer takes."""
-    import torch
-
-    from aqaa import loading
-    from aqaa.doctor import devices
-    from aqaa.weights import model_folder
-
     questions = _questions(limit)
     # Fresh processes are started first, before this one takes memory and caches.
     cold = _cold(questions[0], preset, device) if isinstance(questions[0], str) else {}
@@ -96,10 +96,6 @@ def busy_machine(loops=None):
 
 def _questions(count):
     """Shipped questions, as paths; where there are none, three seconds of a buzzing tone."""
-    import torch
-
-    from aqaa import files
-
     paths = sorted((files.data_folder() / "questions").glob("*.wav"))
     if paths:
         return [str(paths[i % len(paths)]) for i in range(count)]

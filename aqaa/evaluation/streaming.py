@@ -25,21 +25,27 @@ CODE_SECONDS = {"linguistic": 0.06, "semantic": 0.04}
 def measure(model, seed=0, limit=None):
     """Listening and answering with `limit` shipped questions; of torch's threads one is left.
     Raises ValueError if there are no questions."""
-    folder = files.data_folder() / "questions"
-    wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[:limit]]
-    if not wavs:
-        raise ValueError(f"{folder} holds no wav files: "
-                         "set AQAA_DATA to the `data` folder of a clone of aqaa.")  # fmt: skip
+    wavs = shipped_questions(limit)
     torch.set_num_threads(1)
     model.ask((wavs[0], SAMPLE_RATE), seed=seed)  # the first call is slower
     rows = {f"every {every} s": listening(model, wavs, every) for every in STEPS}
     return {"questions": len(wavs), **rows, "answers": answering(model, wavs, seed)}
 
 
-def table(result):
-    """A result as text, a line a value."""
+def shipped_questions(limit=None):
+    """The shipped questions, (N,) each, `limit` at most. Raises ValueError if there are none."""
+    folder = files.data_folder() / "questions"
+    wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[:limit]]
+    if not wavs:
+        raise ValueError(f"{folder} holds no wav files: "
+                         "set AQAA_DATA to the `data` folder of a clone of aqaa.")  # fmt: skip
+    return wavs
+
+
+def table(result, width=13):
+    """The groups of a result as text, a line a value. width: of their titles."""
     rows = {title: row for title, row in result.items() if isinstance(row, dict)}
-    return "\n".join(f"{title:13} {name:22} {value}"
+    return "\n".join(f"{title:{width}} {name:22} {value}"
                      for title in rows for name, value in rows[title].items())  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aqaa.corpus.facts import number
+from aqaa.corpus.kokoro import lacking
 from aqaa.files import scratch
 from aqaa.tokenizers.phones import error_rate
 from aqaa.tokenizers.text import normalise
@@ -24,8 +25,7 @@ SIGNS = {"%": " percent", "$": " dollars ", "+": " plus ", "=": " is equal to ",
 
 def missing():
     """Packages that are not installed, as a list of names."""
-    names = {**{part: part.replace("_", "-") for part in PARTS}, "faster_whisper": "faster-whisper"}
-    return [name for module, name in names.items() if not importlib.util.find_spec(module)]
+    return lacking(*(part.replace("_", "-") for part in PARTS), "faster-whisper")
 
 
 @cache
@@ -73,13 +73,11 @@ def spelled(n):
     """English words of a whole number; from a million on digit by digit."""
     if n <= 100:
         return number(n)
-    if n < 1000:
-        rest = f" {number(n % 100)}" if n % 100 else ""
-        return f"{number(n // 100)} hundred{rest}"
-    if n < 1_000_000:
-        rest = f" {spelled(n % 1000)}" if n % 1000 else ""
-        return f"{spelled(n // 1000)} thousand{rest}"
-    return " ".join(number(int(digit)) for digit in str(n))
+    if n >= 1_000_000:
+        return " ".join(number(int(digit)) for digit in str(n))
+    size, name = (1000, "thousand") if n >= 1000 else (100, "hundred")
+    many, rest = divmod(n, size)
+    return f"{spelled(many)} {name} {spelled(rest)}" if rest else f"{spelled(many)} {name}"
 
 
 def word_error(pairs):

@@ -4,6 +4,7 @@ Each variant is trained alike, with several seeds, and judged alike: on question
 split, which nothing learns from, in words by rule and in sound by an outside ear. A run that is
 done stands in the results and is not made again with --resume."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def trained(run, name, variant, seed):
     layout = dialogue.layout(settings.get("layout", "ratio_10_15"))
     if not stage_name:  # the parent as it is
         return run.part(variant), layout, {}
-    folder = run.out / "ablations" / f"{name}-{_plain(variant)}-{seed}"
+    plain = re.sub(r"\W", "_", variant)
+    folder = run.out / "ablations" / f"{name}-{plain}-{seed}"
     stage = stages.STAGES[stage_name]
     child = run.beside(folder, seed)
     child.train(replace(stage, settings={**stage.settings, **settings}))
@@ -102,10 +104,6 @@ def trained(run, name, variant, seed):
         path.unlink()
     facts = {"steps": told["steps"], "training_seconds": told["seconds"]}
     return backbone, layout, facts | {key: told[key] for key in ("held_out",) if key in told}
-
-
-def _plain(variant):
-    return "".join(c if c.isalnum() else "_" for c in variant)
 
 
 def averaged(run, name, variant, seed):

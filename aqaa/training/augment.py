@@ -31,11 +31,10 @@ class Augment:
         """(n_mels, n_mels) matrix that moves what lies at f to factor * f (up to 0.8 of `top`; from
         there the axis runs straight to `top`)."""
         knee = 0.8 * self.top * min(1.0, 1 / factor)
-        slope = (self.top - factor * knee) / (self.top - knee)
         moved = factor * knee
-        source = np.where(
-            self.hz < moved, self.hz / factor, knee + (self.hz - moved) / max(slope, 1e-3)
-        )
+        slope = (self.top - moved) / (self.top - knee)
+        beyond = knee + (self.hz - moved) / max(slope, 1e-3)
+        source = np.where(self.hz < moved, self.hz / factor, beyond)
         place = np.clip(self.mel_of(source), 0, self.n_mels - 1.001)
         low = place.astype(int)
         share = place - low

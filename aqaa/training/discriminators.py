@@ -55,8 +55,7 @@ class SpectrumDiscriminator(Discriminator):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def picture(self, wav):
-        hop = self.n_fft // 4
-        x = torch.stft(wav, self.n_fft, hop, window=self.window, return_complex=True)
+        x = torch.stft(wav, self.n_fft, self.n_fft // 4, window=self.window, return_complex=True)
         return (x.real**2 + x.imag**2 + 1e-7).pow(0.15).mT[:, None]  # (B, 1, T, F)
 
 

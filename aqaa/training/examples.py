@@ -54,8 +54,7 @@ class Book:
         self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
         self.answers = {items[i].answer_id: i for i in self.voiced if items[i].answer_id}
         asked = self.questions + self.follows
-        missing = {items[i].answer_id for i in asked} - set(self.answers)
-        if missing:
+        if missing := {items[i].answer_id for i in asked} - set(self.answers):
             raise ValueError(f"{len(missing)} answers were never spoken, {min(missing)} among them")
 
     def balance(self):
@@ -69,8 +68,7 @@ class Book:
 
     def by_voice(self, indices):
         """Probability of each utterance of `indices` where only its voice counts."""
-        natural = [self.items[i].voice in NATURAL for i in indices]
-        weights = np.where(natural, NATURAL_WEIGHT, 1.0)
+        weights = np.where([self.items[i].voice in NATURAL for i in indices], NATURAL_WEIGHT, 1.0)
         return weights / max(weights.sum(), 1.0)
 
     def spoken(self, index):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from aqaa import audio
@@ -64,11 +65,8 @@ def prepare(corpus, items, folder, workers=2):
     names = [item.id for item in items]
     if done.exists() and read_object(done, AGAIN).get("ids") == names:
         return folder
-    lengths = {
-        "lfr": [row_count(item.length) for item in items],
-        "log_mel": [item.length // FRAME // 4 for item in items],
-    }
-    lengths["f0"] = lengths["log_mel"]
+    slow = [item.length // FRAME // 4 for item in items]
+    lengths = {"lfr": [row_count(item.length) for item in items], "log_mel": slow, "f0": slow}
     jobs = (as_heard(item, corpus.wav(item)) for item in items)
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half-alive
     quiet = (signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C
@@ -113,11 +111,9 @@ class Utterances:
     def gather(self, indices, data=None):
         """Zero-padded (B, T, D) float32 of `data` (default the feature rows) and lengths (B,)."""
         data = self.rows if data is None else data
-        lengths = self.lengths[indices]
-        out = np.zeros((len(indices), lengths.max(), *data.shape[1:]), dtype=np.float32)
-        for row, index in enumerate(indices):
-            out[row, : lengths[row]] = data[self.starts[index] : self.starts[index + 1]]
-        return torch.from_numpy(out), torch.from_numpy(lengths)
+        parts = (data[self.starts[i] : self.starts[i + 1]].astype(np.float32) for i in indices)
+        rows = pad_sequence(list(map(torch.from_numpy, parts)), batch_first=True)
+        return rows, torch.from_numpy(self.lengths[indices])
 
     def targets(self, indices):
         """Concatenated phone ids and their counts, as ctc_loss takes them."""
@@ -168,8 +164,7 @@ class LengthBuckets:
         low = int(np.clip(self.rank[anchor] - width // 2, 0, len(self.order) - width))
         near = self.order[low : low + width]
         probs = self.probs[near] / self.probs[near].sum()
-        count = min(size, np.count_nonzero(probs))
-        picks = rng.choice(near, size=count, replace=False, p=probs)
+        picks = rng.choice(near, size=min(size, np.count_nonzero(probs)), replace=False, p=probs)
         picks = picks[np.argsort(self.lengths[picks], kind="stable")]
         # The longest sets the padding: it leaves while the padded batch is over the budget.
         while len(picks) > 1 and len(picks) * self.lengths[picks[-1]] > self.budget:

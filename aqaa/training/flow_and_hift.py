@@ -71,8 +71,7 @@ class FlowTask:
             start = self.model.frames(first)
             mels.append(mel[:, start : start + self.model.frames(n * GROUP_SIZE)])
         batch = {"token": torch.stack(tokens), "mel": torch.stack(mels)}
-        lengths = {f"{k}_len": torch.full((len(v),), v.shape[-1]) for k, v in batch.items()}
-        return batch | lengths
+        return batch | {f"{k}_len": torch.full((len(v),), v.shape[-1]) for k, v in batch.items()}
 
     def loss(self, batch, step=0):
         return self.model.compute_loss(**batch, mu_weight=1.0, token_noise=0.03)
@@ -128,10 +127,9 @@ class ShortcutTask(FlowTask):
             weight = (following - t) ** 2  # an error of the velocity moves the state by so much
             errors.append(weight * (v - goal).square().mean())
             x = x + (following - t) * v.detach()
-        distilled = sum(errors)
         logs = {f"step{k}": error.detach() for k, error in enumerate(errors)}
         usual, _ = self.model.compute_loss(**batch, token_noise=0.03)
-        return distilled * 10 + self.KEEP * usual, {**logs, "matching": usual.detach()}
+        return sum(errors) * 10 + self.KEEP * usual, {**logs, "matching": usual.detach()}
 
 
 class HiftTask:

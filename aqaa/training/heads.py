@@ -5,17 +5,10 @@ Each utterance is encoded once; the heads then read it many times, at next to no
 import numpy as np
 import torch
 
-from aqaa.tokenizers.phones import (
-    CLASSES,
-    FACTORS,
-    PhoneHeads,
-    best_path,
-    code_vectors,
-    error_rate,
-)  # fmt: skip
+from aqaa.tokenizers.phones import FACTORS, PhoneHeads, code_vectors
 from aqaa.training import features, stages
 from aqaa.training.features import LengthBuckets, Utterances
-from aqaa.training.speech_tokenizers import upsampled_ctc
+from aqaa.training.speech_tokenizers import phone_error, upsampled_ctc
 
 KINDS = {"linguistic": "lfr", "semantic": "log_mel"}  # the features that each tokenizer reads
 UTTERANCES = 4000  # to learn from: some three hours
@@ -69,14 +62,10 @@ class HeadsTask:
         return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}
 
     @torch.no_grad()
-    def evaluate(self, name, indices, size=16):
+    def evaluate(self, name, indices):
         """Phone error in percent of one tokenizer on the utterances `indices`."""
-        data, said = self.heard[name], []
-        for part in np.split(indices, range(size, len(indices), size)):
-            rows, lengths = data.gather(part)
-            logits = getattr(self.model, name)(rows).reshape(len(part), -1, CLASSES)
-            said += best_path(logits, lengths * FACTORS[name])
-        return error_rate(said, [data.phones[i] for i in indices])
+        head = getattr(self.model, name)
+        return phone_error(self.heard[name], indices, FACTORS[name], lambda rows, *_: head(rows))
 
     def finish(self, seed):
         """Measure: {"phone_error": {tokenizer: {test: percent}}}."""

@@ -184,8 +184,7 @@ def from_run(run, stage, count=600, **options):
     what is recorded."""
     book, backbone, layout = run.book(), run.part(stage.parent), dialogue.layout()
     count = min(len(book.questions), run.steps or max(8, round(count * run.scale)))
-    rng = np.random.default_rng(run.seed)
-    chosen = rng.permutation(book.questions)[:count]
+    chosen = np.random.default_rng(run.seed).permutation(book.questions)[:count]
     of, model = run.tokenizers(), run.model(backbone)
     made = f"{of} {fingerprint(run.part_file(stage.parent))['sha256']} {run.seed} {count}"
     pairs = []

@@ -95,7 +95,6 @@ class PreferenceTask(NextToken):
     def logprobs(self, numbers):
         """Log-probabilities (P, 2, 3) of both answers of some pairs by kind, without gradient."""
         device, parts = self.model.lm_head.weight.device, []
-        numbers = list(numbers)
         for start in range(0, len(numbers), self.rows):
             batch = self.collate(numbers[start : start + self.rows])
             batch = {key: value.to(device) for key, value in batch.items()}
@@ -137,8 +136,7 @@ class PreferenceTask(NextToken):
         loss = losses.mean()
         logs = {"accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean()}
         if objective.anchor:
-            tokens = batch["weights"][::2].sum()
-            anchor = -logprobs[:, CHOSEN].sum() / tokens
+            anchor = -logprobs[:, CHOSEN].sum() / batch["weights"][::2].sum()  # of a token
             loss, logs["anchor"] = loss + objective.anchor * anchor, anchor.detach()
         return loss, logs
 

@@ -17,6 +17,7 @@ from torch import nn
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
 from aqaa.tokenizers.phones import CLASSES, FACTORS, PhoneHead, best_path, error_rate
 from aqaa.tokenizers.semantic import SemanticTokenizer
+from aqaa.training import features
 from aqaa.training.augment import Augment, kaldi_bank, slaney_bank
 from aqaa.training.features import LengthBuckets, measure_cmvn
 
@@ -44,6 +45,18 @@ def spec_augment(x, rng, bands, n_mels, widest=12, time_widest=6):
             start = int(rng.integers(0, len(row) - width))
             row[start : start + width] = 0
     return x
+
+
+def phone_error(data, indices, factor, read, size=16):
+    """Phone error in percent on some of Utterances, `size` at once. read(x, lengths, part) gives
+    the CTC logits, `factor` outputs a row."""
+    predicted = []
+    for start in range(0, len(indices), size):
+        part = indices[start : start + size]
+        x, lengths = data.gather(part)
+        logits = read(x, lengths, part).reshape(len(part), -1, CLASSES)
+        predicted += best_path(logits, lengths * factor)
+    return error_rate(predicted, [data.phones[i] for i in indices])
 
 
 @torch.no_grad()
@@ -118,14 +131,9 @@ class PhoneTask:
         return x
 
     def recognise(self, indices, read, budget=16):
-        """Phone error in percent on utterances. read(x, lengths, part) gives the CTC logits."""
-        predicted = []
-        for start in range(0, len(indices), budget):
-            part = indices[start : start + budget]
-            x, lengths = self.data.gather(part)
-            logits = read(self.normalised(x), lengths, part).reshape(len(part), -1, CLASSES)
-            predicted += best_path(logits, lengths * self.factor)
-        return error_rate(predicted, [self.data.phones[i] for i in indices])
+        """`phone_error` on utterances, of what the network reads of them."""
+        return phone_error(self.data, indices, self.factor,
+                           lambda x, *rest: read(self.normalised(x), *rest), budget)  # fmt: skip
 
 
 class LinguisticTask(PhoneTask):
@@ -201,8 +209,7 @@ class SemanticTask(PhoneTask):
         size, width = config.n_codebook_size, config.n_audio_state
         self.register.register_buffer("size", torch.ones(size))
         self.register.register_buffer("total", torch.zeros(size, width))
-        parts = {"model": self.model, "decoder": self.decoder}
-        self.modules = parts | {"register": self.register}
+        self.modules = {"model": self.model, "decoder": self.decoder, "register": self.register}
 
     @property
     def codebook(self):
@@ -239,12 +246,9 @@ class SemanticTask(PhoneTask):
 
     def hidden(self, x, lengths):
         """x (B, T, 512) at 25 Hz -> hidden (B, T, D), mask (B, T)."""
-        batch, rows, _ = x.shape
         lengths = lengths.to(x.device)
-        log_mel = x.reshape(batch, rows * 4, -1).transpose(1, 2)  # (B, 128, 4T)
-        hidden, _ = self.model.hidden(log_mel, lengths * 4)
-        mask = torch.arange(rows, device=x.device)[None] < lengths[:, None]
-        return hidden, mask
+        mask = torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None]
+        return features.hidden(self.model, x, lengths), mask
 
     def loss(self, batch, step):
         """CTC, melody, voicing and mel read through the codes, and the distance to the codes."""
@@ -276,8 +280,7 @@ class SemanticTask(PhoneTask):
         if self.model.training and flat.isfinite().all():
             size, total = self.register.size, self.register.total
             size.mul_(0.98).add_(torch.bincount(codes, minlength=len(size)).float(), alpha=0.02)
-            sums = torch.zeros_like(total).index_add_(0, codes, flat)
-            total.mul_(0.98).add_(sums, alpha=0.02)
+            total.mul_(0.98).add_(torch.zeros_like(total).index_add_(0, codes, flat), alpha=0.02)
             dead = (size < 0.05).nonzero().flatten()[: len(flat)]
             if len(dead):
                 picks = torch.randperm(len(flat), device=flat.device)[: len(dead)]
