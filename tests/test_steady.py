@@ -1,6 +1,8 @@
 """Finished tokenizers that learn on: their codebook stays, bent copies take the codes of the clean, natural voices the
 phones that were said."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -126,3 +128,20 @@ def test_a_resumed_run_gives_the_same_bits(name, tmp_path):
     trainer._save()
     cut = train(tmp_path / "cut", 6)
     assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+
+
+def test_only_the_voices_of_the_training_have_a_teacher_and_many_speakers_weigh_more(tmp_path):
+    """People and natural voices are heard by their phones; so is whatever joins later."""
+    voices = ["espeak:en-us", "flite:slt", "hibari:heart", "kokoro:mix", "people:bar", "espeak:en-us+m7"]
+    task = taught("linguistic")
+    count = len(task.data.lengths)
+    items = [SimpleNamespace(voice=voices[i % len(voices)], split="train") for i in range(count)]
+    task.data.weights = np.ones(count)
+    run = SimpleNamespace(
+        config=CONFIG, items=lambda: (None, items), utterances=lambda kind: (task.data, {}), part=lambda name: task.old,
+        part_file=lambda name: tmp_path / "none",
+    )  # fmt: skip
+    made = steady.SteadyLinguistic.from_run(run, SimpleNamespace(part="linguistic", parent="linguistic"))
+    assert made.natural.tolist()[: len(voices)] == [False, False, True, True, True, True]
+    weights = made.data.weights[: len(voices)]
+    assert weights[0] == weights[1] == 1 < weights[2] < weights[4] <= weights[3]
