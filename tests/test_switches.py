@@ -6,9 +6,10 @@ import pytest
 from aqaa.corpus import play, speak, switches, wider
 from aqaa.corpus import voices as V
 from aqaa.corpus.curriculum import SENTENCES
+from aqaa.corpus.facts import pieces
 from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import answer_items
-from aqaa.tokenizers.text import MANNERS, normalise, pieces, tagged
+from aqaa.tokenizers.text import MANNERS, normalise, tagged
 
 ITEMS = [item for item in play.plan() if item.intent == switches.NAME]
 ASKED = [item for item in ITEMS if item.role == "question"]
@@ -85,8 +86,9 @@ def replaced(item, **changes):
     return item
 
 
-def test_the_tokenizer_writes_a_tag_between_words(tiny_text):
+def test_a_tag_inside_a_text_is_one_id_and_no_word(tiny_text):
     text = "(slow) the cat (fast) sleeps"
     ids = tiny_text.encode(text)
-    assert tiny_text.decode(ids) == text
+    assert normalise(tiny_text.decode(ids)) == normalise(text) == "the cat sleeps"
+    assert pieces(tiny_text.decode(ids[1:]), "slow") == [("the cat", "slow"), ("sleeps", "fast")]
     assert [tiny_text.decode([i]) for i in ids if "(" in tiny_text.decode([i])] == ["(slow)", "(fast)"]

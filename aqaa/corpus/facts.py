@@ -1,6 +1,7 @@
 """Facts a child knows, in words a recogniser knows; the words stand in curriculum.toml."""
 
 import hashlib
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,3 +60,9 @@ def phrases(name):
 
 def pairs(name):
     return [phrase.split() for phrase in phrases(name)]
+
+
+def pieces(text, manner):
+    """[(words, manner), …] of a text whose manner may change: "a (fast) b" has two."""
+    first, *rest = re.split(r" *\((\w+)\) *", text)
+    return [(words, how) for words, how in [(first, manner), *zip(rest[1::2], rest[::2])] if words]

@@ -86,8 +86,7 @@ def joined(scale=1.0, seed=0):
 
 
 def plan(scale=1.0, seed=0):
-    """Items: answers that are new, evaluation, development, shuffled training, and the same of
-    switches.py. Ids never move."""
+    """Items: new answers, evaluation, development, training; then switches.py's. Ids never move."""
     make = _Maker(Random(f"play {seed}"))
     names, items = list(PLAY["intents"]), list(make.answers)
     for cell, count in PLAY["cells"].items():

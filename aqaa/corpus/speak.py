@@ -23,10 +23,10 @@ from tqdm import tqdm
 from aqaa import files
 from aqaa.corpus import engines
 from aqaa.corpus import voices as V
+from aqaa.corpus.facts import pieces
 from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import CELLS, STORED, Item, plan_hash
 from aqaa.files import reading, replacing
-from aqaa.tokenizers.text import pieces
 
 PARTS = ("questions", "open", "wider", "play", "people")
 PER_SHARD = 400

@@ -16,10 +16,11 @@ from aqaa.batching import ask_all, own_sampling
 from aqaa.config import SAMPLE_RATE
 from aqaa.corpus import engines, intents, play, speak
 from aqaa.corpus import plan as P
+from aqaa.corpus.facts import pieces
 from aqaa.evaluation.controls import RULES, direction, switched
 from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.pipeline import text_ids
-from aqaa.tokenizers.text import normalise, pieces
+from aqaa.tokenizers.text import normalise
 
 CELLS = {  # of the corpus, and what they are called in the table
     "seen_seen": "seen wording, seen voice", "seen_new": "seen wording, new voice",

@@ -23,7 +23,6 @@ FIRST_TEXT = 68  # ids below are markers
 ROLES = ("human\n", "assistant\n", "system\n")  # ids 39, 40, 41 of the mini, unused in Step-1
 MANNERS = ("slow", "fast", "high", "low", "loud", "soft", "happy", "sad", "angry", "calm")
 TAGS = tuple(f"({manner})" for manner in MANNERS)  # ids 42..51 of the mini: how the words are said
-UNSPACED = re.compile(rf"(?<=\w)(?={'|'.join(map(re.escape, TAGS))})")  # tags have no blank
 STEP1_MARKERS = (
     "<unk>", "<s>", "</s>", "<|EOT|>", "<|BOT|>", "<|CALL_START|>", "<|CALL_END|>",
     "<|THINK_START|>", "<|THINK_END|>", "<|IMG_START|>", "<|IMG_END|>", "<|META_START|>",
@@ -49,13 +48,6 @@ AUTO_MARKERS = dict(bos_token=ANCHOR, eos_token="<|EOT|>", unk_token="<unk>", pa
 def tagged(text, manner):
     """A text that says how it is said: "(slow) the river runs"; unchanged for any other manner."""
     return f"({manner}) {text}" if manner in MANNERS else text
-
-
-def pieces(text, manner):
-    """[(words, manner), …] of a text that begins in a manner and may change it: "the river (fast)
-    runs down" has two."""
-    first, *rest = re.split(r" *\((\w+)\) *", text)
-    return [(words, how) for words, how in [(first, manner), *zip(rest[1::2], rest[::2])] if words]
 
 
 def normalise(text):
@@ -148,8 +140,7 @@ class TextTokenizer:
 
     def decode(self, ids, skip_specials=True):
         """Text of ids. A streamed answer decodes all its ids again: pieces do not stand alone."""
-        text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_specials)
-        return UNSPACED.sub(" ", text)
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_specials)
 
     def save(self, path):
         """Write a tokenizer.json."""
