@@ -116,7 +116,7 @@ def test_a_switch_is_right_where_both_parts_differ_as_asked():
     normal, parts = np.concatenate([plain, plain]), [("a b", "soft"), ("c", "loud")]
 
     def right(first, second, at=1.0, asked=parts):
-        return controls.switched(asked, np.concatenate([first, second]), normal, Cutter(at))
+        return controls.directions(asked, np.concatenate([first, second]), normal, Cutter(at))
 
     assert right(quiet, loud)
     assert not right(loud, quiet) and right(loud, quiet, asked=[("a b", "loud"), ("c", "soft")])

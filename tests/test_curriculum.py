@@ -39,13 +39,13 @@ def test_every_intent_has_wordings_to_learn_and_wordings_to_be_tested_on():
         assert len(wordings) >= 20, intent.name
 
 
-def test_wordings_for_choices_are_none_of_the_others():
+def test_wordings_of_development_are_none_of_the_others():
     patterns = C.held_out_patterns()
     for intent in C.INTENTS.values():
         others = intent.cores + intent.held_out + intent.later
-        assert not set(intent.tried) & set(others)
-        assert len(intent.tried) == (0 if intent.category == "Voice Understanding" else 2), intent.name
-        for core in intent.tried:
+        assert not set(intent.dev) & set(others)
+        assert len(intent.dev) == (0 if intent.category == "Voice Understanding" else 2), intent.name
+        for core in intent.dev:
             assert intent.allowed(core) == intent.known()
             texts = {C.fill(core, fact) for fact in intent.facts}
             assert not texts & {C.fill(other, fact) for other in others for fact in intent.facts}
@@ -56,7 +56,7 @@ def test_same_answer_means_same_words_for_the_same_question():
     """A question text has one answer, except where the sound decides."""
     said = {}
     for intent in C.INTENTS.values():
-        for core in intent.cores + intent.held_out + intent.later + intent.tried:
+        for core in intent.cores + intent.held_out + intent.later + intent.dev:
             for fact in intent.facts:
                 if not fact.want:
                     assert said.setdefault(C.fill(core, fact), (fact.answer, fact.manner)) == (fact.answer, fact.manner)

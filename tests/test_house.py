@@ -23,7 +23,7 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "sound_files sound_headers": 540,  # whatever files people have
     "aqaa __main__ cli options places doctor records loading weights": 2_460,  # natural voices, W4A16, ablations, talk
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 9_640,  # switches came in, choices; 111 lines of repetition left
+    "corpus pitch batching training evaluation": 9_640,  # manners that change came in; repetition left
     "scale": 2_450,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines
     "notebook": 2_240,  # a conversation in a widget: calls, turns, blocks
     "terminal": 160,  # a microphone around a conversation

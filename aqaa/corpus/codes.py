@@ -60,12 +60,17 @@ def stored_codes(*folders):
         raise FileNotFoundError(f"{folders[-1]} holds no codes.npz: run `aqaa train codes` first")
     pairs = {}
     for path in files.values():
-        with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
-            names = file["ids"].tolist()
-            lengths, codes = (file[key].astype(np.int64) for key in ("lengths", "codes"))
-        parts = np.split(codes, lengths.reshape(-1).cumsum()[:-1])
-        pairs |= dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
+        pairs |= _read(path)
     return pairs
+
+
+def _read(path):
+    """{id: (linguistic, semantic)} of one file. Raises ValueError if it is damaged."""
+    with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
+        names = file["ids"].tolist()
+        lengths, codes = (file[key].astype(np.int64) for key in ("lengths", "codes"))
+    parts = np.split(codes, lengths.reshape(-1).cumsum()[:-1])
+    return dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
 
 def codes_file(folder, part=""):
@@ -79,13 +84,7 @@ def replaceable(source, folder):
     the place of the whole."""
     files = {path: Path(folder) / path.name for path in sorted(Path(source).glob("codes*.npz"))}
     for path, there in files.items():
-        lost = _ids(there) - _ids(path) if there.exists() else ()
-        if lost:
+        if there.exists() and (lost := _read(there).keys() - _read(path).keys()):
             raise ValueError(f"{there} has {len(lost):,} utterances that {path} lacks: code the "
                              "whole part, export to another folder, or move that file away")
     return files
-
-
-def _ids(path):
-    with reading(path, "run `aqaa train codes` again"), np.load(path) as file:
-        return set(file["ids"].tolist())

@@ -27,7 +27,7 @@ class Intent:
     hold_one_in: int = 8  # one fact in so many is never asked in a given core; 0: none
     later: tuple = ()  # wordings that joined when the plan stood: asked after all the rest
     later_renders: int = 0
-    tried: tuple = ()  # wordings of development: neither of training nor of evaluation
+    dev: tuple = ()  # wordings of the development split alone
 
     def allowed(self, core):
         """Facts that training may ask in this core (a held-out core gets all)."""
@@ -63,7 +63,7 @@ def _intent(name, entry):
     cores, held_out = held_apart(lines("wordings"))
     options = "category", "renders", "hold_one_in", "later_renders"
     return Intent(
-        name, facts=FACTS[name], later=lines("later"), tried=lines("tried"),
+        name, facts=FACTS[name], later=lines("later"), dev=lines("dev"),
         cores=tuple(cores), held_out=tuple(held_out),
         **{key: entry[key] for key in options if key in entry},
     )  # fmt: skip

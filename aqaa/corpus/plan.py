@@ -264,7 +264,8 @@ def sentences(count, rng):
         return rng.choice(cores).format(**{name: string(1, 2) for name in "abcwvx"})
 
     def grammar():
-        parts = [rng.choice((rng.choice(subjects), f"the {word()}")), rng.choice(verbs)]
+        subject = rng.choice((rng.choice(subjects), f"the {word()}"))
+        parts = [subject, rng.choice(verbs)]
         parts.append(rng.choice((rng.choice(objects), f"the {word()} {word()}")))
         return " ".join(parts + ([rng.choice(places)] if rng.random() < 0.5 else []))
 

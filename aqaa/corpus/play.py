@@ -10,7 +10,6 @@ from random import Random
 
 from aqaa.corpus import plan as P
 from aqaa.corpus import switches, wider
-from aqaa.corpus import voices as V
 from aqaa.corpus.curriculum import SENTENCES
 from aqaa.corpus.facts import Fact, number, stable_hash
 from aqaa.tokenizers.text import tagged
@@ -90,17 +89,16 @@ def plan(scale=1.0, seed=0):
     make = _Maker(Random(f"play {seed}"))
     names, items = list(PLAY["intents"]), list(make.answers)
     for cell, count in PLAY["cells"].items():
-        pool = V.TRAINING if cell.endswith("seen") else V.NATURAL_HELD_OUT
+        pool = wider.POOLS[cell.removeprefix("play_")]
         for turn in range(P.scaled(count, scale)):
             items += make.asked(names[turn % len(names)], pool, "eval", cell)
     for name in names * P.scaled(DEV, min(scale, 1.0)):
-        items += make.asked(name, V.NATURAL + V.TRAINING[::4], "dev")
+        items += make.asked(name, wider.POOLS["dev"], "dev")
     training = []
     for name, counts in PLAY["counts"].items():
         for who, count in counts.items():
-            pool = wider.VOICES.get(who, V.TRAINING)
             for _ in range(P.scaled(count, scale)):
-                training += make.asked(name, pool, "train")
+                training += make.asked(name, wider.POOLS[who], "train")
     make.rng.shuffle(training)
     items += training
     if scale < 1:  # a miniature speaks the answers that it needs

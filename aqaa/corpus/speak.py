@@ -12,7 +12,6 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -183,8 +182,7 @@ def _speak_shard(index, items, folder):
     for item in items:
         said = [] if item.voice.startswith("noise:") else phones[said_as(item.text)]
         item = replace(item, phones=said, shard=index, offset=offset)
-        mine = () if item.want else list(islice(sounds, len(_parts(item))))
-        wav = _finish(item, mine) if mine else _insist(item)
+        wav = _insist(item) if item.want else _finish(item, [next(sounds) for _ in _parts(item)])
         if not wav.any():
             raise RuntimeError(f"{item.voice} said nothing for {item.text!r}; is the synthesizer "
                                "installed whole?")
@@ -205,13 +203,14 @@ def _generator(item, attempt):
     return np.random.default_rng([item.seed & 0xFFFFFFFF, item.seed >> 32, attempt])
 
 
-def _answers(item):  # in the answer voice, as its manner says
+def _has_manner(item):
+    """Whether it is said as its manner asks; a question's is that of its answer."""
     return item.manner and item.role not in ("question", "follow")
 
 
 def _parts(item):
     """[(words, how they are said), …]: one, or several where an answer's manner changes."""
-    if not _answers(item):
+    if not _has_manner(item):
         return [(item.text, _how(item))]
     return [(words, V.MANNERS[manner]) for words, manner in pieces(item.text, item.manner)]
 
@@ -227,10 +226,9 @@ def _how(item, attempt=0):
 
 def _finish(item, sounds, attempt=0):
     """Engine sounds -> int16 wav of the item; its f0, spread and rate are set."""
-    if _answers(item):
-        manners = (manner for _, manner in pieces(item.text, item.manner))
-        wavs = [V.say_answer(*sound, manner) for sound, manner in zip(sounds, manners, strict=True)]
-        wav = np.concatenate(wavs)
+    if _has_manner(item):
+        parts = zip(sounds, pieces(item.text, item.manner), strict=True)
+        wav = np.concatenate([V.say_answer(*sound, manner) for sound, (_, manner) in parts])
         speech = V.trim(wav / np.float32(32768))
     else:
         ((samples, rate),), how = sounds, _how(item, attempt)

@@ -6,7 +6,6 @@ it begins with; each part is spoken in its own. [switch] of play.toml has wordin
 from random import Random
 
 from aqaa.corpus import plan as P
-from aqaa.corpus import voices as V
 from aqaa.corpus import wider
 from aqaa.corpus.curriculum import FOLLOW, SENTENCES
 from aqaa.corpus.facts import SCRIPT, Fact, stable_hash
@@ -43,14 +42,15 @@ def plan(entry, scale=1.0, seed=0):
         (kept if apart(fact) else known).append((f"s{place:04d}", fact))
     cores = wider.lines_of(entry["wordings"])
 
-    def asked(count, pool, split, cell=""):
+    def asked(count, who, split, cell=""):
         for _ in range(P.scaled(count, scale)):
             new = split == "eval"
             name, fact = rng.choice(kept if new else known)
             slots = dict(fact.slots)
             x, *manners = slots.values()
             a, b = (SCRIPT["intents"][f"say_{manner}"]["marks"]["adverb"] for manner in manners)
-            core, (p, q), voice = rng.choice(cores[new]), parts_of(x), wider.voice_of(rng, pool)
+            core, voice = rng.choice(cores[new]), wider.voice_of(rng, wider.POOLS[who])
+            p, q = parts_of(x)
             yield P.Item(
                 "", split, cell, "question", core.format(x=x, p=p, q=q, a=a, b=b), voice, 0, FOLLOW,
                 NAME, core, slots, "", fact.answer, fact.manner, name,
@@ -58,11 +58,10 @@ def plan(entry, scale=1.0, seed=0):
 
     items, training = [], []
     for cell, count in entry["cells"].items():
-        pool = V.TRAINING if cell.endswith("seen") else V.NATURAL_HELD_OUT
-        items += asked(count, pool, "eval", cell)
-    items += asked(entry["dev"], V.NATURAL + V.TRAINING[::4], "dev")
+        items += asked(count, cell.removeprefix(f"{NAME}_"), "eval", cell)
+    items += asked(entry["dev"], "dev", "dev")
     for who, count in entry["counts"].items():
-        training += asked(count, wider.VOICES.get(who, V.TRAINING), "train")
+        training += asked(count, who, "train")
     rng.shuffle(training)
     items += training
     wanted = {item.answer_id for item in items}

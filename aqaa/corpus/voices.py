@@ -33,9 +33,9 @@ class Manner:
 
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-TRAINING, EVALUATION, CHOICES, NATURAL, NATURAL_HELD_OUT = (
+TRAINING, EVALUATION, DEVELOPMENT, NATURAL, NATURAL_HELD_OUT = (
     tuple(TABLES[name].split())
-    for name in ("training", "evaluation", "choices", "natural", "natural_held_out")
+    for name in ("training", "evaluation", "development", "natural", "natural_held_out")
 )
 MANNERS = {name: Manner(**options) for name, options in TABLES["manners"].items()}
 CLASSES = {name: entry["is"] for name, entry in TABLES["classes"].items()}

@@ -22,8 +22,11 @@ from aqaa.tokenizers.text import MANNERS, tagged
 WIDER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 HONEST = OUTSIDE, UNHEARD = tuple(WIDER["answers"].values())  # answers: not known, not heard
 NOISES = tuple(f"noise:{kind}" for kind in "hiss hum tones reversed crowd muffled".split())
-VOICES = {"hibari": V.NATURAL[:1], "kokoro": V.NATURAL[1:], "noise": NOISES}
-TRIED = 360  # questions for choices, in wordings of their own and half in voices of their own
+POOLS = {  # voices by the names that counts and cells have for them
+    "synthesizers": V.TRAINING, "hibari": V.NATURAL[:1], "kokoro": V.NATURAL[1:], "noise": NOISES,
+    "seen": V.TRAINING, "natural": V.NATURAL_HELD_OUT, "dev": V.NATURAL + V.TRAINING[::4],
+}  # fmt: skip
+DEV = 360  # development questions in wordings, and half of them in voices, of their own
 COPIES = 2  # of a training utterance, from bent features (training/augment.py)
 HONESTY = "Honesty"  # the category of what is outside and of what is not understood
 
@@ -42,20 +45,18 @@ def plan(scale=1.0, seed=0):
     make = _Maker(rng, ids)
     for cell, count in WIDER["cells"].items():
         kind, _, who = cell.partition("_")
-        pool = {"natural": V.NATURAL_HELD_OUT, "seen": V.TRAINING}.get(who, NOISES)
-        items += make.all(kind, P.scaled(count, scale), pool, "eval", cell)
+        items += make.all(kind, P.scaled(count, scale), POOLS[who or "noise"], "eval", cell)
     for kind, count in (("known", 120), ("outside", 60), ("follow", 60)):
-        pool = V.NATURAL if kind == "known" else V.NATURAL + V.TRAINING[::4]
+        pool = V.NATURAL if kind == "known" else POOLS["dev"]
         items += make.all(kind, P.scaled(count, scale), pool, "dev")
     training = []
     for kind, counts in WIDER["counts"].items():
         for who, count in counts.items():
-            pool = VOICES.get(who, V.TRAINING)
-            training += make.all(kind, P.scaled(count, scale), pool, "train")
+            training += make.all(kind, P.scaled(count, scale), POOLS[who], "train")
     rng.shuffle(training)
     items += training
-    pool = V.CHOICES + V.NATURAL * (len(V.CHOICES) // 2)  # as many of either kind
-    items += make.all("tried", P.scaled(TRIED, scale), pool, "dev")  # last: ids never move
+    pool = V.DEVELOPMENT + V.NATURAL * (len(V.DEVELOPMENT) // 2)  # as many of either kind
+    items += make.all("dev", P.scaled(DEV, scale), pool, "dev")  # last: ids never move
     return numbered(items, "w", "wider", seed)
 
 
@@ -151,8 +152,8 @@ class _Maker:
     def _new(self, turn, held_out):
         return self._known(turn, held_out, "held_out")
 
-    def _tried(self, turn, held_out):
-        return self._known(turn, held_out, "tried")
+    def _dev(self, turn, held_out):
+        return self._known(turn, held_out, "dev")
 
     def _outside(self, turn, held_out):  # each of the three kinds in turn
         return (self._open, self._world, self._near)[turn % 3](turn, held_out)

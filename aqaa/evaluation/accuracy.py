@@ -17,7 +17,7 @@ from aqaa.config import SAMPLE_RATE
 from aqaa.corpus import engines, intents, play, speak
 from aqaa.corpus import plan as P
 from aqaa.corpus.facts import pieces
-from aqaa.evaluation.controls import RULES, direction, switched
+from aqaa.evaluation.controls import RULES, directions
 from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.pipeline import text_ids
 from aqaa.tokenizers.text import normalise
@@ -61,7 +61,7 @@ class Row:
     heard: str = ""  # by the lenient judge, in the model's sound
     heard_strict: str = ""
     seconds: float = 0.0  # of sound
-    manner: str = "normal"
+    manner: str = "normal"  # or two: "slow fast"
     text: bool | None = None  # the text is the expected one
     lenient: bool | None = None  # the judge hears the expected words
     strict: bool | None = None
@@ -137,15 +137,13 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
         for row, item in zip(rows, items, strict=True):
             if item.answer_id in taught:
                 setattr(row, f"teacher_{mode}", taught[item.answer_id] == row.expected)
-    parts = [pieces(item.answer, item.manner) for item in items]
-    texts = {row.expected for row, (one, *_) in zip(rows, parts, strict=True) if one[1] in RULES}
+    texts = {row.expected for row, item in zip(rows, items, strict=True) if item.manner in RULES}
     normal = {normalise(item.answer): item for item in spoken.values() if item.manner == "normal"}
     normal = {text: recording(corpus, normal[text]) for text in texts & set(normal)}
-    for row, sound, mine in zip(rows, sounds, parts, strict=True):
-        if mine[0][1] in RULES and row.expected in normal:
-            against = normal[row.expected]
-            row.manner_ok = (switched(mine, sound, against, judge) if mine[1:]
-                             else direction(row.manner, sound, against))  # fmt: skip
+    for row, item, sound in zip(rows, items, sounds, strict=True):
+        if item.manner in RULES and row.expected in normal:
+            parts = pieces(item.answer, item.manner)
+            row.manner_ok = directions(parts, sound, normal[row.expected], judge)
     return {"grammar": len(judge.answers), "answers": len(answers), "unsayable_texts": unsayable}
 
 

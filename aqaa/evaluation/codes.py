@@ -91,7 +91,8 @@ def _train(rows, n_linguistic, n_semantic, steps, batch, lr, seed, device, label
     rng = np.random.default_rng(seed)
     for _ in trange(steps, desc=f"small model, {label}", disable=label is None, leave=False):
         chosen = [rows[i] for i in rng.choice(len(rows), min(batch, len(rows)), replace=False)]
-        loss = torch.cat(list(_losses(model, chosen, n_linguistic, device).values())).mean()
+        losses = _losses(model, chosen, n_linguistic, device)
+        loss = torch.cat(list(losses.values())).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -112,21 +112,23 @@ def direction(manner, answer_wav, normal_wav):
     return all(sign * change[name] > MARGIN[name] for name, sign in RULES[manner].items())
 
 
-def switched(parts, answer_wav, normal_wav, judge):
-    """Whether a sentence changes its manner at the place that was asked for: each of its `parts`,
-    (words, manner), differs from the same words said normally as its rule asks. Both recordings are
-    cut between the words that the judge, a judges.Judge, finds in them; False where it does not."""
-    text = " ".join(words for words, _ in parts)
-    cuts = []
-    for wav in (answer_wav, normal_wav):
-        found, wavs, begin = judge.when(wav, text), [], 0
-        for words, _ in parts[:-1] if found else ():
-            count = len(words.split())
-            (_, _, ends), (_, starts, _) = found[count - 1], found[count]
-            end = round((ends + starts) / 2 * SAMPLE_RATE)
-            wavs.append(wav[begin:end])
-            begin, found = end, found[count:]
-        cuts.append([*wavs, wav[begin:]])
-    return all(len(wavs) == len(parts) for wavs in cuts) and all(
+def directions(parts, answer_wav, normal_wav, judge):
+    """The same of a sentence whose manner may change: each of its parts, (words, manner), is held
+    against the same words said normally. False where the judge, a Judge, finds no place to cut."""
+    cuts = [cut(wav, parts, judge) for wav in (answer_wav, normal_wav)]
+    return all(cuts) and all(
         direction(manner, one, other) for (_, manner), one, other in zip(parts, *cuts, strict=True)
     )
+
+
+def cut(wav, parts, judge):
+    """Waves of the parts, (words, manner), of a sentence that wav (N,) says, cut halfway between
+    the words on both sides; [] where the judge does not find them."""
+    if len(parts) == 1:
+        return [wav]
+    found = judge.when(wav, " ".join(words for words, _ in parts))
+    if not found:
+        return []
+    before = np.cumsum([len(words.split()) for words, _ in parts[:-1]])  # words before each cut
+    seconds = [(found[i - 1][2] + found[i][1]) / 2 for i in before]
+    return np.split(np.asarray(wav), [round(at * SAMPLE_RATE) for at in seconds])

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from aqaa.config import SAMPLE_RATE
 from aqaa.tokenizers.text import normalise
 
+FRAMES = 100  # a second, of pocketsphinx
 PAD = 0.2  # seconds of silence on both sides: the model expects some
 DITHER = 1e-4  # digital silence has no logarithm
 PEAK = 0.7  # loudness must not matter
@@ -79,12 +80,11 @@ class Judge:
         decoder.add_fsg("known", decoder.create_fsg("known", 0, len(words), chain))
         decoder.activate_search("known")
         self._search(decoder, pcm)
-        found = [(part.word.split("(")[0], part.start_frame, part.end_frame + 1)
-                 for part in decoder.seg() or () if part.word[0] not in "<("]  # fmt: skip
+        spoken = [part for part in decoder.seg() or () if part.word[0] not in "<("]  # no silence
+        found = [(part.word.split("(")[0], part.start_frame / FRAMES - PAD,
+                  (part.end_frame + 1) / FRAMES - PAD) for part in spoken]  # fmt: skip
         decoder.activate_search("answers")
-        if [word for word, _, _ in found] != words:
-            return []
-        return [(word, *((frame / 100 - PAD) for frame in at)) for word, *at in found]
+        return found if [word for word, _, _ in found] == words else []
 
     def hear_all(self, wavs, strict=False, workers=1, progress=None):
         """What is heard in each of several wavs, in their order, by `workers` processes. progress:

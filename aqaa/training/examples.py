@@ -68,7 +68,8 @@ class Book:
 
     def by_voice(self, indices):
         """Probability of each utterance of `indices` where only its voice counts."""
-        weights = np.where([self.items[i].voice in NATURAL for i in indices], NATURAL_WEIGHT, 1.0)
+        natural = [self.items[i].voice in NATURAL for i in indices]
+        weights = np.where(natural, NATURAL_WEIGHT, 1.0)
         return weights / max(weights.sum(), 1.0)
 
     def spoken(self, index):

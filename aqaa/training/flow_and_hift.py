@@ -127,9 +127,10 @@ class ShortcutTask(FlowTask):
             weight = (following - t) ** 2  # an error of the velocity moves the state by so much
             errors.append(weight * (v - goal).square().mean())
             x = x + (following - t) * v.detach()
+        distilled = sum(errors)
         logs = {f"step{k}": error.detach() for k, error in enumerate(errors)}
         usual, _ = self.model.compute_loss(**batch, token_noise=0.03)
-        return sum(errors) * 10 + self.KEEP * usual, {**logs, "matching": usual.detach()}
+        return distilled * 10 + self.KEEP * usual, {**logs, "matching": usual.detach()}
 
 
 class HiftTask:

@@ -136,7 +136,8 @@ class PreferenceTask(NextToken):
         loss = losses.mean()
         logs = {"accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean()}
         if objective.anchor:
-            anchor = -logprobs[:, CHOSEN].sum() / batch["weights"][::2].sum()  # of a token
+            tokens = batch["weights"][::2].sum()
+            anchor = -logprobs[:, CHOSEN].sum() / tokens
             loss, logs["anchor"] = loss + objective.anchor * anchor, anchor.detach()
         return loss, logs
 

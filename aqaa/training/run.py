@@ -102,13 +102,12 @@ class Run:
         order = sorted(range(len(items)), key=lambda i: items[i].length)  # so that little is padded
         copied = [i for i in order if wider.is_copied(items[i])]
         said, makers = self._said(items), stages.makers()
+        unknown = [i for i in order if i not in said]
         heard = {}  # (number of the copy, tokenizer): {row: codes}
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
             model, task = self.part(makers[name]), resolve_name(stages.STAGES[name].task)
             data = features.utterances(self.out / "features", items, kind)
-            which = SPOKEN.index(name)
-            known = {i: said[item.id][which] for i, item in enumerate(items) if item.id in said}
-            unknown = [i for i in order if i not in known]
+            known = {i: codes[name] for i, codes in said.items()}
             heard[0, name] = known | features.codes(model, data, unknown)
             bend = task.bender(model.config)
             for number in range(1, wider.COPIES + 1):
@@ -129,12 +128,12 @@ class Run:
         self._record("codes", use)
 
     def _said(self, items):
-        """{id: codes} of what a vocoder that was not trained here learnt to say: it stays."""
+        """{row: {tokenizer: codes}} of what a vocoder that was not trained here learnt to say."""
         there = self.init and self.init.parent / "codes"
         if not there or not any(there.glob("codes*.npz")) or self._trained("flow"):
             return {}
         stored = stored_codes(there)
-        return {item.id: stored[item.id] for item in items
+        return {i: dict(zip(SPOKEN, stored[item.id], strict=True)) for i, item in enumerate(items)
                 if item.voice == ANSWER_VOICE and item.role in ("answer", "generic")
                 and item.id in stored}  # fmt: skip
 

@@ -280,7 +280,8 @@ class SemanticTask(PhoneTask):
         if self.model.training and flat.isfinite().all():
             size, total = self.register.size, self.register.total
             size.mul_(0.98).add_(torch.bincount(codes, minlength=len(size)).float(), alpha=0.02)
-            total.mul_(0.98).add_(torch.zeros_like(total).index_add_(0, codes, flat), alpha=0.02)
+            sums = torch.zeros_like(total).index_add_(0, codes, flat)
+            total.mul_(0.98).add_(sums, alpha=0.02)
             dead = (size < 0.05).nonzero().flatten()[: len(flat)]
             if len(dead):
                 picks = torch.randperm(len(flat), device=flat.device)[: len(dead)]
