@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqaa.corpus.codes import usage
+from aqaa.corpus.codes import ANSWERS, codes_file, replaceable, store_codes, stored_codes, usage
 from aqaa.evaluation.codes import arrange, streams
 
 
@@ -21,6 +21,28 @@ def test_usage_takes_utterances_and_refuses_other_codes():
     for codes in ([], [[]], [5], [[0], [-1]]):
         with pytest.raises(ValueError, match="codes"):
             usage(codes, 5)
+
+
+def put(folder, part, **codes):
+    folder.mkdir(exist_ok=True)
+    store_codes(codes_file(folder, part), list(codes), *[[[code] * n for code in codes.values()] for n in (2, 3)])
+
+
+@pytest.mark.parametrize("other", ["questions", "wider", "zebra"])
+def test_an_answer_is_what_the_voice_of_today_says(tmp_path, other):
+    put(tmp_path, other, hers=1, asked=2)
+    put(tmp_path, ANSWERS, hers=3)
+    codes = stored_codes(tmp_path)
+    assert {name: pair[1].tolist() for name, pair in codes.items()} == {"hers": [3, 3, 3], "asked": [2, 2, 2]}
+
+
+def test_codes_that_moved_to_another_file_are_not_lost(tmp_path):
+    put(tmp_path / "there", "questions", hers=1, asked=2)
+    put(tmp_path / "here", "questions", asked=2)
+    with pytest.raises(ValueError, match="has 1 utterances that .*codes.npz lacks"):
+        replaceable(tmp_path / "here", tmp_path / "there")
+    put(tmp_path / "here", ANSWERS, hers=1)
+    assert len(replaceable(tmp_path / "here", tmp_path / "there")) == 2
 
 
 def test_arrangements_cover_the_same_groups():

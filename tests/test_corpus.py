@@ -168,7 +168,7 @@ def test_an_engine_that_says_nothing_is_named(monkeypatch, tmp_path):
     tones.install(monkeypatch)
     monkeypatch.setattr(engines, "synthesize", lambda jobs: [(np.zeros(16_000, np.float32), 16_000) for _ in jobs])
     answer = next(item for item in P.plan(0.001) if item.role == "answer")
-    with pytest.raises(RuntimeError, match="flite:slt said nothing"):
+    with pytest.raises(RuntimeError, match=f"{V.ANSWER_VOICE} said nothing"):
         speak([answer], tmp_path)
 
 

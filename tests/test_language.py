@@ -249,6 +249,28 @@ def test_noise_in_a_question_keeps_the_kinds(book):
     assert np.array_equal(book.audio[index], clean)  # the book itself is never touched
 
 
+def test_what_was_misheard_elsewhere_is_misheard_here():
+    """An id becomes only what it became in a bent copy, as often as there, and one that was always heard stays."""
+    heard = [[np.array([1, 2, 3, 3]), np.array([1, 5, 4, 3]), np.array([1, 6, 4, 4])], [np.array([2, 9])],
+             [np.array([2, 2]), np.array([7])]]  # fmt: skip
+    confused = E.confusions(heard, 10)
+    rng = np.random.default_rng(0)
+    audio = np.array([1, 2, 3, 9])
+    made = np.stack([E.misheard(audio, confused, 0.5, rng) for _ in range(2000)])
+    assert [set(column) for column in made.T.tolist()] == [{1}, {2, 5, 6}, {3, 4}, {9}]
+    assert np.allclose((made != audio).mean(0), [0, 0.5, 0.5, 0], atol=0.05) and abs((made == 5).mean() - 1 / 16) < 0.01
+    assert audio.tolist() == [1, 2, 3, 9]
+    assert np.array_equal(E.misheard(audio, E.confusions([[audio]], 10), 1.0, rng), audio)  # no copies at all
+
+
+def test_utterances_without_copies_are_heard_as_if_they_had_some(book):
+    drawer = E.Examples(book, {}, noise=1e-9)
+    first = book.audio[0]
+    book.confused = E.confusions([[first, np.roll(first, 5)]], IDS.end)
+    shares = [(drawer.noisy(np.random.default_rng(seed), 0) != first).mean() for seed in range(200)]
+    assert 0.3 < np.mean(np.array(shares) > 0) < 0.6 and max(shares) < E.MISHEARD + 0.25
+
+
 def test_answers_are_never_noisy(book):
     task = make(book, noise=1.0)
     for seed in range(4):

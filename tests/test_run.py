@@ -17,8 +17,8 @@ import torch
 import aqaa
 from aqaa import cli, pipeline
 from aqaa.corpus import plan
+from aqaa.corpus import voices as V
 from aqaa.corpus.codes import load_codes, store_codes, stored_codes
-from aqaa.corpus.voices import ANSWER_VOICE
 from aqaa.files import ModelError
 from aqaa.tokenizers import dialogue, phones
 from aqaa.training import ablations, examples, features, heads, judged, pairs, stages
@@ -130,7 +130,7 @@ def test_held_out_answers_are_seen_by_no_tokenizer_and_no_vocoder(run):
     train = [items[i] for i in np.flatnonzero(data.weights)]
     kept = [i for i, item in enumerate(items) if plan.held_out(item)]
     spoken, waves = run.spoken()
-    assert kept and {items[i].role for i in kept} == {"answer"} == {item.role for item in spoken}
+    assert kept and {items[i].role for i in kept} == {"answer"} and {item.role for item in spoken} == {"answer", "generic"}
     assert not {items[i].id for i in kept} & {item.id for item in train + spoken}
     assert [len(wave) for wave in waves] == [item.length for item in spoken]
     assert set(tests["answer_voice"].tolist()) == set(kept)
@@ -434,9 +434,23 @@ def test_what_the_vocoder_learnt_to_say_keeps_its_codes_when_ears_are_new(place,
     codes = stored_codes(later.out)
     assert codes.keys() == earlier.keys() and {item.role for item in items} >= {"question", "answer"}
     for item in items:
-        said = item.role in ("answer", "generic") and item.voice == ANSWER_VOICE
-        wanted = (marked if said else earlier)[item.id]
+        wanted = (marked if item.is_voiced else earlier)[item.id]
         assert all(np.array_equal(a, b) for a, b in zip(codes[item.id], wanted, strict=True))
+
+
+def test_what_the_answer_voice_says_has_its_codes_in_a_file_of_its_own(place, run):
+    _, items = run.items()
+    voiced = {item.id for item in items if item.is_voiced}
+    with np.load(place / "run" / "codes_answers.npz") as file:
+        assert set(file["ids"].tolist()) == voiced and voiced
+    with np.load(place / "run" / "codes.npz") as file:
+        assert not voiced & set(file["ids"].tolist())
+
+
+def test_the_vocoder_hears_nothing_of_the_evaluation(run):
+    items, waves = run.spoken()
+    assert len(items) == len(waves) > 0 and {item.split for item in items} == {"train"}
+    assert {item.role for item in items} == {"answer", "generic"} and {item.voice for item in items} == {V.ANSWER_VOICE}
 
 
 def test_codes_of_a_part_do_not_take_the_place_of_the_whole(place, tmp_path):

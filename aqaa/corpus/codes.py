@@ -7,6 +7,8 @@ import numpy as np
 
 from aqaa.files import reading, replacing
 
+ANSWERS = "answers"  # the file of what the answer voice says, whatever part of the corpus it is of
+
 
 def usage(codes, size):
     """{"size", "used", "perplexity", "entropy_bits"} of codes (N,) in [0, size), or a list of such.
@@ -51,7 +53,8 @@ def load_codes(folder, items):
 
 def stored_codes(*folders):
     """{id: (linguistic, semantic)} of the files of codes in some folders, of which a later one
-    counts where two have a file of that name. ID~1, ID~2, … are bent copies of an utterance.
+    counts where two have a file of that name. ID~1, ID~2, … are bent copies of an utterance. What
+    the answer voice says is looked up in its own file first: others may have an earlier voice's.
 
     Raises FileNotFoundError if there are none at all, ValueError if they are damaged."""
     files = {path.name: path for folder in folders
@@ -59,7 +62,7 @@ def stored_codes(*folders):
     if not files:
         raise FileNotFoundError(f"{folders[-1]} holds no codes.npz: run `aqaa train codes` first")
     pairs = {}
-    for path in files.values():
+    for path in sorted(files.values(), key=lambda path: path.name == codes_file("", ANSWERS).name):
         pairs |= _read(path)
     return pairs
 
@@ -83,8 +86,9 @@ def replaceable(source, folder):
     utterances that the new one lacks: a part of a corpus, coded to learn something, shall not take
     the place of the whole."""
     files = {path: Path(folder) / path.name for path in sorted(Path(source).glob("codes*.npz"))}
+    mine = set().union(*map(_read, files))
     for path, there in files.items():
-        if there.exists() and (lost := _read(there).keys() - _read(path).keys()):
+        if there.exists() and (lost := _read(there).keys() - mine):
             raise ValueError(f"{there} has {len(lost):,} utterances that {path} lacks: code the "
                              "whole part, export to another folder, or move that file away")
     return files

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 from aqaa.corpus import kokoro, natural, noises, people
-from aqaa.corpus.voices import TABLES, Manner
+from aqaa.corpus.voices import TABLES
 from aqaa.files import scratch
 
 DEBIAN = ("apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k "
@@ -107,14 +107,11 @@ def _pitch(name, how):  # f0 target of a voice in Hz: mean, standard deviation
 
 
 def _flite(name, text, how, path):
-    if isinstance(how, Manner):
-        stretch, mean, spread = how.stretch, how.mean, how.spread
-    else:
-        stretch, text = 1 / how.rate, text + how.mark
-        mean, spread = _pitch(name, how)
-    return (["flite", "-voice", name, "--setf", f"duration_stretch={stretch:.4f}",
-             "--setf", f"int_f0_target_mean={mean:.4f}", "--setf",
-             f"int_f0_target_stddev={spread:.4f}", "-t", " " + text, "-o", path],)  # fmt: skip
+    mean, spread = _pitch(name, how)
+    command = ["flite", "-voice", name, "--setf", f"duration_stretch={1 / how.rate:.4f}",
+               "--setf", f"int_f0_target_mean={mean:.4f}", "--setf",
+               f"int_f0_target_stddev={spread:.4f}", "-t", f" {text}{how.mark}", "-o", path]
+    return (command,)
 
 
 def _espeak(name, text, how, path):

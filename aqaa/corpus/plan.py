@@ -56,6 +56,11 @@ class Item:
     part: str = ""  # of the corpus, known to its reader; like `source` not stored
     source: str = ""  # the file of a recording, known to its planner
 
+    @property
+    def is_voiced(self):
+        """Whether the vocoder learns from it: the answer voice, which also says plain sentences."""
+        return self.voice == V.ANSWER_VOICE and self.role in ("answer", "generic")
+
 
 NAMES = [field.name for field in fields(Item)]
 PLANNED, STORED = NAMES[: NAMES.index("phones")], NAMES[: NAMES.index("part")]

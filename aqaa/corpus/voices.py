@@ -15,21 +15,26 @@ from aqaa.config import GROUP_SECONDS, SAMPLE_RATE
 from aqaa.corpus import degrade
 from aqaa.pitch import f0
 
-ANSWER_VOICE = "flite:slt"
-ANSWER_GAIN = 0.631  # brings flite's slt to -20 dBFS rms in the normal manner
+ANSWER_VOICE = "hibari:heart"
+ANSWER_LEVEL = -20.0  # dBFS rms of the normal manner
 PLAYBACK = (0.84, 1.19), (0.9, 1.12)  # bounds of the usual and of the mild variations
 FEMALE = ("+f", "slt")  # parts of voice names whose natural pitch is a woman's
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How an answer is said: by flite's duration and f0 target, then by level and spectrum."""
+    """How an answer is said: by the engine, as factors on what the voice does by itself (see Draw,
+    whose fields an engine reads here as well), then by level and spectrum."""
 
-    stretch: float = 1.0
-    mean: float = 172.0  # Hz
-    spread: float = 22.0  # Hz, standard deviation
-    gain: float = 0.0  # dB on top of the calibration that puts "normal" at -20 dBFS
+    rate: float = 1.0
+    pitch: float = 1.0
+    spread: float = 0.75  # flatter than by itself, so that it can become livelier
+    formants: float = 1.0
+    breath: float = 0.0  # dB
+    gain: float = 0.0  # dB above ANSWER_LEVEL
     tilt: float = 0.0  # -1..1; positive: brighter
+    mark: str = "."
+    lead: float = 0.0  # s; it also seeds what is random in a voice: an answer is always the same
 
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -162,14 +167,12 @@ def to_int16(wav):
 
 
 def say_answer(samples, rate, manner):
-    """An answer's int16 wave: tilt and gain of its manner on a fixed calibration, whole groups."""
+    """An answer's int16 wave: spectral tilt and level of its manner, in whole groups."""
     how, wav = MANNERS[manner], trim(to_16k(samples, rate))
     if how.tilt:
-        before = degrade.rms(wav)
         zeros, poles = ([1, -how.tilt], [1]) if how.tilt > 0 else ([1 + how.tilt], [1, how.tilt])
         wav = lfilter(zeros, poles, wav)
-        wav = wav * (before / degrade.rms(wav))
-    wav = wav * ANSWER_GAIN * 10 ** (how.gain / 20)
+    wav = wav * (10 ** ((ANSWER_LEVEL + how.gain) / 20) / degrade.rms(wav))
     loud = np.abs(wav)  # above 0.7 it bends towards full scale
     wav = np.where(loud > 0.7, np.sign(wav) * (0.7 + 0.3 * np.tanh((loud - 0.7) / 0.3)), wav)
     return to_int16(np.pad(wav, (0, -len(wav) % round(GROUP_SECONDS * SAMPLE_RATE))))

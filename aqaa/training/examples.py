@@ -29,9 +29,10 @@ SPECIAL = ("Sing", "Creativity", "Role-playing", "Gaming", "Speech Emotion Contr
 NATURAL_WEIGHT = 4.0  # of what a natural voice says, among the others
 # What the mini does not know is asked more often than there is of it, most of all in words that it
 # knows: only there does one word decide.
-INTENT_WEIGHTS = {"outside_open": 1.5, "outside_world": 1.5, "outside_near": 2.5}
+INTENT_WEIGHTS = {"outside_open": 1.5, "outside_world": 1.5, "outside_near": 2.5, "switch": 2.0}
 HISTORY, FOLLOWS = (0.5, 0.35, 0.15), 0.7  # chances of 0, 1, 2 further turns; of a second question
 UNHEARD = "unheard"  # the intent of noise
+MISHEARD = 0.4  # largest share of an utterance without copies that is heard as in others' copies
 REMINDER = 0.25  # share of other answers in SFT-2: without any, what they teach is soon forgotten
 
 
@@ -47,6 +48,7 @@ class Book:
         self.heard = [[np.array(interleave.merge(*pair, config.ids), np.int64) for pair in pairs]
                       for pairs in copies]  # fmt: skip
         self.audio = [variants[0] for variants in self.heard]  # as spoken
+        self.confused = confusions(self.heard, config.ids.end)
         self.encode = cache(tokenizer.encode)  # a text to its ids, the same list each time
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
         self.spoken_words = [i for i, item in enumerate(items) if item.intent != UNHEARD]
@@ -193,9 +195,13 @@ class Examples:
         return index, self.book.answers[self.book.items[index].answer_id]
 
     def noisy(self, rng, index):
-        """Audio ids of an utterance (N,), some of them replaced by others of their kind."""
-        variants = self.book.heard[index]
-        return swapped(variants[rng.integers(len(variants))], self.ids, self.noise, rng)
+        """Audio ids of an utterance (N,), some of them replaced by others of their kind. Half of
+        those without bent copies are heard as if they had one, by what befell the ids of others."""
+        variants, share = self.book.heard[index], self.noise
+        audio = variants[rng.integers(len(variants))]
+        if share and len(variants) == 1 and rng.random() < 0.5:
+            audio = misheard(audio, self.book.confused, rng.uniform(0, MISHEARD), rng)
+        return swapped(audio, self.ids, share, rng)
 
     def example(self, marker, question, words=None, audio=None, turns=()):
         """A question and its answer of words, of audio, or of both in the layout's blocks.
@@ -228,6 +234,28 @@ def swapped(audio, ids, share, rng):
     semantic = rng.integers(border, end, len(audio))
     linguistic = rng.integers(first, border, len(audio))
     return np.where(swap, np.where(audio >= border, semantic, linguistic), audio)
+
+
+def confusions(heard, size):
+    """What ids below `size` became in bent copies: (others (M,), by the id that they stand for;
+    bounds (size + 1,) of each id's part). heard: [[ids as spoken, ids of a copy, …], …]."""
+    pairs = [(clear, bent) for clear, *copies in heard for bent in copies
+             if len(bent) == len(clear)]  # fmt: skip
+    clear, bent = np.hstack(pairs) if pairs else np.zeros((2, 0), np.int64)
+    clear, bent = clear[clear != bent], bent[clear != bent]
+    order = np.argsort(clear, kind="stable")
+    return bent[order], np.searchsorted(clear[order], np.arange(size + 1))
+
+
+def misheard(audio, confused, share, rng):
+    """Audio ids (N,), of which a share became what they became elsewhere (`confusions`)."""
+    others, bounds = confused
+    count = bounds[audio + 1] - bounds[audio]
+    swap = (rng.random(len(audio)) < share) & (count > 0)
+    drawn = bounds[audio[swap]] + (rng.random(swap.sum()) * count[swap]).astype(int)
+    result = audio.copy()
+    result[swap] = others[drawn]
+    return result
 
 
 def masks(ids, weights, tokenizer, config):

@@ -15,9 +15,8 @@ import torch
 
 from aqaa.config import preset
 from aqaa.corpus import parts, play, speak, wider
-from aqaa.corpus.codes import codes_file, replaceable, store_codes, stored_codes, usage
+from aqaa.corpus.codes import ANSWERS, codes_file, replaceable, store_codes, stored_codes, usage
 from aqaa.corpus.plan import held_out, plan, texts
-from aqaa.corpus.voices import ANSWER_VOICE
 from aqaa.files import data_folder, fingerprint, probe, read_object, replacing, sweep, write_json
 from aqaa.pipeline import AQAA, SPOKEN
 from aqaa.records import provenance
@@ -113,9 +112,10 @@ class Run:
             for number in range(1, wider.COPIES + 1):
                 seed = self.seed, number
                 heard[number, name] = features.codes(model, data, copied, bend, seed)
-        files = {part: {} for part in dict.fromkeys(item.part for item in items)}
-        for i, item in enumerate(items):
-            files[item.part][item.id] = i, 0
+        part_of = [ANSWERS if item.is_voiced else item.part for item in items]
+        files = {part: {} for part in dict.fromkeys(part_of)}
+        for i, (item, part) in enumerate(zip(items, part_of, strict=True)):
+            files[part][item.id] = i, 0
         if copied:
             files["bent"] = {f"{items[i].id}~{number}": (i, number)
                              for number in range(1, wider.COPIES + 1) for i in copied}  # fmt: skip
@@ -134,8 +134,7 @@ class Run:
             return {}
         stored = stored_codes(there)
         return {i: dict(zip(SPOKEN, stored[item.id], strict=True)) for i, item in enumerate(items)
-                if item.voice == ANSWER_VOICE and item.role in ("answer", "generic")
-                and item.id in stored}  # fmt: skip
+                if item.is_voiced and item.id in stored}  # fmt: skip
 
     def _trained(self, stage):
         """Whether a stage has left its part in this run, or in the one it is beside."""
@@ -189,10 +188,11 @@ class Run:
         return data, {name: rng.permutation(rows)[:200] for name, rows in tests.items() if rows}
 
     def spoken(self):
-        """The answer voice without the held-out answers: (items, int16 waves of any of them)."""
+        """What the answer voice says in training, held-out answers aside: (items, waves)."""
         opened, items = self.items()
-        answers = [item for item in items if item.role == "answer" and not held_out(item)]
-        return answers, [opened.wav(item) for item in answers]
+        mine = [item for item in items
+                if item.is_voiced and item.split == "train" and not held_out(item)]  # fmt: skip
+        return mine, [opened.wav(item) for item in mine]
 
     def codebooks(self):
         """The centroids (K, D) of both audio tokenizers."""
