@@ -35,7 +35,7 @@ def phones_of(lines):
 
 
 def synthesize(jobs):
-    """Stands in for engines.synthesize: [(voice, text, Draw or Manner), …] -> list of (samples (N,), rate)."""
+    """Stands in for engines.synthesize: [(voice, text, Draw), …] -> list of (samples (N,), rate)."""
     return [(say(*job), RATE) for job in jobs]
 
 

@@ -1,7 +1,7 @@
 """The engines that speak, as one table: what each needs, how to get it, and how it is called.
 
 A voice is "engine:name". A new engine is an entry in ENGINES: a function that takes
-[(name, text, Draw or Manner), …] and returns [(float samples, rate), …] in that order."""
+[(name, text, Draw), …] and returns [(float samples, rate), …] in that order."""
 
 import re
 import shutil
@@ -56,7 +56,7 @@ def versions(voices):
 
 
 def synthesize(jobs):
-    """Speak [(voice, text, Draw or Manner), …] -> list of (float samples (N,), rate), in order.
+    """Speak [(voice, text, Draw), …] -> list of (float samples (N,), rate), in order.
     Each engine gets all its jobs at once. Raises RuntimeError when one fails."""
     made, mine = [None] * len(jobs), {}
     for i, (voice, text, how) in enumerate(jobs):

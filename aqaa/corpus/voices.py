@@ -16,25 +16,31 @@ from aqaa.corpus import degrade
 from aqaa.pitch import f0
 
 ANSWER_VOICE = "hibari:heart"
-ANSWER_LEVEL = -20.0  # dBFS rms of the normal manner
 PLAYBACK = (0.84, 1.19), (0.9, 1.12)  # bounds of the usual and of the mild variations
 FEMALE = ("+f", "slt")  # parts of voice names whose natural pitch is a woman's
 
 
-@dataclass(frozen=True)
-class Manner:
-    """How an answer is said: by the engine, as factors on what the voice does by itself (see Draw,
-    whose fields an engine reads here as well), then by level and spectrum."""
+@dataclass
+class Draw:
+    """What one render draws, and how an answer is said: rate, pitch and spread are factors on the
+    voice's own."""
 
     rate: float = 1.0
     pitch: float = 1.0
-    spread: float = 0.75  # flatter than by itself, so that it can become livelier
-    formants: float = 1.0
-    breath: float = 0.0  # dB
-    gain: float = 0.0  # dB above ANSWER_LEVEL
-    tilt: float = 0.0  # -1..1; positive: brighter
-    mark: str = "."
-    lead: float = 0.0  # s; it also seeds what is random in a voice: an answer is always the same
+    spread: float = 1.0
+    playback: float = 1.0  # > 1: faster and higher, formants too
+    gain: float = -20.0  # dBFS rms
+    snr: float = 99.0  # dB
+    color: float = 0.0  # pole of the noise: 0 white, 0.95 rumble
+    room: float = 0.0  # s, reverberation time
+    wet: float = 0.0
+    lead: float = 0.1  # s of silence
+    trail: float = 0.1
+    mark: str = ""  # punctuation given to the engine
+    formants: float = 1.0  # factor on them alone, where an engine can (hibari)
+    breath: float = 0.0  # dB on the noise in the voice (hibari)
+    tilt: float = 0.0  # -1..1; positive: brighter (answers)
+    line: str = ""  # what the sound comes through: a name of degrade.LINES
 
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -42,7 +48,7 @@ TRAINING, EVALUATION, DEVELOPMENT, NATURAL, NATURAL_HELD_OUT = (
     tuple(TABLES[name].split())
     for name in ("training", "evaluation", "development", "natural", "natural_held_out")
 )
-MANNERS = {name: Manner(**options) for name, options in TABLES["manners"].items()}
+MANNERS = {name: Draw(**TABLES["answers"] | own) for name, own in TABLES["manners"].items()}
 CLASSES = {name: entry["is"] for name, entry in TABLES["classes"].items()}
 AIMS = {"": {}} | {name: entry["aim"] for name, entry in TABLES["classes"].items()}
 
@@ -63,27 +69,6 @@ def pick(rng, pool, want=""):
 def gender(voice):
     """The sex its maker meant ("woman" or "man"): for whom to try only, labels are measured."""
     return "woman" if any(part in voice for part in FEMALE) else "man"
-
-
-@dataclass
-class Draw:
-    """What one render draws. Rate, pitch and spread are factors on the voice's own."""
-
-    rate: float = 1.0
-    pitch: float = 1.0
-    spread: float = 1.0
-    playback: float = 1.0  # > 1: faster and higher, formants too
-    gain: float = -20.0  # dBFS rms
-    snr: float = 99.0  # dB
-    color: float = 0.0  # pole of the noise: 0 white, 0.95 rumble
-    room: float = 0.0  # s, reverberation time
-    wet: float = 0.0
-    lead: float = 0.1  # s of silence
-    trail: float = 0.1
-    mark: str = ""  # punctuation given to the engine
-    formants: float = 1.0  # factor on them alone, where an engine can (hibari)
-    breath: float = 0.0  # dB on the noise in the voice (hibari)
-    line: str = ""  # what the sound comes through: a name of degrade.LINES
 
 
 def draw(rng, want="", mild=False):
@@ -172,7 +157,7 @@ def say_answer(samples, rate, manner):
     if how.tilt:
         zeros, poles = ([1, -how.tilt], [1]) if how.tilt > 0 else ([1 + how.tilt], [1, how.tilt])
         wav = lfilter(zeros, poles, wav)
-    wav = wav * (10 ** ((ANSWER_LEVEL + how.gain) / 20) / degrade.rms(wav))
+    wav = wav * (10 ** (how.gain / 20) / degrade.rms(wav))
     loud = np.abs(wav)  # above 0.7 it bends towards full scale
     wav = np.where(loud > 0.7, np.sign(wav) * (0.7 + 0.3 * np.tanh((loud - 0.7) / 0.3)), wav)
     return to_int16(np.pad(wav, (0, -len(wav) % round(GROUP_SECONDS * SAMPLE_RATE))))
