@@ -54,6 +54,12 @@ def accuracy(result):
         best = max(manner, key=lambda entry: entry["n"])
         lines += ["", f"Requested manner measured in the answer, right direction: {percent(best)} % of {best['n']} "
                   "(rules over rate, pitch and energy; the moods are rules too, not emotion)."]
+    if heard := result.get("open_judge"):
+        errors = {name: "{error} % ({interval[0]}–{interval[1]}) of {words} words".format(**entry)
+                  for name, entry in heard.items()}
+        lines += ["", f"**Spoken answers, heard by Whisper base**, which knows no list of answers: {errors['answers']} "
+                  f"are not those of the model's own text, in {heard['answers']['n']} answers; in the teacher's "
+                  f"recordings {errors['teacher']}."]
     known = [row for row in result.get("rows", ()) if row["category"] != HONESTY]
     if known:
         refused = sum(row["written"] in HONEST for row in known)

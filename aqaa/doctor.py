@@ -21,7 +21,7 @@ PACKAGES = (
 )  # fmt: skip
 ENGINES = {  # program: what it is for, and the Debian packages that bring it and its voices
     "espeak-ng": ("questions in many voices", "espeak-ng"),
-    "flite": ("questions and the answer voice", "flite"),
+    "flite": ("questions, and phones of texts", "flite"),
     "festival": ("questions", "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"),
 }
 NATURAL = {  # package: what it is for, and the extra that brings it

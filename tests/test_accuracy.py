@@ -14,7 +14,7 @@ from aqaa.backbone import step1
 from aqaa.batching import ask_all
 from aqaa.config import preset
 from aqaa.corpus.plan import Item
-from aqaa.evaluation import accuracy, bench
+from aqaa.evaluation import accuracy, bench, whisper
 from aqaa.evaluation.accuracy import CELLS, METRICS, Row, make_judge, measure, questions, share
 from aqaa.pipeline import AQAA
 from tests.test_judges import SAID, SOUNDS
@@ -56,17 +56,33 @@ class Shelf:
 def ask(monkeypatch):
     """A parrot knows which of the three questions was asked, and answers by playing the recording."""
 
-    def ask(texts=SAID, sounds=SOUNDS, **options):
+    def ask(texts=SAID, sounds=SOUNDS, open_judge=None, **options):
         def batch(model, wavs, seed=0, histories=None, **sampling):
             asked = [round(float(wav[0]) * 10) for wav in wavs]
             return [(texts[i], [] if sounds[i] is None else [i], 0.5) for i in asked]
 
         parrot = SimpleNamespace(config=preset("mini"), synthesize=lambda ids, seed: torch.from_numpy(sounds[ids[0]]))
         monkeypatch.setattr(batching, "answer_batch", batch)
+        monkeypatch.setattr(whisper, "missing", lambda: [] if open_judge else ["all"])
+        monkeypatch.setattr(whisper, "heard", open_judge)
         result = measure(parrot, Shelf(), workers=1, **options)
         return [Row(**row) for row in result["rows"]], result
 
     return ask
+
+
+def test_the_open_judge_hears_the_models_words_and_the_teachers(ask):
+    """Against the model's own text, not the wanted one; manners written in it are no words."""
+    texts = ["(slow) one two (fast) three", *SAID[1:]]
+    told = {len(SOUNDS[0]): "one two", len(SOUNDS[1]): SAID[1], len(SOUNDS[1]) * 2: SAID[1], len(SOUNDS[2]): SAID[2]}
+    _, result = ask(texts, open_judge=lambda wav: told[len(wav)])
+    made, teacher = result["open_judge"]["answers"], result["open_judge"]["teacher"]
+    first = sum(number % 3 == 2 for number in range(len(CELLS)))  # questions that ask for the first answer
+    assert made["n"] == len(CELLS) and made["error"] == pytest.approx(100 * first / made["words"], abs=0.06)
+    wrong = len(set(SAID[0].split()) - {"one", "two"})
+    assert teacher["n"] == 3 and teacher["error"] >= 100 * wrong / teacher["words"] - 0.06
+    low, high = made["interval"]
+    assert 0 <= low <= made["error"] <= high
 
 
 def test_a_perfect_model(ask):

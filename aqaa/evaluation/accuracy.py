@@ -17,6 +17,7 @@ from aqaa.config import SAMPLE_RATE
 from aqaa.corpus import engines, intents, play, speak
 from aqaa.corpus import plan as P
 from aqaa.corpus.facts import pieces
+from aqaa.evaluation import whisper
 from aqaa.evaluation.controls import RULES, directions
 from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.pipeline import text_ids
@@ -42,6 +43,7 @@ METRICS = {  # of a Row, and their heading
 }  # fmt: skip
 HEARD = {"lenient": "heard", "strict": "heard_strict"}  # how the judge listens, and its sentence
 UNDERSTANDING = "Voice Understanding"
+OPEN = 100  # answers that the open judge hears, at two seconds each
 FEWEST_ANSWERS = 500  # a smaller grammar makes guessing easy
 
 
@@ -95,6 +97,8 @@ def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progr
     facts = {"questions": len(rows), "seed": seed, "sampling": settings}
     if not text_only:
         facts |= score_sound(rows, items, sounds, corpus, workers, seed, progress)
+        if not whisper.missing():
+            facts["open_judge"] = open_judge(rows, items, sounds, corpus, seed)
     minutes = round((time.monotonic() - started) / 60, 2)
     return {**facts, "minutes": minutes, "summary": summarise(rows),
             "rows": [asdict(row) for row in rows]}  # fmt: skip
@@ -145,6 +149,24 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
             parts = pieces(item.answer, item.manner)
             row.manner_ok = directions(parts, sound, normal[row.expected], judge)
     return {"grammar": len(judge.answers), "answers": len(answers), "unsayable_texts": unsayable}
+
+
+def open_judge(rows, items, sounds, corpus, seed):
+    """{"answers", "teacher"}: word error that a judge without a list of answers finds in some of
+    the `sounds`, against the model's own text, and in the teacher's recordings of what was wanted.
+    """
+    chosen = [i for i, row in enumerate(rows) if row.written and sounds[i] is not None]
+    chosen, spoken = P.spread(chosen, OPEN), corpus.answers()
+    taught = [spoken[name] for name in sorted({items[i].answer_id for i in chosen} & set(spoken))]
+    recordings = [recording(corpus, item) for item in taught]
+    said, wanted = [_words(rows[i].written) for i in chosen], [_words(item.text) for item in taught]
+    return {"answers": whisper.judged(said, [sounds[i] for i in chosen], seed),
+            "teacher": whisper.judged(wanted, recordings, seed)}  # fmt: skip
+
+
+def _words(text):
+    """Words of a text without the manners that stand among them."""
+    return normalise(" ".join(words for words, _ in pieces(text, "")))
 
 
 def make_judge(answers, written, seed=0):

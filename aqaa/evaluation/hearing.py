@@ -16,6 +16,7 @@ from aqaa import files
 from aqaa.config import SAMPLE_RATE
 from aqaa.corpus import degrade
 from aqaa.evaluation import hearing_clips as clips_of
+from aqaa.evaluation.mos import resampled
 from aqaa.files import ModelError
 from aqaa.pipeline import NO_HEADS
 from aqaa.records import about
@@ -23,7 +24,6 @@ from aqaa.tokenizers.phones import PHONE_IDS
 
 TOKENIZERS = ("linguistic", "semantic")
 CELL = "{error:5.1f} ({interval[0]:.1f}–{interval[1]:.1f})"  # of the printed table
-RESAMPLES = 2000  # of the clips, for an interval
 ROOM = 0.3, 0.3  # seconds of echo, and its share
 AGREEMENT, STEADY = "agreement", ("seen", "other", "kokoro")  # families whose codes are compared
 EACH = 20  # clips of them, of each kind of text: 120 in all, eleven times
@@ -116,14 +116,8 @@ def error_of(model, clips, seed=0):
         for name, phones in model.phones((clip.wav, SAMPLE_RATE)).items():
             ids = [PHONE_IDS[phone.name] for phone in phones]
             errors[name][i] = edit_distance(ids, list(clip.phones))
-    draws = np.random.default_rng(seed).integers(0, len(clips), (RESAMPLES, len(clips)))
     result = {"n": len(clips), "phones": int(counts.sum())}
-    for name, wrong in errors.items():
-        shares = 100 * wrong[draws].sum(1) / counts[draws].sum(1)
-        interval = [round(float(edge), 1) for edge in np.percentile(shares, (2.5, 97.5))]
-        error = round(float(100 * wrong.sum() / counts.sum()), 1)
-        result[name] = {"error": error, "interval": interval}
-    return result
+    return result | {name: resampled(wrong, counts, seed) for name, wrong in errors.items()}
 
 
 def agreement(model, families):

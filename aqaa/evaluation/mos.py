@@ -2,6 +2,8 @@
 
 from statistics import fmean, stdev
 
+import numpy as np
+
 SCALE = (1.0, 5.0)  # marks that a listener can give
 
 
@@ -15,6 +17,16 @@ def interval(marks, level=0.95):
         return mean, None, None
     reach = float(t.ppf((1 + level) / 2, len(marks) - 1)) * stdev(marks) / len(marks) ** 0.5
     return mean, max(mean - reach, SCALE[0]), min(mean + reach, SCALE[1])
+
+
+def resampled(wrong, counts, seed=0, draws=2000):
+    """{"error", "interval"}: errors `wrong` (N,) among `counts` (N,) in percent, and between what
+    it lies in 95 of 100 draws of as many recordings."""
+    wrong, counts = np.asarray(wrong), np.asarray(counts)
+    drawn = np.random.default_rng(seed).integers(0, len(counts), (draws, len(counts)))
+    shares = 100 * wrong[drawn].sum(1) / counts[drawn].sum(1)
+    interval = [round(float(edge), 1) for edge in np.percentile(shares, (2.5, 97.5))]
+    return {"error": round(float(100 * wrong.sum() / counts.sum()), 1), "interval": interval}
 
 
 def opinions(marks):
