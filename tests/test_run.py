@@ -412,6 +412,18 @@ def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
     assert aqaa.load(tmp_path / "model").heads is not None
 
 
+@pytest.mark.parametrize("stage, part", [("flow", "flow"), ("linguistic", "linguistic")])
+def test_what_was_trained_here_is_exported_though_a_later_stage_was_not(place, tmp_path, stage, part):
+    """The last stage that makes a part, shortcut or steady_…, did not run: the part of `init` is an older one."""
+    later = K.Run(**{**options(tmp_path), "init": place / "model", "corpus": place / "corpus"})
+    (later.out / "parts").mkdir(exist_ok=True)
+    made = later.out / "parts" / f"{stage}.safetensors"
+    made.write_bytes((place / "run" / "parts" / f"{stage}.safetensors").read_bytes())
+    assert made.read_bytes() != (place / "model" / f"{part}.safetensors").read_bytes()
+    later.export()
+    assert (tmp_path / "model" / f"{part}.safetensors").read_bytes() == made.read_bytes()
+
+
 def going_on(place, folder):
     """A run in `folder` that goes on from the model of `place`, with its own copies of what it needs."""
     shutil.copytree(place / "model", folder / "before" / "model")

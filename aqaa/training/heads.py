@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from aqaa.tokenizers.phones import FACTORS, PhoneHeads, code_vectors
-from aqaa.training import features, stages
+from aqaa.training import features
 from aqaa.training.features import LengthBuckets, Utterances
 from aqaa.training.speech_tokenizers import phone_error, upsampled_ctc
 
@@ -32,7 +32,7 @@ class HeadsTask:
 
     @classmethod
     def from_run(cls, run, stage):
-        heard, makers = {}, stages.makers()
+        heard, makers = {}, run.makers()
         for name, kind in KINDS.items():
             data, tests = run.utterances(kind)
             probs = data.weights / data.weights.sum()

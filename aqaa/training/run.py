@@ -100,7 +100,7 @@ class Run:
         _, items = self.items()
         order = sorted(range(len(items)), key=lambda i: items[i].length)  # so that little is padded
         copied = [i for i in order if wider.is_copied(items[i])]
-        said, makers = self._said(items), stages.makers()
+        said, makers = self._said(items), self.makers()
         unknown = [i for i in order if i not in said]
         heard = {}  # (number of the copy, tokenizer): {row: codes}
         for name, kind in (("linguistic", "lfr"), ("semantic", "log_mel")):
@@ -140,6 +140,12 @@ class Run:
         """Whether a stage has left its part in this run, or in the one it is beside."""
         return self.part_file(stage).parent.name == "parts"
 
+    def makers(self):
+        """{part: the stage whose weights count}: of several the last one that was trained here."""
+        paths = {name: self.part_file(name) for name in stages.STAGES}
+        return stages.makers([name for name, path in paths.items()
+                              if path.exists() and path.parent.name == "parts"])  # fmt: skip
+
     def pairs(self):
         """Pairs for preference training, made by SFT-1."""
         stage = stages.STAGES["pairs"]
@@ -153,7 +159,7 @@ class Run:
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the
         codes beside it. Parts that were not trained here come from `init`, unchanged. Raises
         ValueError, before anything is written, where fewer codes would take the place of more."""
-        record, makers = self._recorded(), stages.makers()
+        record, makers = self._recorded(), self.makers()
         codes = replaceable(self.out, self.export_folder.parent / "codes")
         parts = {name: self.part_file(makers[name]) for name in model_folder.PARTS}
         kept = {parts[name].parent for name in ("linguistic", "semantic")} == {self.init}
@@ -228,14 +234,14 @@ class Run:
 
     def model(self, backbone, layout="ratio_10_15"):
         """An AQAA of a backbone and this run's other parts, each read when it is first used."""
-        text, makers = TextTokenizer.from_file(self.tokenizer_file()), stages.makers()
+        text, makers = TextTokenizer.from_file(self.tokenizer_file()), self.makers()
         own = {"text": text, "backbone": backbone}
         return AQAA(self.config, lambda name: own.get(name) or self.part(makers[name]),
                     layout=layout)  # fmt: skip
 
     def tokenizers(self):
         """One hash of the three tokenizers: ids of others mean something else."""
-        makers = stages.makers()
+        makers = self.makers()
         files = [self.part_file(makers[name]) for name in ("linguistic", "semantic")]
         digests = [fingerprint(path)["sha256"] for path in (self.tokenizer_file(), *files)]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()

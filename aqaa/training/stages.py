@@ -75,9 +75,12 @@ TABLE = (
 STAGES = {stage.name: stage for stage in TABLE}
 
 
-def makers():
-    """{part of a model folder: the stage whose weights are exported, the last of several}."""
-    return {stage.part: name for name, stage in STAGES.items() if stage.part and stage.exported}
+def makers(trained=()):
+    """{part of a model folder: the stage whose weights are exported}: the last of several, or of
+    those among them that have `trained`."""
+    stages = [stage for stage in STAGES.values() if stage.part and stage.exported]
+    stages.sort(key=lambda stage: stage.name in trained)  # a stable sort: the last one counts
+    return {stage.part: stage.name for stage in stages}
 
 
 def names():
