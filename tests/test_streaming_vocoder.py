@@ -261,4 +261,5 @@ def test_the_ranks_hear_two_renderings_spliced(mini, spoken):
     cuts = np.arange(4000, len(one) - 4000, 4000)
     parts = [(one, other)[i % 2].tensor_split(cuts.tolist())[i] for i in range(len(cuts) + 1)]
     assert ranks(roughest(torch.cat(parts)) - roughest(one), cuts).mean(0).max() > 0.75
-    assert (ranks(roughest(other) - roughest(one), cuts).mean(0) < 0.6).all()
+    anywhere = np.arange(4000, len(one) - 4000, 400)  # many places: a mean of few is not sure enough
+    assert (ranks(roughest(other) - roughest(one), anywhere).mean(0) < 0.6).all()
