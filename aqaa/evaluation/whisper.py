@@ -61,6 +61,8 @@ def heard(wav):
 def words(text):
     """Plain words of what Whisper writes: "12-9 is 3." -> "twelve minus nine is three"."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    # "7-8-9" counts, "12-9" takes away.
+    text = re.sub(r"\d+(\s*[-–−]\s*\d+){2,}", lambda found: re.sub(r"\D+", " ", found[0]), text)
     text = re.sub(r"(?<=\d)\s*[-–−]\s*(?=\d)", " minus ", text.lower())
     text = re.sub(r"(?<=\d)\s*[x×*]\s*(?=\d)", " times ", text)
     for sign, word in SIGNS.items():
