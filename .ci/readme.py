@@ -40,6 +40,7 @@ def section(name, write):
 
 def accuracy(result):
     from aqaa.corpus.wider import HONEST, HONESTY
+    from aqaa.evaluation.accuracy import share
 
     names = {name.replace("×", ","): name for name in result["summary"]}
     lines = ["**Accuracy**, percent, on questions that were never in training "
@@ -49,10 +50,11 @@ def accuracy(result):
         scores = result["summary"][name]
         n = max(entry["n"] for entry in scores.values())
         lines.append(f"| {name} | {n} | " + " | ".join(percent(scores[key]) for key in COLUMNS) + " |")
-    manner = [s["manner_ok"] for s in result["summary"].values() if s["manner_ok"]["n"]]
-    if manner:
-        best = max(manner, key=lambda entry: entry["n"])
-        lines += ["", f"Requested manner measured in the answer, right direction: {percent(best)} % of {best['n']} "
+    measured = [row for row in result.get("rows", ()) if row["manner_ok"] is not None]
+    if measured:
+        one, two = (share(row["manner_ok"] for row in measured if (" " in row["manner"]) == both) for both in (0, 1))
+        lines += ["", f"Requested manner measured in the answer, right direction: {percent(one)} % of {one['n']}; of "
+                  f"answers that change it in the middle, both manners in their places, {percent(two)} % of {two['n']} "
                   "(rules over rate, pitch and energy; the moods are rules too, not emotion)."]
     if heard := result.get("open_judge"):
         errors = {name: "{error} % ({interval[0]}–{interval[1]}) of {words} words".format(**entry)

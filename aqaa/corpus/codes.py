@@ -54,15 +54,15 @@ def load_codes(folder, items):
 def stored_codes(*folders):
     """{id: (linguistic, semantic)} of the files of codes in some folders, of which a later one
     counts where two have a file of that name. ID~1, ID~2, … are bent copies of an utterance. What
-    the answer voice says is looked up in its own file first: others may have an earlier voice's.
+    the answer voice says counts as its own file has it: others may have an earlier voice's rows.
 
     Raises FileNotFoundError if there are none at all, ValueError if they are damaged."""
     files = {path.name: path for folder in folders
              for path in sorted(Path(folder).glob("codes*.npz"))}  # fmt: skip
     if not files:
         raise FileNotFoundError(f"{folders[-1]} holds no codes.npz: run `aqaa train codes` first")
-    pairs = {}
-    for path in sorted(files.values(), key=lambda path: path.name == codes_file("", ANSWERS).name):
+    pairs, last = {}, codes_file("", ANSWERS).name  # what is read last counts
+    for path in sorted(files.values(), key=lambda path: path.name == last):
         pairs |= _read(path)
     return pairs
 

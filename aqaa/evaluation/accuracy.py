@@ -159,14 +159,10 @@ def open_judge(rows, items, sounds, corpus, seed):
     chosen, spoken = P.spread(chosen, OPEN), corpus.answers()
     taught = [spoken[name] for name in sorted({items[i].answer_id for i in chosen} & set(spoken))]
     recordings = [recording(corpus, item) for item in taught]
-    said, wanted = [_words(rows[i].written) for i in chosen], [_words(item.text) for item in taught]
+    said = [normalise(rows[i].written) for i in chosen]
+    wanted = [normalise(item.text) for item in taught]
     return {"answers": whisper.judged(said, [sounds[i] for i in chosen], seed),
             "teacher": whisper.judged(wanted, recordings, seed)}  # fmt: skip
-
-
-def _words(text):
-    """Words of a text without the manners that stand among them."""
-    return normalise(" ".join(words for words, _ in pieces(text, "")))
 
 
 def make_judge(answers, written, seed=0):

@@ -10,7 +10,7 @@ vocabulary; an answer's text begins with its manner, "(slow) …", unless that i
 
 import itertools
 from collections import Counter
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -48,7 +48,6 @@ class Book:
         self.heard = [[np.array(interleave.merge(*pair, config.ids), np.int64) for pair in pairs]
                       for pairs in copies]  # fmt: skip
         self.audio = [variants[0] for variants in self.heard]  # as spoken
-        self.confused = confusions(self.heard, config.ids.end)
         self.encode = cache(tokenizer.encode)  # a text to its ids, the same list each time
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
         self.spoken_words = [i for i, item in enumerate(items) if item.intent != UNHEARD]
@@ -58,6 +57,11 @@ class Book:
         asked = self.questions + self.follows
         if missing := {items[i].answer_id for i in asked} - set(self.answers):
             raise ValueError(f"{len(missing)} answers were never spoken, {min(missing)} among them")
+
+    @cached_property
+    def confused(self):
+        """`confusions` of all that has bent copies: counted when it is first asked for."""
+        return confusions(self.heard, self.config.ids.end)
 
     def balance(self):
         """Probability of each question: equal shares for intents, though large ones still lead;
@@ -197,11 +201,12 @@ class Examples:
     def noisy(self, rng, index):
         """Audio ids of an utterance (N,), some of them replaced by others of their kind. Half of
         those without bent copies are heard as if they had one, by what befell the ids of others."""
-        variants, share = self.book.heard[index], self.noise
+        variants = self.book.heard[index]
         audio = variants[rng.integers(len(variants))]
-        if share and len(variants) == 1 and rng.random() < 0.5:
+        # Where all shall be heard as it was spoken, there is no noise of this kind either.
+        if self.noise and len(variants) == 1 and rng.random() < 0.5:
             audio = misheard(audio, self.book.confused, rng.uniform(0, MISHEARD), rng)
-        return swapped(audio, self.ids, share, rng)
+        return swapped(audio, self.ids, self.noise, rng)
 
     def example(self, marker, question, words=None, audio=None, turns=()):
         """A question and its answer of words, of audio, or of both in the layout's blocks.
@@ -252,8 +257,9 @@ def misheard(audio, confused, share, rng):
     others, bounds = confused
     count = bounds[audio + 1] - bounds[audio]
     swap = (rng.random(len(audio)) < share) & (count > 0)
+    # One of the part that belongs to the id: what it often became is drawn often.
     drawn = bounds[audio[swap]] + (rng.random(swap.sum()) * count[swap]).astype(int)
-    result = audio.copy()
+    result = audio.copy()  # the book keeps what was spoken
     result[swap] = others[drawn]
     return result
 

@@ -112,10 +112,10 @@ class Run:
             for number in range(1, wider.COPIES + 1):
                 seed = self.seed, number
                 heard[number, name] = features.codes(model, data, copied, bend, seed)
-        part_of = [ANSWERS if item.is_voiced else item.part for item in items]
-        files = {part: {} for part in dict.fromkeys(part_of)}
-        for i, (item, part) in enumerate(zip(items, part_of, strict=True)):
-            files[part][item.id] = i, 0
+        files = {}  # {part: {name of a row of codes: (row of the item, number of the copy)}}
+        for i, item in enumerate(items):
+            part = ANSWERS if item.is_voiced else item.part
+            files.setdefault(part, {})[item.id] = i, 0
         if copied:
             files["bent"] = {f"{items[i].id}~{number}": (i, number)
                              for number in range(1, wider.COPIES + 1) for i in copied}  # fmt: skip
@@ -142,9 +142,9 @@ class Run:
 
     def makers(self):
         """{part: the stage whose weights count}: of several the last one that was trained here."""
-        paths = {name: self.part_file(name) for name in stages.STAGES}
-        return stages.makers([name for name, path in paths.items()
-                              if path.exists() and path.parent.name == "parts"])  # fmt: skip
+        trained = [name for name in stages.STAGES
+                   if self._trained(name) and self.part_file(name).exists()]  # fmt: skip
+        return stages.makers(trained)
 
     def pairs(self):
         """Pairs for preference training, made by SFT-1."""

@@ -53,8 +53,10 @@ class Steady:
     def from_run(cls, run, stage):
         _, items = run.items()
         data, tests = run.utterances(cls.kind)
-        natural = [item.voice not in TRAINING for item in items]  # people are, too
-        data.weights = data.weights * [SHARES.get(item.voice.split(":")[0], 1.0) for item in items]
+        # People are natural, too. The answer voice is not: the vocoder has learnt from its codes.
+        natural = [item.voice not in TRAINING and not item.is_voiced for item in items]
+        shares = [SHARES.get(item.voice.split(":")[0], 1.0) for item in items]
+        data.weights = data.weights * np.where(natural, shares, 1.0)
         dev = [i for i, item in enumerate(items) if natural[i] and item.split == "dev"]
         tests = {"answer_voice": tests.get("answer_voice", ()), "natural_dev": dev}
         tests = {name: rows for name, rows in tests.items() if len(rows)}
