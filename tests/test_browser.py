@@ -174,7 +174,7 @@ def test_record_ask_and_the_answer_is_what_plays(book, place):
     assert all(after["from"] > end - 0.002 for end, after in zip(ends, sounds[1:]))  # one after the other
     assert sounds[-1]["ended"] >= ends[-1] - 0.1 and not any("stopped" in sound for sound in sounds)
     assert f"“{said}”" in book.output("player").inner_text() and said
-    report = book.says("player", r"made in (\d+) pieces, first sound after (\d+) ms, (\d+) gaps")
+    report = book.says("player", r"made in (\d+) pieces, first sound after (\d+) ms, (\d+) gaps?\.")
     assert (int(report[1]), int(report[3])) == (len(sounds), gaps)
 
     record(book, 1.5)  # a second recording takes the place of the first

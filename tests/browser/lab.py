@@ -65,9 +65,11 @@ def need(*packages):
 
 
 def write_microphone(path, question, before, after):
-    """What Chromium's microphone hears again and again: a recording with seconds of silence around it."""
+    """What Chromium's microphone hears again and again: a recording with seconds of a quiet room around it. (Not of
+    silence: a short recording may hold nothing else, and is refused then.)"""
     wave, rate = soundfile.read(question)
-    silence = [np.zeros(int(seconds * rate)) for seconds in (before, after)]
+    rng = np.random.default_rng(0)
+    silence = [0.003 * rng.standard_normal(int(seconds * rate)) for seconds in (before, after)]
     soundfile.write(path, np.concatenate([silence[0], wave, silence[1]]), rate)
 
 
@@ -213,7 +215,10 @@ class Book:
 
     def says(self, name, pattern, timeout=UI):
         """Wait until the outputs of a cell match; the match."""
-        return self.until(lambda: re.search(pattern, self.output(name).inner_text()), f"{pattern!r} in {name}", timeout)
+        try:
+            return self.until(lambda: re.search(pattern, self.output(name).inner_text()), repr(pattern), timeout)
+        except AssertionError as fault:
+            raise AssertionError(f"{fault} in {name}, which says {self.output(name).inner_text()!r}") from None
 
     def forget(self):
         """Empty the list of what was played."""
