@@ -3,7 +3,6 @@
 Everything is tried with the speaker of tones; where the synthesizers are installed, once more with them.
 """
 
-import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -134,15 +133,6 @@ def test_resume_must_be_wanted(spoken, tmp_path):
     shutil.copytree(spoken[1], tmp_path / "open")
     with pytest.raises(ValueError, match="open already holds shards"):
         parts.main(tmp_path, resume=False)
-
-
-def test_exported_questions_are_described(spoken, tmp_path):
-    corpus = spoken[2]
-    entries = K.export_questions(corpus, tmp_path, per_category=1)
-    assert entries == json.loads((tmp_path / "questions.json").read_text(encoding="utf-8"))
-    for entry in entries:
-        wav, rate = K.soundfile.read(tmp_path / entry["file"])
-        assert rate == 16_000 and len(wav) and entry["voice_seen"] == (entry["voice"] in V.TRAINING)
 
 
 @pytest.mark.parametrize("want", V.CLASSES)

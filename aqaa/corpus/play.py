@@ -1,7 +1,8 @@
-"""Creativity, Role-playing and Gaming: three more categories of StepEval-Audio-360, in play.toml.
+"""Creativity, Role-playing, Gaming (play.toml) and Sing (sing.py): four more categories of
+StepEval-Audio-360.
 
 A role is a voice: whoever asks for a giant hears a low one. Stories are made of three given words;
-evaluation gives words that never stood together in training."""
+evaluation gives words that never stood together in training. What is sung is apart likewise."""
 
 import tomllib
 from itertools import product
@@ -9,12 +10,13 @@ from pathlib import Path
 from random import Random
 
 from aqaa.corpus import plan as P
-from aqaa.corpus import switches, wider
+from aqaa.corpus import sing, switches, wider
 from aqaa.corpus.curriculum import SENTENCES
 from aqaa.corpus.facts import Fact, number, stable_hash
 from aqaa.tokenizers.text import tagged
 
 PLAY = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+APART = PLAY["apart"] | sing.SING["apart"]  # of these one fact in so many is for evaluation
 DEV = 3  # questions of each intent for choices
 
 
@@ -75,27 +77,41 @@ def facts():
 
 
 def apart(name, fact):
-    """Whether a fact is kept from training: half of all stories."""
-    return name == "story" and stable_hash("story", fact.key) % 2 == 1
+    """Whether a fact is kept from training: half of all stories, some of what is sung."""
+    one_in = APART.get(name)
+    return one_in is not None and stable_hash(name, fact.key) % one_in == 1
 
 
 def joined(scale=1.0, seed=0):
-    """Items of all that joined the questions of curriculum.toml: the wider part and this one."""
-    return wider.plan(scale, seed) + plan(scale, seed)
+    """Items of all that joined the questions of curriculum.toml: the wider part and these two."""
+    return wider.plan(scale, seed) + plan(scale, seed) + voice_plan(scale, seed)
 
 
 def plan(scale=1.0, seed=0):
-    """Items: new answers, evaluation, development, training; then switches.py's. Ids never move."""
-    make = _Maker(Random(f"play {seed}"))
-    names, items = list(PLAY["intents"]), list(make.answers)
-    for cell, count in PLAY["cells"].items():
-        pool = wider.POOLS[cell.removeprefix("play_")]
+    """Items of play.toml, then those of switches.py. Ids never move."""
+    items = _drawn("play", "p", PLAY, facts(), scale, seed)
+    return wider.numbered(items + switches.plan(PLAY["switch"], scale, seed), "y", "play", seed)
+
+
+def voice_plan(scale=1.0, seed=0):
+    """Items of sing.toml, and sentences that are for the answer voice alone."""
+    items = _drawn("sing", "n", sing.SING, sing.facts(), scale, seed)
+    items += switches.drills(PLAY["switch"]["drills"], scale, seed)
+    return wider.numbered(items, "v", "voice", seed)
+
+
+def _drawn(part, letter, table, stock, scale, seed):
+    """Items of a table: new answers, evaluation, development, shuffled training."""
+    make = _Maker(Random(f"{part} {seed}"), letter, table["intents"], stock)
+    names, items = list(table["intents"]), list(make.answers)
+    for cell, count in table["cells"].items():
+        pool = wider.POOLS[cell.removeprefix(f"{part}_")]
         for turn in range(P.scaled(count, scale)):
             items += make.asked(names[turn % len(names)], pool, "eval", cell)
     for name in names * P.scaled(DEV, min(scale, 1.0)):
         items += make.asked(name, wider.POOLS["dev"], "dev")
     training = []
-    for name, counts in PLAY["counts"].items():
+    for name, counts in table["counts"].items():
         for who, count in counts.items():
             for _ in range(P.scaled(count, scale)):
                 training += make.asked(name, wider.POOLS[who], "train")
@@ -104,30 +120,28 @@ def plan(scale=1.0, seed=0):
     if scale < 1:  # a miniature speaks the answers that it needs
         asked = {item.answer_id for item in items if item.role != "answer"}
         items = [item for item in items if item.role != "answer" or item.id in asked]
-    items += switches.plan(PLAY["switch"], scale, seed)
-    return wider.numbered(items, "y", "play", seed)
+    return items
 
 
 class _Maker:
     """Draws questions of each intent; `answers` are the Items that the curriculum lacks."""
 
-    def __init__(self, rng):
-        self.rng, self.stock, self.answers = rng, facts(), []
+    def __init__(self, rng, letter, intents, stock):
+        self.rng, self.intents, self.stock, self.answers = rng, intents, stock, []
         self.ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
-        intents = PLAY["intents"].items()
-        self.cores = {name: wider.lines_of(entry["wordings"]) for name, entry in intents}
+        self.cores = {name: wider.lines_of(entry["wordings"]) for name, entry in intents.items()}
         for name, rows in self.stock.items():
-            category = PLAY["intents"][name]["category"]
+            category = intents[name]["category"]
             for fact in rows:
                 if (fact.answer, fact.manner) not in self.ids:
-                    place = self.ids[fact.answer, fact.manner] = f"p{len(self.answers):04d}"
+                    place = self.ids[fact.answer, fact.manner] = f"{letter}{len(self.answers):04d}"
                     split = "eval" if apart(name, fact) else "train"
                     self.answers.append(P.answer_item(place, split, fact, name, category))
 
     def asked(self, name, pool, split, cell=""):
         """[Item] of a question; of a second one that is no training, the first one before it."""
-        entry, new = PLAY["intents"][name], split == "eval"
-        known = [one for one in self.stock[name] if apart(name, one) == (new and name == "story")]
+        entry, new = self.intents[name], split == "eval"
+        known = [one for one in self.stock[name] if apart(name, one) == (new and name in APART)]
         fact, core = self.rng.choice(known), self.rng.choice(self.cores[name][new])
         voice = wider.voice_of(self.rng, pool)
         slots, role, before = dict(fact.slots), "question", []

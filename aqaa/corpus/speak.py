@@ -13,10 +13,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from aqaa import files
@@ -24,10 +22,10 @@ from aqaa.corpus import engines
 from aqaa.corpus import voices as V
 from aqaa.corpus.facts import pieces
 from aqaa.corpus.intents import said_as
-from aqaa.corpus.plan import CELLS, STORED, Item, plan_hash
+from aqaa.corpus.plan import STORED, Item, plan_hash
 from aqaa.files import reading, replacing
 
-PARTS = ("questions", "open", "wider", "play", "people")
+PARTS = ("questions", "open", "wider", "play", "voice", "people")
 PER_SHARD = 400
 ROUND = 8  # shards that a worker speaks before another takes its place
 RESUME = "run `aqaa train corpus --resume`"
@@ -212,7 +210,7 @@ def _parts(item):
     """[(words, how they are said), …]: one, or several where an answer's manner changes."""
     if not _has_manner(item):
         return [(item.text, _how(item))]
-    return [(words, V.MANNERS[manner]) for words, manner in pieces(item.text, item.manner)]
+    return [(words, V.HOW[manner]) for words, manner in pieces(item.text, item.manner)]
 
 
 def _how(item, attempt=0):
@@ -269,30 +267,3 @@ def phones_of(lines):
         raise RuntimeError(f"flite made {len(spoken)} utterances of {len(lines)} texts; its front "
                            "end has changed.")
     return dict(zip(lines, spoken, strict=True))
-
-
-def export_questions(corpus, folder, per_category=5, seed=0):
-    """Write evaluation renders of each category, cells in turn, and questions.json: returned."""
-    folder, rng = Path(folder), Random(f"questions {seed}")
-    folder.mkdir(parents=True, exist_ok=True)
-    asked, entries = corpus.items(role="question", split="eval"), []
-    stock = [item for item in asked if item.cell != "read_only"]
-    for category in sorted({item.category for item in stock}):
-        taken = set()
-        for turn in range(per_category):
-            cell = list(CELLS)[turn % (len(CELLS) - 1)]
-            same = [item for item in stock if item.category == category]
-            mine = [item for item in same if item.intent not in taken] or same
-            item = rng.choice([item for item in mine if item.cell == cell] or mine)
-            stock.remove(item)
-            taken.add(item.intent)
-            name = f"{item.intent}_{item.id}.wav"
-            with replacing(folder / name) as part:
-                soundfile.write(part, corpus.wav(item), V.SAMPLE_RATE, "PCM_16", format="WAV")
-            entries.append({
-                "file": name, "transcript": item.text, "answer": item.answer, "manner": item.manner,
-                "category": item.category, "intent": item.intent, "voice": item.voice,
-                "voice_seen": item.voice in V.TRAINING, "cell": item.cell,
-            })  # fmt: skip
-    files.write_json(folder / "questions.json", entries)
-    return entries

@@ -23,6 +23,18 @@ def parts_of(text):
     return " ".join(words[:half]), " ".join(words[half:])
 
 
+def drills(count, scale=1.0, seed=0):
+    """Items that the answer voice alone says, no answers to any question: sentences whose manner
+    changes at any word, so that the change is learnt and not the sentence."""
+    rng, items = Random(f"drills {seed}"), []
+    for place, text in enumerate(P.sentences(P.scaled(count, scale), rng)):
+        words, (a, b) = text.split(), rng.choice(PAIRS)
+        at = rng.randint(1, len(words) - 1)
+        said = " ".join([*words[:at], f"({b})", *words[at:]])
+        items.append(P.answer_item(f"d{place:04d}", "train", Fact((), said, a), NAME, FOLLOW))
+    return items
+
+
 def facts():
     """Facts of every sentence (slot x) in every pair of manners (slots a and b)."""
     return [Fact((("x", x), ("a", a), ("b", b)), "{0} ({2}) {1}".format(*parts_of(x), b), a)

@@ -16,6 +16,7 @@ from aqaa.corpus import degrade
 from aqaa.pitch import f0
 
 ANSWER_VOICE = "hibari:heart"
+NOTE_GROUPS = 4  # of a note, 0.48 s: every note is a slot of its own
 PLAYBACK = (0.84, 1.19), (0.9, 1.12)  # bounds of the usual and of the mild variations
 FEMALE = ("+f", "slt")  # parts of voice names whose natural pitch is a woman's
 
@@ -40,6 +41,7 @@ class Draw:
     formants: float = 1.0  # factor on them alone, where an engine can (hibari)
     breath: float = 0.0  # dB on the noise in the voice (hibari)
     tilt: float = 0.0  # -1..1; positive: brighter (answers)
+    note: float = 0.0  # Hz; above 0: sung, on this f0 (hibari)
     line: str = ""  # what the sound comes through: a name of degrade.LINES
 
 
@@ -49,6 +51,12 @@ TRAINING, EVALUATION, DEVELOPMENT, NATURAL, NATURAL_HELD_OUT = (
     for name in ("training", "evaluation", "development", "natural", "natural_held_out")
 )
 MANNERS = {name: Draw(**TABLES["answers"] | own) for name, own in TABLES["manners"].items()}
+NOTES = {
+    name: Draw(**TABLES["answers"] | TABLES["sung"]["how"],
+               note=TABLES["sung"]["first"] * 2 ** (steps / 12))
+    for name, steps in TABLES["notes"].items()
+}  # fmt: skip
+HOW = MANNERS | NOTES
 CLASSES = {name: entry["is"] for name, entry in TABLES["classes"].items()}
 AIMS = {"": {}} | {name: entry["aim"] for name, entry in TABLES["classes"].items()}
 
@@ -152,15 +160,21 @@ def to_int16(wav):
 
 
 def say_answer(samples, rate, manner):
-    """An answer's int16 wave: spectral tilt and level of its manner, in whole groups."""
-    how, wav = MANNERS[manner], trim(to_16k(samples, rate))
+    """An answer's int16 wave: spectral tilt and level of its manner, in whole groups; of a note,
+    NOTE_GROUPS of them, whatever the length of the word."""
+    how, group = HOW[manner], round(GROUP_SECONDS * SAMPLE_RATE)
+    wav = trim(to_16k(samples, rate), 0.03 if how.note else 0.08)
+    if how.note:
+        wav = wav[: NOTE_GROUPS * group]
+        fade = np.clip(np.arange(len(wav), 0, -1) / 480, 0, 1)  # 30 ms
+        wav = np.pad(wav * fade, (0, NOTE_GROUPS * group - len(wav)))
     if how.tilt:
         zeros, poles = ([1, -how.tilt], [1]) if how.tilt > 0 else ([1 + how.tilt], [1, how.tilt])
         wav = lfilter(zeros, poles, wav)
     wav = wav * (10 ** (how.gain / 20) / degrade.rms(wav))
     loud = np.abs(wav)  # above 0.7 it bends towards full scale
     wav = np.where(loud > 0.7, np.sign(wav) * (0.7 + 0.3 * np.tanh((loud - 0.7) / 0.3)), wav)
-    return to_int16(np.pad(wav, (0, -len(wav) % round(GROUP_SECONDS * SAMPLE_RATE))))
+    return to_int16(np.pad(wav, (0, -len(wav) % group)))
 
 
 def measure(speech, syllables):

@@ -18,10 +18,10 @@ from aqaa.corpus import engines, intents, play, speak
 from aqaa.corpus import plan as P
 from aqaa.corpus.facts import pieces
 from aqaa.evaluation import whisper
-from aqaa.evaluation.controls import RULES, directions
+from aqaa.evaluation.controls import RULES, directions, in_tune
 from aqaa.evaluation.judges import Judge, missing_words
 from aqaa.pipeline import text_ids
-from aqaa.tokenizers.text import normalise
+from aqaa.tokenizers.text import NOTES, normalise
 
 CELLS = {  # of the corpus, and what they are called in the table
     "seen_seen": "seen wording, seen voice", "seen_new": "seen wording, new voice",
@@ -33,6 +33,7 @@ CELLS = {  # of the corpus, and what they are called in the table
     "follow_seen": "second turn, seen voice", "follow_natural": "second turn, natural voice",
     "play_seen": "creativity, roles, games, seen voice",
     "play_natural": "creativity, roles, games, natural voice",
+    "sing_seen": "singing, seen voice", "sing_natural": "singing, natural voice",
     "unheard": "sound without words",
     "switch_seen": "two manners in a sentence, seen voice",
     "switch_natural": "two manners in a sentence, natural voice",
@@ -63,12 +64,12 @@ class Row:
     heard: str = ""  # by the lenient judge, in the model's sound
     heard_strict: str = ""
     seconds: float = 0.0  # of sound
-    manner: str = "normal"  # or two: "slow fast"
+    manner: str = "normal"  # or several: "slow fast", "do mi sol"
     text: bool | None = None  # the text is the expected one
     lenient: bool | None = None  # the judge hears the expected words
     strict: bool | None = None
     agrees: bool | None = None  # the lenient judge hears the model's own text
-    manner_ok: bool | None = None  # right direction, against the teacher's normal recording
+    manner_ok: bool | None = None  # right direction, against the teacher's normal one; in tune
     teacher_lenient: bool | None = None  # the same of the teacher's recording
     teacher_strict: bool | None = None
 
@@ -145,8 +146,10 @@ def score_sound(rows, items, sounds, corpus, workers, seed, progress):
     normal = {normalise(item.answer): item for item in spoken.values() if item.manner == "normal"}
     normal = {text: recording(corpus, normal[text]) for text in texts & set(normal)}
     for row, item, sound in zip(rows, items, sounds, strict=True):
-        if item.manner in RULES and row.expected in normal:
-            parts = pieces(item.answer, item.manner)
+        parts = pieces(item.answer, item.manner)
+        if item.manner in NOTES:
+            row.manner_ok = sound is not None and in_tune([how for _, how in parts], sound)
+        elif item.manner in RULES and row.expected in normal:
             row.manner_ok = directions(parts, sound, normal[row.expected], judge)
     return {"grammar": len(judge.answers), "answers": len(answers), "unsayable_texts": unsayable}
 

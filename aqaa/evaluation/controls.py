@@ -11,11 +11,13 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import butter, find_peaks, sosfilt
 
-from aqaa.config import SAMPLE_RATE
+from aqaa.config import GROUP_SECONDS, SAMPLE_RATE
+from aqaa.corpus.voices import NOTE_GROUPS, NOTES
 from aqaa.pitch import f0
 
 HOP = 160  # samples between measuring frames: 10 ms
 FLOOR = 25  # dB under the loudest frame: quieter frames (stops, breath, noise) are no speech
+TUNE = 1.0  # semitones that a note may be off
 OUTLIER = 9  # semitones from the median: farther ones are errors of the tracker
 # Smallest changes that count: relative, semitones, semitones, dB.
 MARGIN = {"seconds": 0.05, "f0": 0.5, "f0_range": 0.0, "energy": 1.0}
@@ -119,6 +121,17 @@ def directions(parts, answer_wav, normal_wav, judge):
     return all(cuts) and all(
         direction(manner, one, other) for (_, manner), one, other in zip(parts, *cuts, strict=True)
     )
+
+
+def in_tune(notes, wav):
+    """Whether wav (N,) sings the notes, each in its slot of NOTE_GROUPS groups from the beginning:
+    the median f0 of every slot is within TUNE of its note. Which words are sung does not count."""
+    slot = round(NOTE_GROUPS * GROUP_SECONDS * SAMPLE_RATE)
+    f0s = [f0(np.asarray(wav)[i * slot : (i + 1) * slot], hop=HOP) for i in range(len(notes))]
+    sung = [float(np.median(one[one > 0])) if (one > 0).any() else 1.0 for one in f0s]
+    wanted = [NOTES[note].note for note in notes]
+    right = len(wav) < (len(notes) + 1) * slot  # and none more than these
+    return right and all(np.abs(12 * np.log2(np.divide(sung, wanted))) < TUNE)
 
 
 def cut(wav, parts, judge):

@@ -22,14 +22,16 @@ SPACE = "▁"
 FIRST_TEXT = 68  # ids below are markers
 ROLES = ("human\n", "assistant\n", "system\n")  # ids 39, 40, 41 of the mini, unused in Step-1
 MANNERS = ("slow", "fast", "high", "low", "loud", "soft", "happy", "sad", "angry", "calm")
-TAGS = tuple(f"({manner})" for manner in MANNERS)  # ids 42..51 of the mini: how the words are said
+NOTES = ("do", "re", "mi", "fa", "sol", "la", "ti", "octave")  # that a word is sung on
+HOW = MANNERS + NOTES
+TAGS = tuple(f"({how})" for how in HOW)  # ids 42..59 of the mini: how words are said, or sung
 STEP1_MARKERS = (
     "<unk>", "<s>", "</s>", "<|EOT|>", "<|BOT|>", "<|CALL_START|>", "<|CALL_END|>",
     "<|THINK_START|>", "<|THINK_END|>", "<|IMG_START|>", "<|IMG_END|>", "<|META_START|>",
     "<|META_END|>", "<im_patch>", "<im_start>", "<im_end>",
     *(f"<unused_{i}>" for i in range(16, 31)), "<audio_start>", "<audio_end>", "<text_start>",
     "<text_end>", "<|TTS|>", "<|ASR|>", "<|TQAA|>", "<|AQTA|>", *ROLES, *TAGS,
-    *(f"<unused_{i}>" for i in range(52, FIRST_TEXT)),
+    *(f"<unused_{i}>" for i in range(60, FIRST_TEXT)),
 )  # fmt: skip
 MINI_NORMALIZERS = [
     normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(),
@@ -47,7 +49,7 @@ AUTO_MARKERS = dict(bos_token=ANCHOR, eos_token="<|EOT|>", unk_token="<unk>", pa
 
 def tagged(text, manner):
     """A text that says how it is said: "(slow) the river runs"; unchanged for any other manner."""
-    return f"({manner}) {text}" if manner in MANNERS else text
+    return f"({manner}) {text}" if manner in HOW else text
 
 
 def normalise(text):

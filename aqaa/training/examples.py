@@ -3,7 +3,7 @@
 Stages follow the paper (3.1 and 3.2) at mini size. Every example is one sequence of the one
 vocabulary; an answer's text begins with its manner, "(slow) …", unless that is the normal one:
   text   written question -> written answer           asr   speech -> its words
-  tts    words (and a manner) -> answer voice          next  speech, continued (audio continuation)
+  tts    words (and manners) -> answer voice           next  speech, continued (audio continuation)
   tqaa   written question -> spoken answer             aqta  spoken question -> written answer
   aqtaa  spoken question -> written and spoken answer, in blocks of the layout
   turns  the same behind earlier turns, which are text, as in a chat"""
@@ -52,7 +52,7 @@ class Book:
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
         self.spoken_words = [i for i, item in enumerate(items) if item.intent != UNHEARD]
         self.follows = [i for i, item in enumerate(items) if item.role == "follow"]
-        self.voiced = [i for i, item in enumerate(items) if item.role == "answer"]
+        self.voiced = [i for i, item in enumerate(items) if item.is_voiced]
         self.answers = {items[i].answer_id: i for i in self.voiced if items[i].answer_id}
         asked = self.questions + self.follows
         if missing := {items[i].answer_id for i in asked} - set(self.answers):

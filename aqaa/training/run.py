@@ -4,6 +4,7 @@ A stage reads what earlier ones left in the run folder and leaves a checkpoint, 
 entry in record.json. `export` gathers the finished parts into a model folder for `aqaa.load`."""
 
 import hashlib
+import itertools
 import shutil
 import time
 from copy import copy
@@ -116,9 +117,10 @@ class Run:
         for i, item in enumerate(items):
             part = ANSWERS if item.is_voiced else item.part
             files.setdefault(part, {})[item.id] = i, 0
-        if copied:
-            files["bent"] = {f"{items[i].id}~{number}": (i, number)
-                             for number in range(1, wider.COPIES + 1) for i in copied}  # fmt: skip
+        for number, i in itertools.product(range(1, wider.COPIES + 1), copied):
+            # Copies of a part that came later lie apart: the large file before need not change.
+            part = "bent_voice" if items[i].part == "voice" else "bent"
+            files.setdefault(part, {})[f"{items[i].id}~{number}"] = i, number
         for part, rows in files.items():
             pairs = [[heard[number, name][i] for i, number in rows.values()] for name in SPOKEN]
             store_codes(codes_file(self.out, part), list(rows), *pairs)
