@@ -1,4 +1,5 @@
-"""Singing: the score is what is asked for, every note has its slot, and what is held out stays out."""
+"""The voice part of the corpus: the score that is sung is what is asked for, every note has its slot, natural voices
+that ask how they sound can sound so, and what is held out stays out."""
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from aqaa.files import data_folder
 from aqaa.tokenizers.text import MANNERS, NOTES, TextTokenizer, normalise, tagged
 
 ITEMS = play.voice_plan()
-ASKED = [item for item in ITEMS if item.role == "question"]
+ASKED = [item for item in ITEMS if item.category == "Sing" and item.role == "question"]
+HEARD = [item for item in ITEMS if item.want]
 SUNG = {item.id: item for item in ITEMS if item.role == "answer" and item.manner in NOTES}
 DRILLS = [item for item in ITEMS if item.role == "answer" and item.manner not in NOTES]
 SLOT = round(V.NOTE_GROUPS * GROUP_SECONDS * SAMPLE_RATE)
@@ -41,7 +43,7 @@ def test_counts_are_those_of_the_table_and_a_miniature_sings_only_what_it_needs(
     assert len(DRILLS) == play.PLAY["switch"]["drills"]
     few = play.voice_plan(0.001)
     sung = {i.answer_id for i in few if i.role == "answer" and i.manner in NOTES}
-    assert sung == {i.answer_id for i in few if i.role == "question"} and len(few) < 200
+    assert sung == {i.answer_id for i in few if i.category == "Sing" and i.role == "question"} and len(few) < 250
 
 
 def test_the_answer_is_the_score_of_what_is_asked():
@@ -70,6 +72,22 @@ def test_training_never_hears_what_evaluation_asks():
     assert all(SUNG[i.answer_id].split == "train" for i in others)
     patterns = C.held_out_patterns()
     assert not [i.text for i in others if any(pattern.search(i.text) for pattern in patterns)]
+
+
+def test_natural_voices_ask_how_they_sound():
+    entry, known = play.PLAY["heard"], {item.id: item for item in answer_items()}
+    assert set(entry["voices"]) == set(V.CLASSES) > set(entry["held_out"])
+    for item in HEARD:
+        new = item.split == "eval"
+        assert item.cell == ("voice_natural" if new else "") and item.category == "Voice Understanding"
+        assert item.voice in entry["held_out" if new else "voices"][item.want].split()
+        assert item.voice in (V.NATURAL_HELD_OUT if new else V.NATURAL)
+        assert known[item.answer_id].text == item.answer
+        intent = C.INTENTS[item.intent]
+        assert item.core in (intent.held_out if new else intent.cores)
+        item.part = "voice"
+        assert not wider.is_copied(item)  # another mouth would sound otherwise
+    assert {i.want for i in HEARD if i.split == "train"} == set(V.CLASSES)
 
 
 def test_one_question_has_one_answer():

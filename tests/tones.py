@@ -43,7 +43,8 @@ def say(voice, text, how):
     """One utterance (N,) float32, 0.1 s of silence at both ends."""
     phones = spell(text)
     vowels = np.array([phone in speak.VOWELS for phone in phones])
-    base = {"woman": 195, "man": 112}[voices.gender(voice)] * (0.95 + crc32(voice.encode()) % 100 / 1000)
+    woman = voices.gender(voice) == "woman" or "mix" in voice and round(1e6 * how.lead) % 2  # a mix is anybody
+    base = (195 if woman else 112) * (0.95 + crc32(voice.encode()) % 100 / 1000)
     rate, pitch, spread = how.rate, base * how.pitch, 1.3 * how.spread
     seconds = max(1, vowels.sum()) / (SYLLABLES * rate)  # lone letters may have no vowel
     edges = np.cumsum(1 + vowels) / np.sum(1 + vowels) * seconds * RATE  # a vowel takes twice the time

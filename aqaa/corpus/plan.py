@@ -187,7 +187,7 @@ class Choice:
         return self.rng.choices(list(pool), p)[0]
 
 
-def _question(split, cell, intent, core, fact, pool, ids, rng):
+def question(split, cell, intent, core, fact, pool, ids, rng):
     voice = V.pick(Choice(rng), pool, fact.want)
     return Item(
         "", split, cell, "question", C.wording(core, fact, rng), voice, 0, intent.category,
@@ -210,7 +210,7 @@ def _training(scale, ids, rng, later=False):
             cores = [core for core in wordings if fact.key in allowed[core]]
             core = cores[(turns[fact.key] + stable_hash(fact.key)) % len(cores)]
             turns[fact.key] += 1
-            items.append(_question("train", "", intent, core, fact, V.TRAINING, ids, rng))
+            items.append(question("train", "", intent, core, fact, V.TRAINING, ids, rng))
     return items
 
 
@@ -229,7 +229,7 @@ def _evaluation(cell, count, wording, pool, ids, rng):
     for i in range(count if stock else 0):
         turn, number = divmod(i, len(stock))
         intent, pairs = stock[number]
-        items.append(_question(split, cell, intent, *pairs[turn % len(pairs)], pool, ids, rng))
+        items.append(question(split, cell, intent, *pairs[turn % len(pairs)], pool, ids, rng))
     return items
 
 

@@ -9,9 +9,11 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
+from aqaa.corpus import intents as C
 from aqaa.corpus import plan as P
 from aqaa.corpus import sing, switches, wider
-from aqaa.corpus.curriculum import SENTENCES
+from aqaa.corpus import voices as V
+from aqaa.corpus.curriculum import SENTENCES, VOICE
 from aqaa.corpus.facts import Fact, number, stable_hash
 from aqaa.tokenizers.text import tagged
 
@@ -94,10 +96,28 @@ def plan(scale=1.0, seed=0):
 
 
 def voice_plan(scale=1.0, seed=0):
-    """Items of sing.toml, and sentences that are for the answer voice alone."""
+    """Items of sing.toml, sentences that the answer voice alone says, and natural voices that ask
+    how they sound."""
     items = _drawn("sing", "n", sing.SING, sing.facts(), scale, seed)
-    items += switches.drills(PLAY["switch"]["drills"], scale, seed)
+    items += switches.drills(PLAY["switch"]["drills"], scale, seed) + _heard(scale, seed)
     return wider.numbered(items, "v", "voice", seed)
+
+
+def _heard(scale, seed):
+    """Voice Understanding in natural voices, the held-out ones where they can sound as wanted."""
+    rng, entry, items = Random(f"heard {seed}"), PLAY["heard"], []
+    ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
+    for split, cell in (("eval", "voice_natural"), ("dev", ""), ("train", "")):
+        for intent in (one for one in C.INTENTS.values() if one.category == VOICE):
+            cores = intent.held_out if cell else intent.cores
+            for fact in intent.facts:
+                pool = entry["held_out" if cell else "voices"].get(fact.want, "").split()
+                for _ in range(P.scaled(entry[split], scale) if pool else 0):
+                    core = rng.choice(cores)
+                    item = P.question(split, cell, intent, core, fact, V.TRAINING, ids, rng)
+                    item.voice = rng.choice(pool)
+                    items.append(item)
+    return items
 
 
 def _drawn(part, letter, table, stock, scale, seed):

@@ -240,7 +240,7 @@ def _insist(item):
     """Draw voice and variation again until what is measured lies clearly in the wanted class."""
     pool = V.TRAINING if item.voice in V.TRAINING else V.EVALUATION
     for attempt in range(TRIES):
-        if attempt:
+        if attempt and item.voice in pool:  # a natural one stays itself
             item.voice = V.pick(_generator(item, attempt + TRIES), pool, item.want)
         sounds = engines.synthesize([(item.voice, item.text, _how(item, attempt))])
         wav = _finish(item, sounds, attempt)

@@ -18,7 +18,7 @@ from aqaa.pitch import f0
 ANSWER_VOICE = "hibari:heart"
 NOTE_GROUPS = 4  # of a note, 0.48 s: every note is a slot of its own
 PLAYBACK = (0.84, 1.19), (0.9, 1.12)  # bounds of the usual and of the mild variations
-FEMALE = ("+f", "slt")  # parts of voice names whose natural pitch is a woman's
+FEMALE = ("+f", "slt", "hibari", ":jf_")  # parts of voice names whose natural pitch is a woman's
 
 
 @dataclass
@@ -163,7 +163,7 @@ def say_answer(samples, rate, manner):
     """An answer's int16 wave: spectral tilt and level of its manner, in whole groups; of a note,
     NOTE_GROUPS of them, whatever the length of the word."""
     how, group = HOW[manner], round(GROUP_SECONDS * SAMPLE_RATE)
-    wav = trim(to_16k(samples, rate), 0.03 if how.note else 0.08)
+    wav = trim(to_16k(samples, rate, how.playback), 0.03 if how.note else 0.08)
     if how.note:
         wav = wav[: NOTE_GROUPS * group]
         fade = np.clip(np.arange(len(wav), 0, -1) / 480, 0, 1)  # 30 ms

@@ -33,6 +33,7 @@ CELLS = {  # of the corpus, and what they are called in the table
     "follow_seen": "second turn, seen voice", "follow_natural": "second turn, natural voice",
     "play_seen": "creativity, roles, games, seen voice",
     "play_natural": "creativity, roles, games, natural voice",
+    "voice_natural": "how do I sound, natural voice",
     "sing_seen": "singing, seen voice", "sing_natural": "singing, natural voice",
     "unheard": "sound without words",
     "switch_seen": "two manners in a sentence, seen voice",
