@@ -28,6 +28,7 @@ class Intent:
     later: tuple = ()  # wordings that joined when the plan stood: asked after all the rest
     later_renders: int = 0
     dev: tuple = ()  # wordings of the development split alone
+    more: tuple = ()  # wordings that joined last (play.later_plan)
 
     def allowed(self, core):
         """Facts that training may ask in this core (a held-out core gets all)."""
@@ -63,7 +64,7 @@ def _intent(name, entry):
     cores, held_out = held_apart(lines("wordings"))
     options = "category", "renders", "hold_one_in", "later_renders"
     return Intent(
-        name, facts=FACTS[name], later=lines("later"), dev=lines("dev"),
+        name, facts=FACTS[name], later=lines("later"), dev=lines("dev"), more=lines("more"),
         cores=tuple(cores), held_out=tuple(held_out),
         **{key: entry[key] for key in options if key in entry},
     )  # fmt: skip

@@ -28,7 +28,7 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True, only=N
         "open": lambda: _open(folder / "open", scale, seed),
         "wider": lambda: _joined(folder / "wider", wider.plan(scale, seed)),
         "play": lambda: _joined(folder / "play", play.plan(scale, seed)),
-        "voice": lambda: _joined(folder / "voice", play.voice_plan(scale, seed)),
+        "later": lambda: _joined(folder / "later", play.later_plan(scale, seed)),
         "people": lambda: recorded,
     }
     plans = {part: makers[part]() for part in chosen}

@@ -86,7 +86,7 @@ def apart(name, fact):
 
 def joined(scale=1.0, seed=0):
     """Items of all that joined the questions of curriculum.toml: the wider part and these two."""
-    return wider.plan(scale, seed) + plan(scale, seed) + voice_plan(scale, seed)
+    return wider.plan(scale, seed) + plan(scale, seed) + later_plan(scale, seed)
 
 
 def plan(scale=1.0, seed=0):
@@ -95,12 +95,29 @@ def plan(scale=1.0, seed=0):
     return wider.numbered(items + switches.plan(PLAY["switch"], scale, seed), "y", "play", seed)
 
 
-def voice_plan(scale=1.0, seed=0):
-    """Items of sing.toml, sentences that the answer voice alone says, and natural voices that ask
-    how they sound."""
+def later_plan(scale=1.0, seed=0):
+    """Items of sing.toml, sentences that the answer voice alone says, natural voices that ask how
+    they sound, and known questions in more wordings."""
     items = _drawn("sing", "n", sing.SING, sing.facts(), scale, seed)
-    items += switches.drills(PLAY["switch"]["drills"], scale, seed) + _heard(scale, seed)
+    items += switches.drills(PLAY["switch"]["drills"], scale, seed)
+    items += _heard(scale, seed) + _reworded(scale, seed)
     return wider.numbered(items, "v", "voice", seed)
+
+
+def _reworded(scale, seed):
+    """Training questions in the wordings `more` of all tables, shuffled."""
+    rng, items, names = Random(f"more {seed}"), [], list(PLAY["intents"])
+    known = wider.Maker(rng, {(item.answer, item.manner): item.id for item in P.answer_items()})
+    playing = _Maker(rng, "p", PLAY["intents"], facts(), "more")
+    for who, counts in PLAY["more"].items():
+        for kind, count in counts.items():
+            count = P.scaled(count, scale)
+            if kind != "play":
+                items += known.all(kind, count, wider.POOLS[who], "train")
+            for turn in range(count if kind == "play" else 0):
+                items += playing.asked(names[turn % len(names)], wider.POOLS[who], "train")
+    rng.shuffle(items)
+    return items
 
 
 def _heard(scale, seed):
@@ -146,10 +163,10 @@ def _drawn(part, letter, table, stock, scale, seed):
 class _Maker:
     """Draws questions of each intent; `answers` are the Items that the curriculum lacks."""
 
-    def __init__(self, rng, letter, intents, stock):
+    def __init__(self, rng, letter, intents, stock, wordings="wordings"):
         self.rng, self.intents, self.stock, self.answers = rng, intents, stock, []
         self.ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
-        self.cores = {name: wider.lines_of(entry["wordings"]) for name, entry in intents.items()}
+        self.cores = {name: wider.lines_of(entry[wordings]) for name, entry in intents.items()}
         for name, rows in self.stock.items():
             category = intents[name]["category"]
             for fact in rows:

@@ -25,7 +25,7 @@ from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import STORED, Item, plan_hash
 from aqaa.files import reading, replacing
 
-PARTS = ("questions", "open", "wider", "play", "voice", "people")
+PARTS = ("questions", "open", "wider", "play", "later", "people")
 PER_SHARD = 400
 ROUND = 8  # shards that a worker speaks before another takes its place
 RESUME = "run `aqaa train corpus --resume`"

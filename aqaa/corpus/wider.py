@@ -42,7 +42,7 @@ def plan(scale=1.0, seed=0):
         ids[text, "normal"] = name
         items.append(P.Item(name, "train", "", "answer", text, V.ANSWER_VOICE, category=HONESTY,
                             manner="normal", answer=text, answer_id=name))  # fmt: skip
-    make = _Maker(rng, ids)
+    make = Maker(rng, ids)
     for cell, count in WIDER["cells"].items():
         kind, _, who = cell.partition("_")
         items += make.all(kind, P.scaled(count, scale), POOLS[who or "noise"], "eval", cell)
@@ -84,8 +84,8 @@ def is_copied(item):
     """Whether the codes of bent copies of an Item are kept, too: of all that joined and is asked
     for training, and of one in ten of the questions that were there before."""
     asked = item.split == "train" and item.role in ("question", "follow")
-    if item.part == "voice":  # a bent copy no longer sounds as it should
-        return asked and not item.want
+    if item.part == "later":
+        return asked and item.category == "Sing"
     return asked and (item.part in ("wider", "play") or stable_hash(item.id) % 10 == 0)
 
 
@@ -116,7 +116,7 @@ class _Asked:
     slots: dict = field(default_factory=dict)
 
 
-class _Maker:
+class Maker:
     """Draws questions of each kind; what was drawn is counted, so that all is used evenly."""
 
     def __init__(self, rng, ids):
@@ -133,7 +133,7 @@ class _Maker:
         for turn in range(count):
             voice = voice_of(self.rng, pool)
             one = maker(turn, split == "eval")
-            role = "follow" if kind == "follow" else "question"
+            role = "follow" if kind.startswith("follow") else "question"
             if role == "follow" and split != "train":  # the first question is spoken as well
                 made.append(P.Item("", split, "", "first", one.slots["asked"], voice))
             made.append(P.Item(
@@ -147,7 +147,7 @@ class _Maker:
         intent = stock[turn % len(stock)]
         core = self.rng.choice(getattr(intent, wordings))
         fact = self.rng.choice(intent.allowed(core))
-        text = C.wording(core, fact, self.rng)
+        text = C.fill(core, fact) if wordings == "more" else C.wording(core, fact, self.rng)
         return _Asked(text, fact.answer, fact.manner, intent.name, intent.category, core,
                       dict(fact.slots))  # fmt: skip
 
@@ -156,6 +156,12 @@ class _Maker:
 
     def _dev(self, turn, held_out):
         return self._known(turn, held_out, "dev")
+
+    def _more(self, turn, held_out):
+        return self._known(turn, held_out, "more")
+
+    def _follow_more(self, turn, held_out):
+        return self._follow(turn, held_out, "more")
 
     def _outside(self, turn, held_out):  # each of the three kinds in turn
         return (self._open, self._world, self._near)[turn % 3](turn, held_out)
@@ -194,7 +200,7 @@ class _Maker:
                 self.known.add(text)
                 return text
 
-    def _follow(self, turn, held_out):
+    def _follow(self, turn, held_out, wordings="wordings"):
         """A second question behind a first one; draws until there is a known answer."""
         kinds = sorted(WIDER["follow"])
         kind = kinds[turn % len(kinds)]
@@ -203,7 +209,7 @@ class _Maker:
         while True:
             intent = C.INTENTS[self.rng.choice(names)]
             first = self.rng.choice(intent.known())
-            core = self.rng.choice(lines_of(entry["wordings"])[held_out])
+            core = self.rng.choice(lines_of(entry[wordings])[held_out])
             found = self._second(kind, intent, first, core)
             if found and intent.category != VOICE:
                 break

@@ -119,7 +119,7 @@ class Run:
             files.setdefault(part, {})[item.id] = i, 0
         for number, i in itertools.product(range(1, wider.COPIES + 1), copied):
             # Copies of a part that came later lie apart: the large file before need not change.
-            part = "bent_voice" if items[i].part == "voice" else "bent"
+            part = "bent_later" if items[i].part == "later" else "bent"
             files.setdefault(part, {})[f"{items[i].id}~{number}"] = i, number
         for part, rows in files.items():
             pairs = [[heard[number, name][i] for i, number in rows.values()] for name in SPOKEN]

@@ -1,5 +1,5 @@
-"""The voice part of the corpus: the score that is sung is what is asked for, every note has its slot, natural voices
-that ask how they sound can sound so, and what is held out stays out."""
+"""The part of the corpus that joined last: a score is what is asked for, every note has its slot, natural voices that
+ask how they sound can sound so, more wordings ask for known facts, and what is held out stays out."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from aqaa.evaluation.controls import in_tune
 from aqaa.files import data_folder
 from aqaa.tokenizers.text import MANNERS, NOTES, TextTokenizer, normalise, tagged
 
-ITEMS = play.voice_plan()
+ITEMS = play.later_plan()
 ASKED = [item for item in ITEMS if item.category == "Sing" and item.role == "question"]
 HEARD = [item for item in ITEMS if item.want]
+MORE = [item for item in ITEMS if item.role in ("question", "follow") and item.category != "Sing" and not item.want]
 SUNG = {item.id: item for item in ITEMS if item.role == "answer" and item.manner in NOTES}
 DRILLS = [item for item in ITEMS if item.role == "answer" and item.manner not in NOTES]
 SLOT = round(V.NOTE_GROUPS * GROUP_SECONDS * SAMPLE_RATE)
@@ -41,7 +42,7 @@ def test_counts_are_those_of_the_table_and_a_miniature_sings_only_what_it_needs(
         mine = [item for item in ASKED if item.intent == intent and item.split == "train"]
         assert len(mine) == sum(counts.values())
     assert len(DRILLS) == play.PLAY["switch"]["drills"]
-    few = play.voice_plan(0.001)
+    few = play.later_plan(0.001)
     sung = {i.answer_id for i in few if i.role == "answer" and i.manner in NOTES}
     assert sung == {i.answer_id for i in few if i.category == "Sing" and i.role == "question"} and len(few) < 250
 
@@ -85,9 +86,27 @@ def test_natural_voices_ask_how_they_sound():
         assert known[item.answer_id].text == item.answer
         intent = C.INTENTS[item.intent]
         assert item.core in (intent.held_out if new else intent.cores)
-        item.part = "voice"
+        item.part = "later"
         assert not wider.is_copied(item)  # another mouth would sound otherwise
     assert {i.want for i in HEARD if i.split == "train"} == set(V.CLASSES)
+
+
+def test_more_wordings_ask_for_known_facts():
+    known = {item.id: item for item in answer_items() + play.plan() if item.role == "answer"}
+    for item in MORE:
+        answer = known[item.answer_id]
+        assert item.split == "train" and (answer.text, answer.manner) == (item.answer, item.manner)
+        assert (item.role == "follow") == bool(wider.turns_before(item))
+    patterns = C.held_out_patterns()
+    kept = {core for intent in C.INTENTS.values() for core in intent.held_out + intent.dev}
+    kept |= {core for table in (wider.WIDER["follow"], play.PLAY["intents"]) for entry in table.values()
+             for core in wider.lines_of(entry["wordings"])[1]}  # fmt: skip
+    assert not [i.text for i in MORE if any(pattern.search(i.text) for pattern in patterns)]
+    assert not {item.core for item in MORE} & kept and not {item.text for item in MORE} & kept
+    assert {item.voice for item in MORE} <= {*V.TRAINING, *V.NATURAL}
+    for intent in C.INTENTS.values():
+        heard = intent.cores + intent.later + intent.more
+        assert len(set(heard)) == len(heard) >= (7 if intent.category == "Voice Understanding" else 15), intent.name
 
 
 def test_one_question_has_one_answer():
