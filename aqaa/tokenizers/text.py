@@ -163,7 +163,8 @@ def _finished(tokenizer, special, plain):
 
     Only the special ones can be left out by decode.
     """
-    steps = decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()
+    apart = [decoders.Replace(tag, f" {tag}") for tag in plain if tag in TAGS]  # "on (fast) the"
+    steps = decoders.Replace(SPACE, " "), *apart, decoders.ByteFallback(), decoders.Fuse()
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
