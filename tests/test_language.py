@@ -362,7 +362,7 @@ def test_rows_are_full_of_whole_examples(task):
 
 def test_examples_longer_than_a_row_are_left_out(book):
     task = make(book, length=60, rows=2)
-    batch = task.batch(np.random.default_rng(0))
+    batch = task.batch(np.random.default_rng(3))
     assert batch["input_ids"].shape == (2, 60) and (batch["segments"] > 0).any()
 
 

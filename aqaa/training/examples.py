@@ -52,7 +52,7 @@ class Book:
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
         self.spoken_words = [i for i, item in enumerate(items) if item.intent != UNHEARD]
         self.follows = [i for i, item in enumerate(items) if item.role == "follow"]
-        self.voiced = [i for i, item in enumerate(items) if item.is_voiced]
+        self.voiced = [i for i, x in enumerate(items) if x.role == "answer" or x.is_voiced]
         self.answers = {items[i].answer_id: i for i in self.voiced if items[i].answer_id}
         asked = self.questions + self.follows
         if missing := {items[i].answer_id for i in asked} - set(self.answers):
