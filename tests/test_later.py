@@ -20,7 +20,7 @@ ASKED = [item for item in ITEMS if item.category == "Sing" and item.role == "que
 HEARD = [item for item in ITEMS if item.want]
 MORE = [item for item in ITEMS if item.role in ("question", "follow") and item.category != "Sing" and not item.want]
 SUNG = {item.id: item for item in ITEMS if item.role == "answer" and item.manner in NOTES}
-DRILLS = [item for item in ITEMS if item.role == "answer" and item.manner not in NOTES]
+DRILLS = [item for item in ITEMS if item.role == "generic"]
 SLOT = round(V.NOTE_GROUPS * GROUP_SECONDS * SAMPLE_RATE)
 
 

@@ -9,6 +9,7 @@ from aqaa.corpus import plan as P
 from aqaa.corpus import wider
 from aqaa.corpus.curriculum import FOLLOW, SENTENCES
 from aqaa.corpus.facts import SCRIPT, Fact, stable_hash
+from aqaa.corpus.voices import ANSWER_VOICE
 
 PAIRS = tuple(pair for one in ("slow fast", "high low", "loud soft", "happy sad")
               for pair in (one.split(), one.split()[::-1]))  # fmt: skip
@@ -31,7 +32,7 @@ def drills(count, scale=1.0, seed=0):
         words, (a, b) = text.split(), rng.choice(PAIRS)
         at = rng.randint(1, len(words) - 1)
         said = " ".join([*words[:at], f"({b})", *words[at:]])
-        items.append(P.answer_item(f"d{place:04d}", "train", Fact((), said, a), NAME, FOLLOW))
+        items.append(P.Item(f"d{place:04d}", "train", "", "generic", said, ANSWER_VOICE, manner=a))
     return items
 
 
