@@ -30,6 +30,8 @@ def spoken(monkeypatch):
     monkeypatch.setattr(wider, "plan", lambda scale, seed: planned[:2] + planned[-6:])
     joined = play.plan()
     monkeypatch.setattr(play, "plan", lambda scale, seed: joined[:2] + joined[-3:])
+    later = play.later_plan()
+    monkeypatch.setattr(play, "later_plan", lambda scale, seed: later[:2] + later[-2:])
     monkeypatch.setattr(speak, "PER_SHARD", 16)
     monkeypatch.delenv(natural.STYLES_ENV, raising=False)
 
@@ -40,15 +42,16 @@ def make(folder, **more):
 
 def test_parts_are_read_together_and_each_for_itself(spoken, tmp_path):
     corpus = make(tmp_path)
-    questions, opened, more, games = (speak.Corpus(tmp_path / part) for part in speak.PARTS[:-1])
-    every = [*questions.items(), *opened.items(), *more.items(), *games.items()]
+    questions, opened, more, games, later = (speak.Corpus(tmp_path / part) for part in speak.PARTS[:-1])
+    every = [item for part in (questions, opened, more, games, later) for item in part.items()]
     assert [item.id for item in corpus.items()] == [item.id for item in every] and corpus.complete
-    for alone, part in zip((questions, opened, more, games), speak.PARTS, strict=False):
+    for alone, part in zip((questions, opened, more, games, later), speak.PARTS, strict=False):
         mine = [item for item in corpus.items() if item.part == part]
         assert mine and {item.part for item in alone.items()} == {""}
         assert all(np.array_equal(alone.wav(a), corpus.wav(b)) for a, b in zip(alone.items(), mine, strict=True))
     assert corpus.items(role="open", split="train")
-    assert corpus.answers().keys() == questions.answers().keys() | more.answers().keys() | games.answers().keys()
+    told = [part.answers().keys() for part in (questions, more, games, later)]
+    assert corpus.answers().keys() == set().union(*told) and all(told)
     assert {item.voice for item in corpus.items(role="open")} > set(V.NATURAL)
 
 
@@ -57,9 +60,9 @@ def test_a_part_is_spoken_again_without_the_others(spoken, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "questions").iterdir()}
     for path in (tmp_path / "open").iterdir():
         path.unlink()
-    assert list(speak.Corpus(tmp_path).places) == ["questions", "wider", "play"]
+    assert list(speak.Corpus(tmp_path).places) == ["questions", "wider", "play", "later"]
     corpus = make(tmp_path, only="open", resume=False, seed=1)
-    assert corpus.complete and list(corpus.places) == ["questions", "open", "wider", "play"]
+    assert corpus.complete and list(corpus.places) == ["questions", "open", "wider", "play", "later"]
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "questions").iterdir()}
 
 
@@ -93,7 +96,7 @@ def test_cost_is_said_before_anything_is_spoken(spoken, tmp_path, capsys, monkey
     line = r"^(\w+): (\d+) utterances, about ([\d.]+) hours, (\d+) minutes of one core$"
     told = re.findall(line, capsys.readouterr().out, re.MULTILINE)
     assert [(part, int(count)) for part, count, *_ in told] == [
-        ("questions", 20), ("open", len(P.open_plan(0.01))), ("wider", 8), ("play", 5),
+        ("questions", 20), ("open", len(P.open_plan(0.01))), ("wider", 8), ("play", 5), ("later", 4),
     ]  # fmt: skip
 
 
