@@ -52,9 +52,9 @@ def accuracy(result):
         lines.append(f"| {name} | {n} | " + " | ".join(percent(scores[key]) for key in COLUMNS) + " |")
     measured = [row for row in result.get("rows", ()) if row["manner_ok"] is not None]
     if measured:
-        kinds = [row["category"] if row["category"] == "Sing" else " " in row["manner"] for row in measured]
-        one, two, sung = (share(row["manner_ok"] for row, kind in zip(measured, kinds) if kind == wanted)
-                          for wanted in (False, True, "Sing"))  # fmt: skip
+        sung = share(row["manner_ok"] for row in measured if row["category"] == "Sing")
+        said = [row for row in measured if row["category"] != "Sing"]
+        one, two = (share(row["manner_ok"] for row in said if (" " in row["manner"]) == both) for both in (0, 1))
         lines += ["", f"Requested manner measured in the answer, right direction: {percent(one)} % of {one['n']}; of "
                   f"answers that change it in the middle, both manners in their places, {percent(two)} % of {two['n']} "
                   "(rules over rate, pitch and energy; the moods are rules too, not emotion); of songs, every note "

@@ -561,15 +561,13 @@ def test_the_words_of_an_answer_do_not_depend_on_its_sound(mini, asked):
 def test_the_quantised_mini_answers_as_the_mini_does(mini):
     """A sample; the whole is `aqaa bench quantize`, whose record is held to its promise below."""
     plain, calibration = mini.backbone, dialogues.dialogues("mini", "train", 24)
-    asked = dialogues.dialogues("mini", "eval", 96)
+    asked = dialogues.dialogues("mini", "eval", 144)
     variants = {name: quantization.VARIANTS[name] for name in ("int4 g64 rtn", "int4 g64 gptq")}
     found = quantization.compare_formats(mini, asked[:3], asked, calibration, variants, recordings=False)
     assert mini.backbone is plain and found["none"]["scores"]["kl"] == 0
     for name in variants:
         facts = found[name]
-        # Without data a backbone loses more: 5 of 100 right answers, at weights that learnt to sing.
-        least = 0.95 if name.endswith("gptq") else 0.9
-        assert facts["questions"]["of_right"] >= least and facts["scores"]["agreement"] > 0.98, name
+        assert facts["questions"]["of_right"] >= 0.95 and facts["scores"]["agreement"] > 0.98, name
         assert facts["bytes"]["linear"] + facts["bytes"]["scale"] == facts["bytes"]["planned"]
     errors = [found[name]["scores"]["relative_error"] for name in variants]
     assert 0 < errors[1] < errors[0]

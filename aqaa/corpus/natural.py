@@ -115,8 +115,8 @@ def speak_hibari(jobs):
         voiced = pitch > 40
         if voiced.any():
             center = np.exp(np.log(pitch[voiced]).mean())
-            pitch[voiced] = center * how.pitch * (pitch[voiced] / center) ** how.spread
-            pitch[voiced] = how.note or pitch[voiced]
+            said = center * how.pitch * (pitch[voiced] / center) ** how.spread
+            pitch[voiced] = how.note or said  # what is sung stays on its note
         if how.formants != 1:
             at = np.clip(np.arange(len(harmonic)) / how.formants, 0, len(harmonic) - 1)
             low = np.minimum(at.astype(int), len(harmonic) - 2)

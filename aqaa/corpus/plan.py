@@ -69,8 +69,7 @@ PLANNED, STORED = NAMES[: NAMES.index("phones")], NAMES[: NAMES.index("part")]
 def plan(scale=1.0, seed=0):
     """All Items of a corpus, the same for the same seed: answers, evaluation, shuffled training."""
     rng = Random(f"plan {seed}")
-    answers = answer_items()
-    ids = {(item.answer, item.manner): item.id for item in answers}
+    answers, ids = answer_items(), answer_ids()
     spoken = answers if scale >= 1 else []
     for manner in V.MANNERS if scale < 1 else ():  # a miniature speaks a few of each manner
         same = [item for item in answers if item.manner == manner]
@@ -177,6 +176,11 @@ def answer_items():
     return list(seen.values())
 
 
+def answer_ids():
+    """{(answer, manner): id} of the curriculum's answers."""
+    return {(item.answer, item.manner): item.id for item in answer_items()}
+
+
 class Choice:
     """numpy's `choice` with the standard library's generator, whose stream never changes."""
 
@@ -188,6 +192,7 @@ class Choice:
 
 
 def question(split, cell, intent, core, fact, pool, ids, rng):
+    """The Item of a Fact asked in a wording (core) by a voice of `pool`; ids: see `answer_ids`."""
     voice = V.pick(Choice(rng), pool, fact.want)
     return Item(
         "", split, cell, "question", C.wording(core, fact, rng), voice, 0, intent.category,

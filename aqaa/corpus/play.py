@@ -1,5 +1,4 @@
-"""Creativity, Role-playing, Gaming (play.toml) and Sing (sing.py): four more categories of
-StepEval-Audio-360.
+"""Four more categories: Creativity, Role-playing and Gaming (play.toml), and Sing (sing.toml).
 
 A role is a voice: whoever asks for a giant hears a low one. Stories are made of three given words;
 evaluation gives words that never stood together in training. What is sung is apart likewise."""
@@ -80,8 +79,7 @@ def facts():
 
 def apart(name, fact):
     """Whether a fact is kept from training: half of all stories, some of what is sung."""
-    one_in = APART.get(name)
-    return one_in is not None and stable_hash(name, fact.key) % one_in == 1
+    return name in APART and stable_hash(name, fact.key) % APART[name] == 1
 
 
 def joined(scale=1.0, seed=0):
@@ -101,29 +99,27 @@ def later_plan(scale=1.0, seed=0):
     items = _drawn("sing", "n", sing.SING, sing.facts(), scale, seed)
     items += switches.drills(PLAY["switch"]["drills"], scale, seed)
     items += _heard(scale, seed) + _reworded(scale, seed)
-    return wider.numbered(items, "v", "voice", seed)
+    return wider.numbered(items, "v", "voice", seed)  # "voice": the part's first name is in seeds
 
 
 def _reworded(scale, seed):
     """Training questions in the wordings `more` of all tables, shuffled."""
     rng, items, names = Random(f"more {seed}"), [], list(PLAY["intents"])
-    known = wider.Maker(rng, {(item.answer, item.manner): item.id for item in P.answer_items()})
+    known = wider.Maker(rng, P.answer_ids())
     playing = _Maker(rng, "p", PLAY["intents"], facts(), "more")
     for who, counts in PLAY["more"].items():
-        for kind, count in counts.items():
-            count = P.scaled(count, scale)
-            if kind != "play":
-                items += known.all(kind, count, wider.POOLS[who], "train")
-            for turn in range(count if kind == "play" else 0):
-                items += playing.asked(names[turn % len(names)], wider.POOLS[who], "train")
+        pool = wider.POOLS[who]
+        for kind in ("known_more", "follow_more"):
+            items += known.all(kind, P.scaled(counts[kind], scale), pool, "train")
+        for turn in range(P.scaled(counts["play"], scale)):
+            items += playing.asked(names[turn % len(names)], pool, "train")
     rng.shuffle(items)
     return items
 
 
 def _heard(scale, seed):
     """Voice Understanding in natural voices, the held-out ones where they can sound as wanted."""
-    rng, entry, items = Random(f"heard {seed}"), PLAY["heard"], []
-    ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
+    rng, entry, items, ids = Random(f"heard {seed}"), PLAY["heard"], [], P.answer_ids()
     for split, cell in (("eval", "voice_natural"), ("dev", ""), ("train", "")):
         for intent in (one for one in C.INTENTS.values() if one.category == VOICE):
             cores = intent.held_out if cell else intent.cores
@@ -131,9 +127,8 @@ def _heard(scale, seed):
                 pool = entry["held_out" if cell else "voices"].get(fact.want, "").split()
                 for _ in range(P.scaled(entry[split], scale) if pool else 0):
                     core = rng.choice(cores)
-                    item = P.question(split, cell, intent, core, fact, V.TRAINING, ids, rng)
-                    item.voice = rng.choice(pool)
-                    items.append(item)
+                    items.append(P.question(split, cell, intent, core, fact, V.TRAINING, ids, rng))
+                    items[-1].voice = rng.choice(pool)
     return items
 
 
@@ -165,7 +160,7 @@ class _Maker:
 
     def __init__(self, rng, letter, intents, stock, wordings="wordings"):
         self.rng, self.intents, self.stock, self.answers = rng, intents, stock, []
-        self.ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
+        self.ids = P.answer_ids()
         self.cores = {name: wider.lines_of(entry[wordings]) for name, entry in intents.items()}
         for name, rows in self.stock.items():
             category = intents[name]["category"]

@@ -35,8 +35,7 @@ def plan(scale=1.0, seed=0):
     """Items of the wider part: its answers, evaluation and development, shuffled training. Answers
     to known questions are those of `plan.plan`, by their ids."""
     rng = Random(f"wider {seed}")
-    ids = {(item.answer, item.manner): item.id for item in P.answer_items()}
-    items = []
+    ids, items = P.answer_ids(), []
     for place, text in enumerate(HONEST):
         name = f"b{place:04d}"
         ids[text, "normal"] = name
@@ -81,10 +80,10 @@ def numbered(items, letter, part, seed):
 
 
 def is_copied(item):
-    """Whether the codes of bent copies of an Item are kept, too: of all that joined and is asked
-    for training, and of one in ten of the questions that were there before."""
+    """Whether the codes of bent copies of an Item are kept, too: of what is asked for training all
+    that joined, but what joined last only if it is for a song, and one in ten of the others."""
     asked = item.split == "train" and item.role in ("question", "follow")
-    if item.part == "later":
+    if item.part == "later":  # more wordings would need too much room, bent voices another label
         return asked and item.category == "Sing"
     return asked and (item.part in ("wider", "play") or stable_hash(item.id) % 10 == 0)
 
@@ -157,7 +156,7 @@ class Maker:
     def _dev(self, turn, held_out):
         return self._known(turn, held_out, "dev")
 
-    def _more(self, turn, held_out):
+    def _known_more(self, turn, held_out):
         return self._known(turn, held_out, "more")
 
     def _follow_more(self, turn, held_out):

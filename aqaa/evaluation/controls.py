@@ -127,11 +127,14 @@ def in_tune(notes, wav):
     """Whether wav (N,) sings the notes, each in its slot of NOTE_GROUPS groups from the beginning:
     the median f0 of every slot is within TUNE of its note. Which words are sung does not count."""
     slot = round(NOTE_GROUPS * GROUP_SECONDS * SAMPLE_RATE)
-    f0s = [f0(np.asarray(wav)[i * slot : (i + 1) * slot], hop=HOP) for i in range(len(notes))]
-    sung = [float(np.median(one[one > 0])) if (one > 0).any() else 1.0 for one in f0s]
-    wanted = [NOTES[note].note for note in notes]
-    right = len(wav) < (len(notes) + 1) * slot  # and none more than these
-    return right and all(np.abs(12 * np.log2(np.divide(sung, wanted))) < TUNE)
+    if len(wav) >= (len(notes) + 1) * slot:
+        return False  # it sings one note too many
+    for i, note in enumerate(notes):
+        pitch = f0(np.asarray(wav)[i * slot : (i + 1) * slot], hop=HOP)
+        voiced = pitch[pitch > 0]
+        if not len(voiced) or abs(12 * np.log2(np.median(voiced) / NOTES[note].note)) >= TUNE:
+            return False
+    return True
 
 
 def cut(wav, parts, judge):
