@@ -18,12 +18,12 @@ import uuid
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from importlib import metadata
-from math import exp, inf, log
+from math import inf
 from pathlib import Path
 
 from aqaa.backbone.generation import Step, check_sampling, room_for
 from aqaa.files import parse_json, read_json, server_address
-from aqaa.scale.vllm.rules import KEY, Rules
+from aqaa.scale.vllm.rules import KEY, Rules, among_legal
 from aqaa.weights import verify
 
 TESTED = "0.33.0"  # the vLLM whose classes and flags this was written against
@@ -37,7 +37,7 @@ AWAY, PAUSE = 60.0, 0.5  # s that a lost server may be away; between two looks f
 REPLY_BYTES = 4_000_000  # of a line or a body: the first chunk repeats up to 32,768 ids
 EMPTY_LINES = 1000  # in a row, without an id among them
 LIKELIEST = 1e-3  # log-probability that rounding may leave above 0
-LISTED = 20  # likeliest ids that come with each id, which vLLM allows by default
+LISTED = 100  # likeliest ids that come with each id; vLLM is started so that it allows them
 TOKEN_ID = "token_id:"  # in front of ids where vLLM would write words
 SHOWN = 200  # characters of what a server says that are passed on
 ELSEWHERE = "it sends us elsewhere, where nobody is asked; give the address itself"
@@ -93,23 +93,12 @@ class Engine:
                                   "other ids.")
             machine.advance(token)
             kind = "marker" if token in may.markers else may.kind
-            yield Step(token, kind, _among_legal(may, logprob, likeliest))
+            yield Step(token, kind, among_legal(may, logprob, likeliest))
             if machine.finished:
                 return
         if count < left:
             ended = f"{self.name} ended the answer after {count} ids, in the middle"
             raise EngineError(f"{ended}: {AGAIN}")
-
-
-def _among_legal(may, logprob, likeliest):
-    """The log-probability of an id among those that may come: what is known to lie on others, by
-    {id: logprob} of the likeliest, is taken out of the sum. Never less than `logprob`."""
-    sums = {True: 0.0, False: 0.0}
-    for other, value in likeliest.items():
-        sums[may.start <= other < may.stop or other in may.markers] += exp(value)
-    # Of a peaked distribution 1 - sum is rounding; what is legal in the list is then more exact.
-    legal = max(1.0 - sums[False], sums[True], exp(logprob))
-    return min(0.0, logprob - log(legal)) if sums[False] else logprob
 
 
 class _Timed(io.RawIOBase):
@@ -364,7 +353,8 @@ class InProcess(Engine):
             config = read_json(Path(folder) / "config.json")
         options = {
             "hf_overrides": overrides(config), "attention_backend": ATTENTION,
-            "logits_processors": [PROCESSOR], "skip_tokenizer_init": True, **options,
+            "logits_processors": [PROCESSOR], "skip_tokenizer_init": True,
+            "max_logprobs": LISTED, **options,
         }  # fmt: skip
         fixed = {"detokenize": False, "output_kind": RequestOutputKind.DELTA}
         self.params = lambda **given: SamplingParams(**fixed, **given)

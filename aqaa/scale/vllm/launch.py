@@ -8,7 +8,7 @@ from pathlib import Path
 from aqaa.files import read_json
 from aqaa.scale.plan import Setup, check_ranks
 from aqaa.scale.plan_table import MODELS, parse_gpus, read_model
-from aqaa.scale.vllm.client import ATTENTION, PROCESSOR, overrides
+from aqaa.scale.vllm.client import ATTENTION, LISTED, PROCESSOR, overrides
 
 # Made while loading:
 FORMATS = {"bf16": None, "fp8": "fp8_per_channel", "int8": "int8_per_channel_weight_only"}
@@ -44,7 +44,7 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192, **
         "port": port, "tensor-parallel-size": gpus, "dtype": "bfloat16",
         "quantization": FORMATS.get(weights), "max-model-len": min(max_len, backbone.max_seq_len),
         "attention-backend": ATTENTION, "hf-overrides": json.dumps(overrides(config)),
-        "generation-config": "vllm", "logits-processors": PROCESSOR,
+        "generation-config": "vllm", "logits-processors": PROCESSOR, "max-logprobs": LISTED,
         **{flag.replace("_", "-"): value for flag, value in more.items()},
         "skip-tokenizer-init": True,
     }  # fmt: skip

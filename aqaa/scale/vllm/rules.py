@@ -6,6 +6,7 @@ Before each draw of the engine's own sampler a Follower strikes out what the lay
 
 import json
 from dataclasses import asdict, dataclass
+from math import exp, log
 
 from aqaa.config import IdsConfig
 from aqaa.tokenizers import dialogue
@@ -89,3 +90,18 @@ class Follower:
         if repetition and len(kept) + len(markers) > 1:  # the only id left is never banned
             if (banned := repetition.banned(self.ids, may)) is not None:
                 logits[banned] = float("-inf")
+
+
+def among_legal(may, logprob, likeliest):
+    """The log-probability of an id among those that may come, from {id: logprob} of the likeliest.
+
+    A model that only ever chose among legal ids (the mini) has any probability on the others. What
+    is not listed is taken to be legal in the share in which the less likely half of the list is.
+    Never less than `logprob`."""
+    probs = sorted(((exp(value), may.start <= other < may.stop or other in may.markers)
+                    for other, value in likeliest.items()), reverse=True)  # fmt: skip
+    tail = probs[(len(probs) + 1) // 2 :]
+    rest, seen = max(0.0, 1.0 - sum(prob for prob, _ in probs)), sum(prob for prob, _ in tail)
+    share = sum(prob for prob, fits in tail if fits) / seen if seen else 1.0
+    legal = sum(prob for prob, fits in probs if fits) + rest * share
+    return min(0.0, logprob - log(max(legal, exp(logprob))))
