@@ -12,6 +12,7 @@ from aqaa.backbone.memory import BITS, resident_bytes
 from aqaa.config import BackboneConfig, preset
 from aqaa.files import data_folder
 from aqaa.scale import plan as sums
+from aqaa.scale import plan_train as train
 from aqaa.weights.packing import quantization_of
 
 MODELS = {  # built in; 3b: Step-Audio-TTS-3B and EditX
@@ -195,9 +196,28 @@ def plans(asked, folder=None):
     return [sums.plan(setup, measured(setup, runs)) for setup in asked]
 
 
+def _training(args):
+    """`aqaa plan --train METHOD`; returns 1 if none fits."""
+    model, backbone, _ = read_model(args.model)
+    asked = []
+    for method in train.METHODS if args.train == "all" else [args.train]:
+        nodes = [(gpus, args.nodes) for gpus in args.gpus] or train.USUAL[method]
+        for (gpu, count), of_them in ((parse_gpus(gpus), n) for gpus, n in nodes):
+            setup = sums.Setup(model, backbone, gpu, count, context=args.context, nodes=of_them)
+            asked.append(train.Training(method, setup, args.rows, args.rank))
+    planned = list(map(train.to_dict, asked))
+    print(json.dumps(planned) if args.json else train.table(planned))
+    if any(one["fits"] for one in planned):
+        return 0
+    print("aqaa:", train.what_would_fit(asked[-1]), file=sys.stderr)
+    return 1
+
+
 def main(args):
-    """`aqaa plan`; args: model, gpus, weights, group, context, listeners, nodes, price, json.
-    Returns 1 if none fits."""
+    """`aqaa plan`; args: model, gpus, weights, group, context, listeners, nodes, price, train,
+    rows, rank, json. Returns 1 if none fits."""
+    if args.train:
+        return _training(args)
     asked = setups(args.model, args.gpus, args.weights, args.group, args.context,
                    listeners=args.listeners, nodes=args.nodes, price=args.price)  # fmt: skip
     planned = plans(asked)
