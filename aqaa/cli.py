@@ -283,6 +283,10 @@ def _rest(args, *own):
     return {name: value for name, value in vars(args).items() if name not in ("verb", *own)}
 
 
+# Options of `aqaa train full` alone.
+LARGE = "model data objective adapt ranks rows length lr beta".split()
+
+
 def _train(args):
     options.check_train(args)
     if args.parents:
@@ -291,6 +295,13 @@ def _train(args):
         weights = args.weights or [1.0] * len(args.parents)
         return merging.merge_folders(args.parents, weights, args.export, args.method)
     given = _rest(args, "stage", "what", "seeds", "questions", "parents", "weights", "method")
+    large = {name: given.pop(name) for name in LARGE}
+    if args.stage == "full":
+        from aqaa.training import sharded
+
+        out = args.out if args.out != "work/mini" else "work/full"
+        return sharded.main(**large, out=out, steps=args.steps or 100, resume=args.resume,
+                            device=args.device, seed=args.seed)  # fmt: skip
     if args.stage == "ablation":
         from aqaa.training import ablations
 

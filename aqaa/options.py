@@ -86,7 +86,7 @@ def _weights(text):
 TYPES = {
     "name": _name,
     "weights": _weights,
-    "stage": _one_of((*stages.names(), "ablation")),
+    "stage": _one_of((*stages.names(), "ablation", "full")),
     "bench": _one_of(tuple(BENCHES)),
     "seed": _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "count": _number(int, 1, 10**9, "a whole number, 1 or more"),
@@ -95,6 +95,8 @@ TYPES = {
     "temperature": _number(float, 1e-4, 100, "0 or a number from 0.0001 to 100", also=(0,)),
     "share": _number(float, 1e-9, 1, "a number above 0, and 1 at most"),
     "price": _number(float, 1e-6, 1e6, "a price above 0"),
+    "adapt": _number(int, 0, 4096, "a whole number from 0 to 4096"),
+    "rate": _number(float, 1e-9, 1, "a number above 0, and 1 at most"),
     "minutes": _number(float, 1e-3, 1e6, "a number of minutes above 0"),
 }
 
@@ -256,6 +258,13 @@ def check_train(args):
     if (args.stage == "ablation") != bool(args.what):
         raise ValueError("an ablation has a name, and nothing else has: write `aqaa train ablation "
                          "layouts`, preference or merge.")
+    if args.stage == "full" and not (args.model and args.data):
+        raise ValueError("train full needs a language model and what it learns from: write `aqaa "
+                         "train full --model FOLDER --data FILE`.")
+    if args.stage != "full" and (args.model or args.data):
+        raise ValueError("--model and --data are for `aqaa train full`: leave them out.")
+    if args.model and not os.path.isdir(args.model):
+        raise ValueError(f"no folder at {args.model}: --model names one of a language model.")
     if args.parents and (args.stage != "merge" or args.export == "data/mini"):
         raise ValueError("--parents are merged into another folder: write `aqaa train merge "
                          "--parents A --parents B --weights 1:1 --export FOLDER`.")

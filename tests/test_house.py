@@ -21,10 +21,10 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "voice_activity conversation": 512,  # turns of a live conversation
     "fast": 1_100,
     "sound_files sound_headers": 532,  # whatever files people have
-    "aqaa __main__ cli options places doctor records loading weights": 2_445,  # natural voices, W4A16, ablations, talk
+    "aqaa __main__ cli options places doctor records loading weights": 2_470,  # W4A16, ablations, talk, full size
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 9_835,  # singing, more wordings came in; 65 lines left "scale"
-    "scale": 2_235,  # listeners, nodes, prices and measured shares came into the plan, W4A16, several machines
+    "corpus pitch batching training evaluation": 10_260,  # training by many processes came in
+    "scale": 2_410,  # what training takes, listeners, nodes, prices, W4A16, several machines
     "notebook": 2_240,  # a conversation in a widget: calls, turns, blocks
     "terminal": 141,  # a microphone around a conversation
     "serve": 1_280,  # the interfaces that other software speaks: speech, chat, realtime

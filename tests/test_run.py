@@ -87,7 +87,8 @@ def test_the_finished_model_answers_a_question(place, run, monkeypatch):
     answer = model.ask((corpus.wav(question) / np.float32(32768), 16_000))
     assert answer.seconds >= 0.3 and answer.audio.isfinite().all() and answer.audio.abs().max() > 0
     text, audio = dialogue.layout().parse(answer.tokens["answer"], CONFIG.ids)
-    assert len(audio) % 5 == 0 and answer.text == model.text.decode(text).strip()
+    cut = len(answer.tokens["answer"]) == 80  # so little trained, it may not end by itself
+    assert (cut or len(audio) % 5 == 0) and answer.text == model.text.decode(text).strip()
     assert model_folder.inspect(place / "model")["flow"]["as_recorded"]
 
 

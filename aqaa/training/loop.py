@@ -126,14 +126,24 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.rows = []  # the log
         self.sums, self.count = {}, 0  # the next row of the log will be their mean
-        kept = [path for path in (self.checkpoint, self.previous) if path.exists()]
-        if resume and kept:
+        if resume and (kept := self._kept()):
             self._restore(kept)
         else:
-            with writing(self.csv_path):
-                for path in (self.csv_path, *kept):
-                    path.unlink(missing_ok=True)
+            self._clear()
         self._check_room()
+
+    def _kept(self):
+        """The checkpoints that are there, the newest first."""
+        return [path for path in (self.checkpoint, self.previous) if path.exists()]
+
+    def _clear(self):
+        with writing(self.csv_path):
+            for path in (self.csv_path, *self._kept()):
+                path.unlink(missing_ok=True)
+
+    def agreed(self, value):
+        """Whether to do something now: where processes train together, they decide alike."""
+        return value
 
     @property
     def progress(self):
@@ -154,7 +164,7 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step",
                    disable=self.quiet, mininterval=5)  # fmt: skip
         with bar, stop_asked() as asked:
-            while self.progress < 1 and not asked:
+            while self.progress < 1 and not self.agreed(bool(asked)):
                 logs = self._one_step()
                 self.step += 1
                 self.seconds = before + time.monotonic() - started
@@ -165,11 +175,11 @@ class Trainer:
                 if self.step % LOG_EVERY == 0 or self.progress >= 1:
                     row = self._log()
                     bar.set_postfix({key: f"{row[key]:.3g}" for key in list(row)[2:7]})
-                if time.monotonic() - saved > SAVE_SECONDS:
+                if self.agreed(time.monotonic() - saved > SAVE_SECONDS):
                     self._save()
                     saved = time.monotonic()
             self._save()
-        if asked:
+        if self.agreed(bool(asked)):
             if not self.quiet:
                 told = f"{self.name}: stopped after step {self.step} and saved"
                 print(f"{told}; --resume goes on there", file=sys.stderr)
@@ -231,11 +241,10 @@ class Trainer:
             raise ModelError(f"{told}: name another folder.") from None
         if path == self.previous:  # the next save may not remove the only good one
             files.restore(self.checkpoint, path)
-        write_rows(self.csv_path, self.rows)  # rows after the checkpoint are run again
+        self._write_log()  # rows after the checkpoint are run again
 
     def _check_room(self):
         """Two checkpoints and the finished part must fit. Raises WriteError."""
-        kept = [path for path in (self.checkpoint, self.previous) if path.exists()]
         modules = self.task.modules.values()
         module = sum(t.nbytes for one in modules for t in one.state_dict().values())
         moments = sum(
@@ -245,7 +254,7 @@ class Trainer:
             for p in group["params"]
         )
         need = 2 * (module + moments) + module // 2
-        probe(self.folder, need - sum(path.stat().st_size for path in kept))
+        probe(self.folder, need - sum(path.stat().st_size for path in self._kept()))
 
     def _log(self):
         """End a row of the log: the means since the last one. Returns it."""
@@ -253,8 +262,11 @@ class Trainer:
         row = {"step": self.step, "seconds": round(self.seconds, 1), **means}
         self.rows.append(row)
         self.sums, self.count = {}, 0
-        write_rows(self.csv_path, self.rows)
+        self._write_log()
         return row
+
+    def _write_log(self):
+        write_rows(self.csv_path, self.rows)
 
     def _plot(self):
         try:

@@ -15,12 +15,13 @@ TEXT, LINGUISTIC, SEMANTIC = range(3)
 
 
 class NextToken:
-    """A backbone whose softmax runs over the ids that a layout's machine would allow."""
+    """A backbone whose softmax runs over the ids that a layout's machine would allow: a new one of
+    the config's size, or `model`."""
 
-    def __init__(self, config):
+    def __init__(self, config, model=None):
         self.ids = ids = config.ids
         self.markers = torch.tensor(sorted((ids.eot, ids.text_start, ids.audio_end)))
-        self.model = step1.build(config.backbone)
+        self.model = model or step1.build(config.backbone)
         self.modules = {"model": self.model}
 
     def kinds(self, ids):
@@ -60,18 +61,27 @@ class NextToken:
 
         batch: as of `LanguageTask.batch`. Yields (kind, at (B, T) bool, losses (n,) in nats), n
         being the true values of `at`, in their order; kinds without a target are left out."""
-        hidden = self.model.model(
-            input_ids=batch["input_ids"], segment_ids=batch["segments"]
-        ).last_hidden_state  # (B, T, D)
+        scores = self.scores(batch)
         for kind, rows in enumerate(self.head_rows()):
             # Most positions of a row ask for one kind of id, whose rows are a part of the head:
             # computing just these logits is cheaper, and trains what decoding will do.
             at = (batch["kinds"] == kind) & (batch["weights"] > 0)
             if not at.any():
                 continue
-            logits = self.model.logits(hidden, at, rows.to(hidden.device)).float()  # (n, rows)
+            logits = scores(at, rows.to(at.device)).float()  # (n, rows)
             columns = self.columns(batch["targets"][at], kind)  # (n,)
             yield kind, at, F.cross_entropy(logits, columns, reduction="none")
+
+    def scores(self, batch):
+        """A function (at (B, T) bool with n true values, rows) -> logits (n, rows) of a batch."""
+        hidden = self.model.model(
+            input_ids=batch["input_ids"], segment_ids=batch["segments"]
+        ).last_hidden_state  # (B, T, D)
+        return lambda at, rows: self.model.logits(hidden, at, rows)
+
+    def total(self, weights):
+        """What a sum over targets is divided by: their weights."""
+        return weights.sum()
 
     def head_rows(self):
         """Rows of lm_head that compete for a target of each kind, in the order of KINDS."""
@@ -147,7 +157,7 @@ class LanguageTask(NextToken):
     def loss(self, batch, step):
         """Weighted mean of the cross-entropy (scalar), and that of each kind for the log."""
         logs, total = {}, 0.0
-        all_weights = batch["weights"].sum()
+        all_weights = self.total(batch["weights"])
         for kind, at, losses in self.losses(batch):
             # One denominator for all kinds: a target counts by its weight alone, not by how many
             # of its kind this batch happens to hold.

@@ -53,13 +53,13 @@ class PreferenceTask(NextToken):
     weight_decay = 0.0  # the reference holds the weights back; and masked rows stay as they are
 
     def __init__(self, config, pairs, *, objective="text_masked", beta=0.1, rows=8, lr=5e-5,
-                 floor=0.02):  # fmt: skip
+                 floor=0.02, model=None):  # fmt: skip
         if objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise ValueError(f"unknown objective {objective!r}: choose one of {known}")
         if not pairs:
             raise ValueError("there is no pair to learn from: make some with `aqaa train pairs`")
-        super().__init__(config)
+        super().__init__(config, model)
         self.pairs, self.objective, self.beta = pairs, objective, beta
         self.rows, self.lr, self.floor = rows, lr, floor
         held = [zlib.crc32(pair.question.encode()) % HELD_OUT == 0 for pair in pairs]
@@ -136,7 +136,7 @@ class PreferenceTask(NextToken):
         loss = losses.mean()
         logs = {"accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean()}
         if objective.anchor:
-            tokens = batch["weights"][::2].sum()
+            tokens = self.total(batch["weights"][::2])
             anchor = -logprobs[:, CHOSEN].sum() / tokens
             loss, logs["anchor"] = loss + objective.anchor * anchor, anchor.detach()
         return loss, logs
