@@ -76,6 +76,38 @@ def accuracy(result):
     return lines
 
 
+SYSTEMS = {"aqaa": "one network: hears, writes and speaks", "cascade": "recogniser, language model, synthesizer",
+           "listener": "hears and writes, then reads aloud"}
+
+
+def systems(ours):
+    """Three ways to answer with the same weights, on the same questions, and what they say to three claims."""
+    from aqaa.evaluation.stepeval import compare
+
+    runs = {name: found for name in SYSTEMS if (found := run(f"eval-{name}"))}
+    lines = [f"**Systems**: {ours['questions']} questions of `{ours['set']}` in nine categories, percent right in text "
+             "and in sound (95 %), by `aqaa eval`; all three are made of the mini's own abilities.", "",
+             "| | " + " | ".join(f"{name} ({SYSTEMS[name]})" for name in runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    for category in ours["summary"]:
+        cells = []
+        for found in runs.values():
+            scores = found["summary"].get(category, {})
+            told = ["{share:g} ({interval[0]:g}–{interval[1]:g})".format(**scores[key]) if key in scores else "–"
+                    for key in ("text", "spoken")]
+            cells.append(" / ".join(told))
+        lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    first = ", ".join(f"{name} {found['summary']['all']['first']:.2f} s" for name, found in runs.items())
+    lines += ["", f"First sound, median: {first}."]
+    for name, found in list(runs.items())[1:]:
+        told = compare(ours["rows"], found["rows"])["text"]
+        voice = compare(*([row for row in one["rows"] if row["category"] == "Voice Understanding"]
+                          for one in (ours, found)))["text"]
+        lines += ["", f"Against {name}, text of {told['n']} questions: {told['only_first']} are right only in one "
+                  f"network, {told['only_second']} only there ({told['difference']:+} points, p {told['p']:g}); of "
+                  f"{voice['n']} about the voice {voice['only_first']} and {voice['only_second']} (p {voice['p']:g})."]
+    return lines
+
+
 def calibration(result):
     error, before = result["error"], result["before"]
     interval = f"{error['low']:.1f} to {error['high']:.1f}"
@@ -214,7 +246,8 @@ def results():
     def numbers(name, title, rows):
         return section(name, lambda result: table(result, title, rows))
 
-    lines = section("accuracy", accuracy) + section("calibration", calibration) + section("hearing", hearing)
+    lines = section("accuracy", accuracy) + section("calibration", calibration) + section("eval-aqaa", systems)
+    lines += section("hearing", hearing)
     lines += numbers("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {
         "n": "answers, each spoken four times", "lenient": "heard right, lenient",
         "teacher_lenient": "teacher's own wavs",

@@ -319,6 +319,19 @@ def _bench(args):
     return bench.main(args.what, as_json=args.json, **_rest(args, "what", "json"))
 
 
+def _eval(args):
+    from aqaa.evaluation import stepeval, systems
+
+    if args.systems:
+        return print("\n".join(systems.OWN))
+    _check(args)
+    return stepeval.main(
+        args.system, lambda: _load(args), set_name=args.set, limit=args.limit, out=args.out,
+        report=args.report, resume=args.resume, compared=args.compare, seed=args.seed,
+        as_json=args.json,
+    )  # fmt: skip
+
+
 def _serve(args):
     app = serve.ready(args.host, args.token)
     _check(args)
@@ -351,5 +364,5 @@ def _doctor(args):
 
 COMMANDS = {
     "ask": _ask, "chat": _ask, "talk": _talk, "listen": _listen, "train": _train, "bench": _bench,
-    "serve": _serve, "plan": _plan, "convert": _convert, "doctor": _doctor,
+    "eval": _eval, "serve": _serve, "plan": _plan, "convert": _convert, "doctor": _doctor,
 }  # fmt: skip

@@ -21,9 +21,9 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "voice_activity conversation": 512,  # turns of a live conversation
     "fast": 1_100,
     "sound_files sound_headers": 532,  # whatever files people have
-    "aqaa __main__ cli options places doctor records loading weights": 2_470,  # W4A16, ablations, talk, full size
+    "aqaa __main__ cli options places doctor records loading weights": 2_485,  # W4A16, ablations, talk, full size, eval
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 10_260,  # training by many processes came in
+    "corpus pitch batching training evaluation": 10_940,  # training by many processes, `aqaa eval` came in
     "scale": 2_410,  # what training takes, listeners, nodes, prices, W4A16, several machines
     "notebook": 2_240,  # a conversation in a widget: calls, turns, blocks
     "terminal": 141,  # a microphone around a conversation
