@@ -114,3 +114,19 @@ def test_the_first_question_of_a_dialogue_is_spoken_before_the_second():
             assert two.role == "follow" and two.slots["asked"] == one.text and two.voice == one.voice
             assert one.split == two.split != "train"
     assert firsts == len([item for item in of("eval") + of("dev") if item.role == "follow"]) > 100
+
+
+def test_open_sentences_are_asked_as_what_nobody_knows():
+    """In training alone: what development or evaluation says is left out, and no known question is among them."""
+    planned = P.plan() + ITEMS
+    asked = wider.unknown(planned)
+    assert {(item.role, item.split, item.answer, item.answer_id) for item in asked} == {
+        ("question", "train", wider.OUTSIDE, next(i.answer_id for i in ITEMS if i.answer == wider.OUTSIDE))
+    }
+    kept_apart = {item.text for item in planned if item.split != "train"}
+    known = {item.text for item in planned if item.role == "question" and item.category != wider.HONESTY}
+    opened = {item.text for item in P.open_plan()}
+    assert not {item.text for item in asked} & (kept_apart | known)
+    assert len(asked) == len(P.open_plan()) - sum(item.text in kept_apart for item in P.open_plan()) > 19_000
+    assert kept_apart & opened  # so that the test could fail
+    assert not {item.voice for item in asked} & set(V.NATURAL_HELD_OUT + V.EVALUATION)

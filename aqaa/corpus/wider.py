@@ -7,7 +7,7 @@ first question, spoken by the same voice. `wider.toml` has the wordings and the 
 
 import tomllib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -77,6 +77,16 @@ def numbered(items, letter, part, seed):
         item.id = item.id or f"{letter}{place:06d}"
         item.seed = stable_hash(str(seed), part, str(place), item.text)
     return items
+
+
+def unknown(planned, scale=1.0, seed=0):
+    """Open sentences (`plan.open_plan`) as questions for training: whatever they say, the mini does
+    not know it. Those that development or evaluation, among `planned`, also say are left out."""
+    apart = {item.text for item in planned if item.split != "train"}
+    (name,) = {item.answer_id for item in planned if item.answer == OUTSIDE}
+    said = {"role": "question", "category": HONESTY, "intent": "outside_sentence",
+            "manner": "normal", "answer": OUTSIDE, "answer_id": name}  # fmt: skip
+    return [replace(x, **said) for x in P.open_plan(scale, seed) if x.text not in apart]
 
 
 def is_copied(item):

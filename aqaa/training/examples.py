@@ -29,7 +29,8 @@ SPECIAL = ("Sing", "Creativity", "Role-playing", "Gaming", "Speech Emotion Contr
 NATURAL_WEIGHT = 4.0  # of what a natural voice says, among the others
 # What the mini does not know is asked more often than there is of it, most of all in words that it
 # knows: only there does one word decide.
-INTENT_WEIGHTS = {"outside_open": 1.5, "outside_world": 1.5, "outside_near": 2.5, "switch": 2.0}
+INTENT_WEIGHTS = {"outside_open": 1.5, "outside_sentence": 0.8, "outside_world": 2.5,
+                  "outside_near": 3.0, "switch": 2.0}  # fmt: skip
 HISTORY, FOLLOWS = (0.5, 0.35, 0.15), 0.7  # chances of 0, 1, 2 further turns; of a second question
 UNHEARD = "unheard"  # the intent of noise
 MISHEARD = 0.4  # largest share of an utterance without copies that is heard as in others' copies

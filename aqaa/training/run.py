@@ -214,6 +214,7 @@ class Run:
         planned = plan(scale=self.scale, seed=self.seed)
         lines = texts(planned)
         planned += play.joined(self.scale, self.seed)
+        planned += wider.unknown(planned, self.scale, self.seed)
         places = [self.base or self.out, self.out]
         if not self._trained("linguistic"):  # no tokenizers of its own
             places.insert(0, data_folder() / "codes")

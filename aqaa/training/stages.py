@@ -53,8 +53,8 @@ TABLE = (
     ),
     Stage(
         "sft1", "the backbone answers spoken questions", LANGUAGE, 5000, "backbone", "pretrain",
-        mixture={"aqtaa": 0.34, "aqta": 0.24, "turns": 0.20, "asr": 0.08, "text": 0.02,
-                 "tqaa": 0.03, "tts": 0.09},
+        mixture={"aqtaa": 0.32, "aqta": 0.22, "turns": 0.19, "asr": 0.06, "text": 0.02,
+                 "tqaa": 0.03, "tts": 0.16},
     ),
     Stage(
         "sft2", "selected spoken answers: stable format, special skills", LANGUAGE, 600, "backbone",
