@@ -52,7 +52,7 @@ class Stub(ThreadingHTTPServer):
             logits = self.model.backbone(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
         listed = []
         for token, row in zip(ids, logits.log_softmax(-1)):
-            values, likely = row.topk(count)
+            values, likely = row.topk(min(count, len(row)))
             listed.append({token: float(row[token]), **dict(zip(likely.tolist(), values.tolist()))})
         return listed
 

@@ -561,7 +561,7 @@ def test_the_words_of_an_answer_do_not_depend_on_its_sound(mini, asked):
 def test_the_quantised_mini_answers_as_the_mini_does(mini):
     """A sample; the whole is `aqaa bench quantize`, whose record is held to its promise below."""
     plain, calibration = mini.backbone, dialogues.dialogues("mini", "train", 24)
-    asked = dialogues.dialogues("mini", "eval", 144)
+    asked = dialogues.dialogues("mini", "eval", 576)
     variants = {name: quantization.VARIANTS[name] for name in ("int4 g64 rtn", "int4 g64 gptq")}
     found = quantization.compare_formats(mini, asked[:3], asked, calibration, variants, recordings=False)
     assert mini.backbone is plain and found["none"]["scores"]["kl"] == 0

@@ -567,14 +567,14 @@ def test_a_logprob_is_among_the_legal_ids():
 
 def test_confidence_through_a_server_that_scores_every_id(tiny, sound, monkeypatch):
     """As vLLM does by default: raw log-probabilities over the whole vocabulary, with the likeliest beside them."""
-    near = tiny.ask(sound, **SHORT)
+    near, usual = tiny.ask(sound, **SHORT), client.LISTED
     with serve(tiny, raw=True) as server:
         far = connected(tiny, server).ask(sound, **SHORT)
         monkeypatch.setattr(client, "LISTED", len(tiny.backbone.lm_head.weight))
         known = connected(tiny, server).ask(sound, **SHORT)  # every id is listed: nothing is left to guess
         monkeypatch.setattr(client, "among_legal", lambda may, logprob, likeliest: logprob)
         raw = connected(tiny, server).ask(sound, **SHORT)
-    assert far.tokens == near.tokens and [r["logprobs"] for r in server.requests][0] == 100
+    assert far.tokens == near.tokens and [r["logprobs"] for r in server.requests][0] == usual
     assert raw.confidence < far.confidence
     assert known.confidence == pytest.approx(near.confidence, rel=1e-3)
 

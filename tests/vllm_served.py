@@ -279,7 +279,7 @@ def one_answer(world):
 
 
 def confidence(world, server):
-    """As locally: exactly with every id listed, and nearly with the 100 likeliest, which is what is asked for."""
+    """As locally: exactly with every id listed, and nearly with the likeliest that are asked for."""
     near, found = world.model.ask(question(QUESTIONS[0]), temperature=0).confidence, {}
     for listed in (client.LISTED, world.model.config.backbone.vocab_size):
         usual, client.LISTED = client.LISTED, listed
