@@ -97,14 +97,18 @@ def systems(ours):
             cells.append(" / ".join(told))
         lines.append(f"| {category} | " + " | ".join(cells) + " |")
     first = ", ".join(f"{name} {found['summary']['all']['first']:.2f} s" for name, found in runs.items())
-    lines += ["", f"First sound, median: {first}."]
+    lines += ["", f"First sound, median: {first}; the other two begin when all is made."]
+
+    def p(found):
+        return f"p {found['p']:g}" if found["p"] else "p < 0.0001"
+
     for name, found in list(runs.items())[1:]:
         told = compare(ours["rows"], found["rows"])["text"]
         voice = compare(*([row for row in one["rows"] if row["category"] == "Voice Understanding"]
                           for one in (ours, found)))["text"]
         lines += ["", f"Against {name}, text of {told['n']} questions: {told['only_first']} are right only in one "
-                  f"network, {told['only_second']} only there ({told['difference']:+} points, p {told['p']:g}); of "
-                  f"{voice['n']} about the voice {voice['only_first']} and {voice['only_second']} (p {voice['p']:g})."]
+                  f"network, {told['only_second']} only there ({told['difference']:+} points, {p(told)}); of "
+                  f"{voice['n']} about the voice {voice['only_first']} and {voice['only_second']} ({p(voice)})."]
     return lines
 
 
