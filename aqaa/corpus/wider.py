@@ -8,6 +8,7 @@ first question, spoken by the same voice. `wider.toml` has the wordings and the 
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -86,7 +87,13 @@ def unknown(planned, scale=1.0, seed=0):
     (name,) = {item.answer_id for item in planned if item.answer == OUTSIDE}
     said = {"role": "question", "category": HONESTY, "intent": "outside_sentence",
             "manner": "normal", "answer": OUTSIDE, "answer_id": name}  # fmt: skip
-    return [replace(x, **said) for x in P.open_plan(scale, seed) if x.text not in apart]
+    return [replace(x, **said) for x in _opened(scale, seed) if x.text not in apart]
+
+
+@cache
+def _opened(scale, seed):
+    """The open sentences, planned once: it takes seconds, and each book of a run asks for them."""
+    return tuple(P.open_plan(scale, seed))
 
 
 def is_copied(item):

@@ -20,7 +20,7 @@ from aqaa.corpus.facts import pieces
 from aqaa.evaluation import whisper
 from aqaa.evaluation.controls import RULES, directions, in_tune
 from aqaa.evaluation.judges import Judge, missing_words
-from aqaa.pipeline import text_ids
+from aqaa.evaluation.systems import Aqaa
 from aqaa.tokenizers.text import NOTES, normalise
 
 CELLS = {  # of the corpus, and what they are called in the table
@@ -117,9 +117,7 @@ def history(model, corpus, item, seed=0):
     down what it hears and what it answers, right or not; () of any other question."""
     if item.role != "follow":
         return ()
-    ids = model.listen((recording(corpus, corpus.before(item)), SAMPLE_RATE))
-    words = model.text.decode(text_ids(model.generate(model.prompt(ids), seed=seed))).strip()
-    return [("user", model.transcribe(ids)), ("assistant", words)]
+    return Aqaa(model, seed).before([recording(corpus, corpus.before(item))])
 
 
 def score_sound(rows, items, sounds, corpus, workers, seed, progress):

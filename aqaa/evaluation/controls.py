@@ -110,7 +110,11 @@ def direction(manner, answer_wav, normal_wav):
     ValueError for a manner without a rule, as "normal" is: there is nothing to compare."""
     if manner not in RULES:
         raise ValueError(f"no rule for the manner {manner!r}: choose one of {', '.join(RULES)}")
-    change = compare(answer_wav, normal_wav)
+    return follows(manner, compare(answer_wav, normal_wav))
+
+
+def follows(manner, change):
+    """Whether a change, as of `changes`, goes where RULES[manner] asks, by more than MARGIN."""
     return all(sign * change[name] > MARGIN[name] for name, sign in RULES[manner].items())
 
 

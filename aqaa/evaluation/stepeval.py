@@ -25,7 +25,7 @@ from aqaa.corpus import plan as P
 from aqaa.corpus.facts import pieces
 from aqaa.evaluation import whisper
 from aqaa.evaluation.accuracy import all_answers, make_judge, recording
-from aqaa.evaluation.controls import MARGIN, RULES, Measures, changes, in_tune, measure
+from aqaa.evaluation.controls import RULES, Measures, changes, follows, in_tune, measure
 from aqaa.evaluation.mos import resampled
 from aqaa.evaluation.report import page
 from aqaa.evaluation.systems import make
@@ -47,7 +47,8 @@ KNOWN = ("seen_seen", "slot_seen", "read_only")  # cells whose wordings and voic
 
 @dataclass
 class Question:
-    """One item of a set. turns: [(text, (N,) float32 at 16 kHz), …], read when they are asked."""
+    """One item of a set. texts: of its turns; turns: their sounds, (N,) float32 at 16 kHz each,
+    read from `files` of `place` when they are asked."""
 
     id: str
     category: str
@@ -120,27 +121,20 @@ def judge(question, reply, ear):
     row["words"] = row["errors"] = None
     if not whisper.missing() and written:
         wanted, found = written.split(), whisper.heard(sound).split()
-        row["words"], row["errors"] = len(wanted), _edits(wanted, found)
+        row["words"], row["errors"] = len(wanted), whisper.edits(wanted, found)
     if reply.seconds is not None:
         row["first"], row["seconds"] = round(reply.first, 3), round(reply.seconds, 3)
     return row
 
 
 def _manner(question, sound):
+    """Whether a sound (N,) is in tune, or differs from the normal one as asked; None: no rule."""
     notes = question.manner.split()
     if notes and set(notes) <= set(NOTES):
         return bool(len(sound)) and in_tune(notes, sound)
     if question.manner not in RULES or not question.normal or not len(sound):
         return None
-    change = changes(measure(sound), Measures(**question.normal))
-    rules = RULES[question.manner].items()
-    return all(sign * change[name] > MARGIN[name] for name, sign in rules)
-
-
-def _edits(wanted, found):
-    from torchaudio.functional import edit_distance
-
-    return edit_distance(found, wanted)
+    return follows(question.manner, changes(measure(sound), Measures(**question.normal)))
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -158,7 +152,8 @@ def evaluate(system, questions, out, *, resume=False, quiet=False):
     todo = [question for question in questions if question.id not in done]
     sounds = out.with_suffix("")
     sounds.mkdir(parents=True, exist_ok=True)
-    _write(out, rows)  # a last line that was cut off is gone
+    with replacing(out) as part:  # a last line that was cut off is gone
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for question in tqdm(todo, system.name, disable=quiet, unit="question"):
         system.item = question.id
         began = time.monotonic()
@@ -177,11 +172,6 @@ def evaluate(system, questions, out, *, resume=False, quiet=False):
     return rows
 
 
-def _write(path, rows):
-    with replacing(path) as part:
-        Path(part).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def rows_of(path):
     """Rows of a JSONL file; a last line that was cut off does not count. Raises ModelError."""
     rows = []
@@ -190,7 +180,9 @@ def rows_of(path):
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                rows.append({**row, "id": row["id"], "category": row["category"]})
+                if lacking := {"id", "category"} - set(row):
+                    raise KeyError(*lacking)
+                rows.append(row)
             except (ValueError, TypeError, KeyError) as fault:
                 if number < len(lines):
                     raise ValueError(f"line {number} is no row ({brief(fault)})") from None
@@ -198,6 +190,7 @@ def rows_of(path):
 
 
 def _kept(path, name):
+    """Rows of a run that goes on. Raises ModelError for those of another system."""
     rows = rows_of(path)
     if others := {row["system"] for row in rows} - {name}:
         raise ModelError(f"{path} holds answers of {others.pop()}: name another file for {name}.")

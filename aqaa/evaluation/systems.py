@@ -72,6 +72,7 @@ class Aqaa:
         return self.model.transcribe(ids), self.written(prompt)
 
     def written(self, prompt):
+        """The words of an answer; its sound is not made."""
         steps = text_ids(self.model.generate(prompt, seed=self.seed))
         return self.model.text.decode(steps).strip()
 
@@ -98,10 +99,12 @@ class Listener(Aqaa):
         return Reply(text, audio, rate, took, took)  # it speaks when all is done
 
     def thought(self, turn, said):
+        """The answer to a sound (N,), in words."""
         ids = self.model.listen((turn, SAMPLE_RATE))
         return self.told(self.model.prompt(ids, said, marker=AQTA))
 
     def told(self, prompt):
+        """What follows a prompt where only words may come."""
         layout = dialogue.TextOnly()
         steps = self.model.generate(prompt, layout=layout, seed=self.seed, max_tokens=80)
         return self.model.text.decode([step.id for step in steps]).strip()

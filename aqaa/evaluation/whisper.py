@@ -89,12 +89,17 @@ def word_error(pairs):
     return error_rate([text.split() for _, text in pairs], wanted), sum(map(len, wanted))
 
 
+def edits(wanted, found):
+    """Least number of words, of two lists, to insert, delete or replace."""
+    from torchaudio.functional import edit_distance  # here: answering needs none of it
+
+    return edit_distance(found, wanted)
+
+
 def judged(texts, sounds, seed=0):
     """{"n", "words", "error", "interval"} of sounds, (N,) at 16 kHz each, that shall say `texts`:
     word error in percent."""
-    from torchaudio.functional import edit_distance  # here: answering needs none of it
-
     pairs = [(text.split(), heard(wav).split()) for text, wav in zip(texts, sounds, strict=True)]
     counts = [len(wanted) for wanted, _ in pairs]
-    wrong = [edit_distance(found, wanted) for wanted, found in pairs]
+    wrong = [edits(wanted, found) for wanted, found in pairs]
     return {"n": len(pairs), "words": sum(counts), **resampled(wrong, counts, seed)}

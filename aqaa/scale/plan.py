@@ -305,6 +305,12 @@ def check_ranks(setup):
         check_group(inner, setup.group, ranks, "down_proj", (width, inner))
 
 
+def aligned(lines):
+    """Rows of texts as lines whose columns end below one another."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
 def largest_group(backbone, ranks):
     """The largest usual int4 group that divides. Raises ValueError if none does."""
     widths = (backbone.hidden_size, backbone.intermediate_size)

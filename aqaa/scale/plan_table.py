@@ -201,9 +201,10 @@ def _training(args):
     model, backbone, _ = read_model(args.model)
     asked = []
     for method in train.METHODS if args.train == "all" else [args.train]:
-        nodes = [(gpus, args.nodes) for gpus in args.gpus] or train.USUAL[method]
-        for (gpu, count), of_them in ((parse_gpus(gpus), n) for gpus, n in nodes):
-            setup = sums.Setup(model, backbone, gpu, count, context=args.context, nodes=of_them)
+        given = [(gpus, args.nodes) for gpus in args.gpus]
+        for gpus, nodes in given or train.USUAL[method]:
+            gpu, count = parse_gpus(gpus)
+            setup = sums.Setup(model, backbone, gpu, count, context=args.context, nodes=nodes)
             asked.append(train.Training(method, setup, args.rows, args.rank))
     planned = list(map(train.to_dict, asked))
     print(json.dumps(planned) if args.json else train.table(planned))
@@ -235,14 +236,12 @@ def table(planned):
     more = ("listeners",) if setup.listeners > 1 or setup.nodes > 1 or setup.price else ()
     more += ("an hour",) if setup.price else ()
     lines = [(*COLUMNS, *more), *(_cells(p)[: len(COLUMNS) + len(more)] for p in planned)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
     runs = "; ".join(": ".join(filter(None, run)) for run in runs) or "no run of these is recorded"
     many = f"{setup.listeners} listeners" if setup.listeners > 1 else "one listener"
     nodes = f", {setup.nodes} nodes in a row of so many GPUs each" if setup.nodes > 1 else ""
     said = f"""\
 {setup.model}, {planned[0].parameters:,} parameters, {setup.context} ids of context, {many}{nodes}.
-{rows}
+{sums.aligned(lines)}
 ceiling: tokens/s of a listener at most, by the longer of bytes / bandwidth and, with our kernels
 and one row, their instructions. tokens/s: measured ({runs}).
 audio: at least 41.7 tokens/s, which speech alone uses; with text: 69.4, while the text lasts; \

@@ -34,12 +34,18 @@ class Training:
         return self.setup.count * self.setup.nodes
 
 
+def widths(backbone):
+    """(of the stream, inside the feed-forward layer, of the keys that groups of heads share)."""
+    width = backbone.hidden_size
+    shared = width // backbone.num_attention_heads * backbone.num_attention_groups
+    return width, backbone.intermediate_size, shared
+
+
 def learning(backbone, method, rank):
     """How many weights learn: all, or two matrices of `rank` beside each linear layer."""
     if method == "full":
         return int(memory.resident_bytes(backbone, "bf16")) // 2
-    width, inner = backbone.hidden_size, backbone.intermediate_size
-    shared = width // backbone.num_attention_heads * backbone.num_attention_groups
+    width, inner, shared = widths(backbone)
     sides = 2 * (width + width) + 2 * (width + shared) + 3 * (width + inner)  # q o, k v, the rest
     return backbone.num_hidden_layers * rank * sides
 
@@ -47,8 +53,7 @@ def learning(backbone, method, rank):
 def inside_layer(backbone, rows, ids):
     """Bytes that one layer keeps for its gradient, bf16, and the distance bias (rows, H, T, T) in
     fp32 and bf16 that all layers share."""
-    width, inner = backbone.hidden_size, backbone.intermediate_size
-    shared = width // backbone.num_attention_heads * backbone.num_attention_groups
+    width, inner, shared = widths(backbone)
     # Streams and their norms, also in fp32 (14 widths), keys and values, gate, up, both products.
     values = rows * ids * (14 * width + 2 * shared + 4 * inner)
     return 2 * values, 6 * rows * backbone.num_attention_heads * ids**2
@@ -122,11 +127,9 @@ def table(planned):
         pace = f"{one['ceiling']:,.0f}" if one["fits"] else "does not fit"
         lines.append((one["method"], one["gpus"], str(one["nodes"]), f"{one['learn']:,}", *sizes,
                       f"{one['total']:.1f}", f"{one['spare']:.1f}", pace))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
     return f"""\
 {first['model']}, {first['rows']} x {first['context']} ids on each GPU at a time; parts in GiB.
-{rows}
+{sums.aligned(lines)}
 learn: weights that change. gathered: of other GPUs' shares. ids/s at most: all GPUs at the peak of
 their tensor cores; what is reached was not measured. Preference training takes two rows for one."""
 

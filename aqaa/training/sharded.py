@@ -78,6 +78,8 @@ class Shared:
     A class of a task mixes it in, then calls `share`."""
 
     def share(self, model, ranks, lr, decay):
+        """Take the outermost module, whose weights that learn AdamW moves; `ranks` processes work
+        on the same rows. Returns the task."""
         self.wrapped, self.lr = model, lr
         world = distributed.get_world_size() if distributed.is_initialized() else 1
         rank = distributed.get_rank() if world > 1 else 0
@@ -213,6 +215,7 @@ class SharedTrainer(Trainer):
             distributed.barrier()
 
     def _state(self):
+        """What a checkpoint holds: this process' share of what learns, and of its moments."""
         (optimizer,) = self.optimizers.values()
         model, moments = shares_of.get_state_dict(
             self.task.wrapped, optimizer,
@@ -255,7 +258,7 @@ class SharedTrainer(Trainer):
     def _check_room(self):
         """Two checkpoints must fit the disk of the folder. Raises WriteError."""
         size = sum(weight.nbytes for weight in self.task.learning)
-        probe(self.folder, 2 * 3 * size)  # this process' share: with two moments, twice
+        probe(self.folder, 2 * 3 * size)  # of all processes: weights and two moments, twice
 
     def _write_log(self):
         if self.main:
