@@ -16,6 +16,7 @@ from pathlib import Path
 from aqaa import __version__
 from aqaa.evaluation.bench import BENCHES
 from aqaa.files import server_address
+from aqaa.lineage.registry import TRAINED
 from aqaa.training import stages
 from aqaa.weights import sources
 from aqaa.weights.sources import DTYPES, RELEASED, find
@@ -24,6 +25,7 @@ SAMPLING = {"temperature": 0.3, "top_p": 0.9}  # what help says; a test compares
 WORDS = {  # what options.toml leaves open
     **RELEASED, **SAMPLING, "dtypes": ", ".join(DTYPES),
     "benches": ", ".join(BENCHES), "cores": os.cpu_count(),
+    "ablations": ", ".join(stages.ABLATIONS), "systems": ", ".join(TRAINED),
 }  # fmt: skip
 STAT_FAULTS = {  # what a fault of os.stat means for the name of a question
     errno.ENOENT: "does not exist: check the name.",
@@ -86,7 +88,8 @@ def _weights(text):
 TYPES = {
     "name": _name,
     "weights": _weights,
-    "stage": _one_of((*stages.names(), "ablation", "full")),
+    "stage": _one_of((*stages.names(), "ablation", "lineage", "full")),
+    "what": _one_of((*stages.ABLATIONS, *TRAINED, "all")),
     "bench": _one_of(tuple(BENCHES)),
     "seed": _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "count": _number(int, 1, 10**9, "a whole number, 1 or more"),
@@ -255,9 +258,10 @@ def check_train(args):
     if args.init and not os.path.isdir(args.init):
         remedy = "--init names a model folder, such as data/mini"
         raise ValueError(f"no folder at {args.init}: {remedy}.")
-    if (args.stage == "ablation") != bool(args.what):
-        raise ValueError("an ablation has a name, and nothing else has: write `aqaa train ablation "
-                         "layouts`, preference or merge.")
+    names = {"ablation": stages.ABLATIONS, "lineage": (*TRAINED, "all")}.get(args.stage, (None,))
+    if args.what not in names:
+        raise ValueError("ablations and systems of the lineage have a name, and nothing else has: "
+                         "write `aqaa train ablation layouts` or `aqaa train lineage speechgpt`.")
     if args.stage == "full" and not (args.model and args.data):
         raise ValueError("train full needs a language model and what it learns from: write `aqaa "
                          "train full --model FOLDER --data FILE`.")

@@ -24,6 +24,7 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "aqaa __main__ cli options places doctor records loading weights": 2_485,  # W4A16, ablations, talk, full size, eval
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
     "corpus pitch batching training evaluation": 10_940,  # training by many processes, `aqaa eval` came in
+    "lineage": 1_500,  # the room that was empty: nine systems on one interface
     "scale": 2_410,  # what training takes, listeners, nodes, prices, W4A16, several machines
     "notebook": 2_240,  # a conversation in a widget: calls, turns, blocks
     "terminal": 141,  # a microphone around a conversation

@@ -502,6 +502,7 @@ def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_
     some = {name: ablations.LAYOUTS[name] for name in ("ratio_10_15", "padded_10_15")}
     monkeypatch.setitem(ablations.ABLATIONS, "layouts", some)
     monkeypatch.setattr(ablations, "LAYOUTS", some)
+    monkeypatch.setattr(ablations, "PARENT_TIME", 1)
     result = ablate("layouts")
     assert [(row["variant"], row["seed"]) for row in result["runs"]] == [(v, s) for s in (0, 1) for v in some]
     assert {"date", "commit", "hardware", "command"} <= set(result) and result["steps"] == STEPS
@@ -548,7 +549,7 @@ def test_merges_are_judged_and_barriers_measured(ablate, monkeypatch):
 
 
 def test_unknown_ablations_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown ablation 'colours': choose one of layouts, preference, merge"):
+    with pytest.raises(ValueError, match="unknown ablation 'colours': choose one of layouts, joins, codebooks, preference, merge"):
         ablations.main("colours", **options(tmp_path))
 
 

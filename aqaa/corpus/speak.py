@@ -18,12 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from aqaa import files
+from aqaa.config import GROUP_SECONDS, SAMPLE_RATE
 from aqaa.corpus import engines
 from aqaa.corpus import voices as V
 from aqaa.corpus.facts import pieces
 from aqaa.corpus.intents import said_as
 from aqaa.corpus.plan import STORED, Item, plan_hash
 from aqaa.files import reading, replacing
+from aqaa.tokenizers.text import MANNERS
 
 PARTS = ("questions", "open", "wider", "play", "later", "people")
 PER_SHARD = 400
@@ -234,6 +236,21 @@ def _finish(item, sounds, attempt=0):
         wav = V.vary(speech, how, np.random.default_rng([item.seed & 0xFFFFFFFF, attempt, 1]))
     vars(item).update(V.measure(speech, sum(phone in VOWELS for phone in item.phones)))
     return wav
+
+
+def joints(items):
+    """{id: [groups of audio ids before each place where the manner changes]} of spoken answers,
+    found by speaking their parts again; songs, and those of one manner, are left out."""
+    items = [item for item in items if item.manner in MANNERS and _has_manner(item)]
+    items = [item for item in items if len(_parts(item)) > 1]
+    jobs = [(item.voice, said_as(words), how) for item in items for words, how in _parts(item)]
+    sounds, found = iter(engines.synthesize(jobs)), {}
+    for item in items:
+        lengths = [len(V.say_answer(*next(sounds), manner))
+                   for _, manner in pieces(item.text, item.manner)]  # fmt: skip
+        groups = np.cumsum(lengths[:-1]) / (GROUP_SECONDS * SAMPLE_RATE)
+        found[item.id] = np.rint(groups).astype(int).tolist()
+    return found
 
 
 def _insist(item):

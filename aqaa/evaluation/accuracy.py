@@ -20,7 +20,7 @@ from aqaa.corpus.facts import pieces
 from aqaa.evaluation import whisper
 from aqaa.evaluation.controls import RULES, directions, in_tune
 from aqaa.evaluation.judges import Judge, missing_words
-from aqaa.evaluation.systems import Aqaa
+from aqaa.lineage.system import Aqaa
 from aqaa.tokenizers.text import NOTES, normalise
 
 CELLS = {  # of the corpus, and what they are called in the table

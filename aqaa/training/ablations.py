@@ -5,6 +5,7 @@ split, which nothing learns from, in words by rule and in sound by an outside ea
 done stands in the results and is not made again with --resume."""
 
 import re
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
+from aqaa.batching import speak_ids
 from aqaa.config import TOKENS_PER_SECOND
+from aqaa.corpus.facts import pieces
 from aqaa.corpus.plan import spread
-from aqaa.files import check_file, fingerprint, read_object, write_json
+from aqaa.evaluation.accuracy import make_judge
+from aqaa.evaluation.controls import directions
+from aqaa.files import data_folder, fingerprint, read_object, write_json
 from aqaa.records import about
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import normalise
-from aqaa.training import judged, merging, stages
+from aqaa.training import arrangements, judged, merging, stages
 from aqaa.training.objectives import LanguageTask
 from aqaa.training.pairs import REFUSALS
 from aqaa.training.preference import OBJECTIVES
@@ -30,8 +35,25 @@ SAMPLING = {"temperature": 0.3, "top_p": 0.9}
 PARENTS = ("sft1", "sft2", "dpo")
 BETAS = (0.1, 0.2)
 FIGURES = ("text", "sound", "agrees", "refuses", "seconds")  # of the printed table
+MORE = {"joins": ("switch", "switch_text"), "codebooks": ("nats_linguistic", "nats_semantic")}
+TAKES = 4  # answers to each question with a change of manner: there are few
 
-LAYOUTS = {name: ("sft1", {"layout": name}) for name in dialogue.EVERY_LAYOUT}
+PARENT_TIME = 10  # how many times longer than its variants the common parent learns
+
+# {variant: (the stage that trains it, or "" for a parent as it is; what differs in its settings)}
+LAYOUTS = {name: ("layouts", {"layout": layout}) for name, layout in dialogue.EVERY_LAYOUT.items()}
+FAVOUR = {"switch": 12.0}  # manners that change in mid-sentence are few among all answers
+JOINS = {
+    "pre_interleaved": ("joins", {"favour": FAVOUR, "layout": arrangements.chained}),
+    "marker_removal": ("joins", {"favour": FAVOUR, "layout": arrangements.BOTH}),
+    "marker_preserving": (
+        "joins", {"favour": FAVOUR, "layout": replace(arrangements.BOTH, marked=True)}),
+}  # fmt: skip
+CODEBOOKS = {
+    "both": ("codebooks", {"layout": arrangements.BOTH}),
+    **{one: ("codebooks", {"layout": arrangements.OneCodebook(one)})
+       for one in ("linguistic", "semantic")},
+}  # fmt: skip
 PREFERENCE = {"sft1": ("", {}), **{
     f"{objective}, β {beta}": ("dpo", {"objective": objective, "beta": beta})
     for objective in OBJECTIVES for beta in BETAS
@@ -42,21 +64,27 @@ MERGES = {
     "slerp": ("slerp", PARENTS[:2], (1, 1)),
     "ties": ("ties", PARENTS, (0, 1, 1)),  # changes of the others since sft1
 }
-ABLATIONS = {"layouts": LAYOUTS, "preference": PREFERENCE, "merge": MERGES}
-STARTS = {"layouts": ("pretrain",), "preference": ("sft1",), "merge": PARENTS}  # what they need
+ABLATIONS = {"layouts": LAYOUTS, "joins": JOINS, "codebooks": CODEBOOKS,
+             "preference": PREFERENCE, "merge": MERGES}  # fmt: skip
+STARTS = {"layouts": ("parent",), "joins": ("parent",), "codebooks": (), "preference": ("sft1",),
+          "merge": PARENTS}  # what they need
+MADE = {"layouts": ("parent",), "joins": ("parent",), "codebooks": (), "preference": ("pairs",),
+        "merge": ("sft2", "pairs", "dpo")}  # of that, what is made here if need be
 
 
 def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     """Run every variant of an ablation with every seed; write and print what came out.
 
-    options: of `run.Run`; its folder holds the parents, or its `init` does. results: folder of the
-    JSON, by default `runs` beside the exported model. Returns the result. Raises ValueError for an
-    unknown name, ModelError where a parent has not been trained."""
+    options: of `run.Run`; parents that its folder lacks are trained first, from `init` (the shipped
+    model) where they have a parent of their own. results: folder of the JSON, by default `runs`
+    beside the exported model. Returns the result. Raises ValueError for an unknown name."""
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name!r}: choose one of {', '.join(ABLATIONS)}")
-    run = Run(**options)
-    for stage in STARTS[name]:
-        check_file(run.part_file(stage))
+    run = Run(**{**options, "init": options.get("init") or data_folder() / "mini"})
+    for stage in MADE[name]:
+        made = run.pairs_file() if stage == "pairs" else run.out / "parts" / f"{stage}.safetensors"
+        if not made.exists():
+            prepared(run, stage)
     path = Path(results or run.export_folder.parent / "runs") / f"ablation-{name}.json"
     head = about(f"ablation {name}", run.device)
     starts = {stage: fingerprint(run.part_file(stage))["sha256"] for stage in STARTS[name]}
@@ -75,6 +103,10 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
             if (variant, seed) not in done:
                 backbone, layout, told = MAKERS[name](run, name, variant, seed)
                 row = figures(run, backbone, layout, book, asked, seed)
+                if name == "joins":
+                    row |= switches(run, backbone, layout, book, seed)
+                elif name == "codebooks":
+                    row |= arrangements.surprise(backbone, book, layout)
                 result["runs"].append({"variant": variant, "seed": seed, **told, **row})
                 write_json(path, result)
     if name == "merge" and "barriers" not in result:
@@ -87,15 +119,30 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
 # ---- one run ------------------------------------------------------------------------------------
 
 
+def prepared(run, stage):
+    """Train what variants start from; the common parent longer than they are."""
+    longer = PARENT_TIME if stage == "parent" else 1
+    run = copy(run)
+    run.minutes = run.minutes and longer * run.minutes
+    if stage in stages.STAGES:
+        run.stage(stage)
+    else:
+        torch.manual_seed(run.training_seed)
+        run.train(stages.named(stage))
+
+
 def trained(run, name, variant, seed):
     """(backbone, layout, what training told) of a variant: a stage with other settings."""
     stage_name, settings = ABLATIONS[name][variant]
-    layout = dialogue.layout(settings.get("layout", "ratio_10_15"))
+    layout = settings.get("layout", arrangements.BOTH)
+    if callable(layout):
+        layout = layout(run.config.ids)
     if not stage_name:  # the parent as it is
         return run.part(variant), layout, {}
+    settings = {**settings, "layout": layout} if "layout" in settings else settings
     plain = re.sub(r"\W", "_", variant)
     folder = run.out / "ablations" / f"{name}-{plain}-{seed}"
-    stage = stages.STAGES[stage_name]
+    stage = stages.named(stage_name)
     child = run.beside(folder, seed)
     child.train(replace(stage, settings={**stage.settings, **settings}))
     told = read_object(folder / "record.json", "remove it")[stage_name]
@@ -115,14 +162,18 @@ def averaged(run, name, variant, seed):
     return backbone, dialogue.layout(), {}
 
 
-MAKERS = {"layouts": trained, "preference": trained, "merge": averaged}
+MAKERS = {name: averaged if name == "merge" else trained for name in ABLATIONS}
 
 
 def figures(run, backbone, layout, book, asked, seed):
     """What answers to questions of a book are worth: shares of right texts and sounds, of sounds
     that say their own text, of refusals; seconds, log-probability of audio; texts by category."""
-    answers = judged.answers(backbone, book, asked, layout, seed=seed, **SAMPLING)
-    judged.listen(run.model(backbone, layout), book, answers, run.workers, seed)
+    alone, prompts = isinstance(layout, arrangements.OneCodebook), judged.prompts(book, asked)
+    if alone:
+        prompts = [layout.only(ids, book.config.ids) for ids in prompts]
+    answers = judged.answers(backbone, book, asked, layout, asked=prompts, seed=seed, **SAMPLING)
+    if not alone:  # the vocoder needs both codebooks
+        judged.listen(run.model(backbone, layout), book, answers, run.workers, seed)
     skills = {}
     for one in answers:
         skills.setdefault(book.items[one.question].category, []).append(one.right)
@@ -133,10 +184,35 @@ def figures(run, backbone, layout, book, asked, seed):
         "seconds": [len(one.audio) / TOKENS_PER_SECOND for one in answers],
         "audio_logprob": [one.logprob for one in answers],
     }  # fmt: skip
+    if alone:
+        rows |= dict.fromkeys(("sound", "agrees", "seconds"))
+    means = {key: row and round(float(np.mean(row)), 4) for key, row in rows.items()}
     return {
-        "n": len(answers), **{key: round(float(np.mean(row)), 4) for key, row in rows.items()},
+        "n": len(answers), **means,
         "skills": {key: round(float(np.mean(row)), 4) for key, row in sorted(skills.items())},
     }  # fmt: skip
+
+
+def switches(run, backbone, layout, book, seed):
+    """What answers are worth whose manner changes in the middle, TAKES to each question: how often
+    every part, held against the same words of the recorded normal answer, is said as it should be
+    (`switch`), and how often the text is right, tags included."""
+    asked = [i for i in book.questions if book.items[i].intent == "switch"] * TAKES
+    answers = judged.answers(backbone, book, asked, layout, seed=seed, **SAMPLING)
+    model = run.model(backbone, layout)
+    normal = {normalise(item.text): i for i, item in enumerate(book.items)
+              if item.role == "answer" and item.manner in ("", "normal")}  # fmt: skip
+    judge, _ = make_judge([book.items[i].answer for i in book.questions], [])
+    changed = []
+    for one in answers:
+        item = book.items[one.question]
+        sound = speak_ids(model, one.audio, seed)
+        as_said = speak_ids(model, book.audio[normal[normalise(item.answer)]].tolist(), seed)
+        parts = pieces(item.answer, item.manner)
+        changed.append(bool(len(sound)) and directions(parts, sound, as_said, judge))
+    right = [one.right for one in answers]
+    return {"switches": len(answers), "switch": round(float(np.mean(changed)), 4),
+            "switch_text": round(float(np.mean(right)), 4)}  # fmt: skip
 
 
 def statistics(book, layout):
@@ -183,32 +259,40 @@ def barriers(run, book, points=5):
 
 
 def summary(runs):
-    """{variant: {figure: (mean over seeds, half of its 95 % interval or None for one seed)}}."""
+    """{variant: {figure: (mean over seeds, half of its 95 % interval or None for one seed)}}; a
+    figure that a run does not have is left out."""
+    more = [figure for figures in MORE.values() for figure in figures]
     result = {}
     for variant in dict.fromkeys(row["variant"] for row in runs):
         rows = [row for row in runs if row["variant"] == variant]
         result[variant] = {}
-        for figure in FIGURES:
-            values = np.array([row[figure] for row in rows], dtype=float)
+        for figure in (*FIGURES, *more):
+            values = [row[figure] for row in rows if row.get(figure) is not None]
+            if not values:
+                continue
             n, half = len(values), None
             if n > 1:  # of Student's distribution: seeds are few
-                half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
-            result[variant][figure] = float(values.mean()), half
+                half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+            result[variant][figure] = float(np.mean(values)), half
     return result
 
 
 def table(result):
     """A result as lines of text: percent over seeds, with 95 % intervals."""
     rows = summary(result["runs"])
+    shown = [figure for figure in dict.fromkeys(f for values in rows.values() for f in values)]
     width = max(map(len, rows), default=8) + 1
-    lines = ["".join([f"{'variant':<{width}}", *(f"{figure:>14}" for figure in FIGURES)])]
+    lines = ["".join([f"{'variant':<{width}}", *(f"{figure:>17}" for figure in shown)])]
     for variant, values in rows.items():
-        cells = []
-        for figure, (mean, half) in values.items():
-            scale = 1 if figure == "seconds" else 100
-            error = "" if half is None else f" ±{half * scale:.1f}"
-            cells.append(f"{mean * scale:.1f}{error}")
-        lines.append("".join([f"{variant:<{width}}", *(f"{cell:>14}" for cell in cells)]))
+        cells = [cell(figure, *values[figure]) if figure in values else "–" for figure in shown]
+        lines.append("".join([f"{variant:<{width}}", *(f"{one:>17}" for one in cells)]))
     counts = [row["n"] for row in result["runs"]]
     facts = f"{max(counts, default=0)} questions a run, {len(result['runs'])} runs"
-    return "\n".join([*lines, f"{facts}; in percent, seconds apart; ± 95 % over seeds."])
+    return "\n".join([*lines, f"{facts}; in percent, seconds and nats apart; ± 95 % over seeds."])
+
+
+def cell(figure, mean, half):
+    """A mean and half its interval, as words."""
+    scale, digits = (1, 2) if figure == "seconds" or figure.startswith("nats") else (100, 1)
+    error = "" if half is None else f" ±{half * scale:.{digits}f}"
+    return f"{mean * scale:.{digits}f}{error}"

@@ -14,12 +14,12 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from aqaa.config import AQTA, ASR_MARKER, TQAA, TTS
+from aqaa.config import AQTA, ASR_MARKER, GROUP_SIZE, TQAA, TTS
 from aqaa.corpus.curriculum import VOICE
 from aqaa.corpus.voices import NATURAL
 from aqaa.corpus.wider import turns_before
 from aqaa.tokenizers import dialogue, interleave
-from aqaa.tokenizers.text import MANNERS, normalise, tagged
+from aqaa.tokenizers.text import MANNERS, TAGS, normalise, tagged
 
 # What a target weighs in the loss: words are few and say all; a question is heard, not to be said.
 TEXT_WEIGHT, ANSWER_WEIGHT, HEARD_WEIGHT = 4.0, 1.0, 0.1
@@ -40,11 +40,13 @@ REMINDER = 0.25  # share of other answers in SFT-2: without any, what they teach
 class Book:
     """Everything that is said, as ids: one entry an utterance, with its words and its audio ids."""
 
-    def __init__(self, config, tokenizer, items, codes, lines):
+    def __init__(self, config, tokenizer, items, codes, lines, joints=()):
         """items: of a corpus; codes: list of (linguistic, semantic) arrays, or `stored_codes`, in
-        which an item may have copies; lines: of `plan.texts`. Raises ValueError when the answer to
-        a question is missing, or codes are."""
+        which an item may have copies; lines: of `plan.texts`; joints: {id: the groups at which its
+        manner changes}. Raises ValueError when the answer to a question is missing, or codes are.
+        """
         self.config, self.tokenizer, self.items, self.lines = config, tokenizer, items, lines
+        self.joints = dict(joints)
         copies = [[pair] for pair in codes] if isinstance(codes, list) else _copies(codes, items)
         self.heard = [[np.array(interleave.merge(*pair, config.ids), np.int64) for pair in pairs]
                       for pairs in copies]  # fmt: skip
@@ -84,6 +86,18 @@ class Book:
         item = self.items[index]
         return self.encode(tagged(item.text, item.manner)), self.audio[index]
 
+    def pieces(self, index):
+        """The same where the manner changes in the middle: a (words, audio ids) for each."""
+        words, audio = self.spoken(index)
+        cuts = self.joints.get(self.items[index].id, ())  # in groups of audio ids
+        tags = range(self.config.ids.first_text, self.config.ids.first_text + len(TAGS))
+        starts = [i for i, token in enumerate(words) if token in tags]
+        if not cuts or len(starts) != len(cuts) + 1:
+            return [(words, audio)]
+        parts = zip([0, *starts[1:]], [*starts[1:], None], strict=True)
+        sounds = np.split(audio, [GROUP_SIZE * cut for cut in cuts])
+        return [(words[a:b], list(sound)) for (a, b), sound in zip(parts, sounds, strict=True)]
+
 
 def _copies(stored, items):
     """[[codes as spoken, codes of its copies …], …] of items."""
@@ -102,15 +116,18 @@ class Examples:
     noise: share of a question's audio ids that are replaced by others of their kind. layout: how
     text and audio of an answer share the sequence: a Layout or its name (the released model's).
     heard: weight of a question's ids as targets. selected: only the answers that
-    `selected` takes are drawn for spoken questions (SFT-2)."""
+    `selected` takes are drawn for spoken questions (SFT-2). favour: {intent: how many times as
+    often its questions are drawn}."""
 
     def __init__(self, book, mixture, *, noise=0.05, layout="ratio_10_15",
-                 heard=HEARD_WEIGHT, selected=False):  # fmt: skip
+                 heard=HEARD_WEIGHT, selected=False, favour=()):  # fmt: skip
         self.book, self.mixture, self.noise, self.ids = book, mixture, noise, book.config.ids
         self.layout = dialogue.layout(layout) if isinstance(layout, str) else layout
         self.heard = heard
         self.open_turn = len(dialogue.prompt([], book.tokenizer, self.ids))
+        favour = dict(favour)
         self.probs = book.balance() * (self.selected() if selected else 1.0)
+        self.probs *= [favour.get(book.items[i].intent, 1.0) for i in book.questions]
         self.probs /= self.probs.sum()
         self.asr_probs, self.follow_probs = map(book.by_voice, (book.spoken_words, book.follows))
         # No voice is heard in writing, and no noise. A book may hold nothing but such questions.
@@ -125,8 +142,7 @@ class Examples:
         weights = []
         for index in self.book.questions:
             item = self.book.items[index]
-            spoken = self.book.spoken(self.book.answers[item.answer_id])
-            answer = self.layout.arrange(*spoken, self.ids)
+            answer = self.spoken(self.book.answers[item.answer_id])
             special = item.category in SPECIAL or item.manner in MANNERS
             stable = self.ids.text_start not in answer
             weights.append(stable * (1.0 if special else REMINDER))
@@ -143,17 +159,17 @@ class Examples:
     def text(self, rng):
         line = self.book.lines[rng.integers(len(self.book.lines))]
         answer = self.book.encode(tagged(line["answer"], line["manner"]))
-        return self.example(None, self.book.encode(line["question"]), answer)
+        return self.example(None, self.book.encode(line["question"]), [*answer, self.ids.eot])
 
     def asr(self, rng):
         index = self.book.spoken_words[rng.choice(len(self.asr_probs), p=self.asr_probs)]
         words = self.book.encode(normalise(self.book.items[index].text))
-        return self.example(ASR_MARKER, self.noisy(rng, index), words)
+        return self.example(ASR_MARKER, self.noisy(rng, index), [*words, self.ids.eot])
 
     def tts(self, rng):
         index = self.book.voiced[rng.integers(len(self.book.voiced))]
         words, audio = self.book.spoken(index)
-        return self.example(TTS, words, audio=audio)
+        return self.example(TTS, words, [*audio, self.ids.eot])
 
     def next(self, rng):
         audio = self.book.audio[rng.integers(len(self.book.items))]
@@ -163,17 +179,17 @@ class Examples:
     def tqaa(self, rng):
         index, answer = self.pair(rng, self.written_probs)
         question = self.book.encode(self.book.items[index].text)
-        return self.example(TQAA, question, *self.book.spoken(answer))
+        return self.example(TQAA, question, self.spoken(answer))
 
     def aqta(self, rng):
         index, _ = self.pair(rng, self.probs)
         item = self.book.items[index]
         words = self.book.encode(tagged(item.answer, item.manner))
-        return self.example(AQTA, self.noisy(rng, index), words)
+        return self.example(AQTA, self.noisy(rng, index), [*words, self.ids.eot])
 
     def aqtaa(self, rng):
         index, answer = self.pair(rng, self.probs)
-        return self.example(None, self.noisy(rng, index), *self.book.spoken(answer))
+        return self.example(None, self.noisy(rng, index), self.spoken(answer))
 
     def turns(self, rng):
         """A second question behind the first; or any question behind turns that do not matter."""
@@ -187,7 +203,7 @@ class Examples:
             history = history or [self.some_turn(rng)]
             index, answer = self.pair(rng, self.probs)
         turns = [turn for pair in history for turn in pair]
-        return self.example(None, self.noisy(rng, index), *self.book.spoken(answer), turns=turns)
+        return self.example(None, self.noisy(rng, index), self.spoken(answer), turns)
 
     def some_turn(self, rng):
         """A written question and its answer, as two turns of a dialogue."""
@@ -209,18 +225,20 @@ class Examples:
             audio = misheard(audio, self.book.confused, rng.uniform(0, MISHEARD), rng)
         return swapped(audio, self.ids, self.noise, rng)
 
-    def example(self, marker, question, words=None, audio=None, turns=()):
-        """A question and its answer of words, of audio, or of both in the layout's blocks.
+    def spoken(self, index):
+        """Ids of a spoken answer in the layout, a piece a manner where that keeps them apart."""
+        by_piece = getattr(self.layout, "marked", False) or hasattr(self.layout, "starts")
+        pieces = self.book.pieces(index) if by_piece else [self.book.spoken(index)]
+        return self.layout.arrange_pieces(pieces, self.ids)
+
+    def example(self, marker, question, answer, turns=()):
+        """A question and the ids of its answer, up to eot.
 
         marker: a control token that asks for this kind of answer, or None; turns: what was said
         before. Returns ids (N,) and
         weights (N,): the chat template is given, so only question and answer are targets."""
         asked = [*turns, ("user", question)]
         prompt = dialogue.prompt(asked, self.book.tokenizer, self.ids, marker=marker)
-        if words is not None and audio is not None:
-            answer = self.layout.arrange(words, audio, self.ids)
-        else:
-            answer = [*(audio if words is None else words), self.ids.eot]
         ids = np.array([*prompt, *answer], dtype=np.int64)
         weights = np.zeros(len(ids), dtype=np.float32)
         # Between the question and the answer stand its eot and the header of the open turn, which

@@ -107,10 +107,14 @@ class LanguageTask(NextToken):
     of the learning rate `lr` that is left at the end."""
 
     warmup = 0.02
+    kind = Examples
 
     def __init__(self, book, mixture, *, floor=0.02, rows=12, length=512, lr=2e-3, **options):
         super().__init__(book.config)
-        self.examples = Examples(book, mixture, **options)
+        self.examples = self.kind(book, mixture, **options)
+        # Ids that may follow sound besides the markers, where a layout has some.
+        starts = getattr(self.examples.layout, "starts", ())
+        self.markers = torch.tensor(sorted({*self.markers.tolist(), *starts}))
         self.floor, self.rows, self.length, self.lr = floor, rows, length, lr
 
     @classmethod

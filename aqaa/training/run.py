@@ -27,6 +27,7 @@ from aqaa.training.examples import Book
 from aqaa.training.loop import Trainer
 from aqaa.weights import model_folder
 
+JOINTS = "joints.json"  # where the manner of an answer changes, beside the codes
 TESTS = {"seen_voices": "seen_seen", "new_voices": "seen_new", "both_new": "new_new"}  # name: cell
 
 
@@ -127,6 +128,8 @@ class Run:
         sizes = {"linguistic": self.config.ids.n_linguistic, "semantic": self.config.ids.n_semantic}
         use = {name: usage(list(heard[0, name].values()), size) for name, size in sizes.items()}
         print("codebooks:", use)
+        if not said:  # what was spoken anew may change its manner elsewhere
+            write_json(self.out / JOINTS, speak.joints([i for i in items if i.is_voiced]))
         self._record("codes", use)
 
     def _said(self, items):
@@ -163,6 +166,8 @@ class Run:
         ValueError, before anything is written, where fewer codes would take the place of more."""
         record, makers = self._recorded(), self.makers()
         codes = replaceable(self.out, self.export_folder.parent / "codes")
+        if (self.out / JOINTS).exists():
+            codes[self.out / JOINTS] = self.export_folder.parent / "codes" / JOINTS
         parts = {name: self.part_file(makers[name]) for name in model_folder.PARTS}
         kept = {parts[name].parent for name in ("linguistic", "semantic")} == {self.init}
         for name in model_folder.EXTRA:  # heads read the encoders that they were trained on
@@ -233,7 +238,9 @@ class Run:
             words |= {line[key] for line in lines for key in ("question", "answer")}
             with replacing(path) as part:
                 TextTokenizer.train(sorted(words), n_text=self.config.ids.n_text).save(part)
-        return Book(self.config, TextTokenizer.from_file(path), items, stored, lines)
+        joints = next((read_object(one / JOINTS, "speak it anew") for one in reversed(places)
+                       if (one / JOINTS).exists()), {})  # fmt: skip
+        return Book(self.config, TextTokenizer.from_file(path), items, stored, lines, joints)
 
     def model(self, backbone, layout="ratio_10_15"):
         """An AQAA of a backbone and this run's other parts, each read when it is first used."""
@@ -271,7 +278,7 @@ class Run:
         """`module` with the weights that stage `name` left, or else those of `init`, in eval mode.
         Raises ModelError before that stage ran."""
         path = self.part_file(name)
-        module = module or model_folder.build(stages.STAGES[name].part, self.config)
+        module = module or model_folder.build(stages.named(name).part, self.config)
         return model_folder.load_part(path.parent, path.stem, module)
 
     def _record(self, name, result):
@@ -288,7 +295,7 @@ class Run:
         return read_object(path, remedy) if path.exists() else {}
 
     def part_file(self, stage):
-        part = stages.STAGES[stage].part
+        part = stages.named(stage).part
         return self._own(f"parts/{stage}.safetensors", f"{part}.safetensors")
 
     def _own(self, name, there=None):

@@ -1,0 +1,1 @@
+"""How the systems of the lineage are trained: one file a system, and `table`, which runs them."""
