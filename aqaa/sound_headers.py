@@ -2,8 +2,7 @@
 
 libsndfile believes a header and stays silent when sound is missing. So a length that a killed or
 streaming writer never filled in is filled in here, and one that promises more than there is means
-that the file is cut off. Everything works on the bytes of the whole file and decodes nothing.
-"""
+that the file is cut off. Everything works on the bytes of the whole file and decodes nothing."""
 
 import struct
 from itertools import islice
@@ -95,11 +94,8 @@ def _ends_in_chunks(data, start):
 
 
 def completed(data, name, max_seconds):
-    """The file, its sizes put right where the writer left them open. AudioError if it is cut off.
-
-    Samples of an open size go on to the end. One that is too large by at most FEW bytes is a slip
-    of the writer; beyond that, sound is missing.
-    """
+    """The file, its sizes put right where the writer left them open: sound goes on to the end.
+    Raises AudioError if more than FEW bytes are missing: fewer are a slip of the writer."""
     if data[:4] == b"OggS":
         _check_last_page(data, name)
     elif data[:3] in (b"ID3", b"TAG") or _mp3_header(data, 0):
@@ -141,8 +137,6 @@ KBITS[0] = KBITS[2]
 
 
 class Frame(NamedTuple):
-    """One frame of an mp3."""
-
     place: int
     size: int  # bytes
     samples: int
@@ -206,10 +200,8 @@ def _mp3_frames(data):
 
 
 def _completed_mp3(data, name, max_seconds):
-    """An mp3 with one tag that counts all its frames: without, libsndfile guesses the length.
-
-    A tag that counts too few (two files joined) is replaced; one that counts too many: cut off.
-    """
+    """An mp3 with one tag that counts all its frames: without, libsndfile guesses the length. A tag
+    that counts too few (two files joined) is replaced; one that counts too many: cut off."""
     frames, seconds = [], 0.0
     for frame in _mp3_frames(data):
         frames.append(frame)

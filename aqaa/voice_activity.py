@@ -22,8 +22,7 @@ class Activity:
     than the background and voiced: `periodic` is how much of the last 40 ms comes back after one
     period of a voice (1: all; noise stays below 0.3). It goes on while frames are `off` dB louder
     and one of the last `hold` seconds was voiced (hysteresis: consonants are fainter and have no
-    pitch), and through dips of `gap` seconds. The background is the faintest 100 ms of MEMORY.
-    """
+    pitch), and through dips of `gap` seconds. The background is the faintest 100 ms of MEMORY."""
 
     frame = 320
 

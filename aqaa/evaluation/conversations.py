@@ -3,8 +3,7 @@
 A person who is never there asks the shipped questions. Sound comes in packets of 20 ms by a clock
 of its own, and the work of the model takes the time that it really takes (or `cost` seconds a
 unit): packets that come meanwhile wait, as in a microphone's buffer. The same dialogue is held with
-and without speculation, so that what a speculation saves is a difference of one question.
-"""
+and without speculation, so that what a speculation saves is a difference of one question."""
 
 import os
 import time
@@ -120,12 +119,10 @@ class Room:
         events += self.until(lambda seen: reply(events + seen) is not None
                              or any(event.kind == "refused" for event in seen))  # fmt: skip
         kinds, first = [event.kind for event in events], reply(events)
-        row = {
-            "kind": said.kind, "lost": first is None, "cut": cut, "resumed": "resumed" in kinds,
-            "latency": None if cut or first is None else first - end,
-            "used": talk.counts["used"] > used, "wrong_interruption": None,
-            "barge_in": "interrupted" in kinds if wanted else None,
-        }  # fmt: skip
+        row = {"kind": said.kind, "lost": first is None, "cut": cut, "resumed": "resumed" in kinds,
+               "latency": None if cut or first is None else first - end,
+               "used": talk.counts["used"] > used, "wrong_interruption": None,
+               "barge_in": "interrupted" in kinds if wanted else None}  # fmt: skip
         if said.cough and first is not None:
             noise = 0.1 * self.rng.standard_normal(int(COUGH * SAMPLE_RATE))
             row["wrong_interruption"] = any(event.kind == "interrupted"
@@ -205,5 +202,4 @@ def measure(model, seed=0, limit=200, busy=False, progress=True, cost=None, **sa
 
 
 def table(result):
-    """A result as text, a line a value."""
     return streaming.table({name: row for name, row in result.items() if name != "rows"}, 20)

@@ -8,8 +8,7 @@ The folder aqaa/ alone is enough, and of packages torch, triton, transformers, s
 with what they bring. On a machine with a GPU, the second of these if the first has no faults:
 
     python -m aqaa bench scale --preset full --layers 4 --device cuda --out layers4.json
-    python -m aqaa bench scale --preset full --device cuda --out full.json
-"""
+    python -m aqaa bench scale --preset full --device cuda --out full.json"""
 
 import gc
 import os
@@ -59,8 +58,7 @@ STEPS = "copy check_kernels check_layer tune prefill decode vocoder ask fp8".spl
 
 def measure(preset="full", device="cuda", seed=0, layers=None, out=None):
     """The record as a dict, which also grows in the file `out`; on a GPU it has a place of its own.
-    layers: fewer than there are. Its "faults" name what could not be measured. Raises ModelError
-    beforehand if the model does not fit."""
+    layers: fewer than there are. Raises ModelError beforehand if the model does not fit."""
     os.environ.setdefault(*SEGMENTS)  # read when the first tensor is made on a GPU
     config = presets.preset(preset)
     whole = config.backbone.num_hidden_layers

@@ -38,53 +38,50 @@ CHANGES = {  # name: function of (wave (N,), generator)
 
 def measure(model, seed=0, folder="work/hearing", people=(), only=None, limit=None, label="now",
             out=None, progress=True):  # fmt: skip
-    """Phone errors and code agreement of an AQAA, `limit` clips of each set at most.
-
-    folder: where spoken clips are kept. people: folders of recordings (hearing_clips.recorded).
-    only: a family, "people" for those folders, or "agreement". label: the entry of the file `out`
-    that is written; its others stay, and with `only` the other families of this one. Raises
-    ModelError for weights without phone heads, ValueError for a faulty folder of people or an
-    unknown family.
-    """
-    names = [*clips_of.SPOKEN, *clips_of.PEOPLE, "people", AGREEMENT]
+    """Phone errors and code agreement of an AQAA, `limit` clips of each set at most. folder: of
+    spoken clips. people: folders of recordings (hearing_clips.recorded). only: a family, "people",
+    or "agreement". label: the entry of the file `out` that is written; its others stay, and with
+    `only` the other families of this one. Raises ModelError for weights without phone heads,
+    ValueError for a faulty folder of people or an unknown family."""
+    families = [*clips_of.SPOKEN, *clips_of.PEOPLE]
+    names = [*families, "people", AGREEMENT]
     if only and only not in names:
         raise ValueError(f"bench hearing knows no {only!r}: choose one of {', '.join(names)}.")
     if model.heads is None and only != AGREEMENT:
         raise ModelError(NO_HEADS)
     wanted, started = [only] if only else names, time.monotonic()
     recordings = {Path(one).name: clips_of.recorded(one) for one in people if "people" in wanted}
-    missing = {name: fault for name in (*clips_of.SPOKEN, *clips_of.PEOPLE)
-               if name in wanted and (fault := clips_of.absent(name))}  # fmt: skip
-    if "people" in wanted and not people:
-        missing["people"] = "name folders of recordings with a manifest.json by --people FOLDER."
     head = about("hearing", model.device)
     earlier = files.read_object(out, "remove it") if out and Path(out).exists() else {}
     entry = earlier.get(label, {}) if only else {}  # one family is renewed, the others stay
-    missing = {**{name: why for name, why in entry.get("missing", {}).items()
-                  if name not in wanted}, **missing}  # fmt: skip
-    errors = entry.get("phone_error", {})
+    missing = {name: why for name, why in entry.get("missing", {}).items() if name not in wanted}
+    absent = {name: clips_of.absent(name) for name in families if name in wanted}
+    missing |= {name: fault for name, fault in absent.items() if fault}
+    if "people" in wanted and not people:
+        missing["people"] = "name folders of recordings with a manifest.json by --people FOLDER."
+    errors, spoken = entry.get("phone_error", {}), {}
     entry = {**entry, **head, "seed": seed, "phone_error": errors, "missing": missing}
     result = {**earlier, **head, label: entry}
-    spoken = {}
-    for name, clips in _sets(wanted, missing, folder, recordings, limit, seed, progress):
+    tell = partial(print, flush=True) if progress else lambda text: None
+    for name, clips in _sets(wanted, missing, folder, recordings, limit, seed, tell):
         if name.split(",")[0] in wanted or name in recordings:
-            _tell(progress, f"listening to {name}")
+            tell(f"listening to {name}")
             errors[name] = error_of(model, clips_of.with_phones(clips), seed)
         spoken.setdefault(name.split(",")[0], []).extend(clips[:EACH])
         if out:  # already now: the last sets may take long to be spoken
             files.write_json(out, result)
     if AGREEMENT in wanted:
-        _tell(progress, "comparing codes")
+        tell("comparing codes")
         chosen = {name: spoken[name] for name in STEADY if name in spoken}
         entry[AGREEMENT] = agreement(model, chosen)
     entry["minutes"] = round((time.monotonic() - started) / 60, 2)
     if out:
         files.write_json(out, result)
-    _tell(progress, table(result))
+    tell(table(result))
     return result
 
 
-def _sets(wanted, missing, folder, recordings, limit, seed, progress):
+def _sets(wanted, missing, folder, recordings, limit, seed, tell):
     """(name of a set, its Clips), one by one; of families that speak, a set of each kind of text.
     Those whose codes are compared come without being wanted themselves."""
     for family in clips_of.PEOPLE:
@@ -95,14 +92,9 @@ def _sets(wanted, missing, folder, recordings, limit, seed, progress):
     speaking = [name for name in clips_of.SPOKEN if name in needed and not clips_of.absent(name)]
     lines = clips_of.texts(seed) if speaking else {}
     for family in speaking:
-        _tell(progress, f"reading or speaking {family}")
+        tell(f"reading or speaking {family}")
         for kind, pairs in lines.items():
             yield f"{family}, {kind}", clips_of.spoken(family, pairs[:limit], folder, seed)
-
-
-def _tell(progress, text):
-    if progress:
-        print(text, flush=True)
 
 
 def error_of(model, clips, seed=0):

@@ -53,7 +53,6 @@ def texts(seed=0, count=COUNT):
 
 
 def voices_of(family):
-    """Voices of a family that speaks."""
     return getattr(V, SPOKEN[family], None) or tuple(SPOKEN[family].split())
 
 
@@ -143,12 +142,7 @@ TRANSCRIPTS = {
 
 
 def recorded(folder):
-    """Clips of people in a folder with a manifest. Raises ValueError."""
-    return [Clip(text, _read(path)) for path, text in manifest(folder)]
-
-
-def manifest(folder):
-    """[(path, text), …] of a folder with manifest.json, a list of {"file", "text" (or "digit"),
+    """Clips of people in a folder with manifest.json, a list of {"file", "text" (or "digit"),
     "split"}; of splits only "evaluation", and what has none. Raises ValueError."""
     path, remedy = Path(folder) / "manifest.json", "mend the manifest, or get the folder again"
     try:
@@ -164,7 +158,7 @@ def manifest(folder):
         raise ValueError(f"{path} has no clip for evaluation: {remedy}.")
     if lost := [name for name, _ in rows if not Path(folder, name).is_file()]:
         raise ValueError(f"{path} names {lost[0]}, which is not there: {remedy}.")
-    return [(Path(folder, name), text) for name, text in rows]
+    return [Clip(text, _read(Path(folder, name))) for name, text in rows]
 
 
 def with_phones(clips):

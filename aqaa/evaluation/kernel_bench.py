@@ -130,11 +130,8 @@ def _fault(fault):
 
 def tune(engine, layers, seconds):
     """Sets TILES of the kernels for an Engine's int4 layers -> {kernel and size: a dict of tile,
-    gb_per_s and tiles {tile: GB/s}}.
-
-    layers: how many layers' weights a kernel reads in turn, more than a cache holds.
-    seconds(launch, layers) -> seconds a layer.
-    """
+    gb_per_s and tiles {tile: GB/s}}. layers: whose weights a kernel reads in turn, more than a
+    cache holds. seconds(launch, layers) -> seconds a layer."""
     device, stack = engine.device, engine.fused.layers
     heads, out, both, down = stack[0][:4]
     stream, inner = (torch.randn(1, rows.size, device=device) for rows in (heads, down))

@@ -4,8 +4,7 @@ Weights and sounds are random and seeded: neither changes the work. All who do t
 turns in one run, on the same weights, and their results are compared. "as trained" is our module
 before `prepared.prepare`: for HiFT, which no package holds, that is the published order of work
 (weight norms in every call, every convolution direct). "AMX": linear layers on the matrix units of
-a Xeon that has them, fp32 in three products of bf16.
-"""
+a Xeon that has them, fp32 in three products of bf16."""
 
 import contextlib
 import gc

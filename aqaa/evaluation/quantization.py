@@ -2,8 +2,7 @@
 
 Teacher-forced, over the answers of evaluation dialogues: how far are the scores of legal ids off
 those of the unquantised model, and how often does the likeliest id stay? Free: are the words of
-greedy answers to evaluation questions and the shipped recordings the same, and are they right?
-"""
+greedy answers to evaluation questions and the shipped recordings the same, and are they right?"""
 
 import copy
 import json
@@ -44,7 +43,6 @@ def measure(model, preset="mini", seed=0, limit=QUESTIONS, progress=True):
 
 
 def table(result):
-    """A result as text, a line a format."""
     lines = [f"{'':15}{'MB':>7}{'same id':>9}{'error':>8}{'KL':>9}"
              f"{'right':>8}{'of right':>10}{'kept':>8}{'same':>8}"]  # fmt: skip
     for name, facts in result["formats"].items():
@@ -55,15 +53,13 @@ def table(result):
     return "\n".join(lines)
 
 
-def compare_formats(
-    model, forced, asked, calibration, variants=VARIANTS, *, recordings=True, progress=False
-):
+def compare_formats(model, forced, asked, calibration, variants=VARIANTS, *, recordings=True,
+                    progress=False):  # fmt: skip
     """{name: facts} of the unquantised backbone of an AQAA ("none") and of each variant of it.
 
     forced, asked, calibration: Dialogues for scores, for answers, for gptq. bytes: see n_bytes;
     planned: of the linear layers with their scales, as aqaa/scale/plan.py counts them. scores: see
-    `compare`; questions, recordings: see `compare_answers`.
-    """
+    `compare`; questions, recordings: see `compare_answers`."""
     plain, prompts = model.backbone, [dialogue.prompt for dialogue in asked]
     expected = [dialogue.answer for dialogue in asked]
     results, reference = {}, None
@@ -149,10 +145,8 @@ def shipped(model):
 
 def compare_answers(before, after, expected):
     """{"n", "right", "of_right", "kept", "same"} of answers after a change, against those before.
-
     right: share of answers that are the expected ones; of_right: over the same share before; kept:
-    share of those right before that still are; same: share that are word for word as before.
-    """
+    share of those right before that still are; same: share that are word for word as before."""
     rows, n = list(zip(before, after, expected, strict=True)), len(expected)
     was = sum(old == wanted for old, _, wanted in rows)
     now = sum(new == wanted for _, new, wanted in rows)

@@ -107,11 +107,9 @@ def _cold(question, preset, device):
     """Fresh processes, in turns: medians in seconds. "ask_cold_to_wav_s" is the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--preset", preset, "--device", device, "-o", f"{folder}/answer.wav"]
-        commands = {
-            "import_nothing_s": ["-c", "pass"], "import_aqaa_s": ["-c", "import aqaa"],
-            "import_torch_s": ["-c", "import torch"],
-            "ask_cold_to_wav_s": ["-m", "aqaa", "ask", question, *options],
-        }  # fmt: skip
+        commands = {"import_nothing_s": ["-c", "pass"], "import_aqaa_s": ["-c", "import aqaa"],
+                    "import_torch_s": ["-c", "import torch"],
+                    "ask_cold_to_wav_s": ["-m", "aqaa", "ask", question, *options]}  # fmt: skip
         start = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
         runs = {name: partial(start, [sys.executable, *words]) for name, words in commands.items()}
         times = turns(runs, COLD, warm_up=0)

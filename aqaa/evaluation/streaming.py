@@ -1,10 +1,8 @@
 """`aqaa bench streaming`: how early can an answer begin, when listening begins with the question?
 
 Every shipped question is played to a Listener in packets of 20 ms. Counted are the codes that are
-taken back later, by their distance from the end of what had been heard; timed are listening, and
-the way from the question's end to the first id and the first sound. On a CPU the times are work of
-one thread, not time of the clock.
-"""
+taken back later, by their distance from the end of what had been heard; timed (on a CPU: the work
+of one thread) are listening, and the way from the question's end to the first id and sound."""
 
 import time
 from collections import Counter
@@ -23,8 +21,7 @@ CODE_SECONDS = {"linguistic": 0.06, "semantic": 0.04}
 
 
 def measure(model, seed=0, limit=None):
-    """Listening and answering with `limit` shipped questions; of torch's threads one is left.
-    Raises ValueError if there are no questions."""
+    """Listening and answering with `limit` shipped questions, on one thread. Raises ValueError."""
     wavs = shipped_questions(limit)
     torch.set_num_threads(1)
     model.ask((wavs[0], SAMPLE_RATE), seed=seed)  # the first call is slower
@@ -72,8 +69,7 @@ def listening(model, wavs, every):
     equal: share of questions whose ids are those of offline listening; prompt_known: share of the
     prompt that stands in the cache before the last look; work: of both encoders, for a second of
     question; *_changed: shares of codes taken back; *_after_peak: counted in looks after the
-    loudest sample only.
-    """
+    loudest sample only."""
     counts = {(kind, after): Counter() for kind in CODE_SECONDS for after in ("", "_after_peak")}
     rows = [_listen(model, wav, every, counts) for wav in wavs]
     middle = {name: median if name.startswith("work") else mean for name in rows[0]}

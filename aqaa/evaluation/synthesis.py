@@ -1,9 +1,7 @@
 """`aqaa bench synthesis`: what the vocoder keeps of true codes of a teacher's recording.
 
-The words are scored by the judge beside the teacher's own wav (its ceiling); timbre by mel-cepstral
-distance; melody by the f0 error. Code frames and mel frames run in step, so the two recordings are
-compared frame by frame, unwarped.
-"""
+The judge scores the words beside those of the teacher's own wav (its ceiling); timbre is scored by
+mel-cepstral distance, melody by the f0 error, frame by frame: codes and mels run in step."""
 
 from functools import partial
 
@@ -54,8 +52,7 @@ def copy_synthesis(synthesize, codes, wavs, texts, judge, workers=1, seeds=()):
     judge. `lenient` and `strict` are shares heard right in the synthesis, `teacher_lenient` and
     `teacher_strict` in the recordings. With seeds each answer is spoken once for each, by
     synthesize(ids, seed=seed), and scores are over all takes: the flow starts from noise, and a few
-    answers more or less are heard right with each.
-    """
+    answers more or less are heard right with each."""
     speakers = [partial(synthesize, seed=seed) for seed in seeds] or [synthesize]
     spoken = (speak(ids) for speak in speakers for ids in codes)
     made = [np.asarray(wav, dtype=np.float32).reshape(-1) for wav in spoken]
@@ -109,11 +106,9 @@ def _in_step(ours, theirs):
 
 
 def f0_error(wav, reference):
-    """Melody of wav (N,) against reference: {"semitones", "slips", "voicing"}.
-
-    semitones: median absolute error over frames that are voiced in both. slips: share of those off
-    by more than 9. voicing: share of frames voiced in one alone. NaN where nothing counts.
-    """
+    """Melody of wav (N,) against reference: {"semitones", "slips", "voicing"}. semitones: median
+    absolute error over frames that are voiced in both. slips: share of those off by more than 9.
+    voicing: share of frames voiced in one alone. NaN where nothing counts."""
     ours, theirs = _in_step(*(f0(np.asarray(x, dtype=np.float32)) for x in (wav, reference)))
     both = (ours > 0) & (theirs > 0)
     error = 12 * np.abs(np.log2(ours[both] / theirs[both]))

@@ -1,8 +1,7 @@
 """Linear layers on the matrix units (AMX) of recent Intel Xeons: fp32, more than twice as fast.
 
 `aqaa.load(..., amx=True)`; `amx.c` is compiled at first use and kept in the user's cache folder.
-That takes Linux, such a processor, a C compiler, and twice the memory.
-"""
+That takes Linux, such a processor, a C compiler, and twice the memory."""
 
 import atexit
 import ctypes
@@ -54,11 +53,9 @@ class AmxLinear(nn.Linear):
 
 
 def use(module):
-    """Let the linear layers of a part compute by `amx.c`, in place; returns the part.
-
-    Layers of other sizes stay as they are; convolutions too: in the flow they are a tenth of the
-    work, and more of their rounding reaches the result. Raises ValueError where there is no AMX.
-    """
+    """Let the linear layers of a part compute by `amx.c`, in place; returns the part. Layers of
+    other sizes stay as they are; convolutions too: in the flow they are a tenth of the work, and
+    more of their rounding reaches the result. Raises ValueError where there is no AMX."""
     compiled()
     for layer in module.modules():
         if type(layer) is nn.Linear and not any(size % SIDE for size in layer.weight.shape):
@@ -103,8 +100,7 @@ def _shared_object():
 
     It runs with the user's rights, so it is taken from the cache only if nobody but the user and
     root can have written it, and if it is whole (its name ends in its hash). Else it is compiled,
-    and used from a folder of this process if the cache can keep nothing safely.
-    """
+    and used from a folder of this process if the cache can keep nothing safely."""
     threads = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]  # torch's pool
     compiler = shlex.split(os.environ.get("CC", "cc"))
     command = [*compiler, "-O3", "-fopenmp", "-fPIC", "-shared", str(SOURCE), *threads]

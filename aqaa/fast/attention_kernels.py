@@ -1,8 +1,7 @@
 """Attention over a static cache in Triton, with a twin in plain torch that says what it computes.
 
 Keys and values are read once for all heads of a group, in several runs of keys at a time
-(flash-decoding, Dao et al. 2023); the bias −slope·√distance is made in registers, in fp32.
-"""
+(flash-decoding, Dao et al. 2023); the bias −slope·√distance is made in registers, in fp32."""
 
 from __future__ import annotations  # lets this file be read where there is no triton
 
@@ -70,10 +69,8 @@ def _combine(part, stat, out, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
 
 def attend(query, keys, values, slopes, first, scaling, out=None, splits=None):
     """Causal attention of new queries over a static cache, which holds their own keys already.
-
     query (B, Q, H, d); keys, values (B, G, S, d), contiguous; slopes (H,) fp32; first: int tensor
-    (1,), the slot of the first query. out (B, Q, H, d): by default new, in the query's dtype.
-    """
+    (1,), the slot of the first query. out (B, Q, H, d): by default new, in the query's dtype."""
     batch, n_query, heads, width = query.shape
     groups, size = keys.shape[1:3]
     rows = 16 if n_query * heads // groups <= 16 else 64

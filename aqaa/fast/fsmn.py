@@ -1,7 +1,6 @@
 """The FSMN memory of SANM attention as one small (Toeplitz) matrix product a channel.
 
-A depthwise conv1d over thousands of nine-row signals is slow, its gradient slower than the rest.
-"""
+A depthwise conv1d over thousands of nine-row signals is slow, its gradient slower than the rest."""
 
 import torch
 import torch.nn.functional as F

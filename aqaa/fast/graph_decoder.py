@@ -3,8 +3,7 @@
 An Engine stands where backbone.generation has its Decoder, so loop, layouts and sampling are those
 of `generate`. With fast=True attention and quantised layers are Triton kernels, int4 models take a
 step of ten kernels a layer, and a GPU records the step as a graph. The output layer, whose rows
-depend on the layout's position, stays outside of it, and so does sampling.
-"""
+depend on the layout's position, stays outside of it, and so does sampling."""
 
 import torch
 from torch.nn import functional as F
@@ -23,10 +22,7 @@ WARM_UPS = 2  # steps before a graph is captured: kernels are compiled, librarie
 
 class StaticCache(KVCache):
     """A KVCache for one answer, always seen whole: a tensor says where, so a graph can repeat it.
-
-    kernel: its attention, of attention_kernels. first: int tensor (1,), the slot of the first new
-    query; slopes (H,).
-    """
+    kernel: of attention_kernels; slopes (H,); first: int tensor (1,), slot of the first query."""
 
     def __init__(self, model, size, kernel, slopes, first):
         super().__init__(model, 1, size)
@@ -45,11 +41,9 @@ class StaticCache(KVCache):
 
 
 class Engine:
-    """A Step1ForCausalLM with a static cache of `size` ids, for one answer at a time.
-
-    size: by default the longest context. fast: use the kernels (by default on a GPU with triton).
-    Raises ModelError before anything is allocated if the cache does not fit the GPU.
-    """
+    """A Step1ForCausalLM with a static cache of `size` ids, for one answer at a time. size: by
+    default the longest context. fast: use the kernels (by default on a GPU with triton). Raises
+    ModelError before anything is allocated if the cache does not fit the GPU."""
 
     def __init__(self, model, size=None, fast=None):
         self.model, self.size = model, size or model.config.max_seq_len
@@ -88,9 +82,7 @@ class Engine:
     @torch.inference_mode()
     def feed(self, embeddings, padding=None):
         """embeddings (1, Q, D) of the next ids → hidden (1, D) of the last; padding: of batches.
-
-        Raises ValueError if the ids do not fit.
-        """
+        Raises ValueError if the ids do not fit."""
         length = self.cache.length + embeddings.shape[1]
         if length > (size := self.size):
             raise ValueError(f"{length} ids do not fit the {size} slots of the engine: make it "

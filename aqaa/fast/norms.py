@@ -6,10 +6,8 @@ from aqaa.backbone.layers import Step1RMSNorm
 
 
 class TrainNorm(Step1RMSNorm):
-    """Step1RMSNorm that answers in the dtype of autocast, so that no product casts it once more.
-
-    It differs only for fp32 inputs that need gradients, under autocast on a CPU.
-    """
+    """Step1RMSNorm that answers in the dtype of autocast, so that no product casts it once more. It
+    differs only for fp32 inputs that need gradients, under autocast on a CPU."""
 
     def forward(self, x):
         """x (…, D) → (…, D)."""

@@ -1,8 +1,7 @@
 """HiFT's long kernels by fewer products: pieces are transformed, multiplied, transformed back.
 
 With 11 taps a direct convolution costs 11 products of a (C, C) matrix for every sample; on pieces
-of 32 samples, whose spectra are multiplied, 47 products give 22 samples. Exact up to rounding.
-"""
+of 32 samples, whose spectra are multiplied, 47 products give 22 samples. Exact up to rounding."""
 
 from functools import lru_cache
 from math import pi
@@ -59,8 +58,7 @@ def transforms(taps):
     inverse @ ((of_kernel @ w) * (forward @ x)) correlates a piece x with w.
 
     A product of complex numbers is three real ones (Gauss): with a = wr (xr + xi),
-    b = xr (wi - wr), c = xi (wr + wi) it is a - c + i (a + b).
-    """
+    b = xr (wi - wr), c = xi (wr + wi) it is a - c + i (a + b)."""
     time = torch.arange(SIZE, dtype=torch.float64)
     angle = 2 * pi / SIZE * torch.arange(1, SIZE // 2, dtype=torch.float64)[:, None] * time
     real, imaginary = angle.cos(), -angle.sin()
@@ -81,11 +79,8 @@ def of_kernel(weight):
 
 
 def convolve(x, spectrum, conv, snake):
-    """conv(snake(x)): x (T, C_in) -> (T', C_out); spectrum: `of_kernel` of the conv's weight.
-
-    A dilated convolution is an ordinary one over `dilation` neighbouring samples taken as one,
-    with that many times the channels side by side.
-    """
+    """conv(snake(x)): x (T, C_in) -> (T', C_out); spectrum: `of_kernel` of the conv's weight. A
+    dilated convolution is an ordinary one over `dilation` samples whose channels stand as one."""
     spectrum, taps = spectrum
     forward, _, inverse = transforms(taps)
     padding, dilation = conv.options["padding"], conv.options["dilation"]

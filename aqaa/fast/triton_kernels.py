@@ -110,18 +110,15 @@ def _word(word, at, total):
 
 
 @jit
-def _matrix(
-    words, scale, x, out, keys, values, first, n_rows, n_out, n_runs, n_items, size,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
-    BATCH: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr, STAGES: tl.constexpr,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _matrix(words, scale, x, out, keys, values, first, n_rows, n_out, n_runs, n_items, size,
+            KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+            BATCH: tl.constexpr, WORDS: tl.constexpr, DIGITS: tl.constexpr, STAGES: tl.constexpr,
+            HEADS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """BATCH rows of out from W x. words int32 (N, K/8), scale (N, K/GROUP), x: rows as of `pack`.
 
     KIND: "heads", out = W x, where with HEADS the rows of W from n_out on are keys, then values, of
     the cache; "added", out += W x, fp32; "gated", silu(gate x) · (up x), where the rows of `up` lie
-    behind the n_rows of `gate`, and a program takes them in turns.
-    """
+    behind the n_rows of `gate`, and a program takes them in turns."""
     COUNT: tl.constexpr = ROWS // 2 if KIND == "gated" else ROWS
     SHARE: tl.constexpr = GROUP // (8 * WORDS)
     PLANES: tl.constexpr = 2 * WORDS * DIGITS
@@ -236,10 +233,8 @@ def _unpack(words, scale, out, n_rows, SIZE: tl.constexpr, GROUP: tl.constexpr,
 
 
 class Rows:
-    """int4 weights of some Int4Linear with the same inputs, one after the other for one launch.
-
-    The layers given keep working: their buffers become views of what is kept here.
-    """
+    """int4 weights of some Int4Linear with the same inputs, one after the other for one launch. The
+    layers given keep working: their buffers become views of what is kept here."""
 
     def __init__(self, *layers):
         if fault := [layer for layer in layers if not fits(layer)]:
@@ -258,10 +253,8 @@ class Rows:
             layer.qweight, layer.scale = codes, scale
 
     def multiply(self, kind, x, out, cache=None, first=None):
-        """out (B, N) by `_matrix` of a kind, for x = pack(…) of B ≤ FEW rows; returns out.
-
-        cache (keys, values), each (B, G, S, d): takes the rows behind those of out in slot `first`.
-        """
+        """out (B, N) by `_matrix` of a kind, for x = pack(…) of B ≤ FEW rows; returns out. cache
+        (keys, values), each (B, G, S, d): takes the rows behind those of out in slot `first`."""
         rows, runs, warps, stages = TILES.get((kind, self.rows, self.size), TILE)
         batch, run = len(x), min(RUN, self.group)
         at_once = min(AT_ONCE, triton.next_power_of_2(batch))
@@ -289,8 +282,7 @@ def pack(x, group, norm=None, eps=0.0):
     Runs have 32 inputs, or a group's if it is shorter; zeros behind the last. A digit of a word's 8
     inputs fills two planes, of inputs 0, 2, 4, 6 and of 1, 3, 5, 7, lowest byte first, the highest
     digit before the others. The last plane but one holds −8 times a run's sum, which turns nibbles
-    into codes, the last its scale, a float. norm (K,): x is divided by its RMS, times `norm`.
-    """
+    into codes, the last its scale, a float. norm (K,): x is divided by its RMS, times `norm`."""
     run, (batch, size) = min(RUN, group), x.shape
     blocks = triton.cdiv(size, run * BLOCK)
     planes = run // 4 * DIGITS + 2

@@ -1,9 +1,7 @@
 """The ground that all widgets stand on: one class, live on a page or static in `show`'s figures.
 
-The page draws, records and plays; Python keeps the state and does the work. Messages from a page
-may be read only *between* cells, and with "Run All" after the last of them, so a widget never waits
-for one.
-"""
+The page draws, records and plays; Python keeps the state and works. Messages from a page may be
+read only *between* cells, with "Run All" after the last of them: a widget never waits for one."""
 
 import json
 import threading
@@ -73,7 +71,6 @@ class Widget:
             getattr(self, f"_on_{message['type']}")(message, buffers)
         except Exception as fault:
             self._set(error=str(fault) or type(fault).__name__)
-
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         """There is no `_repr_html_`: IPython would call it for a live widget as well."""

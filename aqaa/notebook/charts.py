@@ -19,16 +19,14 @@ MARKS = (("first_token", ":", "first token", 1.02), ("first_audio", "--", "first
 
 
 @styled
-def curves(
-    rows, x="step", title="", alt="", log=True, columns=None, xlabel="", ylabel="", marks=None
-):
+def curves(rows, x="step", title="", alt="", log=True, columns=None, xlabel="", ylabel="",
+           marks=None):  # fmt: skip
     """Lines of a training log.
 
     rows: dicts, or the path of a CSV; columns: which ones (default all but seconds). xlabel,
     ylabel: what the axes measure, with its unit; by default the names of the columns. marks:
     {words: x} of places to point out. The axis is logarithmic where log is true and all values are
-    positive. The alt text names lines that lie on one another.
-    """
+    positive. The alt text names lines that lie on one another."""
     if isinstance(rows, (str, Path)):
         if not Path(rows).is_file():
             raise ValueError(f"there is no log {Path(rows).name}: name a CSV file.")
@@ -109,8 +107,7 @@ def _bars(axis, names, numbers, left=0.0, mark="{:.3g}"):
 @styled
 def ledger(timings, seconds=None, title="", alt=""):
     """Where the time of an answer went: a bar for each part of Answer.timings, and the first sound.
-    seconds: length of the answer's sound, for the real-time factor. In a stream generate and vocode
-    take turns, so both begin at the same place."""
+    seconds: of its sound, for the real-time factor. In a stream generate and vocode take turns."""
     parts = {name: timings[name] for name in PARTS if name in timings}
     if not parts:
         raise ValueError("ledger needs the timings of an Answer: they hold read, linguistic, "

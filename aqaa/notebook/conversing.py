@@ -89,11 +89,9 @@ def in_blocks(steps, model):
 
 
 class Call(Session):
-    """A Session from a press of the button to the next: its events fill `turns`, Exchanges.
-
-    told: takes each event; changed(k): turn k is another; None: all may be. past: (role, text)
-    pairs that were said before. `gone` is set when it has been left and has nothing more to do.
-    """
+    """A Session from a press of the button to the next: its events fill `turns`, Exchanges. told:
+    takes each event; changed(k): turn k is another; None: all may be. past: (role, text) pairs that
+    were said before. `gone` is set when it has been left and has nothing more to do."""
 
     def __init__(self, model, told, turns, changed, past=(), **options):
         self.turns, self._changed = turns, changed
@@ -122,7 +120,6 @@ class Call(Session):
         self._look()
 
     def _look(self):
-        """Are there new ids? Is all done?"""
         now, asked = self._now, self.model.asked
         if now and now.answer_item and len(asked.steps) > len(now.steps):
             now.steps = list(asked.steps)
@@ -136,63 +133,52 @@ class Call(Session):
         if content.get("error", {}).get("event_id") == LEFT:
             return
         super().tell(kind, **content)
-        if kind in NOTES:
-            NOTES[kind](self, content)
+        if note := getattr(self, f"_{kind.replace('.', '_')}", None):  # below, by their names
+            note(content)
 
     def _of(self, item):
-        """The Exchange with that item, or None."""
         return next((turn for turn in self.turns if item in (turn.item, turn.answer_item)), None)
 
-    def _added(self, content):
+    def _conversation_item_added(self, content):
         if content["item"]["role"] == "user":
             self._now = Exchange(content["item"]["id"])
             self.turns.append(self._now)
             self._changed(len(self.turns) - 1)
 
-    def _deleted(self, content):
+    def _conversation_item_deleted(self, content):
         if turn := self._of(content["item_id"]):
             self.turns.remove(turn)
             self._now = None
             self._changed(None)
 
-    def _heard(self, content):
+    def _conversation_item_input_audio_transcription_completed(self, content):
         if turn := self._of(content["item_id"]):
             turn.question = content["transcript"]
             self._changed(None)
 
-    def _stopped(self, content):
+    def _conversation_item_truncated(self, content):
+        self._changed(None)
+
+    def _input_audio_buffer_speech_stopped(self, content):
         self._speech_end = self.talk.clock() - self.talk.timing.end
 
-    def _begun(self, content):
+    def _response_output_item_added(self, content):
         now = self._now
         now.answer_item, now.said = content["item"]["id"], self.talk.turns[-1]
         now.ready_ms = round(1000 * (self.talk.clock() - self._speech_end))
 
-    def _words(self, content):
+    def _response_output_audio_transcript_delta(self, content):
         self._now.answer += content["delta"]
 
-    def _sounds(self, content):
+    def _response_output_audio_delta(self, content):
         self._now.pcm += sound.unpacked(content["delta"])
 
-    def _done(self, content):
+    def _response_done(self, content):
         if self._now and self._now.answer_item:
             self._look()
             self._now.cut = content["response"]["status"] == "cancelled"
             self._now = None
             self._changed(None)
-
-    def _truncated(self, content):
-        self._changed(None)
-
-
-NOTES = {
-    "conversation.item.added": Call._added, "conversation.item.deleted": Call._deleted,
-    "conversation.item.input_audio_transcription.completed": Call._heard,
-    "conversation.item.truncated": Call._truncated,
-    "input_audio_buffer.speech_stopped": Call._stopped, "response.output_item.added": Call._begun,
-    "response.output_audio_transcript.delta": Call._words,
-    "response.output_audio.delta": Call._sounds, "response.done": Call._done,
-}  # fmt: skip
 
 
 class Conversation(Widget):
@@ -208,8 +194,7 @@ class Conversation(Widget):
     `stop` end a call, and the next one goes on from there; Start over forgets what was said.
 
     fallback: recordings (as Recorder takes them) that ask in the static form, on a clock that
-    counts only their sound: it always gives the same.
-    """
+    counts only their sound: it always gives the same."""
 
     script = "conversation"
     rate = sound.RATE

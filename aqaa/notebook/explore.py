@@ -147,8 +147,7 @@ def schedule(n_text, n_audio, text_block, audio_block, tokens_per_second, first=
     silence before or in it, once the voice has begun). The voice begins with `first` audio tokens,
     in whatever block they end; then each group of five plays when it is ready and the one before is
     over. The order of the tokens is that of dialogue.Layout; once there is no more text the audio
-    still counts in blocks. Raises ValueError for a rate of 0 or below.
-    """
+    still counts in blocks. Raises ValueError for a rate of 0 or below."""
     if tokens_per_second <= 0:
         raise ValueError(f"{tokens_per_second} tokens a second never make an answer: "
                          "pass a number above 0.")
@@ -189,9 +188,8 @@ class Ode(Widget):
 
     script = "ode"
 
-    def __init__(
-        self, states, times, synth, interactive=False, rate=SAMPLE_RATE, hop_seconds=0.010
-    ):
+    def __init__(self, states, times, synth, interactive=False, rate=SAMPLE_RATE,
+                 hop_seconds=0.010):  # fmt: skip
         self.states = [array(torch.as_tensor(state).squeeze(), 2, "a state") for state in states]
         self.times = [float(time) for time in times]
         self.rate, self.hop_seconds = rate, hop_seconds
@@ -237,8 +235,7 @@ class VoiceControl(Widget):
     with its manner as a tag ("(slow) the river runs") as the user's turn, and an answer of audio
     tokens alone. It knows the sentences of the curriculum best; one manner at a time. takes: newest
     first, dicts with manner, temperature, seed, seconds, f0 in Hz, energy in dB, wav. manners:
-    those of the static view, said when it is first shown.
-    """
+    those of the static view, said when it is first shown."""
 
     script = "voice"
     GROUPS = {"Plain": ("normal",), "Rate": ("slow", "fast"), "Pitch": ("high", "low"),

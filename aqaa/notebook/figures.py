@@ -1,14 +1,13 @@
 """Pictures for a committed notebook: small, always the same bytes, readable without colour.
 
-Every figure is a PNG of few colours on white (so that a dark page does not swallow it) with a text
-that says what is in it. Lines and bars differ in colour (Okabe and Ito's palette) and in dash or
-place; maps use viridis, which greys well.
-"""
+Every figure is a PNG of few colours on white (for dark pages) with a text that says what is in it.
+Lines differ in colour (Okabe and Ito's palette) and dash; maps use viridis, which greys well."""
 
 import base64
 import io
 import re
 from html import escape
+from pathlib import Path
 
 import matplotlib
 import matplotlib.style
@@ -23,15 +22,9 @@ from PIL import Image
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 
-# Okabe and Ito 2008:
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {
-    "figure.dpi": 80, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "text.parse_math": False,
-    "axes.prop_cycle": matplotlib.cycler(color=LINES), "hatch.linewidth": 0.6,
-    "image.cmap": "viridis", "legend.frameon": False,
-}  # fmt: skip
+STYLE = matplotlib.rc_params_from_file(
+    Path(__file__).with_suffix(".mplstyle"), use_default_template=False)  # fmt: skip
+LINES = STYLE["axes.prop_cycle"].by_key()["color"]
 WIDTH = 9.0  # inches, 720 pixels
 PALETTE = 48  # colours of a PNG
 LEVELS = 20  # steps of a colour map: enough for the eye, and the file is a third
@@ -147,8 +140,7 @@ def draw_wave(axis, wav, rate):
 
 @styled
 def spectrogram(wav, rate=SAMPLE_RATE, title="", alt=""):
-    """How strong each pitch is over time: Whisper's log-mel of 80 bins, in dB below the loudest.
-    wav: (N,) at `rate` Hz."""
+    """Whisper's log-mel of 80 bins of wav (N,) at `rate` Hz, in dB below the loudest."""
     wav = torch.from_numpy(array(wav, 1, "the sound"))
     seconds, bins = len(wav) / rate, 80
     if seconds < 0.03:
@@ -223,9 +215,8 @@ def _norm(matrices):
 
 
 @styled
-def trajectory(
-    states, times, title="", alt="", bins="mel bin", hop_seconds=0.010, unit="log amplitude"
-):
+def trajectory(states, times, title="", alt="", bins="mel bin", hop_seconds=0.010,
+               unit="log amplitude"):  # fmt: skip
     """Noise becoming a mel: (bins, frames) `states` at ODE `times` from 0 to 1, side by side.
     hop_seconds between frames; unit of what the states hold; one scale of colours."""
     states = [array(state, 2, "a state") for state in states]
@@ -252,15 +243,11 @@ def trajectory(
 
 
 @styled
-def attention(
-    weights, rows=None, columns=None, title="", alt="", names=("looking (query)", "looked at (key)")
-):
-    """Heat map of weights (Q, K): which key each query looks at.
-
-    rows, columns: labels, printed when they fit; names: of the two axes. The scale ends where three
-    of four queries have their largest weight: a query that is sure of one key does not darken all
-    the others.
-    """
+def attention(weights, rows=None, columns=None, title="", alt="",
+              names=("looking (query)", "looked at (key)")):  # fmt: skip
+    """Heat map of weights (Q, K): which key each query looks at. rows, columns: labels, printed if
+    they fit; names: of the two axes. The scale ends where three of four queries have their largest
+    weight: a query that is sure of one key does not darken all the others."""
     weights = array(weights, 2, "the weights")
     queries, keys = weights.shape
     for labels, size, name in ((rows, queries, "rows"), (columns, keys, "columns")):

@@ -1,7 +1,6 @@
 """The planner: choose GPUs, a weight format and a context; see what fits, and how fast it talks.
 
-Every number is a sum of aqaa/scale/plan.py, or was measured in a recorded run.
-"""
+Every number is a sum of aqaa/scale/plan.py, or was measured in a recorded run."""
 
 from aqaa.backbone.memory import BITS
 from aqaa.config import TOKENS_PER_SECOND
@@ -32,9 +31,8 @@ class Planner(Widget):
 
     script = "planner"
 
-    def __init__(
-        self, model="130b", interactive=False, gpus="1xH200", weights="int4", context=2048
-    ):
+    def __init__(self, model="130b", interactive=False, gpus="1xH200", weights="int4",
+                 context=2048):  # fmt: skip
         super().__init__(interactive)
         self.model = model
         self.plan(gpus, weights, context)
@@ -116,15 +114,12 @@ def _rate(plan):
 
 
 def _row(plan):
-    """A line of the static table."""
     setup = plan.setup
-    cells = {
-        "GPUs": setup.gpus, "weights": setup.format, "GiB": f"{plan.total:.1f}",
-        "ms, least": f"{1000 * plan.floor:.1f}", "tokens/s, most": f"{plan.ceiling:.0f}",
-        "measured": "no" if plan.rate is None else f"{plan.rate:.0f}",
-        "first sound": f"{plan.first_sound[3]:.2f}", "enough for": _enough(plan),
-        **{f"wait {n} s": f"{delay:.2f}" for n, delay in plan.delay.items()},
-    }  # fmt: skip
+    cells = {"GPUs": setup.gpus, "weights": setup.format, "GiB": f"{plan.total:.1f}",
+             "ms, least": f"{1000 * plan.floor:.1f}", "tokens/s, most": f"{plan.ceiling:.0f}",
+             "measured": "no" if plan.rate is None else f"{plan.rate:.0f}",
+             "first sound": f"{plan.first_sound[3]:.2f}", "enough for": _enough(plan),
+             **{f"wait {n} s": f"{delay:.2f}" for n, delay in plan.delay.items()}}  # fmt: skip
     if not plan.fits:
         cells |= dict.fromkeys(list(cells)[3:], "–") | {"measured": "does not fit"}
     return cells

@@ -1,7 +1,6 @@
 """What a notebook cell shows without a front end: players, tables, code, records, every figure.
 
-Nothing here needs JavaScript or a network, and the same input gives the same bytes.
-"""
+Nothing here needs JavaScript or a network, and the same input gives the same bytes."""
 
 import base64
 import inspect
@@ -49,8 +48,7 @@ def setup(seed=0):
 
 
 class Sound:
-    """A player: wav (N,) float32 at `rate` Hz; mp3: the bytes that it plays. level=False keeps the
-    loudness, else the peak is put at -3 dB."""
+    """A player: wav (N,) float32 at `rate` Hz; mp3: its bytes. level: put the peak at -3 dB."""
 
     def __init__(self, wav, rate=SAMPLE_RATE, title="", transcript="", level=True):
         self.wav, self.rate = figures.array(wav, 1, "the sound"), int(rate)

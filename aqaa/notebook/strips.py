@@ -72,7 +72,6 @@ def _boxes(axis, y, spans, colour, labels=None, rotation=0, size=7):
 
 
 def kinds_of(ids, id_ranges):
-    """Kinds of a row of ids by name."""
     return [interleave.KINDS[kind] for kind in interleave.kinds(ids, id_ranges)]
 
 
@@ -130,10 +129,8 @@ def _key(figure, axis, kinds):
 def blocks(steps, ids, text, times=None, alt="", title=""):
     """An answer as it was generated: a row for each block, text pieces first, then audio cells.
 
-    steps: of model.generate, or ids; ids: model.ids; text: model.text. times: how many seconds each
-    step took, one number for all steps or one a step; then each row says when it was complete and
-    how much sound there was by then.
-    """
+    steps: of model.generate, or ids; ids: model.ids; text: model.text. times: seconds of a step,
+    one number for all or each; then rows say when they were complete, with how much sound."""
     tokens = integers([getattr(step, "id", step) for step in steps], "the answer")
     kinds = kinds_of(tokens, ids)
     labels = _labels(tokens, kinds, ids, text)

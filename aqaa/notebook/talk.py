@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from aqaa import audio
+from aqaa.answer import playout
 from aqaa.config import SAMPLE_RATE
 from aqaa.notebook import show
 from aqaa.notebook.base import Widget, pcm16
@@ -51,8 +52,7 @@ class Recorder(Widget):
         return self._state["message"]
 
     def audio(self, rate=SAMPLE_RATE):
-        """The recording, else the fallback: (N,) float32 tensor at `rate` Hz. Raises RuntimeError
-        while it is recording."""
+        """The recording, else the fallback: (N,) at `rate` Hz. RuntimeError while it records."""
         if self.state == "recording":
             raise RuntimeError("the recorder is still recording: press its Stop button, then run "
                                "this cell again.")
@@ -114,10 +114,8 @@ class Player(Widget):
     what was made before the stop. report: see `waits`; first_ms counts from the call, and "where"
     is the "page", or the "kernel", which knows when pieces were ready.
 
-    With "Run All" the kernel reads what a page says only after the last cell, but a page sees at
-    once what changes in the state. So pieces travel in the state until the page has said that it is
-    there, and as messages from then on.
-    """
+    With "Run All" the kernel hears a page only after the last cell, but a page sees changes of the
+    state at once: pieces travel in the state until the page has said that it is there."""
 
     script = "player"
     rate = SAMPLE_RATE
@@ -133,14 +131,11 @@ class Player(Widget):
 
     @property
     def text(self):
-        """The words so far."""
         return self._state["text"].strip()
 
     def play_stream(self, model, question, **sampling):
         """Ask the model, and return itself: interactive at once, otherwise when the answer is made.
-
-        question: a Recorder, or what model.stream takes, as sampling. What still plays is stopped.
-        """
+        question: a Recorder, or as of model.stream, like sampling. What still plays is stopped."""
         if isinstance(question, Recorder):
             question = (question.audio(), SAMPLE_RATE)
         self.stop()
@@ -246,9 +241,6 @@ class Player(Widget):
 
 def waits(pieces):
     """Play-out of pieces [(ready s, seconds of sound)]: chunks, gaps (waits between), first_ms."""
-    end, gaps = None, 0
-    for ready, seconds in pieces:
-        gaps += end is not None and ready > end
-        end = max(ready, end or 0.0) + seconds
+    gaps = sum(gap > 0 for gap in playout(pieces).gaps[1:])
     first = 1000 * pieces[0][0] if pieces else None
     return {"chunks": len(pieces), "gaps": gaps, "first_ms": first}

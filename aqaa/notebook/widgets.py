@@ -2,8 +2,7 @@
 
 Nine widgets, each twice: with interactive=True on a JupyterLab page; with interactive=False,
 without a front end or JavaScript, as players, figures and tables of `show`. Show a widget in one
-cell and use what it holds in the next: a page is not heard while a cell runs.
-"""
+cell and use what it holds in the next: a page is not heard while a cell runs."""
 
 from aqaa.notebook.conversing import Conversation
 from aqaa.notebook.explore import Interleave, Ode, Tokens, VoiceControl

@@ -3,9 +3,8 @@
 A layer goes from the mapped shards into a shard of its own, so memory holds one layer and what its
 rounding needs. progress.json has the hashes of finished shards; a conversion that was cut off is
 called again and goes on behind the last whole one. The names are the published ones. int4 is
-written as compressed-tensors' W4A16 (pack-quantized), which transformers and vLLM load as well; its
-words are the bytes of Int4Linear. 8 bits have `qweight` and `scale` in place of `weight`, and
-config.json says how under "quantization".
+written as compressed-tensors' W4A16, which transformers and vLLM load as well, the bytes of
+Int4Linear; 8 bits have `qweight` and `scale` in place of `weight`: "quantization" in config.json.
 """
 
 import json
@@ -27,7 +26,7 @@ from aqaa.backbone.quantized_linear import empty_linears, format_of
 from aqaa.backbone.step1 import Step1Config
 from aqaa.config import BackboneConfig
 from aqaa.files import AGAIN, ModelError, read_json, reading, replacing, write_json
-from aqaa.scale.quantize import Calibration, group_for, replace_linears
+from aqaa.scale.quantize import Calibration, group_for, quantize_, replace_linears
 from aqaa.weights import model_folder, released, shards, sources, verify
 from aqaa.weights.packing import packed_config
 
@@ -42,13 +41,13 @@ COMPANIONS = ("tokenizer.model", "tokenizer_config.json", "LICENSE")  # copied b
 
 @dataclass(frozen=True)
 class Origin:
-    """A language model on disk: sizes, {our name: its name}, {its name: Entry}, names left out."""
+    """A released language model: sizes, {our name: theirs}, {theirs: Entry}, Entries left out."""
 
     folder: Path
     config: BackboneConfig
     names: dict
     tensors: dict
-    others: tuple = ()
+    dropped: list
 
     def tensor(self, name):
         """On the CPU, a view of the mapped file. Raises ModelError for a NaN or an infinity."""
@@ -69,24 +68,21 @@ class Origin:
         return parts
 
 
-def convert(
-    source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu", quiet=False,
-    gpus=1,
-):
+def convert(source, out, weights="int4", group=None, method="rtn", *, rows=None, device="cpu",
+            quiet=False, gpus=1):  # fmt: skip
     """Quantise the language model in `source` into the folder `out`; returns the record there.
 
     source: "mini", a folder like it (its other parts come along), or a released language model's.
     weights: int4, int8 or fp8; group: of int4, see group_for; method: rtn (to the nearest) or gptq,
-    which needs rows: dialogues (lists of ids). gpus: of those that will share a layer, each must
-    hold whole groups. Raises ValueError or OSError before anything is written if it cannot be done.
-    """
+    which needs rows: dialogues (lists of ids). gpus: that will share a layer, in whole groups.
+    Raises ValueError or OSError before anything is written if it cannot be done."""
     device = loading.device_of(device)
     folder, out = sources.find(source), Path(out)
     if out.resolve() == folder.resolve():
         raise ModelError(f"{out} is the source itself: name another folder.")
     own = (folder / OWN).is_file()
-    origin = _own(folder) if own else _released(folder)
-    config, cls = origin.config, format_of(weights)
+    origin = None if own else _released(folder)
+    config, cls = _own(folder) if own else origin.config, format_of(weights)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if group and weights != "int4":
@@ -103,18 +99,20 @@ def convert(
         raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: "
                       "choose another place.")
     recipe = {"weights": weights, "group": group, "method": method}
+    rows = rows if method == "gptq" else None
     started = {"source": str(folder), "recipe": recipe}
-    work = _Work(origin, recipe, rows, device, quiet)
-    return (_write_own if own else _write_shards)(work, out, started)
+    if own:
+        return _write_own(folder, out, started, rows, device)
+    return _write_shards(_Work(origin, recipe, rows, device, quiet), out, started)
 
 
 def _own(folder):
+    """BackboneConfig of a folder like data/mini, of which every weight has been looked at."""
     config, path = model_folder.read_config(folder), folder / OWN
-    tensors = shards.header(path)
-    model_folder.check_parts(folder)  # the others come along as they are
-    if any(name.endswith("qweight") for name in tensors):
+    if any(name.endswith("qweight") for name in shards.header(path)):
         raise ModelError(f"{path} is quantised already: convert the original.")
-    return Origin(folder, config.backbone, {name: name for name in tensors}, tensors)
+    model_folder.check_parts(folder)  # the others come along as they are
+    return config.backbone
 
 
 def _released(folder):
@@ -125,7 +123,7 @@ def _released(folder):
     config = released.backbone(folder).sizes["backbone"]  # looks at every header
     tensors = shards.scan(folder)
     names, others = shards.language_model(tensors, folder)
-    return Origin(folder, config, names, tensors, tuple(others))
+    return Origin(folder, config, names, tensors, [tensors[name] for name in others])
 
 
 def read_quantization(folder):
@@ -157,9 +155,9 @@ class _Work:
     """Converts the parts in order; `skip` takes a part that is there already."""
 
     def __init__(self, origin, recipe, rows, device, quiet):
-        self.origin, self.rows, self.device = origin, rows, device
+        self.origin, self.rows, self.device = origin, rows, device  # no rows: to the nearest
         self.format = {name: recipe[name] for name in ("weights", "group") if recipe[name]}
-        self.gptq, self.parts, self.calibration = recipe["method"] == "gptq", origin.parts(), None
+        self.parts, self.calibration = origin.parts(), None
         self.bar = tqdm(total=len(self.parts), desc=recipe["weights"], unit="part",
                         disable=True if quiet else None)  # fmt: skip
 
@@ -180,12 +178,12 @@ class _Work:
 
     def skip(self, number, path):
         """A part that was converted before: only the dialogues have to go through it."""
-        self._calibrate(number, shards.own(load_file(path)) if self.gptq else {})
+        self._calibrate(number, shards.own(load_file(path)) if self.rows else {})
 
     def _calibrate(self, number, state, layer=None):
         """Dialogues go on: embedded by the part that holds the embedding, through each layer."""
         embedding = state.get("model.embed_tokens.weight")  # (V, D)
-        if embedding is not None and self.gptq:
+        if embedding is not None and self.rows:
             heads = self.origin.config.num_attention_heads
             self.calibration = Calibration(self.rows, self._computable(embedding), heads)
         elif self.calibration and number <= self.origin.config.num_hidden_layers:
@@ -211,22 +209,18 @@ class _Work:
     def _computable(self, value):
         """On the device; in fp32 where a CPU computes, whose half precision is slow."""
         value = value.to(self.device)
-        return value.float() if self.gptq and self.device.type == "cpu" else value
+        return value.float() if self.rows and self.device.type == "cpu" else value
 
 
-def _write_own(work, out, started):
+def _write_own(folder, out, started, rows, device):
     """A whole folder of aqaa whose backbone says in its header how it is quantised."""
-    folder, state = work.origin.folder, {}
-    for number in range(len(work.parts)):
-        state |= work.convert(number)
-    work.bar.close()
-    path = out / OWN
-    with replacing(path) as part:
-        save_file(state, part, {"quantization": json.dumps(work.format)})
+    config, recipe = model_folder.read_config(folder), started["recipe"]
+    module = model_folder.read_part(folder, "backbone", config, device, None)
+    quantize_(module, recipe["weights"], recipe["group"], rows=rows)
     parts = {name: folder / f"{name}.safetensors" for name in model_folder.parts_in(folder)}
-    record = {"quantization": _about(work, started)}
-    model_folder.gather(out, model_folder.read_config(folder), folder / "tokenizer.json",
-                        parts | {"backbone": path}, record)  # fmt: skip
+    parts["backbone"] = model_folder.save_part(out, "backbone", module)
+    record = {"quantization": _about(started, rows)}
+    model_folder.gather(out, config, folder / "tokenizer.json", parts, record)
     return record
 
 
@@ -248,7 +242,7 @@ def _write_shards(work, out, started):
         write_json(out / PROGRESS, {**started, "files": done})
     work.bar.close()
     _describe(work.origin, started["recipe"], out, done)
-    record = {**_about(work, started), "files": dict(sorted(done.items()))}
+    record = _about(started, work.rows, work.origin.dropped) | {"files": dict(sorted(done.items()))}
     write_json(out / "record.json", record)
     (out / PROGRESS).unlink(missing_ok=True)  # now that all of it is there
     return record
@@ -265,21 +259,18 @@ def _resume(out, started):
         record = read_json(path)
         begun = {"source": str(record["source"]), "recipe": dict(record["recipe"])}
         made = dict(record["files"])
-        made = {name: facts for name, facts in made.items() if Path(name).name == name}
     if begun != started:
         raise ModelError(f"{out} holds a conversion by {begun['recipe']} of {begun['source']}: "
                          "name another folder.")
-    return {name: facts for name, facts in made.items()
-            if (out / name).is_file() and files.fingerprint(out / name) == facts}  # fmt: skip
+    return {name: facts for name, facts in made.items() if Path(name).name == name
+            and (out / name).is_file() and files.fingerprint(out / name) == facts}  # fmt: skip
 
 
 def _describe(origin, recipe, out, done):
     """Write what stands beside the shards: config.json, their index, COMPANIONS."""
-    index, total = {}, 0
-    for name in sorted(done):
-        for tensor, entry in shards.header(out / name).items():
-            index[tensor] = name
-            total += entry.bytes
+    rows = [row for name in sorted(done) for row in shards.header(out / name).items()]
+    whole = {"metadata": {"total_size": sum(entry.bytes for _, entry in rows)},
+             "weight_map": {name: entry.path.name for name, entry in rows}}  # fmt: skip
     config = Step1Config(**asdict(origin.config)).to_dict()
     config |= {"architectures": ["Step1ForCausalLM"], "tie_word_embeddings": False}
     if recipe["weights"] == "int4":
@@ -287,7 +278,6 @@ def _describe(origin, recipe, out, done):
     else:
         config["quantization"] = {name: value for name, value in recipe.items() if value}
     write_json(out / "config.json", config)
-    whole = {"metadata": {"total_size": total}, "weight_map": index}
     write_json(out / "model.safetensors.index.json", whole)
     for name in COMPANIONS:
         if (origin.folder / name).is_file():
@@ -295,13 +285,10 @@ def _describe(origin, recipe, out, done):
                 shutil.copyfile(origin.folder / name, part)
 
 
-def _about(work, started):
-    others = work.origin.others
-    return {
-        **started, "aqaa": aqaa.__version__, "torch": torch.__version__,
-        "dialogues": len(work.rows or ()), "dropped": len(others),
-        "dropped_values": sum(work.origin.tensors[name].numel for name in others),
-    }  # fmt: skip
+def _about(started, rows, dropped=()):
+    return {**started, "aqaa": aqaa.__version__, "torch": torch.__version__,
+            "dialogues": len(rows or ()), "dropped": len(dropped),
+            "dropped_values": sum(entry.numel for entry in dropped)}  # fmt: skip
 
 
 def main(args):

@@ -2,8 +2,7 @@
 
 Tensor parallelism runs under torchrun, one process a GPU: `load` leaves it to transformers; `shard`
 cuts a model itself, quantised layers included, which transformers cannot. Either way q, k, v, gate
-and up are cut by outputs, o and down by inputs, and two sums over all GPUs a layer join the parts.
-"""
+and up are cut by outputs, o and down by inputs; two sums over all GPUs a layer join the parts."""
 
 import os
 
@@ -21,9 +20,7 @@ BY_INPUT = ("o_proj", "down_proj")
 
 def join(device="cuda"):
     """Meet the processes that torchrun has started: (rank, ranks, this process' torch.device).
-
-    Raises ModelError without torchrun, with fewer GPUs than processes or GPUs of several kinds.
-    """
+    Raises ModelError without torchrun, with fewer GPUs than processes or GPUs of several kinds."""
     if "RANK" not in os.environ:
         raise ModelError("several GPUs need a process each: start with "
                          "`torchrun --nproc-per-node N`.")
@@ -59,8 +56,7 @@ def load(folder, ranks, **options):
 
     options go to from_pretrained. For transformers' own generate and for training: lm_head is cut
     as well, and our constrained decoding, which takes rows of it, needs `shard`. Call `join` first.
-    Raises ValueError if the sizes do not divide, ModelError where accelerate is not installed.
-    """
+    Raises ValueError if the sizes do not divide, ModelError where accelerate is not installed."""
     from transformers import AutoConfig
     from transformers.distributed import DistributedConfig
     from transformers.utils import is_accelerate_available
@@ -77,10 +73,8 @@ def load(folder, ranks, **options):
 
 def shard(model, rank, ranks):
     """Cut a Step1ForCausalLM's layers to the share of `rank`, in place; the tables stay whole.
-
     Layers may be quantised, and on `meta`. Each layer's two sums run over the default process
-    group. Raises ValueError if the sizes do not divide.
-    """
+    group. Raises ValueError if the sizes do not divide."""
     int4 = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.name == "int4"]
     check(model.config, ranks, max((layer.group for layer in int4), default=None))
     for layer in model.model.layers:
@@ -120,10 +114,8 @@ def cut(linear, dim, rank, ranks):
 
 def place(config, sizes, weights="bf16", group=None, context=2048):
     """A device_map for from_pretrained: whole layers on GPU 0, then 1, …, each with its cache.
-
     sizes: GiB to use of each GPU. By hand, as accelerate (which core does without) sees neither
-    cache nor prefill buffers. Raises ModelError if they do not suffice.
-    """
+    cache nor prefill buffers. Raises ModelError if they do not suffice."""
     layers = config.num_hidden_layers
     table = memory.table_bytes(config) / memory.GIB
     stack = memory.linear_bytes(config, weights, group or 128) + memory.norm_bytes(config)

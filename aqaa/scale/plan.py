@@ -2,14 +2,16 @@
 
 A decoding step has three least times: its bytes (every weight once, keys and values so far) by the
 bandwidth, the instructions of our kernels by those that a card can issue, the multiplications by
-the peak of the tensor cores. The longest of them is the least time of a token, its inverse the
-ceiling. How much of a ceiling is reached is measured (plan_table.measured reads recorded runs) or
-not known; nothing here guesses it. Left out, so a ceiling stays one: what GPUs tell one another,
-launches, sampling. No torch here.
-"""
+the peak of the tensor cores. The longest is the least time of a token, its inverse the ceiling. How
+much of it is reached is measured (plan_table.measured reads recorded runs) or not known. Left out,
+so a ceiling stays one: what GPUs tell one another, launches, sampling. No torch here."""
 
+import json
+import tomllib
+from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
 from math import ceil
+from pathlib import Path
 
 from aqaa import config
 from aqaa.backbone import memory
@@ -29,37 +31,26 @@ INSTRUCTIONS = {"int4": (1.51, 0.96), "int8": (4.08, 1.42), "fp8": (8.80, 4.50)}
 LANES = 128  # instructions that a multiprocessor issues at a clock, at most
 PROMPT = 100  # ids of a prompt beside the question
 RESERVED = 1.5  # GiB a GPU, an allowance: the driver's context, graphs, workspaces
+MANY = 1 << 30  # listeners, more than any card holds
 SPEECH_PARTS = {"full": 400e6 * 4, "mini": 13e6 * 4}  # bytes of tokenizers, flow, HiFT, about
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card, by its public data sheet."""
+    """One card; cards.toml has those that are known, and units."""
 
     name: str
-    memory: float  # GiB, as the driver reports it
-    bandwidth: float  # TB/s
-    bf16: float  # dense TFLOPS
-    fp8: float | None  # dense TFLOPS; None: no such tensor cores
-    cores: int = 0  # multiprocessors; 0: our kernels are not made for it
-    clock: float = 0.0  # GHz, the highest
-    integer: float = 0.5  # share of LANES that are integer units
+    memory: float
+    bandwidth: float
+    bf16: float
+    fp8: float
+    cores: int
+    clock: float
+    integer: float
 
 
-_CARDS = (
-    Gpu("H200", 139.8, 4.8, 989, 1979, 132, 1.98),
-    Gpu("H100-80", 79.1, 3.35, 989, 1979, 132, 1.98),
-    Gpu("H20", 95.6, 4.0, 148, 296, 78, 1.98),
-    Gpu("A100-80", 79.2, 2.039, 312, None, 108, 1.41),
-    Gpu("A800-80", 79.2, 2.039, 312, None, 108, 1.41),
-    Gpu("A100-40", 39.4, 1.555, 312, None, 108, 1.41),
-    Gpu("B200", 178.4, 7.7, 2250, 4500, 148, 1.97, 1.0),
-    Gpu("MI300X", 191.7, 5.3, 1307, 2615),
-    Gpu("L40S", 44.4, 0.864, 362, 733, 142, 2.52),
-    Gpu("RTX-4090", 23.5, 1.008, 165, 330, 128, 2.52),
-    Gpu("RTX-5090", 31.4, 1.792, 209, 419, 170, 2.41, 1.0),
-)
-GPUS = {gpu.name: gpu for gpu in _CARDS}
+_CARDS = tomllib.loads(Path(__file__).with_name("cards.toml").read_text(encoding="utf-8"))
+GPUS = {name: Gpu(name, *numbers) for name, numbers in _CARDS.items()}
 SHOWN = ("model", "gpus", "nodes", "listeners", "weights", "group", "context")  # in JSON
 USUAL = ("1xH100-80", "1xH200", "2xH200", "4xH100-80", "8xH100-80", "8xH200", "4xA800-80")
 SMALL = ("1xRTX-4090", "1xL40S", "1xA100-80", "1xH100-80", "1xH200")  # where one card holds it
@@ -67,11 +58,8 @@ SMALL = ("1xRTX-4090", "1xL40S", "1xA100-80", "1xH100-80", "1xH200")  # where on
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on GPUs of one kind, in a weight format, with a context.
-
-    count GPUs share each layer; nodes of so many GPUs follow one another, each with a part of the
-    layers (pipeline parallelism).
-    """
+    """A model on GPUs of one kind, in a weight format, with a context. count GPUs share each layer;
+    nodes of so many follow one another, each with a part of the layers (pipeline parallelism)."""
 
     model: str
     backbone: config.BackboneConfig
@@ -149,16 +137,11 @@ class Plan:
 
     def to_dict(self):
         """As JSON wants it: numbers rounded to 5 digits, keys as text."""
-
-        def rounded(value):
-            if isinstance(value, dict):
-                return {str(key): rounded(item) for key, item in value.items()}
-            return round(value, 5) if isinstance(value, float) else value
-
         facts = {name: getattr(self.setup, name) for name in SHOWN}
         facts |= {name: getattr(self, name) for name in ("fits", "steady", "interleave")}
-        facts |= {item.name: rounded(getattr(self, item.name)) for item in fields(self)[1:-1]}
-        return facts | {"measured": self.measured and self.measured.file}
+        facts |= {item.name: getattr(self, item.name) for item in fields(self)[1:-1]}
+        text = json.dumps(facts | {"measured": self.measured and self.measured.file})
+        return json.loads(text, parse_float=lambda number: round(float(number), 5))
 
 
 def streamed_bytes(backbone, weights, group=None, context=0):
@@ -190,9 +173,7 @@ def prefill_seconds(setup, n_ids):
 
 def least_seconds(setup):
     """{"bytes", "instructions", "operations"}: least s of a pass, an id for each of its listeners.
-
-    instructions: of our kernels, which multiply for one listener; 0 where others do.
-    """
+    instructions: of our kernels, which multiply for one listener; 0 where others do."""
     backbone, gpu, ids = setup.backbone, setup.gpu, setup.rows * setup.context
     streamed = streamed_bytes(backbone, setup.weights, setup.group, ids)
     weights, width = memory.n_linear(backbone)[0], backbone.hidden_size
@@ -210,9 +191,7 @@ def least_seconds(setup):
 
 def start_delay(rate, seconds):
     """How late (s) an answer of `seconds` must start, with ids at `rate` a second, never to stall.
-
-    Blocks of text and audio until the text is used up, then audio alone, each played once whole.
-    """
+    Blocks of text and audio until the text is used up, then audio alone, each played once whole."""
     text, delay = TEXT_RATE * seconds, 0.0
     for k in range(ceil(seconds / BLOCK_SECONDS - 1e-9)):
         n_ids = min((k + 1) * TEXT_BLOCK, text) + (k + 1) * AUDIO_BLOCK  # made with block k
@@ -246,18 +225,11 @@ def most_listeners(setup):
         fits = sum(memory_parts(more).values()) <= setup.gpu.memory * memory.GIB
         return fits and max(least["bytes"], least["operations"]) <= 1 / SPOKEN_RATE
 
-    low, high = 0, 1
-    while possible(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if possible(middle) else (low, middle)
-    return low
+    return bisect_left(range(1, MANY), True, key=lambda count: not possible(count))
 
 
 def plan(setup, measured=None):
-    """The Plan of a Setup; measured: what a run of just this Setup reached. Raises ValueError if
-    the model cannot be divided so."""
+    """The Plan of a Setup; measured: what a run of just this reached. Raises as check_ranks."""
     check_ranks(setup)
     backbone = setup.backbone
     parts = {name: size / memory.GIB for name, size in memory_parts(setup).items()}
@@ -276,13 +248,11 @@ def plan(setup, measured=None):
         return prefill + BLOCK / pace + vocoder * BLOCK_SECONDS
 
     cost = setup.price and setup.price * setup.count * setup.nodes * SPOKEN_RATE / pace
-    return Plan(
-        setup, int(memory.resident_bytes(backbone, "bf16")) // 2, parts, total,
-        setup.gpu.memory - total, streamed, least, floor, 1 / floor, rate,
-        {seconds: first_sound(seconds) for seconds in (3, 10)},
-        {seconds: start_delay(pace, seconds) for seconds in (5, 10, 20)},
-        most_listeners(setup), cost and cost / setup.listeners, measured,
-    )  # fmt: skip
+    return Plan(setup, int(memory.resident_bytes(backbone, "bf16")) // 2, parts, total,
+                setup.gpu.memory - total, streamed, least, floor, 1 / floor, rate,
+                {seconds: first_sound(seconds) for seconds in (3, 10)},
+                {seconds: start_delay(pace, seconds) for seconds in (5, 10, 20)},
+                most_listeners(setup), cost and cost / setup.listeners, measured)  # fmt: skip
 
 
 def check_ranks(setup):

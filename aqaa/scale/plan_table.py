@@ -43,37 +43,31 @@ def parse_gpus(text):
 
 
 def read_model(source):
-    """"130b", "3b", "mini" or a folder → (name, BackboneConfig, its quantization block or {}).
-
-    The folder has a config.json, ours or a published one. Raises ValueError.
-    """
+    """"130b", "3b", "mini" or a folder → (name, BackboneConfig, its quantization block or {}). The
+    folder has a config.json, ours or a published one. Raises ValueError."""
     if source in MODELS:
         return source.replace("full", "130b"), MODELS[source](), {}
     path = Path(source) / "config.json"
     if not path.is_file():
         raise ValueError(f"{source!r} is neither 130b, 3b, mini nor a folder with a config.json.")
-    names = [field.name for field in fields(BackboneConfig)]
+    names, quantization = [field.name for field in fields(BackboneConfig)], {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         sizes = data.get("backbone") or data.get("text_config") or data
         backbone = BackboneConfig(**{name: sizes[name] for name in names if name in sizes})
-        missing = set(names[:6]) - set(sizes)
-        quantization = {}
+        missing = ", ".join(sorted(set(names[:6]) - set(sizes)))
         with suppress(ValueError):  # packed otherwise: whatever the format, it can be planned
             quantization = quantization_of(data)
     except (ValueError, TypeError, AttributeError) as fault:
         raise ValueError(f"{path} is not a configuration ({fault}): get the file again.") from None
-    if missing := ", ".join(sorted(missing)):
+    if missing:
         raise ValueError(f"{path} does not say {missing}: it is not of a Step-1 model.")
     return Path(source).resolve().name, backbone, quantization
 
 
 def setups(source, gpus=(), weights=None, group=None, context=2048, **others):
     """Setups of all GPUs (texts; none: the usual ones) by all formats (None: all, or the folder's).
-
-    group: of int4, by default the largest that divides. others: listeners, nodes, price of a Setup.
-    Raises ValueError for what cannot be.
-    """
+    group: of int4, by default the largest; others: of a Setup. Raises ValueError."""
     model, backbone, quantization = read_model(source)
     if not 0 < context <= (most := backbone.max_seq_len):
         raise ValueError(f"a context of {context} ids is impossible: the model takes 1 to {most}.")
@@ -115,8 +109,7 @@ def check(folder):
       "setup": {"model": "130b", "gpus": "1xH200", "weights": "int4", "group": 128}
       "decode": [{"context": 2048, "tokens_per_s": …}, …]
       "fp8": {"decode": […]}, "prefill": [{"ids": 517, "seconds": …}, …]     (may be missing)
-    share: of the limit that was reached; possible: no more than all. ValueError: broken records.
-    """
+    share: of the limit that was reached; possible: no more than all. ValueError: broken records."""
     rows = []
     for name, record in records(folder):
         for setup, rate in _rates(record):
@@ -173,9 +166,8 @@ def records(folder):
 def _rates(record):
     """(Setup, ids a second) of each point of a record."""
     asked, fp8 = record["setup"], record.get("fp8", {}).get("decode", ())
-    for weights, group, points in (
-        (asked["weights"], asked.get("group"), record["decode"]), ("fp8", None, fp8),
-    ):  # fmt: skip
+    own = asked["weights"], asked.get("group"), record["decode"]
+    for weights, group, points in (own, ("fp8", None, fp8)):
         for point in points:
             (setup,) = setups(asked["model"], [asked["gpus"]], weights, group, point["context"])
             yield setup, point["tokens_per_s"]
@@ -196,8 +188,8 @@ def plans(asked, folder=None):
     return [sums.plan(setup, measured(setup, runs)) for setup in asked]
 
 
-def _training(args):
-    """`aqaa plan --train METHOD`; returns 1 if none fits."""
+def _trainings(args):
+    """Trainings that `aqaa plan --train METHOD` asks for."""
     model, backbone, _ = read_model(args.model)
     asked = []
     for method in train.METHODS if args.train == "all" else [args.train]:
@@ -206,31 +198,26 @@ def _training(args):
             gpu, count = parse_gpus(gpus)
             setup = sums.Setup(model, backbone, gpu, count, context=args.context, nodes=nodes)
             asked.append(train.Training(method, setup, args.rows, args.rank))
-    planned = list(map(train.to_dict, asked))
-    print(json.dumps(planned) if args.json else train.table(planned))
-    if any(one["fits"] for one in planned):
-        return 0
-    print("aqaa:", train.what_would_fit(asked[-1]), file=sys.stderr)
-    return 1
+    return asked
 
 
 def main(args):
-    """`aqaa plan`; args: model, gpus, weights, group, context, listeners, nodes, price, train,
-    rows, rank, json. Returns 1 if none fits."""
+    """`aqaa plan`, with its options. Returns 1 if none fits."""
     if args.train:
-        return _training(args)
-    asked = setups(args.model, args.gpus, args.weights, args.group, args.context,
-                   listeners=args.listeners, nodes=args.nodes, price=args.price)  # fmt: skip
-    planned = plans(asked)
-    print(json.dumps([one.to_dict() for one in planned]) if args.json else table(planned))
-    if any(one.fits for one in planned):
-        return 0
-    print("aqaa:", what_would_fit(asked[-1]), file=sys.stderr)
-    return 1
+        asked, shown, advice = _trainings(args), train.table, train.what_would_fit
+        rows = planned = list(map(train.to_dict, asked))
+    else:
+        asked = setups(args.model, args.gpus, args.weights, args.group, args.context,
+                       listeners=args.listeners, nodes=args.nodes, price=args.price)  # fmt: skip
+        planned, shown, advice = plans(asked), table, what_would_fit
+        rows = [one.to_dict() for one in planned]
+    print(json.dumps(rows) if args.json else shown(planned))
+    if not (fits := any(row["fits"] for row in rows)):
+        print("aqaa:", advice(asked[-1]), file=sys.stderr)
+    return int(not fits)
 
 
 def table(planned):
-    """Plans as lines of text."""
     setup, runs = planned[0].setup, sorted({(p.measured.file, p.measured.note)
                                             for p in planned if p.measured})  # fmt: skip
     more = ("listeners",) if setup.listeners > 1 or setup.nodes > 1 or setup.price else ()
@@ -249,7 +236,7 @@ open: not measured.
 first sound: s after a question of 3 s. delay: how late an answer of 10 s must start so that it \
 never stalls. >=: at best."""
     if more:
-        said += ("\nlisteners: in real time, at most, by memory and ceilings.")
+        said += "\nlisteners: in real time, at most, by memory and ceilings."
     if setup.price:
         said += (f" an hour: of speech, at {setup.price:g} for a GPU and hour, while {many} speak; "
                  ">=: at best.")  # fmt: skip

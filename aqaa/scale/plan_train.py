@@ -4,8 +4,7 @@ As `aqaa train full` does it. full: all weights learn, by AdamW in mixed precisi
 gradients and two moments in fp32, multiplied in bf16. lora: small fp32 matrices, whole on every
 GPU, beside frozen bf16 weights. qlora: the same beside int4 that every GPU holds whole. What can be
 is shared by all GPUs (FSDP2) and gathered a layer at a time; inputs of layers are kept, what is
-inside is computed again. Preference training reads two rows for each of these. No torch here.
-"""
+inside is computed again. Preference training reads two rows for each of these. No torch here."""
 
 from dataclasses import dataclass, replace
 
@@ -109,13 +108,14 @@ def to_dict(training):
     setup = training.setup
     sizes = {name: size / memory.GIB for name, size in parts(training).items()}
     total = sum(sizes.values())
-    facts = {"model": setup.model, "method": training.method, "gpus": setup.gpus,
-             "nodes": setup.nodes, "rows": training.rows, "context": setup.context}  # fmt: skip
-    facts["learn"] = learning(setup.backbone, training.method, training.rank)
-    facts |= {"memory": {name: round(size, 3) for name, size in sizes.items()},
-              "total": round(total, 3), "spare": round(setup.gpu.memory - total, 3)}  # fmt: skip
-    return facts | {"fits": total <= setup.gpu.memory, "rate": None,
-                    "ceiling": round(ids_per_second(training), 1)}  # fmt: skip
+    return {
+        "model": setup.model, "method": training.method, "gpus": setup.gpus, "nodes": setup.nodes,
+        "rows": training.rows, "context": setup.context,
+        "learn": learning(setup.backbone, training.method, training.rank),
+        "memory": {name: round(size, 3) for name, size in sizes.items()}, "total": round(total, 3),
+        "spare": round(setup.gpu.memory - total, 3), "fits": total <= setup.gpu.memory,
+        "rate": None, "ceiling": round(ids_per_second(training), 1),
+    }  # fmt: skip
 
 
 def table(planned):

@@ -13,9 +13,7 @@ from aqaa.config import check_group, largest_group
 
 class Calibration:
     """The hidden states of some dialogues, carried on so that one layer at a time is in memory.
-
-    rows: lists of ids; embedding (V, D), whose dtype the states have; heads: of attention.
-    """
+    rows: lists of ids; embedding (V, D), whose dtype the states have; heads: of attention."""
 
     def __init__(self, rows, embedding, heads):
         self.slopes = attention.slopes(heads).to(embedding.device)
@@ -24,7 +22,6 @@ class Calibration:
 
     @torch.inference_mode()
     def run(self, layer):
-        """The states after a decoder layer."""
         biases = (attention.sqrt_bias(self.slopes, x.shape[1], x.shape[1]) for x in self.states)
         return [layer(x, bias) for x, bias in zip(self.states, biases, strict=True)]
 
@@ -51,10 +48,9 @@ class Calibration:
 def quantize_(model, weights="int4", group=None, skip=("lm_head",), rows=None):
     """Replace the linear layers of a Step1ForCausalLM, in place; returns it.
 
-    weights: int4, int8, fp8. group: see `group_for`. skip: names, or ends of names, of those left
-    as they are. rows: dialogues (lists of ids), with which layers are calibrated by GPTQ; none:
-    rounded to the nearest. Raises ValueError before anything is changed if a group does not divide.
-    """
+    weights: int4, int8, fp8. group: see `group_for`. skip: ends of names of those left as they are.
+    rows: dialogues (lists of ids) for GPTQ; none: rounded to the nearest. Raises ValueError before
+    anything is changed if a group does not divide."""
     cls = format_of(weights)
     widths = {name: linear.in_features for name, linear in linears(model, skip)}
     group = group_for(cls, group, widths)

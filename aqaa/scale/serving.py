@@ -1,8 +1,7 @@
 """Several listeners at once: one backbone answers all of them together, each has a vocoder worker.
 
 Answers join and leave the batch at any token. A Step-1 model knows distances only, so an answer may
-begin anywhere in the cache: its prompt is run alone, then moved to its row's right end.
-"""
+begin anywhere in the cache: its prompt is run alone, then moved to its row's right end."""
 
 import threading
 from contextlib import AbstractContextManager, suppress
@@ -20,11 +19,9 @@ CLOSED = "the batch that this answer was in has been closed: submit the question
 
 
 class Batch(AbstractContextManager):
-    """An engine (AQAA.engine): one backbone, in a thread, for all who call `generate`.
-
-    Each answer is what it would be alone with the same seed, but for the order of sums in a larger
-    matrix product. batch_size: answers at once; others wait. Close it, or use it in a `with` block.
-    """
+    """An engine (AQAA.engine): one backbone, in a thread, for all who call `generate`. Each answer
+    is what it would be alone with the same seed, but for the order of sums in a larger matrix
+    product. batch_size: answers at once; others wait. Close it, or use it in a `with` block."""
 
     def __init__(self, backbone, batch_size=8):
         self.backbone, self.batch_size = backbone, batch_size
@@ -117,10 +114,8 @@ class Batch(AbstractContextManager):
 class _Seat(generation.Row):
     """A row of the batch, and the queue to its listener."""
 
-    def __init__(
-        self, backbone, prompt, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024,
-        repetition=None, min_audio=0, prefill=None,
-    ):  # fmt: skip
+    def __init__(self, backbone, prompt, ids, layout, *, temperature=0.7, top_p=0.9, seed=0,
+                 max_tokens=1024, repetition=None, min_audio=0, prefill=None):  # fmt: skip
         generation.check_sampling(temperature, top_p, max_tokens)
         left = generation.room_for(backbone.config.max_seq_len, len(prompt), max_tokens)
         generator = torch.Generator(backbone.lm_head.weight.device).manual_seed(seed)
@@ -152,10 +147,8 @@ class _Seat(generation.Row):
 
 class Server(AbstractContextManager):
     """A model for several listeners: `submit` questions, iterate over the Pieces of each answer.
-
     engine: what generates, such as vllm.client.Server, which makes batches itself; by default a
-    Batch of the model's backbone. Close it, or use it in a `with` block.
-    """
+    Batch of the model's backbone. Close it, or use it in a `with` block."""
 
     def __init__(self, model, engine=None, batch_size=8):
         self.own = Batch(model.backbone, batch_size) if engine is None else None
@@ -178,10 +171,8 @@ class Server(AbstractContextManager):
 
 
 class Spoken:
-    """The Pieces of an answer that a worker thread makes; `answer` is the whole.
-
-    Iterating raises whatever went wrong, after the pieces that came before; `resume` then goes on.
-    """
+    """The Pieces of an answer that a worker thread makes; `answer` is the whole. Iterating raises
+    whatever went wrong, after the pieces that came before; `resume` then goes on."""
 
     def __init__(self, begin):
         self.begin, self.talk = begin, None

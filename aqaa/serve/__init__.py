@@ -3,8 +3,7 @@
 `worker` owns the model and the line before it, `sound` turns bytes to samples and back, `requests`
 answers /v1/audio/speech and /v1/chat/completions, `realtime` a WebSocket, `guard` asks for a token
 and keeps to limits, `app` puts all together, and `talk.html` is a page with a microphone, whose
-script `live.js` a notebook's widget has too. It needs `pip install 'aqaa[serve]'`.
-"""
+script `live.js` a notebook's widget has too. It needs `pip install 'aqaa[serve]'`."""
 
 
 def ready(host, token):

@@ -192,25 +192,20 @@ class Server:
 
 
 async def on_fault(request, fault):
+    if isinstance(fault, HTTPException):
+        place = f"{request.method} {request.url.path}"
+        fault = Fault(f"{place}: {fault.detail}.", status=fault.status_code)
     return refused(fault_of(fault))
 
 
-async def on_http(request, fault):
-    told = Fault(f"{request.method} {request.url.path}: {fault.detail}.", status=fault.status_code)
-    return refused(told)
-
-
 def application(model, *, token=None, limits=LIMITS, **sampling):
-    """The ASGI application of an AQAA."""
     server = Server(model, limits, sampling)
-    routes = [
-        Route("/", server.page), Route("/v1/models", server.models),
-        Route("/v1/models/{name:path}", server.models),
-        Route("/v1/audio/speech", server.speech, methods=["POST"]),
-        Route("/v1/chat/completions", server.chat, methods=["POST"]),
-        WebSocketRoute("/v1/realtime", server.realtime),
-    ]  # fmt: skip
-    faults = {HTTPException: on_http, ValueError: on_fault, Exception: on_fault}
+    routes = [Route("/", server.page), Route("/v1/models", server.models),
+              Route("/v1/models/{name:path}", server.models),
+              Route("/v1/audio/speech", server.speech, methods=["POST"]),
+              Route("/v1/chat/completions", server.chat, methods=["POST"]),
+              WebSocketRoute("/v1/realtime", server.realtime)]  # fmt: skip
+    faults = dict.fromkeys((HTTPException, ValueError, Exception), on_fault)
     app = Starlette(routes=routes, exception_handlers=faults, lifespan=server.lifespan)
     return Guard(app, token, limits)
 

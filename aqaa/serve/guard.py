@@ -1,8 +1,7 @@
 """Who may ask the server, and how much.
 
 Without a token it serves this machine alone, and no page of another site: names that a browser
-gives (Host, Origin) must be those of the loopback. With one, every path but the page needs it.
-"""
+gives (Host, Origin) must be those of the loopback. With one, every path but the page needs it."""
 
 import asyncio
 import hmac
@@ -21,8 +20,7 @@ PROTOCOL_KEY = "openai-insecure-api-key."  # how a page names its token: it cann
 @dataclass(frozen=True)
 class Limits:
     """sessions at once; bytes of a request and of an event; seconds for a request to arrive, to be
-    answered, of silence on a WebSocket, and of its whole; bytes of events that a client may leave
-    unread."""
+    answered, of silence on a WebSocket, and of its whole; bytes of events that wait unread."""
 
     sessions: int = 32
     body: int = 32 << 20
@@ -44,7 +42,6 @@ def check_host(host, token):
 
 
 def refused(fault, headers=None):
-    """A Fault as a response."""
     return JSONResponse({"error": fault.body}, fault.status, headers)
 
 
@@ -92,7 +89,6 @@ class Guard:
         if counted and self.open >= self.limits.sessions:
             return Fault(f"{self.open} others are being served: try again in a while.",
                          code="rate_limit_exceeded", status=429)  # fmt: skip
-        return None
 
 
 def host_of(url):

@@ -3,8 +3,7 @@
 With server_vad the Conversation finds the turns; with turn_detection null the client ends them by
 input_audio_buffer.commit, and response.create lets the answer come. Sound is pcm of 24 kHz both
 ways. `instructions` and `voice` are kept and told back; the model has one voice and no commands.
-A session that waits for the model is told its place by the event queue.updated.
-"""
+A session that waits for the model is told its place by the event queue.updated."""
 
 import json
 import uuid
@@ -24,7 +23,6 @@ ALL = 1e9  # seconds: the whole answer
 
 
 def new(kind):
-    """A fresh id."""
     return f"{kind}_{uuid.uuid4().hex[:20]}"
 
 
@@ -215,12 +213,12 @@ class Session:
         self.talk.stop()
         self._close(status, reason)
 
-    # ---- what the conversation tells ----
+    # ---- what the conversation tells: _started of "started" … ----
 
     def _pass_on(self, events):
         for event in events:
-            if event.kind in TELLERS:
-                TELLERS[event.kind](self, event)
+            if tell := getattr(self, f"_{event.kind}", None):  # a pause is not told
+                tell(event)
 
     def _started(self, event):
         self._next = new("item")
@@ -350,13 +348,7 @@ HANDLERS = {
     "response.create": Session._create, "response.cancel": Session._cancel,
     "conversation.item.truncate": Session._truncate,
 }  # fmt: skip
-TELLERS = {
-    "started": Session._started, "resumed": Session._resumed, "ended": Session._ended,
-    "piece": Session._piece, "answered": Session._answered, "refused": Session._refused,
-    "interrupted": Session._interrupted, "transcribed": Session._transcribed,
-}  # fmt: skip
 
 
 def line(event):
-    """An event as a message."""
     return json.dumps(event, separators=(",", ":"))

@@ -1,10 +1,10 @@
 """/v1/audio/speech and /v1/chat/completions: a request is checked whole, then waits for the model.
 
-Whatever is wrong with a request is a Fault, which `app` writes in the interface's shape.
-"""
+Whatever is wrong with a request is a Fault, which `app` writes in the interface's shape."""
 
 import asyncio
 import re
+import textwrap
 import time
 import uuid
 from collections import OrderedDict
@@ -44,13 +44,11 @@ class Fault(ValueError):
 
     @property
     def body(self):
-        """As the interface writes it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"message": str(self), "type": kind, "param": self.param, "code": self.code}
 
 
 def fault_of(error):
-    """A Fault for any exception."""
     if isinstance(error, Fault):
         return error
     if isinstance(error, ValueError):  # ours: one sentence on what was sent
@@ -126,13 +124,7 @@ def speech(model, body, sampling):
 
 def cut(sentence):
     """A sentence in pieces of LONGEST_SENTENCE letters at most, between words where there are."""
-    while len(sentence) > LONGEST_SENTENCE:
-        place = sentence.rfind(" ", 0, LONGEST_SENTENCE)
-        place = place if place > 0 else LONGEST_SENTENCE
-        yield sentence[:place]
-        sentence = sentence[place:].strip()
-    if sentence:
-        yield sentence
+    return textwrap.wrap(sentence, LONGEST_SENTENCE, break_on_hyphens=False)
 
 
 def spoken(model, text, sampling):

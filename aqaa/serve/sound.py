@@ -38,13 +38,11 @@ def unpacked(text):
 
 
 def packed(data):
-    """Bytes -> base64."""
     return base64.b64encode(data).decode("ascii")
 
 
 def question(data, form):
-    """Bytes of a sound file, or of raw sound where form is pcm16 -> (N,) at 16 kHz. Raises
-    AudioError, as for a question in a file."""
+    """Bytes of a sound file, or of raw sound (pcm16) -> (N,) at 16 kHz. Raises AudioError."""
     if form == "pcm16":
         return audio.load_question((samples(data), RATE))
     name, longest = "input_audio", audio.MAX_SECONDS
@@ -53,9 +51,8 @@ def question(data, form):
 
 def wav_header(n_bytes=0xFFFFFFFF - 44):
     """Of a wav of so many bytes of sound; by default of one whose end is not known yet."""
-    shape = struct.pack("<IHHIIHH", 16, 1, 1, RATE, 2 * RATE, 2, 16)
-    size, whole = struct.pack("<I", n_bytes), struct.pack("<I", n_bytes + 36)
-    return b"RIFF" + whole + b"WAVEfmt " + shape + b"data" + size
+    return struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", n_bytes + 36, b"WAVEfmt ", 16, 1, 1, RATE,
+                       2 * RATE, 2, 16, b"data", n_bytes)  # fmt: skip
 
 
 def encoded(wav, form):

@@ -2,10 +2,8 @@
 
 A job has `drain()` (take what came in; quick), `busy` (is there work for the model?), `work()` (one
 unit of it), `place(n)` (told its place in the line when that changes) and `fail(fault)`. At most
-`seats` jobs take turns, a unit each; the others wait in the order in which they came, and whoever
-has nothing left to do gives up the seat. What a job makes goes into a queue of the event loop: a
-client that reads slowly fills only its own.
-"""
+`seats` jobs take turns, a unit each; the others wait in the order in which they came; who has
+nothing to do gives up the seat. A job fills a queue of its own, however slowly its client reads."""
 
 import asyncio
 import threading

@@ -174,8 +174,7 @@ def save_part(folder, name, module, meta=None):
 
 def gather(folder, config, tokenizer, parts, record):
     """Make a model folder of files: `tokenizer`, and parts[name] for each of PARTS, or also of
-    EXTRA. Raises ModelError before anything is written if one is missing, or holds a NaN or an
-    infinity."""
+    EXTRA. Raises ModelError before anything is written if one is missing, or is not finite."""
     folder, given = Path(folder), {"tokenizer.json": Path(tokenizer)}
     names = [*PARTS, *(name for name in EXTRA if name in parts)]
     given |= {f"{name}.safetensors": Path(parts[name]) for name in names}
@@ -200,10 +199,8 @@ def _describe(folder, config, record):
 
 def _compact(tensor):
     """A copy as it goes to disk; bfloat16, which fp16 could not hold, stays."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.clone(memory_format=torch.contiguous_format)
     dtype = tensor.dtype
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() and dtype != torch.bfloat16:
         large = tensor.numel() >= SMALL and tensor.ndim > 1
         dtype = torch.float16 if large and tensor.abs().max() < 6e4 else torch.float32
     return tensor.to(dtype, copy=True).contiguous()

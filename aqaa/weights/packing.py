@@ -14,9 +14,8 @@ def packed_config(group):
 
 
 def quantization_of(data):
-    """How the config.json in `data` says that weights are quantised: {"weights", "group"}, ours
-    ("quantization") or of compressed-tensors' W4A16; {} if it does not. Raises ValueError for a
-    quantization_config of another kind."""
+    """{"weights", "group"} as the config.json in `data` says: ours ("quantization") or that of
+    compressed-tensors' W4A16; {} if it does not. Raises ValueError for another kind."""
     if ours := data.get("quantization"):
         return ours
     given = data.get("quantization_config")

@@ -92,9 +92,7 @@ def read_yaml(path):
 
 def pick(config, tree, names, path, below):
     """`config` with values of a yaml's entry `below`, as numbers of their types, or ModelError.
-
-    names: of the fields, or {field: where it stands}."""
-    names = names if isinstance(names, dict) else dict(zip(names, names))
+    names: {field: where it stands}."""
     values = {}
     for name, where in names.items():
         value = tree

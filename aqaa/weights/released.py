@@ -3,6 +3,7 @@
 Opening a folder looks at headers and small files only, and raises at once whatever is wrong
 (ModelError, one sentence). Weights are read when a part is first used."""
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from math import prod
@@ -22,7 +23,6 @@ from aqaa.weights import model_folder, readers, shards, verify
 from aqaa.weights.model_folder import build, fit
 from aqaa.weights.packing import quantization_of
 from aqaa.weights.readers import file_in, pick, pickled, unusable
-from aqaa.weights.sources import ROLES
 from aqaa.weights.verify import all_finite, as_recorded, skip_init
 
 NPY, ONNX, YAML = "linguistic_tokenizer.npy", "speech_tokenizer_v1.onnx", "cosyvoice.yaml"
@@ -35,31 +35,15 @@ SPEAKER_SECONDS = 30  # of a recording whose voice is taken
 ONE = "take both from one release."
 OTHER = "take the tokenizer.model of Step-Audio."
 
-# our fields, or {our field: where the yaml has it}; what it leaves out is as published
-ENCODER = ("output_size", "attention_heads", "linear_units", "num_blocks", "kernel_size")
-FRONTEND = ("n_mels", "lfr_m", "lfr_n")
-ESTIMATOR = ("channels", "attention_head_dim", "n_blocks", "num_mid_blocks", "num_heads")
-CFM = ("inference_cfg_rate", "training_cfg_rate", "sigma_min")
-FLOW = {
-    **{name: name for name in ("input_size", "output_size", "spk_embed_dim", "input_frame_rate")},
-    "encoder_size": "encoder.output_size", "encoder_heads": "encoder.attention_heads",
-    "encoder_units": "encoder.linear_units", "encoder_blocks": "encoder.num_blocks",
-    **{name: f"decoder.estimator.{name}" for name in ESTIMATOR},
-    **{name: f"decoder.cfm_params.content.{name}" for name in CFM},
-}  # fmt: skip
-HIFT = {field.name: field.name for field in fields(PUBLISHED.hift)} | {
-    "istft_n_fft": "istft_params.n_fft", "istft_hop": "istft_params.hop_len",
-    "f0_channels": "f0_predictor.cond_channels",
-}  # fmt: skip
-MEL = [field.name for field in fields(PUBLISHED.mel)]
+NAMES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+HIFT = {field.name: field.name for field in fields(PUBLISHED.hift)} | NAMES["hift"]
+MEL = {field.name: field.name for field in fields(PUBLISHED.mel)}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A part of a released folder that has been looked at.
-
-    sizes: fields of AQAAConfig that its files decide; facts: a line on it; load(device, dtype)
-    reads the weights; note: what is left out of it, if anything."""
+    """A part of a released folder that has been looked at. sizes: fields of AQAAConfig that its
+    files decide; facts: a line on it; load(device, dtype) reads it; note: what is left out."""
 
     sizes: dict
     facts: str
@@ -136,8 +120,9 @@ def linguistic(folder):
     if (kind := given.get("encoder", STREAMING)) != STREAMING:
         kind = kind if isinstance(kind, str) else verify.shown(kind)
         raise ModelError(f"{path} is of an encoder {kind}: {STREAMING} is needed, which streams.")
-    config = pick(PUBLISHED.linguistic, given, ENCODER, path, "encoder_conf")
-    config = pick(config, given, FRONTEND, path, "frontend_conf")
+    config = PUBLISHED.linguistic
+    for entry in ("encoder_conf", "frontend_conf"):
+        config = pick(config, given, NAMES[entry], path, entry)
     centroids = _centroids(npy)
     config = replace(config, codebook_size=len(centroids))
     if (width := centroids.shape[1]) != config.output_size:
@@ -287,7 +272,7 @@ def vocoder_sizes(path):
     given = readers.read_yaml(path)
     mel = pick(PUBLISHED.mel, given, MEL, path, "feat_extractor")
     mel = pick(mel, given, MEL, path, "flow.mel_feat_conf")
-    flow = pick(PUBLISHED.flow, given, FLOW, path, "flow")
+    flow = pick(PUBLISHED.flow, given, NAMES["flow"], path, "flow")
     hift = pick(PUBLISHED.hift, given, HIFT, path, "hift")
     hop = prod(hift.upsample_rates) * hift.istft_hop
     for name, a, b in (
@@ -302,10 +287,8 @@ def vocoder_sizes(path):
 
 
 def voice(folder, wav):
-    """A function from an AQAA to the options of its Vocoder that give it the voice of a recording.
-
-    The recording's own ids and mel are the prompt, and the CAM++ network of campplus.onnx tells who
-    speaks. Raises ModelError."""
+    """A function from an AQAA to the options of its Vocoder for the voice of a recording, whose ids
+    and mel are the prompt; CAM++ (campplus.onnx) tells who speaks. Raises ModelError."""
     network = file_in(place(folder, "vocoder"), "campplus.onnx")
     try:
         import onnxruntime
@@ -336,11 +319,9 @@ def voice(folder, wav):
     return options
 
 
-PARTS = dict(zip(ROLES, (
-    {"linguistic": linguistic, "semantic": semantic},
-    {"text": text, "backbone": backbone},
-    {"flow": flow, "hift": hift},
-)))  # fmt: skip
+PARTS = {"tokenizer": {"linguistic": linguistic, "semantic": semantic},
+         "backbone": {"text": text, "backbone": backbone},
+         "vocoder": {"flow": flow, "hift": hift}}  # fmt: skip
 
 
 # ---- modules ------------------------------------------------------------------------------------

@@ -135,10 +135,9 @@ def _gaps(files):
 
 
 def language_model(tensors, folder):
-    """Which tensors are the language model's: ({our name: name in the shards}, [other names]).
-
-    The model is where layer 0 has a q_proj with a gate_proj beside it: vision towers have q_proj
-    layers of their own. Raises ModelError when there is none, or more than one."""
+    """Which tensors are the language model's: ({our name: name in the shards}, [other names]). The
+    model is where layer 0 has a q_proj with a gate_proj beside it: vision towers have q_proj layers
+    of their own. Raises ModelError when there is none, or more than one."""
     found = prefixes(tensors)
     if len(found) != 1:
         kind = f"{len(found) or 'no'} language models of Step-1's kind"
@@ -222,7 +221,6 @@ def _unpacked(entry):
 
 def stream(tensors, names):
     """(our name, tensor on the CPU) of `names`, shard by shard; a tensor is a view of the file.
-
     Raises ModelError at the first tensor of a shard whose hash is not that of record.json, if there
     is one; it is computed while the shard before is read."""
     pairs = sorted(names.items(), key=lambda pair: str(tensors[pair[1]].path))

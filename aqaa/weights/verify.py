@@ -5,8 +5,10 @@ import reprlib
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from itertools import compress
+from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -15,6 +17,12 @@ from aqaa.files import AGAIN, ModelError, fingerprint, read_json
 
 AT_MOST = 100  # times the published value (or 1, if that is less): the largest legal setting
 LONGEST = 16  # values of a tuple
+HEADS = {  # a size: its divisor
+    "linguistic.output_size": "linguistic.attention_heads",
+    "semantic.n_audio_state": "semantic.n_audio_head", "flow.encoder_size": "flow.encoder_heads",
+    "backbone.hidden_size": "backbone.num_attention_heads",
+    "backbone.num_attention_heads": "backbone.num_attention_groups",
+}  # fmt: skip
 MAY_BE_ZERO = {  # all other settings are sizes, or divide something
     "fmin", "pad_token_id", "num_mid_blocks", "nb_harmonics", "lrelu_slope", "dither", "nsf_alpha",
     "nsf_sigma", "nsf_voiced_threshold", "inference_cfg_rate", "training_cfg_rate", "temperature",
@@ -36,10 +44,8 @@ def shown(value):
 
 
 def settings(data):
-    """AQAAConfig of what a config.json holds.
-
-    Raises ValueError, which names the setting, for an unknown one, for a value of another type or
-    out of range, and for two that contradict each other."""
+    """AQAAConfig of what a config.json holds. Raises ValueError, which names the setting, for an
+    unknown one, a value of another type or out of range, and two that contradict each other."""
     config = AQAAConfig.from_dict(_checked(AQAAConfig, data))
     for fault in contradictions(config):
         raise ValueError(fault)
@@ -69,7 +75,7 @@ def check_setting(setting, value, place):
         usable = isinstance(value, str) and value.isprintable() and len(value) < 100
     else:
         whole = setting.type is not float
-        most = AT_MOST * max(1, *_flat(setting.default))
+        most = AT_MOST * max(1, np.max(setting.default).item())
         if setting.name in ("mel_mean", "offset"):
             least = -most
         else:
@@ -90,27 +96,12 @@ def _fits(value, default, types, least, most):
     return type(value) in types and least <= value <= most
 
 
-def _flat(value):
-    return [x for one in value for x in _flat(one)] if isinstance(value, tuple) else [value]
-
-
 def contradictions(config):
     """Sentences on settings of an AQAAConfig that do not fit one another."""
-
-    def get(path):
-        part, name = path.split(".")
-        return getattr(getattr(config, part), name)
-
-    for name, divisor in (
-        ("linguistic.output_size", "linguistic.attention_heads"),
-        ("semantic.n_audio_state", "semantic.n_audio_head"),
-        ("flow.encoder_size", "flow.encoder_heads"),
-        ("backbone.hidden_size", "backbone.num_attention_heads"),
-        ("backbone.num_attention_heads", "backbone.num_attention_groups"),
-    ):
-        if get(name) % get(divisor):
-            parts = f"its {get(divisor)} heads or groups"
-            yield f"{name} is {get(name)}, a multiple of {parts} is expected"
+    for name, divisor in HEADS.items():
+        size, heads = attrgetter(name, divisor)(config)
+        if size % heads:
+            yield f"{name} is {size}, a multiple of its {heads} heads or groups is expected"
     ids, flow, hift = config.ids, config.flow, config.hift
     for name, wanted in (
         ("linguistic.codebook_size", ids.n_linguistic),
@@ -120,8 +111,8 @@ def contradictions(config):
         ("mel.num_mels", flow.output_size),
         ("hift.in_channels", flow.output_size),
     ):
-        if get(name) != wanted:
-            yield f"{name} is {get(name)}, {wanted} is expected by other parts"
+        if (value := attrgetter(name)(config)) != wanted:
+            yield f"{name} is {value}, {wanted} is expected by other parts"
     if (size := config.backbone.vocab_size) < ids.end:
         yield f"backbone.vocab_size is {size}, a row for each of the {ids.end} ids is expected"
     if not ids.n_audio <= flow.vocab_size <= ids.n_audio + 1:  # published: one row for padding
@@ -136,10 +127,8 @@ def contradictions(config):
 
 
 class Room(TorchFunctionMode):
-    """Within it modules are built that a file of `tensors` tensors and `size` bytes can fill.
-
-    A module that asks for more stops with a ValueError before that much memory is taken. Without a
-    file: any."""
+    """Within it modules are built that a file of `tensors` tensors and `size` bytes can fill; one
+    that asks for more stops with a ValueError before that much memory is taken."""
 
     def __init__(self, tensors=math.inf, size=math.inf):
         super().__init__()
@@ -183,10 +172,8 @@ def not_finite(state):
 
 
 def _finite(tensors):
-    """Are all values of tensors of one dtype finite? One pass, without a copy of a large tensor.
-
-    NaN is both the least and the largest of the values around it. Most tensors are small: they are
-    looked at together."""
+    """Are all values of tensors of one dtype finite? One pass, without a copy of a large tensor:
+    NaN is both the least and the largest of the values around it; small ones go together."""
     if tensors[0].element_size() == 1:  # fp8 has no order
         tensors = [t.float() for t in tensors]
     groups = [t for t in tensors if t.numel() > SMALL]

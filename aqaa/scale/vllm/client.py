@@ -6,8 +6,7 @@ used: transformers 5 rebuilds Step-1's wrongly. The rules of the layout travel w
 plugin.Layouts; ids that come back are checked here too, as a server without the plug-in answers.
 
 HTTP by the standard library: httpx, one more dependency, times out between bytes only and would not
-end a server that sends a byte now and then either.
-"""
+end a server that sends a byte now and then either."""
 
 import asyncio
 import io
@@ -54,15 +53,11 @@ class Engine:
     name = "the engine"
     limit = None  # ids of the longest prompt and its answer
 
-    def generate(
-        self, prompt, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024,
-        repetition=None, min_audio=0, prefill=None,
-    ):  # fmt: skip
-        """Steps as of backbone.generation.generate; prefill is left to the engine.
-
-        logprob is among the legal ids, as far as the engine tells what lies on others: it lists
-        the likeliest. Raises ValueError for settings out of range or prompts too long, EngineError.
-        """
+    def generate(self, prompt, ids, layout, *, temperature=0.7, top_p=0.9, seed=0, max_tokens=1024,
+                 repetition=None, min_audio=0, prefill=None):  # fmt: skip
+        """Steps as of backbone.generation.generate; prefill is left to the engine. logprob is among
+        the legal ids, as far as the engine tells what lies on others: it lists the likeliest.
+        Raises ValueError for settings out of range or prompts too long, EngineError."""
         check_sampling(temperature, top_p, max_tokens)
         left = room_for(self.limit or len(prompt) + max_tokens + 1, len(prompt), max_tokens)
         settings = {
@@ -126,15 +121,12 @@ class _Timed(io.RawIOBase):
 
 
 class Server(Engine):
-    """A running `vllm serve`, by its OpenAI-style completions with token ids.
+    """A running `vllm serve`, by its OpenAI-style completions with token ids. Times in s:
+    connect_time until it says what it serves; answer_time for the next id; total_time for a whole
+    answer. Raises EngineError if no such server answers."""
 
-    Times in s: connect_time until it says what it serves; answer_time for the next id; total_time
-    for a whole answer. Raises EngineError if no such server answers.
-    """
-
-    def __init__(
-        self, url, *, answer_time=ANSWER_TIME, connect_time=CONNECT_TIME, total_time=TOTAL_TIME
-    ):
+    def __init__(self, url, *, answer_time=ANSWER_TIME, connect_time=CONNECT_TIME,
+                 total_time=TOTAL_TIME):  # fmt: skip
         parts = server_address(url)
         self.kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self.place = parts.netloc.rpartition("@")[2]
@@ -151,11 +143,11 @@ class Server(Engine):
             served = _json(data, self.name)["data"][0]
             self.model, self.limit = served["id"], served.get("max_model_len")
             counted = self.limit is None or type(self.limit) is int and self.limit > 0
-            usable = type(self.model) is str and counted
+            if type(self.model) is not str or not counted:
+                raise TypeError
         except (LookupError, TypeError, AttributeError):
-            usable = False
-        if not usable:
-            raise EngineError(f"{self.name} serves no model as vLLM does: is it a `vllm serve`?")
+            fact = f"{self.name} serves no model as vLLM does"
+            raise EngineError(f"{fact}: is it a `vllm serve`?") from None
 
     def wait(self, seconds):
         """Until a server answers there again; its model may have another name. EngineError: the
@@ -189,10 +181,8 @@ class Server(Engine):
     @contextmanager
     def _ask(self, method, path, patience, body=None):
         """(reply to a request, its clock), open for the block: on leaving it the server stops.
-
         Raises EngineError, also if the head of the reply, or what the block reads of it, is not
-        there within `patience` seconds; the block may set the clock anew.
-        """
+        there within `patience` seconds; the block may set the clock anew."""
         with closing(self.kind(self.place, timeout=self.connect_time)) as connection:
             try:
                 connection.connect()
@@ -327,8 +317,7 @@ def version():
 
 
 def overrides(config):
-    """What vLLM has to be told of a config.json: it ties what does not say so, and loses lm_head;
-    AQAA's own checkpoint needs our class."""
+    """What vLLM has to be told of a config.json: lm_head is not tied; AQAA's needs our class."""
     own = {} if config.get("model_type", "step1") == "step1" else {"architectures": [MODEL_CLASS]}
     return {"tie_word_embeddings": False, **own}
 
@@ -351,11 +340,9 @@ class InProcess(Engine):
         config = {}
         with suppress(OSError, ValueError):  # of a name that vLLM looks up; it says what is wrong
             config = read_json(Path(folder) / "config.json")
-        options = {
-            "hf_overrides": overrides(config), "attention_backend": ATTENTION,
-            "logits_processors": [PROCESSOR], "skip_tokenizer_init": True,
-            "max_logprobs": LISTED, **options,
-        }  # fmt: skip
+        options = {"hf_overrides": overrides(config), "attention_backend": ATTENTION,
+                   "logits_processors": [PROCESSOR], "skip_tokenizer_init": True,
+                   "max_logprobs": LISTED, **options}  # fmt: skip
         fixed = {"detokenize": False, "output_kind": RequestOutputKind.DELTA}
         self.params = lambda **given: SamplingParams(**fixed, **given)
         self.loop, self.answer_time = asyncio.new_event_loop(), answer_time

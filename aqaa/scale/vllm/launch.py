@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from itertools import chain
 from pathlib import Path
 
 from aqaa.files import read_json
@@ -22,9 +21,8 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192, **
     """The line that serves a released language model, to be run in vLLM's own environment.
 
     weights: bf16, fp8, int8 (made while loading) or int4 (the folder must be so). more: flags of
-    vLLM, with _ for -; True for one without a value. Raises ValueError for heads or 4-bit groups
-    that the GPUs cannot share, or a folder of another format.
-    """
+    vLLM, with _ for -; True for one without a value, None for none. Raises ValueError for heads or
+    4-bit groups that the GPUs cannot share, or a folder of another format."""
     name, backbone, _ = read_model(str(folder))
     config = {} if str(folder) in MODELS else read_json(Path(folder) / "config.json")
     if not config or config.get("quantization"):
@@ -37,7 +35,7 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192, **
     group = _group(config, folder) if weights == "int4" else None
     if weights not in (*FORMATS, "int4"):
         raise ValueError(f"weights cannot be {weights!r} in vLLM: choose bf16, fp8, int8 or int4.")
-    stages = more.get("pipeline_parallel_size", 1)
+    stages = more.get("pipeline_parallel_size") or 1
     card = parse_gpus("H100-80")[0]
     check_ranks(Setup(name, backbone, card, gpus, weights, group, nodes=stages))
     flags = {
@@ -48,11 +46,11 @@ def serve_command(folder, gpus=1, weights="bf16", *, port=8000, max_len=8192, **
         **{flag.replace("_", "-"): value for flag, value in more.items()},
         "skip-tokenizer-init": True,
     }  # fmt: skip
-    bare = [flag for flag, value in flags.items() if value is True]
-    given = [(f"--{flag}", str(value)) for flag, value in flags.items()
-             if value is not None and flag not in bare]  # fmt: skip
-    bare = [f"--{flag}" for flag in bare]
-    return shlex.join(["vllm", "serve", str(folder), *chain(*given), *bare])
+    words = ["vllm", "serve", str(folder)]
+    for flag, value in flags.items():
+        if value is not None:
+            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    return shlex.join(words)
 
 
 def serve_lines(folder, gpus=1, weights=None, *, nodes=1, copies=1, ray=False, head=HEAD, **more):
@@ -62,8 +60,7 @@ def serve_lines(folder, gpus=1, weights=None, *, nodes=1, copies=1, ray=False, h
     holds. nodes: machines in a row, each with a part of the layers (pipeline parallel), by vLLM's
     own processes or, if asked, by Ray. copies: of the model (data parallel), each on GPUs of its
     own, behind one address; with several nodes each machine holds as many. head: address of machine
-    0. Raises ValueError as serve_command, and for copies that do not divide among the machines.
-    """
+    0. Raises ValueError as serve_command, and for copies that do not divide among the machines."""
     if weights is None:
         weights = read_model(str(folder))[2].get("weights", "bf16")
     if copies > 1 and copies % nodes:
@@ -75,29 +72,24 @@ def serve_lines(folder, gpus=1, weights=None, *, nodes=1, copies=1, ray=False, h
         started += [(i, f"ray start --address {head}:{RAY_PORT} --block") for i in range(1, nodes)]
     # Flags that every line has; those of lines that start machine by machine, without Ray; those in
     # which the line of each machine differs.
-    shared, apart, own = {}, {}, []
+    backend = "ray" if ray else None
     if copies > 1:
-        shared["data_parallel_size"] = copies
         local = copies // nodes
-        if ray:
-            shared["data_parallel_backend"] = "ray"
-        if nodes > 1:
-            shared["data_parallel_size_local"] = local
+        shared = {"data_parallel_size": copies, "data_parallel_backend": backend,
+                  "data_parallel_size_local": local if nodes > 1 else None}  # fmt: skip
         apart = {"data_parallel_address": head, "data_parallel_rpc_port": COPIES_PORT}
         # a start rank on machine 0 would ask for a balancer of requests outside vLLM
         own = [{}, *({"data_parallel_start_rank": rank * local} for rank in range(1, nodes))]
     else:
-        if nodes > 1:
-            shared["pipeline_parallel_size"] = nodes
-        if ray:
-            shared["distributed_executor_backend"] = "ray"
+        shared = {"pipeline_parallel_size": nodes if nodes > 1 else None,
+                  "distributed_executor_backend": backend}  # fmt: skip
         apart = {"nnodes": nodes, "master_addr": head, "distributed_executor_backend": "mp"}
         own = [{"node_rank": rank} for rank in range(nodes)]
     if nodes == 1 or ray:  # one line for all: Ray starts what the other machines need
         return [*started, (0, serve_command(folder, gpus, weights, **shared, **more))]
-    return [(rank, serve_command(folder, gpus, weights, **shared, **apart, **own[rank], **more,
-                                 **({"headless": True} if rank else {})))
-            for rank in range(nodes)]  # fmt: skip
+    lines = [{**shared, **apart, **one, **more, "headless": bool(rank) or None}
+             for rank, one in enumerate(own)]  # fmt: skip
+    return list(enumerate(serve_command(folder, gpus, weights, **line) for line in lines))
 
 
 def main(args):

@@ -2,8 +2,7 @@
 
 `register` is called in each of vLLM's processes (entry point vllm.general_plugins). `Layouts` is no
 entry point: vLLM would load it for every model, and its older model runner does not hand the drawn
-ids to processors that it found by itself. Without vLLM this module still imports.
-"""
+ids to processors that it found by itself. Without vLLM this module still imports."""
 
 import logging
 from contextlib import suppress
@@ -55,10 +54,8 @@ def _check_prompts():
 
 def language_weights(weights):
     """(name, tensor) pairs of a checkpoint, vision towers too -> those of Step-1, by its names.
-
     Which are the language model's shows with its layer 0: what came before is held back till then.
-    Raises ModelError if there is none, or a second one.
-    """
+    Raises ModelError if there is none, or a second one."""
     from aqaa.weights import shards
 
     held, names, prefix, dropped = [], [], None, 0
@@ -85,10 +82,8 @@ def _bases():
 
 class Layouts(*_bases()):
     """Strikes out what the layout of a request does not allow; leaves those without rules alone.
-
     Both of vLLM's interfaces. V2: (vllm_config, req_states); requests have slots, their ids are in
-    its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the list of drawn ids.
-    """
+    its buffers. V1: (vllm_config, device, is_pin_memory); it hands over the list of drawn ids."""
 
     def __init__(self, vllm_config, state, is_pin_memory=None):
         if vllm_config.speculative_config:

@@ -1,8 +1,7 @@
 """The rules of an answer as they travel with a request to another engine, and are kept to there.
 
 Before each draw of the engine's own sampler a Follower strikes out what the layout's machine
-(aqaa.tokenizers.interleave) does not allow. Imports no torch and no engine.
-"""
+(aqaa.tokenizers.interleave) does not allow. Imports no torch and no engine."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -96,8 +95,7 @@ def among_legal(may, logprob, likeliest):
     """The log-probability of an id among those that may come, from {id: logprob} of the likeliest.
 
     A model that only ever chose among legal ids (the mini) has any probability on the others. What
-    is not listed is taken to be legal in the share in which the less likely half of the list is.
-    Never less than `logprob`."""
+    is not listed counts as legal in the share in which the less likely half of the list is."""
     probs = sorted(((exp(value), may.start <= other < may.stop or other in may.markers)
                     for other, value in likeliest.items()), reverse=True)  # fmt: skip
     tail = probs[(len(probs) + 1) // 2 :]
