@@ -76,40 +76,81 @@ def accuracy(result):
     return lines
 
 
-SYSTEMS = {"aqaa": "one network: hears, writes and speaks", "cascade": "recogniser, language model, synthesizer",
-           "listener": "hears and writes, then reads aloud"}
-
-
 def systems(ours):
-    """Three ways to answer with the same weights, on the same questions, and what they say to three claims."""
-    from aqaa.evaluation.stepeval import compare
+    """Nine ways to answer, on the same questions, and what they say to three claims of the article."""
+    from aqaa.evaluation.agreement import compare
+    from aqaa.lineage.registry import SYSTEMS
 
     runs = {name: found for name in SYSTEMS if (found := run(f"eval-{name}"))}
-    lines = [f"**Systems**: {ours['questions']} questions of `{ours['set']}` in nine categories, percent right in text "
-             "and in sound (95 %), by `aqaa eval`; all three are made of the mini's own abilities.", "",
-             "| | " + " | ".join(f"{name} ({SYSTEMS[name]})" for name in runs) + " |", "|---" * (len(runs) + 1) + "|"]
-    for category in ours["summary"]:
-        cells = []
-        for found in runs.values():
-            scores = found["summary"].get(category, {})
-            told = ["{share:g} ({interval[0]:g}–{interval[1]:g})".format(**scores[key]) if key in scores else "–"
-                    for key in ("text", "spoken")]
-            cells.append(" / ".join(told))
-        lines.append(f"| {category} | " + " | ".join(cells) + " |")
-    first = ", ".join(f"{name} {found['summary']['all']['first']:.2f} s" for name, found in runs.items())
-    lines += ["", f"First sound, median: {first}; the other two begin when all is made."]
+    lines = [f"**Systems**: `{ours['set']}`, nine categories, percent right (95 %), by `aqaa eval`; each was "
+             "trained for minutes on one thread, from the same shipped weights where its design allows. Gap: points "
+             "that the sound is behind the text; word error: Whisper base against the "
+             "system's own text.", "",
+             "| | n | text | sound | gap | word error | first sound, s | work, s a second "
+             "| parameters of its own, million | minutes of training |", "|---" * 10 + "|"]
+    for name, found in runs.items():
+        scores, own = found["summary"]["all"], found.get("trained") or {}
+        shares = ["{share:g} ({interval[0]:g}–{interval[1]:g})".format(**scores[key]) for key in ("text", "spoken")]
+        heard = "{error:g} ({interval[0]:g}–{interval[1]:g})".format(**scores["word_error"])
+        lines.append("| " + " | ".join(map(str, (
+            name, scores["text"]["n"], *shares, scores.get("gap", "–"), heard, scores.get("first", "–"),
+            scores.get("rtf", "–"), own.get("parameters", "–"), own.get("minutes", "–")))) + " |")
+    lines += ["", "Text right by category, percent:", "", "| | " + " | ".join(runs) + " |",
+              "|---" * (len(runs) + 1) + "|"]
+    for category in list(ours["summary"])[1:]:
+        cells = [found["summary"].get(category, {}).get("text", {}).get("share", "–") for found in runs.values()]
+        lines.append(f"| {category} | " + " | ".join(map(str, cells)) + " |")
 
     def p(found):
         return f"p {found['p']:g}" if found["p"] else "p < 0.0001"
 
-    for name, found in list(runs.items())[1:]:
+    lines += ["", "Question by question, text right only in one of two (McNemar), and κ of right and wrong:", ""]
+    for name, found in runs.items():
+        if name == "aqaa":
+            continue
         told = compare(ours["rows"], found["rows"])["text"]
         voice = compare(*([row for row in one["rows"] if row["category"] == "Voice Understanding"]
-                          for one in (ours, found)))["text"]
-        lines += ["", f"Against {name}, text of {told['n']} questions: {told['only_first']} are right only in one "
-                  f"network, {told['only_second']} only there ({told['difference']:+} points, {p(told)}); of "
-                  f"{voice['n']} about the voice {voice['only_first']} and {voice['only_second']} ({p(voice)})."]
+                          for one in (ours, found))).get("text")
+        about = "; about the voice {only_first} and {only_second} of {n}".format(**voice) if voice else ""
+        lines.append(f"- {name}: {told['only_first']} only in aqaa, {told['only_second']} only in {name}, of "
+                     f"{told['n']} ({told['difference']:+} points, {p(told)}, κ {told['kappa']}){about}.")
     return lines
+
+
+PAPER = {  # Chat, Relevance, Factuality by GPT-4o, of the paper's Tables 1 and 2
+    "layouts": {"audio_only": (1.72, .05, .03), "ratio_6_50": (1.20, .04, .05), "ratio_3_5": (1.03, .00, .00),
+                "text_cot": (4.01, .59, .58), "ratio_10_15": (4.03, .65, .67)},
+    "joins": {"pre_interleaved": (3.82, .54, .59), "marker_removal": (4.08, .56, .57),
+              "marker_preserving": (4.22, .57, .57)},
+}  # fmt: skip
+TITLES = {
+    "layouts": "**Layouts of text and sound** (the paper's Table 1, and five of its neighbours)",
+    "joins": "**Joining voice states** (the paper's Table 2): manners that change in mid-sentence",
+    "codebooks": "**Two codebooks or one** (paper 2.1), each trained from nothing: nats a code, given those before it",
+    "preference": "**Preference training** (the paper's Eq. 2 is text_masked)",
+    "merge": "**Merging** (the paper's Eq. 3 is 5:5:1)",
+}
+
+
+def ablation(name):
+    """A section of a recorded ablation: mean over seeds, with intervals, beside the paper's figures."""
+    from aqaa.training.ablations import cell, summary
+
+    def write(result):
+        rows, paper = summary(result["runs"]), PAPER.get(name, {})
+        figures = list(dict.fromkeys(figure for values in rows.values() for figure in values))
+        heads = ["", "seeds", *(figure.replace("_", " ") for figure in figures)]
+        heads += ["paper: Chat", "Relevance", "Factuality"] if paper else []
+        lines = [f"{TITLES[name]}, percent (seconds and nats apart), ± 95 % over seeds; {result['questions']} "
+                 "questions of the development split a run.", ""]
+        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for variant, values in rows.items():
+            seeds = sum(row["variant"] == variant for row in result["runs"])
+            cells = [cell(figure, *values[figure]) if figure in values else "–" for figure in figures]
+            cells += [f"{value:g}" for value in paper.get(variant, ())] or ["–"] * (3 if paper else 0)
+            lines.append(f"| {variant} | {seeds} | " + " | ".join(cells) + " |")
+        return lines
+    return section(f"ablation-{name}", write)
 
 
 def calibration(result):
@@ -252,6 +293,8 @@ def results():
 
     lines = section("accuracy", accuracy) + section("calibration", calibration) + section("eval-aqaa", systems)
     lines += section("hearing", hearing)
+    for name in TITLES:
+        lines += ablation(name)
     lines += numbers("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {
         "n": "answers, each spoken four times", "lenient": "heard right, lenient",
         "teacher_lenient": "teacher's own wavs",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aqaa import options, serve
 from aqaa.files import ModelError, WriteError
+from aqaa.lineage import registry
 from aqaa.options import RELEASED
 from aqaa.places import Places
 
@@ -307,6 +308,11 @@ def _train(args):
 
         ablations.main(args.what, seeds=args.seeds, questions=args.questions, **given)
         return 0
+    if args.stage == "lineage":
+        from aqaa.training.lineage import table
+
+        out = args.out if args.out != "work/mini" else "work/lineage"
+        return table.main(args.what, **{**given, "out": out})
     from aqaa.training import run
 
     return run.main(args.stage, **given)
@@ -320,15 +326,23 @@ def _bench(args):
 
 
 def _eval(args):
-    from aqaa.evaluation import stepeval, systems
-
     if args.systems:
-        return print("\n".join(systems.OWN))
+        return print("\n".join(registry.SYSTEMS))
+    if args.mos or args.mos_results:
+        from aqaa.evaluation import mos_form
+
+        return mos_form.main(args.mos, args.mos_results, args.report, args.limit, args.json)
+    from aqaa.evaluation import stepeval
+
+    told = {name: getattr(args, name) for name in ("judge", "out", "device")}
+    told["as_json"] = args.json
+    if args.compare:
+        return stepeval.compare_runs(args.compare, **told)
     _check(args)
     return stepeval.main(
-        args.system, lambda: _load(args), set_name=args.set, limit=args.limit, out=args.out,
-        report=args.report, resume=args.resume, compared=args.compare, seed=args.seed,
-        as_json=args.json,
+        args.system, lambda: _load(args), set_name=args.set, limit=args.limit, report=args.report,
+        resume=args.resume, noise=args.noise, audit=args.audit, seed=args.seed,
+        lineage=args.lineage, **told,
     )  # fmt: skip
 
 

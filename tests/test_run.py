@@ -549,7 +549,8 @@ def test_merges_are_judged_and_barriers_measured(ablate, monkeypatch):
 
 
 def test_unknown_ablations_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown ablation 'colours': choose one of layouts, joins, codebooks, preference, merge"):
+    names = "layouts, joins, codebooks, preference, merge"
+    with pytest.raises(ValueError, match=f"unknown ablation 'colours': choose one of {names}"):
         ablations.main("colours", **options(tmp_path))
 
 

@@ -21,24 +21,26 @@ td small { white-space: nowrap; }
 svg { max-width: 100%; height: auto; }
 """
 HEADS = {"text": "text", "spoken": "sound", "agrees": "agree", "manner": "manner",
-         "word_error": "word error"}  # fmt: skip
+         "word_error": "word error", "quality": "quality", "chat": "chat",
+         "relevance": "relevance", "factuality": "factuality"}  # fmt: skip
 SIZE, RADIUS = 420, 130  # of the radar, in its own units
 COLOURS = {"text": "#2166ac", "spoken": "#c2452d"}
 
 
-def page(title, rows, summary, sounds, beside):
-    """The whole HTML. rows, summary: of stepeval.py; sounds: folder of ID.ogg; beside: the folder
-    that the page is written to, from where the players look for them."""
+def page(title, rows, summary, told, sounds, beside):
+    """The whole HTML. rows, summary: of stepeval.py; told: what else its record says; sounds:
+    folder of ID.ogg; beside: the folder of the page, from where the players look for them."""
     where = Path(os.path.relpath(sounds, beside)).as_posix()
-    wrong = [row for row in rows if not (row["text"] and row["spoken"])]
-    right = [row for row in rows if row["text"] and row["spoken"]]
+    groups = {"Wrong in text or in sound": [], "Right in both": [], "Without a rule": []}
+    for row, kind in ((row, _kind(row)) for row in rows):
+        groups[list(groups)[kind]].append(_answer(row, where))
     parts = [
         f"<h1>{_plain(title)}</h1>",
-        f"<p>{len(rows)} questions. In percent, with intervals of 95 %.</p>",
-        radar(summary), _table(summary), f"<h2>Wrong in text or in sound: {len(wrong)}</h2>",
-        *(_answer(row, where) for row in wrong), f"<h2>Right in both: {len(right)}</h2>",
-        *(_answer(row, where) for row in right),
+        f"<p>{len(rows)} answers. In percent, quality and grades from 1 to 5, with intervals of "
+        "95 %.</p>", radar(summary), _table(summary, HEADS), _conditions(told),
     ]  # fmt: skip
+    for name, answers in groups.items():
+        parts += [f"<h2>{name}: {len(answers)}</h2>", *answers] if answers or "W" != name[0] else []
     head = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">')  # fmt: skip
     return f"{head}<title>{_plain(title)}</title><style>{STYLE}</style></head><body>\n" + (
@@ -83,12 +85,27 @@ def radar(summary):
             + "".join(lines) + "</svg>")  # fmt: skip
 
 
-def _table(summary):
-    heads = "".join(f"<th>{head}</th>" for head in HEADS.values())
-    lines = [f"<tr><th></th><th>n</th>{heads}</tr>"]
+def _kind(row):
+    """0 wrong in something, 1 right in all that a rule can tell, 2 nothing can be told."""
+    known = [row[name] for name in ("text", "spoken") if row[name] is not None]
+    return 2 if not known else int(all(known))
+
+
+def _conditions(told):
+    """The table of a sweep."""
+    if "conditions" not in told:
+        return ""
+    heads = {"text": "text", "kept_text": "kept", "spoken": "sound", "kept_spoken": "kept"}
+    return "<h2>Noise and lines</h2>" + _table(told["conditions"], heads)
+
+
+def _table(summary, heads):
+    heads = {key: heads[key] for key in heads if any(key in one for one in summary.values())}
+    names = "".join(f"<th>{head}</th>" for head in heads.values())
+    lines = [f"<tr><th></th><th>n</th>{names}</tr>"]
     for name, scores in summary.items():
-        n = max(score["n"] for score in scores.values() if isinstance(score, dict))
-        cells = "".join(f"<td>{_cell(scores.get(head))}</td>" for head in HEADS)
+        n = max((score["n"] for score in scores.values() if isinstance(score, dict)), default=0)
+        cells = "".join(f"<td>{_cell(scores.get(head))}</td>" for head in heads)
         lines.append(f"<tr><td>{_plain(name)}</td><td>{n}</td>{cells}</tr>")
     return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
@@ -96,20 +113,20 @@ def _table(summary):
 def _cell(score):
     if score is None:
         return "–"
-    low, high = score["interval"]
-    return f"{score.get('share', score.get('error')):g}<br><small>{low:g}–{high:g}</small>"
+    value, edges = score.get("share", score.get("error", score.get("mean"))), score["interval"]
+    return f"{value:g}" + (f"<br><small>{edges[0]:g}–{edges[1]:g}</small>" if edges else "")
 
 
 def _answer(row, where):
     asked = " … ".join(row["asked"])
     marks = ", ".join(f"{HEADS[name]} {'right' if row[name] else 'wrong'}"
                       for name in ("text", "spoken", "manner") if row.get(name) is not None)
-    kind = "" if row["text"] and row["spoken"] else ' class="wrong"'
-    return (f"<article{kind}><p><b>{_plain(asked)}</b> <small>{_plain(row['category'])}, "
-            f"{_plain(row['id'])}: {marks}</small></p>"
+    kind = ' class="wrong"' if _kind(row) == 0 else ""
+    place = ", ".join(map(_plain, filter(None, (row["category"], row["id"], row.get("condition")))))
+    return (f"<article{kind}><p><b>{_plain(asked)}</b> <small>{place}: {marks or '–'}</small></p>"
             f"<p>written: {_plain(row['written']) or '–'}</p>"
             f"<p>heard: {_plain(row['heard']) or '–'}</p>"
-            f"<p>wanted: {_plain(row['expected'])}</p>"
+            f"<p>wanted: {_plain(row['expected']) or '–'}</p>"
             f'<audio controls preload="none" src="{_plain(where)}/{_plain(row["id"])}.ogg"></audio>'
             "</article>")  # fmt: skip
 

@@ -1,8 +1,9 @@
 """`aqaa eval`: any system that answers, judged on the same spoken questions in nine categories.
 
-A set is a folder (or a zip) with set.json, {"name", "items": [{"id", "category", "turns": [{"file",
-"text"}, …], "answer", "manner", "normal"}, …]}, and its sounds; "answer" is the text that is right,
-"normal" what `controls.measure` found in the same answer said normally, where the manner counts.
+Our set is a folder (or a zip) with set.json, {"name", "items": [{"id", "category", "turns":
+[{"file", "text"}, …], "answer", "manner", "normal"}, …]}, and its sounds; "answer" is the text that
+is right, "normal" what `controls.measure` found in the same answer said normally, where the manner
+counts; `sets` reads it, and published ones.
 Text and sound are scored apart (StepEval-Audio-360's categories, AQAA paper 4). Each answer is one
 line of a JSONL file, written when it is known, so that a run that was cut off goes on."""
 
@@ -10,9 +11,8 @@ import io
 import json
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from math import comb
+from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,105 +23,57 @@ from aqaa import audio
 from aqaa.config import SAMPLE_RATE
 from aqaa.corpus import plan as P
 from aqaa.corpus.facts import pieces
-from aqaa.evaluation import whisper
+from aqaa.evaluation import language_judge, quality, whisper
 from aqaa.evaluation.accuracy import all_answers, make_judge, recording
+from aqaa.evaluation.agreement import SCORES, compare, lines
 from aqaa.evaluation.controls import RULES, Measures, changes, follows, in_tune, measure
-from aqaa.evaluation.mos import resampled
+from aqaa.evaluation.language_judge import ASPECTS
+from aqaa.evaluation.mos import mean, resampled, wilson
 from aqaa.evaluation.report import page
+from aqaa.evaluation.robustness import CLEAN, conditions, kept
+from aqaa.evaluation.sets import CATEGORIES, SHIPPED, load
 from aqaa.evaluation.systems import make
-from aqaa.files import ModelError, brief, data_folder, reading, replacing, write_json
+from aqaa.files import ModelError, brief, probe, reading, replacing, write_json
 from aqaa.records import about
 from aqaa.tokenizers.text import NOTES, normalise
 
-SHIPPED = "stepeval-mini"
-SCORES = ("text", "spoken", "agrees", "manner")  # shares; `words` is a word error in percent
-CATEGORIES = (
-    "Speech Emotion Control", "Creativity", "Language Ability", "Gaming", "Role-playing",
-    "Logical Reasoning", "Voice Understanding", "Voice Instruction Following", "Sing",
-)  # fmt: skip
+MEANS = ("quality", *ASPECTS, *(f"{aspect}_speech" for aspect in ASPECTS))  # from 1 to 5
+TOLD = ("in percent, with intervals of 95 %; gap: points that the sound is behind the text; first: "
+        "s to the first sound, median; rtf: s of work a second of sound; quality (DNSMOS) and a "
+        "judge's grades are from 1 to 5; kept: of those right when clean.")  # fmt: skip
 EACH = 40  # questions of a category
 OPUS = 0.95  # how small the sounds of a set become: about 14 kbit/s
 UNSHIPPED = "piper:joe"  # learnt from another voice, whose recordings are for research
 KNOWN = ("seen_seen", "slot_seen", "read_only")  # cells whose wordings and voices training had
 
 
-@dataclass
-class Question:
-    """One item of a set. texts: of its turns; turns: their sounds, (N,) float32 at 16 kHz each,
-    read from `files` of `place` when they are asked."""
-
-    id: str
-    category: str
-    texts: list
-    answer: str
-    manner: str = "normal"
-    normal: dict | None = None
-    files: list = field(default_factory=list, repr=False)
-    place: object = field(default=None, repr=False)
-
-    @cached_property
-    def turns(self):
-        return [_sound(self.place, name) for name in self.files]
-
-
-def load(name):
-    """(name of a set, [Question, …]). Raises ModelError where there is none, or it is no set."""
-    path = data_folder() / f"{SHIPPED}.zip" if name == SHIPPED else Path(name)
-    place = path if path.is_dir() else None
-    if place is None:
-        if not path.is_file():
-            raise ModelError(f"there is no set at {path}: name a folder with a set.json, or "
-                             f"{SHIPPED}.")  # fmt: skip
-        with reading(path, "get the set again"):
-            place = zipfile.ZipFile(path)
-    with reading(path, "get the set again"):
-        told = json.loads(_bytes(place, "set.json"))
-        items = [_question(item, place) for item in told["items"]]
-    if not items or len({item.id for item in items}) < len(items):
-        raise ModelError(f"{path} holds no questions, or two of one id: get the set again.")
-    return str(told.get("name", path.stem)), items
-
-
-def _question(item, place):
-    turns = item["turns"]
-    texts, files = [turn["text"] for turn in turns], [turn["file"] for turn in turns]
-    return Question(str(item["id"]), item["category"], texts, normalise(item["answer"]),
-                    item.get("manner") or "normal", item.get("normal"), files, place)  # fmt: skip
-
-
-def _bytes(place, name):
-    return place.read(name) if isinstance(place, zipfile.ZipFile) else (place / name).read_bytes()
-
-
-def _sound(place, name):
-    """(N,) float32 at 16 kHz of a file of a set. Raises ModelError."""
-    try:
-        samples, rate = soundfile.read(io.BytesIO(_bytes(place, name)), dtype="float32",
-                                       always_2d=True)  # fmt: skip
-    except (OSError, KeyError, soundfile.LibsndfileError) as fault:
-        said = f"{name} of the set cannot be read ({brief(fault)}): get it again."
-        raise ModelError(said) from None
-    return np.asarray(audio.resample(samples.mean(1), rate), np.float32)
-
-
 # ---- one answer ----------------------------------------------------------------------------------
 
 
-def judge(question, reply, ear):
+def judge(question, reply, ear, speaks=True):
     """Scores of a Reply as a dict of a row; None: it does not apply, or cannot be measured. ear:
-    the answers that the judge chooses among; what was written joins them."""
+    the answers that the judge chooses among; what was written joins them. Questions of published
+    sets are heard by the open recogniser alone. speaks: whether the system is meant to."""
     written, sound = normalise(reply.text), audio.resample(reply.audio, reply.rate)
     sound = np.asarray(sound, np.float32)
-    listens, unsayable = make_judge(ear | {question.answer}, [reply.text])
-    heard = listens.hear(sound) if len(sound) else ""
-    row = {"written": reply.text, "heard": heard, "sounds": round(len(sound) / SAMPLE_RATE, 3)}
-    row |= {"text": written == question.answer, "spoken": heard == question.answer,
-            "agrees": None if unsayable else bool(heard) and heard == written}  # fmt: skip
-    row["manner"] = _manner(question, sound)
+    opened = None if whisper.missing() or not speaks else whisper.heard(sound)
+    row = {"written": reply.text, "heard": opened or "", "transcribed": opened,
+           "sounds": round(len(sound) / SAMPLE_RATE, 3), "text": question.right(reply.text),
+           "spoken": None if opened is None else question.right(opened),
+           "agrees": None}  # fmt: skip
+    if question.rule == "whole" and speaks:
+        listens, unsayable = make_judge(ear | {question.answer}, [reply.text])
+        heard = listens.hear(sound) if len(sound) else ""
+        row |= {"heard": heard, "spoken": heard == question.answer,
+                "agrees": None if unsayable else bool(heard) and heard == written}  # fmt: skip
+    row["manner"] = _manner(question, sound) if speaks else None
     row["words"] = row["errors"] = None
-    if not whisper.missing() and written:
-        wanted, found = written.split(), whisper.heard(sound).split()
-        row["words"], row["errors"] = len(wanted), whisper.edits(wanted, found)
+    if opened is not None and written:
+        wanted = whisper.words(reply.text).split()
+        row["words"], row["errors"] = len(wanted), whisper.edits(wanted, opened.split())
+    told = measure(sound, reply.text)
+    row |= {"f0": round(told.f0, 1) or None, "energy": round(told.energy, 1),
+            "rate": round(told.rate, 2) or None, "quality": quality.dnsmos(sound)}  # fmt: skip
     if reply.seconds is not None:
         row["first"], row["seconds"] = round(reply.first, 3), round(reply.seconds, 3)
     return row
@@ -160,7 +112,9 @@ def evaluate(system, questions, out, *, resume=False, quiet=False):
         reply = system.answer(question.turns)
         row = {"id": question.id, "system": system.name, "category": question.category,
                "asked": question.texts, "expected": question.answer, "wanted": question.manner,
-               **judge(question, reply, ear)}  # fmt: skip
+               **judge(question, reply, ear, getattr(system, "speaks", True))}  # fmt: skip
+        if question.condition != CLEAN:
+            row["condition"] = question.condition
         row["minutes"] = round((time.monotonic() - began) / 60, 4)
         with replacing(sounds / f"{question.id}.ogg") as part, open(part, "wb") as file:
             soundfile.write(file, reply.audio if len(reply.audio) else np.zeros(160, np.float32),
@@ -200,8 +154,8 @@ def _kept(path, name):
 def summarise(rows):
     """{category or "all": {score: {"n", "share", "interval"}, …, "word_error", "first", "rtf"}}.
 
-    Intervals are of 95 %. gap: points that the sound is behind the text."""
-    found = {}
+    Intervals are of 95 %. gap: points that the sound is behind the text. Of a sweep the clean."""
+    found, rows = {}, [row for row in rows if row.get("condition", CLEAN) == CLEAN]
     names = [name for name in CATEGORIES if any(row["category"] == name for row in rows)]
     names += sorted({row["category"] for row in rows} - set(names))
     for name in ["all", *names]:
@@ -215,6 +169,8 @@ def summarise(rows):
         if heard := [row for row in mine if row.get("words")]:
             counted = [row["errors"] for row in heard], [row["words"] for row in heard]
             scores["word_error"] = {"n": len(heard), **resampled(*counted)}
+        if sure := [row["quality"] for row in mine if row.get("quality") is not None]:
+            scores["quality"] = mean(sure)
         if timed := [row for row in mine if row.get("first") is not None]:
             scores["first"] = round(float(np.median([row["first"] for row in timed])), 3)
             took, sound = (sum(row[key] for row in timed) for key in ("seconds", "sounds"))
@@ -222,56 +178,24 @@ def summarise(rows):
     return found
 
 
-def wilson(right, n):
-    """{"n", "share", "interval"} in percent: Wilson's interval of 95 %, which leaves room where all
-    of a few are right, as draws of the same few would not."""
-    share, z = right / n, 1.96
-    center = share + z * z / (2 * n)
-    reach = z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
-    edges = [100 * (center + side) / (1 + z * z / n) for side in (-reach, reach)]
-    return {"n": n, "share": round(100 * share, 1), "interval": [round(edge, 1) for edge in edges]}
-
-
-def compare(ours, theirs):
-    """{score: {"n", "only_first", "only_second", "difference", "p"}} of two runs, on the questions
-    that both were asked; p: of as uneven a split by chance (McNemar's exact test)."""
-    others, found = {row["id"]: row for row in theirs}, {}
-    pairs = [(row, others[row["id"]]) for row in ours if row["id"] in others]
-    if not pairs:
-        raise ModelError("the two runs have no question in common: compare runs of one set.")
-    for score in SCORES:
-        both = [(a[score], b[score]) for a, b in pairs
-                if a.get(score) is not None and b.get(score) is not None]  # fmt: skip
-        if not both:
-            continue
-        first, second = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
-        n, least = first + second, min(first, second)
-        p = min(1.0, 2 * sum(comb(n, k) for k in range(least + 1)) / 2**n)
-        found[score] = {"n": len(both), "only_first": first, "only_second": second,
-                        "difference": round(100 * (first - second) / len(both), 1),
-                        "p": round(p, 4)}  # fmt: skip
-    return found
-
-
-def table(summary):
-    """A summary as lines of text."""
-    heads = (*SCORES, "gap", "word_error", "first", "rtf")
+def table(summary, heads=(*SCORES, "gap", "word_error", *MEANS, "first", "rtf")):
+    """A summary as lines of text; columns that nothing stands in are left out."""
+    heads = [key for key in heads if any(key in scores for scores in summary.values())]
     lines = [["", "n", *(name.replace("_", " ") for name in heads)]]
     for name, scores in summary.items():
-        n = max(score["n"] for score in scores.values() if isinstance(score, dict))
+        n = max((one["n"] for one in scores.values() if isinstance(one, dict)), default=0)
         lines.append([name, str(n), *(_cell(scores.get(head)) for head in heads)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
             for line in lines]  # fmt: skip
-    told = ("in percent, with intervals of 95 %; gap: points that the sound is behind the text; "
-            "first: s to the first sound, median; rtf: s of work a second of sound.")  # fmt: skip
-    return "\n".join([*rows, told])
+    return "\n".join(rows)
 
 
 def _cell(score):
     if isinstance(score, dict):
-        low, high = score["interval"]
-        return f"{score.get('share', score.get('error'))} ({low}–{high})"
+        value = score.get("share", score.get("error", score.get("mean")))
+        return f"{value} ({score['interval'][0]}–{score['interval'][1]})" if score["interval"] \
+            else str(value)  # fmt: skip
     return "-" if score is None else str(score)
 
 
@@ -316,32 +240,75 @@ def pack(corpus, path, each=EACH, again=()):
     return items
 
 
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def main(system, load_model, *, set_name=SHIPPED, limit=None, out=None, report=None, resume=False,
-         compared=None, seed=0, as_json=False):  # fmt: skip
+         noise=None, judge=None, audit=None, seed=0, as_json=False, lineage="work/lineage",
+         device="cpu"):  # fmt: skip
     """`aqaa eval`. load_model: a function that gives the model, where a system is made of it."""
-    if compared:
-        found = compare(*map(rows_of, compared))
-        print(json.dumps(found) if as_json else "\n".join(
-            f"{name}: {one['n']} questions, {one['only_first']} right only in the first, "
-            f"{one['only_second']} only in the second, {one['difference']:+} points, p {one['p']}"
-            for name, one in found.items()))  # fmt: skip
-        return
+    if audit and not judge:
+        raise ValueError("--audit asks a judge: name it with --judge.")
+    names = conditions(noise) if noise else [CLEAN]
     title, questions = load(set_name)
     chosen = [one for name in dict.fromkeys(item.category for item in questions)
               for one in P.spread([item for item in questions if item.category == name], limit)]
-    asked = make(system, load_model, seed)
+    chosen = [one if name == CLEAN else replace(one, condition=name, id=f"{one.id}@{name}".replace(
+        " ", "-")) for name in names for one in chosen]  # fmt: skip
+    grader = language_judge.make(judge, device) if judge else None
+    if report:  # now: a page that cannot be written is told before anything is asked
+        probe(Path(report).absolute().parent)
+    asked = make(system, load_model, seed, lineage, device)
     out = Path(out or f"work/eval-{Path(asked.name).name}.jsonl")
     rows = evaluate(asked, chosen, out, resume=resume)
     summary = summarise(rows)
-    if report:
-        with replacing(Path(report)) as part:
-            Path(part).write_text(page(f"{asked.name} on {title}", rows, summary,
-                                       out.with_suffix(""), Path(report).parent), encoding="utf-8")
-    head = {**about("eval"), "system": asked.name, "set": title, "questions": len(rows)}
-    write_json(out.with_suffix(".json"), {**head, "summary": summary, "rows": rows})
-    print(json.dumps(summary) if as_json else table(summary))
+    told = {**about("eval"), "system": asked.name, "set": title, "questions": len(rows),
+            "trained": getattr(asked, "trained", dict)()}  # fmt: skip
+    if noise:
+        told["conditions"] = kept(rows)
+
+    def save():
+        write_json(out.with_suffix(".json"), {**told, "summary": summary, "rows": rows})
+        if report:
+            with replacing(Path(report)) as part:
+                Path(part).write_text(page(f"{asked.name} on {title}", rows, summary, told,
+                                           out.with_suffix(""), Path(report).parent),
+                                      encoding="utf-8")  # fmt: skip
+
+    save()
+    if grader:
+        clean = [row for row in rows if row.get("condition", CLEAN) == CLEAN]
+        verdicts = language_judge.Verdicts(out.with_suffix(".verdicts.jsonl"), grader)
+        grades = language_judge.grade(verdicts, clean)
+        told["judge"] = {"name": grader.name,
+                         **language_judge.summarise(grades, clean, summary)}  # fmt: skip
+        if audit:
+            sounds = out.with_suffix("")
+            told["judge"]["audit"] = language_judge.audit(verdicts, clean, sounds, audit)
+        save()
+    more = {key: told[key] for key in ("conditions", "judge") if key in told}
+    if as_json:
+        return print(json.dumps({**summary, **more}))
+    print(table(summary), TOLD, sep="\n")
+    if noise:
+        print(table(told["conditions"], ("text", "kept_text", "spoken", "kept_spoken")))
+    if judge:
+        print("judge:", json.dumps(told["judge"]))
+
+
+def compare_runs(paths, judge=None, out=None, as_json=False, device="cpu"):
+    """`aqaa eval --compare A B …`: every pair; with a judge also which answers it prefers."""
+    runs = {str(path): rows_of(path) for path in paths}
+    if len(runs) < 2:
+        raise ValueError("--compare takes two runs or more: name another file.")
+    pairs = {" / ".join(pair): [runs[name] for name in pair] for pair in combinations(runs, 2)}
+    found = {name: compare(*pair) for name, pair in pairs.items()}
+    if judge:
+        verdicts = language_judge.Verdicts(out or "work/compare.verdicts.jsonl",
+                                           language_judge.make(judge, device))  # fmt: skip
+        for name, pair in pairs.items():
+            found[name]["preferred"] = language_judge.prefer(verdicts, *pair)
+    if as_json:
+        return print(json.dumps(found if len(found) > 1 else next(iter(found.values()))))
+    for name, one in found.items():
+        print(*([name] if len(found) > 1 else []), *lines(one), sep="\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aqaa.config import AQTA, SAMPLE_RATE, TTS
-from aqaa.files import ModelError
+from aqaa.files import ModelError, read_object
 from aqaa.pipeline import text_ids
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.weights.model_folder import load_part
@@ -40,6 +40,7 @@ class Aqaa:
     def __init__(self, model, seed=0, folder=None):
         """folder: where `aqaa train lineage NAME` left the weights of a system that has its own."""
         self.model, self.seed, self.folder = model, seed, folder
+        self.sizes = {}  # parameters of its own parts
 
     def part(self, name, module):
         """`module` with the weights that a stage of this system's training left, in eval mode.
@@ -47,7 +48,17 @@ class Aqaa:
         if not self.folder or not (Path(self.folder) / "parts" / f"{name}.safetensors").exists():
             raise ModelError(f"{self.name} has not been trained here (no {name} in {self.folder}): "
                              f"run `aqaa train lineage {self.name}`.")  # fmt: skip
+        self.sizes[name] = sum(one.numel() for one in module.parameters())
         return load_part(Path(self.folder) / "parts", name, module)
+
+    def trained(self):
+        """{"parameters": millions of the parts that answers needed, "minutes" of all training}."""
+        if not self.sizes:
+            return {}
+        record = read_object(Path(self.folder) / "record.json", "train the system again")
+        minutes = sum(told["seconds"] for told in record.values()) / 60
+        millions = sum(self.sizes.values()) / 1e6
+        return {"parameters": round(millions, 2), "minutes": round(minutes, 1)}
 
     def answer(self, turns):
         """Reply to the last of the `turns`; what was said before is kept as words."""

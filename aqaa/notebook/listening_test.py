@@ -30,6 +30,13 @@ class Listening(Widget):
             sounds = [pcm16(pair[1]) for pair in self.pairs]
             self._open(sounds=sounds, rate=rate, transcripts=[pair[2] for pair in self.pairs])
 
+    @classmethod
+    def of_runs(cls, places, each=10, **options):
+        """A test of runs of `aqaa eval` (JSONL files, or folders of ID.wav) and of a robot."""
+        from aqaa.evaluation import mos_form  # here: no other widget needs what it imports
+
+        return cls([(system, wav) for system, _, wav in mos_form.trials(places, each)], **options)
+
     def _order(self):
         return self._shuffle.permutation(len(self.pairs)).tolist()
 

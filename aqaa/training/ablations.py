@@ -36,9 +36,10 @@ PARENTS = ("sft1", "sft2", "dpo")
 BETAS = (0.1, 0.2)
 FIGURES = ("text", "sound", "agrees", "refuses", "seconds")  # of the printed table
 MORE = {"joins": ("switch", "switch_text"), "codebooks": ("nats_linguistic", "nats_semantic")}
+ONCE = {layout.name for layout in dialogue.NEIGHBOURS}  # not the paper's own rows: one seed
 TAKES = 4  # answers to each question with a change of manner: there are few
 
-PARENT_TIME = 10  # how many times longer than its variants the common parent learns
+PARENT_TIME = 8  # how many times longer than its variants the common parent learns
 
 # {variant: (the stage that trains it, or "" for a parent as it is; what differs in its settings)}
 LAYOUTS = {name: ("layouts", {"layout": layout}) for name, layout in dialogue.EVERY_LAYOUT.items()}
@@ -46,8 +47,7 @@ FAVOUR = {"switch": 12.0}  # manners that change in mid-sentence are few among a
 JOINS = {
     "pre_interleaved": ("joins", {"favour": FAVOUR, "layout": arrangements.chained}),
     "marker_removal": ("joins", {"favour": FAVOUR, "layout": arrangements.BOTH}),
-    "marker_preserving": (
-        "joins", {"favour": FAVOUR, "layout": replace(arrangements.BOTH, marked=True)}),
+    "marker_preserving": ("joins", {"favour": FAVOUR, "layout": arrangements.MARKED}),
 }  # fmt: skip
 CODEBOOKS = {
     "both": ("codebooks", {"layout": arrangements.BOTH}),
@@ -90,6 +90,9 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     starts = {stage: fingerprint(run.part_file(stage))["sha256"] for stage in STARTS[name]}
     settings = {"minutes": run.minutes, "steps": run.steps, "questions": questions}
     result = {**head, **settings, "parents": starts}
+    record = read_object(run.out / "record.json", "remove it") if MADE[name] else {}
+    result["parents_took"] = {stage: {key: told[key] for key in ("steps", "seconds") if key in told}
+                              for stage in MADE[name] if (told := record.get(stage))}  # fmt: skip
     kept = read_object(path, "remove it, or leave --resume out") if path.exists() else {}
     same = all(kept.get(key) == result[key] for key in (*settings, "parents"))
     result["runs"] = kept.get("runs", []) if run.resume and same else []
@@ -100,7 +103,7 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     done = {(row["variant"], row["seed"]) for row in result["runs"]}
     for seed in range(seeds):  # all variants once, then again: a run that ends early has them all
         for variant in ABLATIONS[name]:
-            if (variant, seed) not in done:
+            if (variant, seed) not in done and (seed == 0 or variant not in ONCE):
                 backbone, layout, told = MAKERS[name](run, name, variant, seed)
                 row = figures(run, backbone, layout, book, asked, seed)
                 if name == "joins":
@@ -123,7 +126,7 @@ def prepared(run, stage):
     """Train what variants start from; the common parent longer than they are."""
     longer = PARENT_TIME if stage == "parent" else 1
     run = copy(run)
-    run.minutes = run.minutes and longer * run.minutes
+    run.minutes, run.steps = (value and longer * value for value in (run.minutes, run.steps))
     if stage in stages.STAGES:
         run.stage(stage)
     else:

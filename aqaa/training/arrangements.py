@@ -1,17 +1,18 @@
 """Other ways to put an answer into one sequence, for the ablations: pieces joined without markers
 (AQAA paper, Table 2), and one of the two codebooks alone (paper 2.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from aqaa.tokenizers.dialogue import Allowed, Layout, Machine
+from aqaa.tokenizers.dialogue import EVERY_LAYOUT, Allowed, Layout, Machine
 from aqaa.tokenizers.text import MANNERS
 from aqaa.training.examples import Examples
 from aqaa.training.objectives import LINGUISTIC, SEMANTIC, LanguageTask
 
-BOTH = Layout("ratio_10_15", 10, 15)
+BOTH = EVERY_LAYOUT["ratio_10_15"]
+MARKED = replace(BOTH, name="marker_preserving", marked=True)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,21 @@ class OneMachine:
         self.both.advance(token)
 
 
+class AnyLayout(Examples):
+    """Examples in every layout, one as often as the other."""
+
+    def draw(self, rng):
+        layouts = (*EVERY_LAYOUT.values(), MARKED)
+        self.layout = layouts[rng.integers(len(layouts))]
+        return super().draw(rng)
+
+
+class EveryLayout(LanguageTask):
+    """Language training in which no layout has an advantage."""
+
+    kind = AnyLayout
+
+
 class Fresh(LanguageTask):
     """Language training from nothing but the codebooks, whatever a run starts from."""
 
@@ -168,8 +184,8 @@ class OneCodebookTask(Fresh):
 
 
 def surprise(backbone, book, layout, count=200):
-    """{"nats_linguistic", "nats_semantic"}: mean nats of a code, as the backbone foresees utterances
-    of a book, each code from those before it; e to that power is the perplexity."""
+    """{"nats_linguistic", "nats_semantic"}: mean nats of a code, as the backbone foresees it from
+    those before it, in utterances of a book; e to that power is the perplexity."""
     kind = OneCodebookTask if isinstance(layout, OneCodebook) else LanguageTask
     task = kind(book, {"next": 1.0}, layout=layout, heard=0.0)
     task.model.load_state_dict(backbone.state_dict())

@@ -74,15 +74,18 @@ TABLE = (
 )  # fmt: skip
 STAGES = {stage.name: stage for stage in TABLE}
 ANSWERS = {"aqtaa": 0.75, "aqta": 0.10, "asr": 0.08, "tts": 0.07}
-FRESH = "aqaa.training.arrangements:Fresh"
+EVERY_LAYOUT = "aqaa.training.arrangements:EveryLayout"
+GENTLE = {"lr": 5e-4}
 OTHERS = {stage.name: stage for stage in (  # of the ablations alone
-    # What variants start from has never seen an answer of text and sound, so that none has an
-    # advantage.
-    Stage("parent", "hears, reads aloud, answers in writing", FRESH, 5000, "backbone", floor=0.3,
-          mixture={"text": 0.10, "asr": 0.30, "tts": 0.20, "aqta": 0.35, "next": 0.05}),
-    Stage("layouts", "answers in another layout", LANGUAGE, 600, "backbone", "parent", ANSWERS),
-    Stage("joins", "joins manners otherwise", LANGUAGE, 600, "backbone", "parent", ANSWERS),
-    Stage("codebooks", "learns from one codebook or both", FRESH, 1200, "backbone",
+    # What variants start from: sft1 was taught one layout, this one all of them in equal shares.
+    Stage("parent", "answers in any layout", EVERY_LAYOUT, 1500, "backbone", "sft1", ANSWERS, 0.3,
+          GENTLE),
+    Stage("layouts", "answers in one layout", LANGUAGE, 300, "backbone", "parent", ANSWERS,
+          settings=GENTLE),
+    Stage("joins", "joins manners in one way", LANGUAGE, 300, "backbone", "parent", ANSWERS,
+          settings=GENTLE),
+    Stage("codebooks", "learns from one codebook or both",
+          "aqaa.training.arrangements:Fresh", 1200, "backbone",
           mixture={"next": 0.30, "asr": 0.20, "aqta": 0.15, "aqtaa": 0.35}),
 )}  # fmt: skip
 ABLATIONS = ("layouts", "joins", "codebooks", "preference", "merge")
