@@ -18,17 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
 BUDGET = {  # lines; what a reader reads to understand the model comes first
     "config audio tokenizers backbone vocoder answer listening pipeline": 5_100,  # heads, layouts, streams, confidence
-    "voice_activity conversation": 512,  # turns of a live conversation
-    "fast": 1_100,
-    "sound_files sound_headers": 532,  # whatever files people have
-    "aqaa __main__ cli options places doctor records loading weights": 2_485,  # W4A16, ablations, talk, full size, eval
+    "voice_activity conversation": 505,  # turns of a live conversation
+    "fast": 1_070,
+    "sound_files sound_headers": 520,  # whatever files people have
+    "aqaa __main__ cli options places doctor records loading weights": 2_440,  # W4A16, ablations, talk, full size, eval
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 10_940,  # training by many processes, `aqaa eval` came in
-    "lineage": 1_500,  # the room that was empty: nine systems on one interface
-    "scale": 2_410,  # what training takes, listeners, nodes, prices, W4A16, several machines
-    "notebook": 2_240,  # a conversation in a widget: calls, turns, blocks
+    "corpus pitch batching training evaluation": 13_800,  # nine systems learn, sets and judges from outside; 350 lines left
+    "lineage": 1_900,  # the room that was empty: nine systems on one interface; cascade and listener left for it
+    "scale": 2_310,  # what training takes, listeners, nodes, prices, W4A16, several machines
+    "notebook": 2_190,  # a conversation in a widget: calls, turns, blocks
     "terminal": 141,  # a microphone around a conversation
-    "serve": 1_280,  # the interfaces that other software speaks: speech, chat, realtime
+    "serve": 1_250,  # the interfaces that other software speaks: speech, chat, realtime
 }
 READING = "config audio tokenizers backbone vocoder answer listening pipeline".split()
 PIP_SECTION = re.compile(r"^ +- pip:\n((?: {6}.*\n?)+)", re.MULTILINE)
