@@ -13,23 +13,25 @@ from aqaa.corpus.curriculum import VOICE
 from aqaa.corpus.plan import plan, spread
 from aqaa.corpus.wider import turns_before
 from aqaa.lineage.audiogpt import HOW, NAMES, Analyst
-from aqaa.lineage.tools import ASPECTS, MEASURES, WANTS, Describer, measures
+from aqaa.lineage.system import Writer
+from aqaa.lineage.tools import ASPECTS, MEASURES, WANTS, Describer, measures, replied
+from aqaa.pipeline import AQAA
 from aqaa.tokenizers import dialogue
-from aqaa.tokenizers.text import MANNERS, TextTokenizer, tagged
+from aqaa.tokenizers.text import MANNERS, TextTokenizer, normalise, tagged
 from aqaa.training.examples import UNHEARD
 from aqaa.training.objectives import LanguageTask, NextToken
 from aqaa.training.stages import LANGUAGE, Stage
 
 MISHEARD = 0.06  # share of a question's words, or ids, that a recogniser gets wrong
-SOUNDS = 1200  # from which the describer learns
+SOUNDS, WRITTEN = 1200, 300  # from which the describer learns; answers that are judged
 HERE = __name__
 DESCRIBER = Stage("describer", "what a voice is like, in words", f"{HERE}:DescriberTask", 1000)
 STAGES = (
     Stage("analyst", "which tool a question's words ask for", f"{HERE}:AnalystTask", 1000),
     DESCRIBER,
-    Stage("recogniser", "speech to its words, nothing else", LANGUAGE, 350, "backbone",
+    Stage("recogniser", "speech to its words, nothing else", LANGUAGE, 500, "backbone",
           mixture={"asr": 1.0}, settings={"rows": 6, "heard": 0.0}),
-    Stage("language", "written answers to written questions", f"{HERE}:WritingTask", 500,
+    Stage("language", "written answers to written questions", f"{HERE}:WritingTask", 200,
           "backbone"),
 )  # fmt: skip
 
@@ -187,15 +189,16 @@ class WritingTask(LanguageTask):
 
     floor, lr, rows, length = 0.02, 1e-3, 6, 512
 
-    def __init__(self, config, text, items):
+    def __init__(self, config, text, items, dev=()):
         NextToken.__init__(self, config)
-        self.text, self.items, self.examples = text, items, self
-        self.probs = balanced([item.intent for item in items])
+        self.config, self.text, self.items, self.examples = config, text, items, self
+        self.dev, self.probs = spread(dev, WRITTEN), balanced([item.intent for item in items])
 
     @classmethod
     def from_run(cls, run, stage):
-        items = [item for item in asked(run)[0] if item.category != VOICE]  # no text has the answer
-        task = cls(run.config, TextTokenizer.from_file(run.tokenizer_file()), items)
+        # No text has the answers of Voice Understanding.
+        known = ([item for item in items if item.category != VOICE] for items in asked(run))
+        task = cls(run.config, TextTokenizer.from_file(run.tokenizer_file()), *known)
         run.start(stage, task.model)
         return task
 
@@ -213,3 +216,11 @@ class WritingTask(LanguageTask):
         weights = np.zeros(len(prompt) + len(answer), np.float32)
         weights[len(prompt) :] = 1.0
         return np.array([*prompt, *answer], np.int64), weights
+
+    def finish(self, seed):
+        """Share of the development questions, as they are written, whose answer is right."""
+        parts = {"text": self.text, "backbone": self.model.eval()}
+        writer = Writer(AQAA(self.config, parts.__getitem__), seed)
+        right = [normalise(replied(writer, item.text, turns_before(item))) == normalise(item.answer)
+                 for item in self.dev]  # fmt: skip
+        return {"written": round(100 * sum(right) / max(1, len(right)), 1), "n": len(right)}
