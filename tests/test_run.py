@@ -503,6 +503,7 @@ def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_
     monkeypatch.setitem(ablations.ABLATIONS, "layouts", some)
     monkeypatch.setattr(ablations, "LAYOUTS", some)
     monkeypatch.setattr(ablations, "PARENT_TIME", 1)
+    monkeypatch.setattr(ablations, "ONCE", set())  # a neighbour's layout, too, with each seed
     result = ablate("layouts")
     assert [(row["variant"], row["seed"]) for row in result["runs"]] == [(v, s) for s in (0, 1) for v in some]
     assert {"date", "commit", "hardware", "command"} <= set(result) and result["steps"] == STEPS
