@@ -188,6 +188,22 @@ def calibration(result):
             f"were fitted to {result['fitted_on']} others."]
 
 
+SEEN = {"picture_seen": "in wordings and voices of the training", "picture_new": "in wordings never heard",
+        "picture_natural": "in natural voices never heard", "count": "how many", "colour": "which colour",
+        "shape": "which shape", "digit": "which number", "where": "where", "is_there": "is there one"}
+
+
+def pictures(result):
+    """Shares of right answers about drawn pictures, by cell and by kind of question."""
+    lines = ["**Pictures**: spoken questions about drawn pictures that no training drew, in text and as an ear hears the "
+             "answer, percent ± standard error; beside it how often the answer to *another* picture is the same by chance.",
+             "", "| question | n | text | sound | with another picture |", "|---|---|---|---|---|"]
+    for name, label in SEEN.items():
+        cells = [f"{100 * one['share']:.0f} ± {100 * one['error']:.0f}" for one in result["cells"][name].values()]
+        lines.append(f"| {label} | {result['cells'][name]['text']['n']} | {' | '.join(cells)} |")
+    return lines
+
+
 CHANGED = ("noise 20 dB", "noise 10 dB", "noise 5 dB", "telephone", "mp3")
 FAMILIES = {"seen": "voices of the training", "other": "other synthesizers",
             "natural": "natural voices of the corpus (Kokoro, hibari)",
@@ -318,7 +334,7 @@ def results():
         return section(name, lambda result: table(result, title, rows))
 
     lines = section("accuracy", accuracy) + section("calibration", calibration) + section("eval-aqaa", systems)
-    lines += section("hearing", hearing)
+    lines += section("pictures", pictures) + section("hearing", hearing)
     for name in TITLES:
         lines += ablation(name)
     lines += numbers("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {

@@ -201,6 +201,9 @@ def _responder(model, args):
     sampling = _sampling(args)
     if args.verb == "chat":
         return model.chat(**sampling).ask
+    if args.image is not None:
+        model.look(args.image)  # a bad one is told once
+        sampling["image"] = args.image
     if not args.stream:
         return lambda wav: model.ask(wav, **sampling)
 

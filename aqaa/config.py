@@ -92,7 +92,6 @@ class FlowConfig:
     training_cfg_rate: float = 0.2
     sigma_min: float = 1e-6
     temperature: float = 1.0  # scale of the starting noise
-    shortcut_steps: int = 0  # a number of steps that was trained by itself, unguided; 0: none
     mel_mean: float = 0.0  # the flow shifts and scales log-mels; the published one takes them raw
     mel_std: float = 1.0
 
@@ -131,7 +130,9 @@ class IdsConfig:
     bos: int = 1
     eot: int = 3
     bot: int = 4
-    im_patch: int = 13
+    im_patch: int = 13  # stands where a row of a picture goes
+    im_start: int = 14
+    im_end: int = 15
     audio_start: int = 31  # opens a piece that keeps one manner of speaking (AQAA Table 2)
     audio_end: int = 32  # closes it
     text_start: int = 33  # the answer's audio is complete; text goes on
@@ -170,6 +171,28 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """CLIP-ViT, two convolutions, a projector (AQAA paper 2.2: Step-Omni sees, too). AQAA's own
+    sizes are not known; these are of a published sister with the same parts, Step-3."""
+
+    image_size: int = 728
+    patch_size: int = 14
+    hidden_size: int = 1792
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 63
+    num_attention_heads: int = 16
+    output_hidden_size: int = 4096  # channels behind the first convolution
+    understand_projector_stride: int = 2  # of that convolution
+    lora_rank: int = 0  # of what the backbone changes where it sees; 0: it learnt it with the rest
+
+    @property
+    def rows(self):
+        """Ids of a prompt that a picture takes."""
+        side = (self.image_size // self.patch_size - 2) // self.understand_projector_stride + 1
+        return ((side - 1) // 2 + 1) ** 2
+
+
+@dataclass(frozen=True)
 class ConfidenceConfig:
     """What makes a probability of being right of the mean probability c of an answer's words:
     sigmoid(slope * logit(c) + offset), fitted by `aqaa bench calibration` on questions that no
@@ -188,6 +211,7 @@ class AQAAConfig:
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
     ids: IdsConfig = field(default_factory=IdsConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     mel: MelConfig = field(default_factory=MelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     hift: HiftConfig = field(default_factory=HiftConfig)
@@ -230,6 +254,11 @@ def _mini():
         backbone=BackboneConfig(
             vocab_size=ids.end, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
             num_attention_heads=8, num_attention_groups=2, max_seq_len=4096,
+        ),
+        vision=VisionConfig(
+            image_size=64, patch_size=8, hidden_size=80, intermediate_size=160, num_hidden_layers=4,
+            num_attention_heads=4, output_hidden_size=80, understand_projector_stride=1,
+            lora_rank=8,
         ),
         mel=MelConfig(n_fft=640, sampling_rate=16_000, hop_size=160, win_size=640),
         flow=FlowConfig(

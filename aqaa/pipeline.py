@@ -12,7 +12,7 @@ import torch
 
 from aqaa import audio
 from aqaa.answer import Answer, Ledger, Piece
-from aqaa.backbone import generation
+from aqaa.backbone import generation, vision
 from aqaa.config import ASR_MARKER, GROUP_SIZE, TOKENS_PER_SECOND
 from aqaa.files import ModelError
 from aqaa.listening import Listener
@@ -29,16 +29,21 @@ NO_HEADS = (
     "these weights have no phone heads: run the stages corpus, features, heads and export of "
     "`aqaa train`, each with --init and the folder of the weights."
 )
+NO_VISION = (
+    "these weights see no pictures: ask without one, or run the stages vision, sight and export of "
+    "`aqaa train`, each with --init and the folder of the weights."
+)
 
 
 class AQAA:
     """Question in, answer out.
 
-    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift` and, perhaps, `heads`;
-    each is fetched by part(name) when first used, so a dict's `__getitem__` will do. config:
-    AQAAConfig; layout: a name of Table 1 or a Layout; voice: a function of this object that returns
-    options of the Vocoder; notes: sentences on what was left out in loading. engine: None, or what
-    generates in place of the backbone: its generate(prompt, ids, layout, **sampling) gives Steps.
+    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift` and, perhaps, `heads` and
+    `vision`; each is fetched by part(name) when first used, so a dict's `__getitem__` will do.
+    config: AQAAConfig; layout: a name of Table 1 or a Layout; voice: a function of this object that
+    returns options of the Vocoder; notes: sentences on what was left out in loading. engine: None,
+    or what generates in place of the backbone: its generate(prompt, ids, layout, **sampling) gives
+    Steps.
     """
 
     engine = None
@@ -73,11 +78,14 @@ class AQAA:
         backbone.tokenizer = self.text
         return backbone
 
-    @cached_property
-    def heads(self):
-        """PhoneHeads of the two tokenizers; None where the weights bring none."""
+    heads = cached_property(lambda self: self._extra("heads"))  # PhoneHeads of both tokenizers
+    vision = cached_property(lambda self: self._extra("vision"))  # Vision
+    seeing = cached_property(lambda self: self.vision.adapted(self.decoder))  # behind a picture
+
+    def _extra(self, name):
+        """A part that weights need not bring; None where they do not."""
         try:
-            return self._part("heads")
+            return self._part(name)
         except KeyError:
             return None
 
@@ -129,24 +137,45 @@ class AQAA:
         prefill = generation.Prefill(self.decoder, room) if own else None
         return Listener(self, every=every, history=history, prefill=prefill)
 
-    def prompt(self, question, history=(), marker=None):
+    def look(self, image):
+        """A picture (a path, an image of PIL, or uint8 (H, W, 3)) -> (3, S, S) in -1..1.
+
+        Raises PictureError, and ModelError for weights that see nothing.
+        """
+        if self.engine is not None:
+            raise ModelError("a picture needs the model in this process: leave out --engine.")
+        if self.vision is None:
+            raise ModelError(NO_VISION)
+        return vision.pixels(image, self.config.vision.image_size).to(self.device)
+
+    def prompt(self, question, history=(), marker=None, image=None):
         """Ids of a dialogue: history ((role, text) pairs), question (audio ids or text), open turn.
 
         marker: a control token of Step-1 after bos, as ASR_MARKER, for another kind of answer.
+        image: anything but None leaves room for a picture, before the question in its turn.
         """
+        if image is not None:
+            question = [vision.patches(self.config), question]
         return dialogue.prompt([*history, ("user", question)], self.text, self.ids, marker=marker)
 
-    def generate(self, prompt, *, layout=None, **sampling):
+    def generate(self, prompt, *, layout=None, image=None, **sampling):
         """Ids of a dialogue -> Steps (id, kind, logprob), one by one, as the layout allows.
 
-        sampling: temperature, top_p, seed, max_tokens, repetition, see SAMPLING and generation.
+        image: as `look` gives it, for a prompt with room for it. sampling: temperature,
+        top_p, seed, max_tokens, repetition, see SAMPLING and generation.
         """
         layout = layout or self.layout
         sampling = {**SAMPLING, "min_audio": MIN_AUDIO, **sampling}
         if self.engine is not None:
             return self.engine.generate(prompt, self.ids, layout, **sampling)
-        steps = generation.generate(self.decoder, prompt, self.ids, layout, **sampling)
-        return suited(steps, self.decoder)
+        decoder = self.decoder if image is None else self.seeing
+        if image is not None:
+            with torch.inference_mode():
+                rows = generation.embed(decoder, [prompt])
+                ids = torch.tensor([prompt], device=rows.device)
+                sampling["prompt_embeds"] = self.vision.embedded(rows, ids, image[None])
+        steps = generation.generate(decoder, prompt, self.ids, layout, **sampling)
+        return suited(steps, decoder)
 
     def transcribe(self, question):
         """The words of a question (a sound, or audio ids), as the backbone understands them."""
@@ -167,19 +196,20 @@ class AQAA:
 
     # ---- whole ways ----
 
-    def ask(self, question, *, history=(), **sampling):
+    def ask(self, question, *, history=(), image=None, **sampling):
         """A question (a path, (samples, rate), or ids of `listen`) -> Answer. Raises AudioError.
 
-        sampling: as in `generate`. The same seed gives the same answer.
+        image: a picture that it is about, see `look`. sampling: as in `generate`. The same seed
+        gives the same answer.
         """
-        return Talk(self, question, history, sampling, live=False).answer
+        return Talk(self, question, history, sampling, live=False, image=image).answer
 
-    def stream(self, question, *, history=(), marker=None, **sampling):
+    def stream(self, question, *, history=(), marker=None, image=None, **sampling):
         """As `ask`, but an iterator of Pieces as they become ready; `.answer` is the whole.
 
         marker: as of `prompt`.
         """
-        return Talk(self, question, history, sampling, live=True, marker=marker)
+        return Talk(self, question, history, sampling, live=True, marker=marker, image=image)
 
     def chat(self, **sampling):
         """A Chat with an empty history."""
@@ -189,11 +219,16 @@ class AQAA:
 class Talk:
     """One answer being made: iterate to get its Pieces; `answer` finishes it."""
 
-    def __init__(self, model, question, history, sampling, live, marker=None):
-        self.model, self.sampling = model, sampling
+    def __init__(self, model, question, history, sampling, live, marker=None, image=None):
         self.ledger = Ledger()
+        if image is not None:
+            with self.ledger.step("look"):
+                image = model.look(image)
+            sampling = {**sampling, "image": image}
+        self.model, self.sampling = model, sampling
         self.seed = sampling.get("seed", 0)
-        self.prompt = model.prompt(model.listen(question, self.ledger), history, marker=marker)
+        question = model.listen(question, self.ledger)
+        self.prompt = model.prompt(question, history, marker, image)
         self.stream = model.vocoder.stream(self.seed) if live else None
         self.steps = []  # all Steps so far
         self.sound = []  # waves so far
@@ -322,10 +357,10 @@ class Chat:
     def __init__(self, model, **sampling):
         self.model, self.sampling, self.history = model, sampling, []
 
-    def ask(self, question):
-        """The next question (a path, or (samples, rate)) -> Answer."""
+    def ask(self, question, image=None):
+        """The next question (a path, or (samples, rate)), perhaps about a picture -> Answer."""
         ids = self.model.listen(question)
-        answer = self.model.ask(ids, history=self._recent(ids), **self.sampling)
+        answer = self.model.ask(ids, history=self._recent(ids), image=image, **self.sampling)
         self._remember(ids, answer)
         return answer
 

@@ -10,14 +10,14 @@ from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import FIRST_TEXT, tagged
 from aqaa.training import examples as E
 from aqaa.training import objectives as K
-from aqaa.training.loop import Trainer
+from aqaa.training.loop import Trainer, build_optimizers
 from aqaa.training.stages import STAGES
 from tests.conftest import SENTENCES, tiny_config
 
 CONFIG = tiny_config()
 IDS = CONFIG.ids
 LINES = [{"question": SENTENCES[i], "answer": SENTENCES[i + 1], "manner": m} for i, m in ((0, "slow"), (2, "normal"))]
-MIXTURES = {name: stage.mixture for name, stage in STAGES.items() if stage.mixture}
+MIXTURES = {name: stage.mixture for name, stage in STAGES.items() if stage.mixture and name != "sight"}
 EXAMPLES = sorted({kind for mixture in MIXTURES.values() for kind in mixture})
 
 
@@ -171,6 +171,9 @@ def test_only_the_answer_and_what_was_heard_are_targets(task, kind, seed):
     if kind == "next":
         assert (ids[1:] >= IDS.n_text).all() and (weights[1:] == E.ANSWER_WEIGHT).all()
         return
+    if kind == "joined":
+        assert (weights[1:] == np.where(ids[1:] < IDS.n_text, E.TEXT_WEIGHT, E.ANSWER_WEIGHT)).all()
+        return
     first, end, start = parts_of(task, ids.tolist())
     assert ids[-1] == IDS.eot
     assert (weights[start:] == np.where(ids[start:] < IDS.n_text, E.TEXT_WEIGHT, E.ANSWER_WEIGHT)).all()
@@ -186,7 +189,7 @@ def test_examples_are_what_their_names_say(book):
     said |= {tuple(book.encode(tagged(one.text, one.manner))): one.text for one in book.items}
     answers = {one.text: one.answer for one in book.items if one.role == "question"}
     markers = {"asr": ASR_MARKER, "tts": TTS, "tqaa": TQAA, "aqta": AQTA}
-    for kind in set(EXAMPLES) - {"next"}:
+    for kind in set(EXAMPLES) - {"next", "joined"}:
         for seed in range(5):
             ids = example(task, kind, seed)[0].tolist()
             first, end, start = parts_of(task, ids)
@@ -207,6 +210,30 @@ def test_examples_are_what_their_names_say(book):
                 assert answers[audio[question].text] == said[words] == audio[question].answer
                 assert words == tuple(book.encode(tagged(said[words], audio[question].manner)))
                 assert (not sound) if kind == "aqta" else audio[sound].text == said[words]
+
+
+def test_joined_examples_say_every_word_once_in_letters_or_in_sound(book):
+    task, seen = make(book, noise=0), set()
+    for seed in range(40):
+        ids = example(task, "joined", seed)[0][1:]
+        audio = (ids >= IDS.n_text).tolist()
+        assert sum(a != b for a, b in zip(audio, audio[1:])) <= 1 and audio.count(True) % 5 == 0
+        seen.add((audio[0], audio[-1]))
+        words, sound = task.examples.book.tokenizer.decode(ids[ids < IDS.n_text].tolist()), ids[audio].tolist()
+        whole = [(one, said.tolist()) for one, said in zip(book.items, book.audio, strict=True)
+                 if one.text.startswith(words) and (not sound or said.tolist()[-len(sound) :] == sound)
+                 or one.text.endswith(words) and said.tolist()[: len(sound)] == sound]  # fmt: skip
+        assert any(abs(len(words) / len(one.text) + len(sound) / len(said) - 1) < 0.35 for one, said in whole)
+    assert {(True, False), (False, True)} <= seen
+
+
+def test_embeddings_and_head_learn_at_a_rate_of_their_own(book):
+    task = make(book, "pretrain_joined", outer=5.0)
+    groups = [group for one in build_optimizers(task.modules, 1.0, outer=task.outer).values() for group in one.param_groups]
+    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    fast = {names[id(one)] for group in groups if group.get("factor") == 5.0 for one in group["params"]}
+    assert fast == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert sum(len(group["params"]) for group in groups) == len(names)
 
 
 @pytest.mark.parametrize("kind", ["aqtaa", "tqaa"])

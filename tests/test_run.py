@@ -161,7 +161,7 @@ def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     assert read(place / "run" / "record.json")[stage]["steps"] == STEPS
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft2", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain_audio", "pretrain_joined", "pretrain", "sft2", "dpo", "vision", "sight"])
 def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch, stage):
     """A stage, stopped after a step and resumed, against the same as part of `all`."""
     part, log = place / "run" / "parts" / f"{stage}.safetensors", place / "run" / f"{stage}.csv"
@@ -326,7 +326,7 @@ def test_a_stage_that_is_planted_in_the_table_needs_nothing_else(place, tmp_path
     monkeypatch.setattr(stages, "STAGES", {stage.name: stage for stage in order})
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"merge .*\n  sft3 +a third course\n  export ", shown)
+    assert re.search(r"sight .*\n  sft3 +a third course\n  export ", shown)
     run, drawn, started = tmp_path / "run", set(), []
     shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features"))
     with monkeypatch.context() as patch:
@@ -415,7 +415,7 @@ def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
 
 @pytest.mark.parametrize("stage, part", [("flow", "flow"), ("linguistic", "linguistic")])
 def test_what_was_trained_here_is_exported_though_a_later_stage_was_not(place, tmp_path, stage, part):
-    """The last stage that makes a part, shortcut or steady_…, did not run: the part of `init` is an older one."""
+    """The last stage that makes a part, as steady_…, did not run: the part of `init` is an older one."""
     later = K.Run(**{**options(tmp_path), "init": place / "model", "corpus": place / "corpus"})
     (later.out / "parts").mkdir(exist_ok=True)
     made = later.out / "parts" / f"{stage}.safetensors"

@@ -4,7 +4,7 @@ Each part lies in a folder of its own, so that one may change while the others s
 
 from pathlib import Path
 
-from aqaa.corpus import engines, natural, people, play, speak, wider
+from aqaa.corpus import engines, natural, people, pictures, play, speak, wider
 from aqaa.corpus.plan import OPEN, open_plan, plan
 
 SECONDS = 0.5, 0.06  # of an utterance: silence at its ends, and a letter, on the average of voices
@@ -29,6 +29,7 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True, only=N
         "wider": lambda: _joined(folder / "wider", wider.plan(scale, seed)),
         "play": lambda: _joined(folder / "play", play.plan(scale, seed)),
         "later": lambda: _joined(folder / "later", play.later_plan(scale, seed)),
+        "pictures": lambda: _joined(folder / "pictures", pictures.plan(scale, seed)),
         "people": lambda: recorded,
     }
     plans = {part: makers[part]() for part in chosen}

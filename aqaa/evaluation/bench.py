@@ -14,7 +14,7 @@ BENCHES = {  # name: its module in aqaa.evaluation
     "speed": "speed", "accuracy": "accuracy", "synthesis": "synthesis", "codes": "codes",
     "parts": "parts", "quantize": "quantization", "streaming": "streaming", "scale": "gpu_speed",
     "hearing": "hearing", "turns": "conversations", "people": "folder",
-    "calibration": "calibration",
+    "calibration": "calibration", "pictures": "pictures",
 }  # fmt: skip
 
 

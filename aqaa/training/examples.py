@@ -4,6 +4,7 @@ Stages follow the paper (3.1 and 3.2) at mini size. Every example is one sequenc
 vocabulary; an answer's text begins with its manner, "(slow) …", unless that is the normal one:
   text   written question -> written answer           asr   speech -> its words
   tts    words (and manners) -> answer voice           next  speech, continued (audio continuation)
+  joined an utterance, one part of it as words, the other as sound (interleaved audio and text)
   tqaa   written question -> spoken answer             aqta  spoken question -> written answer
   aqtaa  spoken question -> written and spoken answer, in blocks of the layout
   turns  the same behind earlier turns, which are text, as in a chat"""
@@ -175,6 +176,22 @@ class Examples:
         audio = self.book.audio[rng.integers(len(self.book.items))]
         weights = np.full(len(audio), ANSWER_WEIGHT)
         return np.concatenate([[self.ids.bos], audio]), np.concatenate([[0], weights])
+
+    def joined(self, rng):
+        """Cut between two words, where they stand by their share of the letters."""
+        index = self.book.spoken_words[rng.choice(len(self.asr_probs), p=self.asr_probs)]
+        words, audio = normalise(self.book.items[index].text).split(), self.book.audio[index]
+        cut = rng.integers(len(words) + 1)
+        share = len(" ".join(words[:cut])) / max(1, len(" ".join(words)))
+        at = round(share * len(audio) / GROUP_SIZE) * GROUP_SIZE
+        if rng.random() < 0.5:
+            parts = self.book.encode(" ".join(words[:cut])), audio[at:]
+        else:
+            parts = audio[:at], self.book.encode(" ".join(words[cut:]))
+        ids = np.array([self.ids.bos, *parts[0], *parts[1]], dtype=np.int64)
+        weights = np.where(ids < self.ids.n_text, TEXT_WEIGHT, ANSWER_WEIGHT).astype(np.float32)
+        weights[0] = 0.0
+        return ids, weights
 
     def tqaa(self, rng):
         index, answer = self.pair(rng, self.written_probs)

@@ -1,8 +1,6 @@
 """Training of the vocoder: the flow (audio ids to mel) and HiFT (mel to wave)."""
 
-import copy
 import math
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from aqaa.pitch import f0 as track_f0
 from aqaa.tokenizers import interleave
 from aqaa.training.discriminators import Discriminators, discriminator_loss, generator_loss
 from aqaa.training.loop import autocast, update
-from aqaa.vocoder.flow import SHORTCUT, Flow
+from aqaa.vocoder.flow import Flow
 from aqaa.vocoder.hift import HiFT
 
 SILENCE = math.log(1e-5)  # the floor of the log-mel
@@ -75,62 +73,6 @@ class FlowTask:
 
     def loss(self, batch, step=0):
         return self.model.compute_loss(**batch, mu_weight=1.0, token_noise=0.03)
-
-
-class ShortcutTask(FlowTask):
-    """Teaches a trained flow to speak in few steps (after progressive distillation, Salimans & Ho
-    2022, and shortcut models, Frans et al. 2024).
-
-    A frozen copy of it, the teacher, goes from noise to mel in many guided steps; what it passes at
-    the few times of the long steps are the goals. Guidance is distilled away with them. The usual
-    matching loss keeps the field of many steps, so that both can be chosen."""
-
-    lr = 2e-4  # it goes on from a finished flow: more would undo it first
-    BETWEEN = 4  # teacher's steps within a long one
-    KEEP = 0.25  # weight of the usual loss
-
-    def __init__(self, config, pairs, **options):
-        super().__init__(config, pairs, **options)
-        self.steps, self.rate = config.flow.shortcut_steps or 3, config.flow.inference_cfg_rate
-        self.temperature = config.flow.temperature
-
-    @classmethod
-    def from_run(cls, run, stage):
-        task = super().from_run(run, stage)
-        task.teach()
-        return task
-
-    def teach(self):
-        """Freeze a copy of the flow as the teacher; the estimator alone goes on learning."""
-        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.model.requires_grad_(False)
-        self.model.decoder.estimator.requires_grad_(True)
-
-    def loss(self, batch, step=0):
-        flow, teacher = self.model.decoder, self.teacher.decoder
-        token, mel = batch["token"], batch["mel"]
-        frames = mel.shape[2]
-        with torch.no_grad():
-            mu, mask = self.teacher.guide(token, batch["token_len"], batch["mel_len"], frames)
-            speaker, cond = self.teacher.speaker(None, len(token)), torch.zeros_like(mu)
-            noise = torch.randn_like(mu) * self.temperature
-            stops = teacher.time_steps(self.steps, mu)
-            states = teacher.guided_path(
-                noise, mask, mu, speaker, cond, stops, self.BETWEEN, self.rate
-            )
-        # The student walks its own way, as it will in use: each step aims at the teacher's state
-        # from where the student really is, so that early errors are mended by later steps.
-        x, errors = states[0], []
-        for k, (t, following) in enumerate(pairwise(stops)):
-            v = flow.velocity(x, mask, mu, t + SHORTCUT, speaker, cond, 0.0).float()
-            goal = (states[k + 1] - x) / (following - t)
-            weight = (following - t) ** 2  # an error of the velocity moves the state by so much
-            errors.append(weight * (v - goal).square().mean())
-            x = x + (following - t) * v.detach()
-        distilled = sum(errors)
-        logs = {f"step{k}": error.detach() for k, error in enumerate(errors)}
-        usual, _ = self.model.compute_loss(**batch, token_noise=0.03)
-        return distilled * 10 + self.KEEP * usual, {**logs, "matching": usual.detach()}
 
 
 class HiftTask:

@@ -14,7 +14,8 @@ and, only if it needs more than one optimizer (HiFT and its discriminators),
   train_step(batch, step, progress)   dict of numbers to log
 Optional: `event(progress)` is called before each step (the semantic tokenizer turns its quantiser
 on there), `finish(seed)` after the last one; it returns what is measured. `lr`, `weight_decay`,
-`warmup` and `floor` (share of the rate that is left at the end) override the defaults below."""
+`warmup`, `floor` (share of the rate that is left at the end) and `outer` (factor on the rate of
+embeddings and heads) override the defaults below."""
 
 import csv
 import math
@@ -47,15 +48,19 @@ def cosine(progress, warmup=0.03, floor=0.02):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(along, 1.0)))
 
 
-def build_optimizers(modules, lr, weight_decay=0.01):
-    """Muon for the matrices inside a network, AdamW for the rest (embeddings, heads, norms, …)."""
-    matrices, others = [], []
+def build_optimizers(modules, lr, weight_decay=0.01, outer=1.0):
+    """Muon for the matrices inside a network, AdamW for the rest (embeddings, heads, norms, …).
+    outer: how many times the rate `lr` embeddings and heads learn with."""
+    matrices, others, ends = [], [], []
     for module in modules.values():
         for name, parameter in module.named_parameters():
-            outer = any(key in name for key in ("embed", "head", "_out_"))
-            (matrices if parameter.ndim == 2 and not outer else others).append(parameter)
-    options = {"lr": lr, "weight_decay": weight_decay}
-    optimizers = {"adamw": torch.optim.AdamW(others, betas=(0.9, 0.98), **options)}
+            if any(key in name for key in ("embed", "head", "_out_")):
+                (others if outer == 1 else ends).append(parameter)
+            else:
+                (matrices if parameter.ndim == 2 else others).append(parameter)
+    options, groups = {"lr": lr, "weight_decay": weight_decay}, [{"params": others}]
+    groups += [{"params": ends, "factor": outer}] if ends else []
+    optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.98), **options)}
     if matrices:
         optimizers["muon"] = Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
     return optimizers
@@ -121,8 +126,9 @@ class Trainer:
         self.own = not hasattr(task, "train_step")
         self.lr = getattr(task, "lr", 1e-3)
         decay = getattr(task, "weight_decay", 0.01)
-        made = build_optimizers(task.modules, self.lr, decay) if self.own else task.optimizers
-        self.optimizers = made
+        outer = getattr(task, "outer", 1.0)
+        made = self.own and build_optimizers(task.modules, self.lr, decay, outer)
+        self.optimizers = made or task.optimizers
         self.step, self.seconds = 0, 0.0
         self.rows = []  # the log
         self.sums, self.count = {}, 0  # the next row of the log will be their mean
@@ -200,7 +206,7 @@ class Trainer:
         warmup, floor = getattr(self.task, "warmup", 0.03), getattr(self.task, "floor", 0.02)
         groups = [group for one in self.optimizers.values() for group in one.param_groups]
         for group in groups:
-            group["lr"] = self.lr * cosine(progress, warmup, floor)
+            group["lr"] = self.lr * group.get("factor", 1.0) * cosine(progress, warmup, floor)
         with autocast(self.device):
             loss, logs = self.task.loss(batch, self.step)
         parameters = [parameter for group in groups for parameter in group["params"]]

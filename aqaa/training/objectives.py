@@ -104,18 +104,21 @@ class LanguageTask(NextToken):
     """Next-token prediction on packed examples.
 
     book, mixture, options: as of `Examples`. A batch has `rows` rows of `length` ids. floor: share
-    of the learning rate `lr` that is left at the end."""
+    of the learning rate `lr` that is left at the end; outer: factor on that of embeddings and head.
+    """
 
     warmup = 0.02
     kind = Examples
 
-    def __init__(self, book, mixture, *, floor=0.02, rows=12, length=512, lr=2e-3, **options):
+    def __init__(self, book, mixture, *, floor=0.02, rows=12, length=512, lr=2e-3, outer=1.0,
+                 **options):  # fmt: skip
         super().__init__(book.config)
         self.examples = self.kind(book, mixture, **options)
         # Ids that may follow sound besides the markers, where a layout has some.
         starts = getattr(self.examples.layout, "starts", ())
         self.markers = torch.tensor(sorted({*self.markers.tolist(), *starts}))
-        self.floor, self.rows, self.length, self.lr = floor, rows, length, lr
+        self.floor, self.rows, self.length = floor, rows, length
+        self.lr, self.outer = lr, outer
 
     @classmethod
     def from_run(cls, run, stage):

@@ -116,7 +116,7 @@ class Run:
                 heard[number, name] = features.codes(model, data, copied, bend, seed)
         files = {}  # {part: {name of a row of codes: (row of the item, number of the copy)}}
         for i, item in enumerate(items):
-            part = ANSWERS if item.is_voiced else item.part
+            part = ANSWERS if item.is_voiced and item.part != "pictures" else item.part
             files.setdefault(part, {})[item.id] = i, 0
         for number, i in itertools.product(range(1, wider.COPIES + 1), copied):
             # Copies of a part that came later lie apart: the large file before need not change.
@@ -169,10 +169,9 @@ class Run:
         if (self.out / JOINTS).exists():
             codes[self.out / JOINTS] = self.export_folder.parent / "codes" / JOINTS
         parts = {name: self.part_file(makers[name]) for name in model_folder.PARTS}
-        kept = {parts[name].parent for name in ("linguistic", "semantic")} == {self.init}
-        for name in model_folder.EXTRA:  # heads read the encoders that they were trained on
-            path = self.part_file(makers[name])
-            if path.exists() and (kept or path.parent != self.init):
+        for name, beside in model_folder.EXTRA_BESIDE.items():
+            path, kept = self.part_file(makers[name]), {parts[one].parent for one in beside}
+            if path.exists() and (kept == {self.init} or path.parent != self.init):
                 parts[name] = path
         if self.init:
             record = {**self._recorded(self.init), **record}
@@ -220,10 +219,7 @@ class Run:
         lines = texts(planned)
         planned += play.joined(self.scale, self.seed)
         planned += wider.unknown(planned, self.scale, self.seed)
-        places = [self.base or self.out, self.out]
-        if not self._trained("linguistic"):  # no tokenizers of its own
-            places.insert(0, data_folder() / "codes")
-        stored = stored_codes(*places)
+        places, stored = self.code_places(), self.stored()
         spoken = [item for item in planned if item.id in stored]
         # A small corpus speaks few answers, and one without natural voices not all questions.
         known = {item.answer_id for item in spoken if item.role == "answer"}
@@ -241,6 +237,17 @@ class Run:
         joints = next((read_object(one / JOINTS, "speak it anew") for one in reversed(places)
                        if (one / JOINTS).exists()), {})  # fmt: skip
         return Book(self.config, TextTokenizer.from_file(path), items, stored, lines, joints)
+
+    def code_places(self):
+        """Folders of codes, of which a later one counts: shipped ones stand in for this run's."""
+        places = [self.base or self.out, self.out]
+        if not self._trained("linguistic"):  # no tokenizers of its own
+            places.insert(0, data_folder() / "codes")
+        return places
+
+    def stored(self):
+        """{id: (linguistic, semantic)} of all that was ever spoken for this run."""
+        return stored_codes(*self.code_places())
 
     def model(self, backbone, layout="ratio_10_15"):
         """An AQAA of a backbone and this run's other parts, each read when it is first used."""

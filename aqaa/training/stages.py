@@ -31,7 +31,9 @@ STEADY = "aqaa.training.steady"
 HEADS = "aqaa.training.heads"
 VOCODER = "aqaa.training.flow_and_hift"
 LANGUAGE = "aqaa.training.objectives:LanguageTask"
+SIGHT = "aqaa.training.sight"
 PREFERENCE = "aqaa.training.preference:PreferenceTask"
+OUTER = {"lr": 5e-4, "outer": 5.0}  # embeddings and head learn five times as fast as the trunk
 TABLE = (
     Stage("corpus", "plan every utterance and speak it"),
     Stage("features", "compute what the audio tokenizers read"),
@@ -45,10 +47,21 @@ TABLE = (
     Stage("heads", "phones that both tokenizers hear", f"{HEADS}:HeadsTask", 1500, "heads"),
     Stage("hift", "mel to wave", f"{VOCODER}:HiftTask", 2400, "hift"),
     Stage("flow", "codes to mel", f"{VOCODER}:FlowTask", 6300, "flow"),
-    Stage("shortcut", "codes to mel in few steps", f"{VOCODER}:ShortcutTask", 1500, "flow", "flow"),
+    # Pre-training in three stages (paper 3.1; Step-Audio 4.1 has the shares). Pictures come last
+    # here, after all else ("sight"), so their shares go to the others.
     Stage(
-        "pretrain", "the backbone reads, hears and speaks", LANGUAGE, 1500, "backbone",
-        mixture={"text": 0.20, "asr": 0.45, "tts": 0.15, "next": 0.05, "tqaa": 0.15},
+        "pretrain_audio", "the backbone reads, and goes on with speech", LANGUAGE, 300, "backbone",
+        mixture={"next": 0.67, "text": 0.33}, floor=0.5, settings=OUTER,
+    ),
+    Stage(
+        "pretrain_joined", "and reads on where speech ends", LANGUAGE, 300, "backbone",
+        "pretrain_audio", mixture={"next": 0.335, "joined": 0.335, "text": 0.33}, floor=0.5,
+        settings=OUTER,
+    ),
+    Stage(
+        "pretrain", "and recognises and speaks", LANGUAGE, 1500, "backbone", "pretrain_joined",
+        mixture={"next": 0.15, "joined": 0.15, "asr": 0.15, "tts": 0.15, "text": 0.25,
+                 "tqaa": 0.15},
         floor=0.3,  # the next stage goes on from a rate that is still high
     ),
     Stage(
@@ -70,6 +83,9 @@ TABLE = (
         "merge", "the mean of sft1, sft2 and dpo, 5:5:1", part="backbone", parent="sft1",
         settings={"parents": ("sft1", "sft2", "dpo"), "weights": (5, 5, 1)}, exported=False,
     ),
+    Stage("vision", "names what a drawn picture holds", f"{SIGHT}:VisionTask", 3000, "vision"),
+    Stage("sight", "the backbone answers questions about pictures", f"{SIGHT}:SightTask", 900,
+          "vision", "vision", mixture={"picture": 0.8, "aqtaa": 0.2}),
     Stage("export", "gather the parts into a model folder"),
 )  # fmt: skip
 STAGES = {stage.name: stage for stage in TABLE}

@@ -48,9 +48,6 @@ def stretch(x, frames):
     return F.interpolate(x, size=frames, mode="linear") if x.shape[-1] and frames else x[..., :0]
 
 
-SHORTCUT = 2.0  # added to the time where a long step is asked for; times proper end at 1
-
-
 class ConditionalCFM(nn.Module):
     """Optimal-transport conditional flow matching (Lipman et al. 2023): straight paths."""
 
@@ -78,28 +75,10 @@ class ConditionalCFM(nn.Module):
         return (1 + rate) * conditional - rate * unconditional
 
     def forward(self, x, mask, mu, speaker, cond, n_timesteps, rate):
-        """Euler from noise x (B, n_mels, T) at t = 0 to the mel at t = 1.
-
-        As many steps as `shortcut_steps` are long ones that the network was taught: they follow
-        no tangent but lead where many guided steps end, so they need no guidance."""
-        short = n_timesteps == self.config.shortcut_steps
+        """Euler from noise x (B, n_mels, T) at t = 0 to the mel at t = 1."""
         for t, following in pairwise(self.time_steps(n_timesteps, mu)):
-            asked, guidance = (t + SHORTCUT, 0.0) if short else (t, rate)
-            x = x + (following - t) * self.velocity(x, mask, mu, asked, speaker, cond, guidance)
+            x = x + (following - t) * self.velocity(x, mask, mu, t, speaker, cond, rate)
         return x
-
-    @torch.no_grad()
-    def guided_path(self, x, mask, mu, speaker, cond, stops, between, rate):
-        """States (B, n_mels, T) at the `stops` of time, `between` Euler steps apart; x at the
-        first."""
-        states = [x]
-        for start, end in pairwise(stops):
-            for i in range(between):
-                t = start + (end - start) * i / between
-                v = self.velocity(x, mask, mu, t, speaker, cond, rate)
-                x = x + (end - start) / between * v
-            states.append(x)
-        return states
 
     def compute_loss(self, x1, mask, mu, speaker, cond):
         """Mean square error of the velocity at random times, a scalar. x1 (B, n_mels, T)."""

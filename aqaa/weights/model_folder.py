@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from aqaa import files
 from aqaa.backbone.layers import PlainStep1
 from aqaa.backbone.quantized_linear import empty_linears, format_in, format_within, numbers
+from aqaa.backbone.vision import Vision
 from aqaa.fast import prepared
 from aqaa.files import AGAIN, ModelError, check_file, fingerprint, named, refusing, replacing
 from aqaa.tokenizers.linguistic import LinguisticTokenizer
@@ -29,7 +30,9 @@ PARTS = {  # name of the part, and of its file: its class
     "linguistic": LinguisticTokenizer, "semantic": SemanticTokenizer, "backbone": PlainStep1,
     "flow": Flow, "hift": HiFT,
 }  # fmt: skip
-EXTRA = {"heads": PhoneHeads}  # answering needs none of these: a folder may lack them
+EXTRA = {"heads": PhoneHeads, "vision": Vision}  # hearing needs none of these: a folder may lack
+# What each was trained on and fits alone.
+EXTRA_BESIDE = {"heads": ("linguistic", "semantic"), "vision": ("backbone",)}
 SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 ANEW, MATCHING = "get the file again", "use matching files"
 
