@@ -130,6 +130,29 @@ def likeness(part, whole):
     return score.max(), score.argmax()
 
 
+def pieces_heard(question, recorded, length=RATE // 5):
+    """[(likeness, how late)] of every fifth of a second of a question (N,) that is not quiet. A busy computer's
+    microphone drops a few samples now and then: the pieces behind are as they were, only a little earlier."""
+    found = []
+    for start in range(0, len(question) - length, length):
+        piece = question[start : start + length]
+        if np.sqrt((piece**2).mean()) > 0.2 * np.sqrt((question**2).mean()):
+            score, at = likeness(piece, recorded)
+            found.append((score, (at - start) / RATE))
+    return found
+
+
+def test_a_dropped_moment_costs_a_piece_and_another_question_all_of_them():
+    question, _ = soundfile.read(QUESTION, dtype="float32")
+    quiet = np.zeros(RATE // 2, np.float32)
+    dropped = np.concatenate([quiet, question[:9000], question[9300:20000], question[20500:], quiet])
+    scores = [score for score, late in pieces_heard(question, dropped) if abs(late - 0.5) < 0.1]
+    assert np.mean(np.array(scores) > 0.8) >= 0.75 and likeness(question, dropped)[0] < 0.8
+    other, _ = soundfile.read(next(lab.ROOT.glob("data/questions/capital_q*.wav")), dtype="float32")
+    assert np.mean([score > 0.8 and abs(late - 0.5) < 0.1 for score, late in
+                    pieces_heard(question, np.concatenate([quiet, other, quiet]))]) < 0.2  # fmt: skip
+
+
 def record(book, seconds):
     """Press Record, wait until so much is recorded, press Stop."""
     book.need("recorder")
@@ -144,9 +167,10 @@ def assert_heard(place, book, seconds):
     assert book.run("recorded").startswith("recorded")
     recorded, (question, _) = np.load(place / "recorded.npy"), soundfile.read(QUESTION)
     assert len(recorded) / RATE > seconds - 0.2
-    score, at = likeness(question.astype(np.float32), recorded)
-    assert score > 0.8, score
-    assert at / RATE < BEFORE + 1
+    found = pieces_heard(question.astype(np.float32), recorded)
+    first = np.median([late for score, late in found if score > 0.8])
+    assert np.mean([score > 0.8 and abs(late - first) < 0.2 for score, late in found]) >= 0.75, found
+    assert first < BEFORE + 1
     return recorded
 
 

@@ -229,7 +229,8 @@ def test_joined_examples_say_every_word_once_in_letters_or_in_sound(book):
 
 def test_embeddings_and_head_learn_at_a_rate_of_their_own(book):
     task = make(book, "pretrain_joined", outer=5.0)
-    groups = [group for one in build_optimizers(task.modules, 1.0, outer=task.outer).values() for group in one.param_groups]
+    made = build_optimizers(task.modules, 1.0, outer=task.outer).values()
+    groups = [group for one in made for group in one.param_groups]
     names = {id(parameter): name for name, parameter in task.model.named_parameters()}
     fast = {names[id(one)] for group in groups if group.get("factor") == 5.0 for one in group["params"]}
     assert fast == {"model.embed_tokens.weight", "lm_head.weight"}
