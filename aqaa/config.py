@@ -226,13 +226,16 @@ class AQAAConfig:
         return _build(cls, data)
 
 
+RETIRED = {"shortcut_steps"}  # settings that earlier folders still name
+
+
 def _build(cls, data):
     parts = {f.name: f.default_factory for f in fields(cls)}
-    if unknown := set(data) - set(parts):
+    if unknown := set(data) - set(parts) - RETIRED:
         raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
     return cls(**{
         name: _build(parts[name], value) if is_dataclass(parts[name]) else _tuples(value)
-        for name, value in data.items()
+        for name, value in data.items() if name in parts
     })  # fmt: skip
 
 

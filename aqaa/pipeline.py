@@ -152,10 +152,10 @@ class AQAA:
         """Ids of a dialogue: history ((role, text) pairs), question (audio ids or text), open turn.
 
         marker: a control token of Step-1 after bos, as ASR_MARKER, for another kind of answer.
-        image: anything but None leaves room for a picture, before the question in its turn.
+        image: anything but None leaves room for a picture, behind the question in its turn.
         """
         if image is not None:
-            question = [vision.patches(self.config), question]
+            question = [question, vision.patches(self.config)]
         return dialogue.prompt([*history, ("user", question)], self.text, self.ids, marker=marker)
 
     def generate(self, prompt, *, layout=None, image=None, **sampling):

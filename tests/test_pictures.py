@@ -13,11 +13,12 @@ import aqaa
 from aqaa import cli
 from aqaa.backbone import generation, vision
 from aqaa.backbone.layers import PlainStep1
-from aqaa.config import preset
+from aqaa.config import AQTA, preset
 from aqaa.corpus import pictures as P
 from aqaa.corpus.codes import stored_codes
 from aqaa.evaluation import pictures as bench
 from aqaa.files import ModelError, data_folder
+from aqaa.tokenizers import dialogue
 from aqaa.training import sight
 from aqaa.training.run import Run
 
@@ -242,20 +243,38 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(run):
-    return sight.PictureExamples(run.book(), {"picture": 0.5, "aqtaa": 0.5}, P.plan(), run.stored())
+    mixture = {"read": 0.2, "written": 0.3, "spoken": 0.3, "aqtaa": 0.2}
+    return sight.PictureExamples(run.book(), mixture, P.plan(), run.stored())
 
 
-def test_an_example_holds_its_picture_first_and_never_learns_to_say_it(examples):
+def test_an_example_holds_its_picture_behind_the_question_and_never_learns_to_say_it(examples):
     rng, seen = np.random.default_rng(0), set()
     for _ in range(40):
         ids, weights, scene = examples.draw(rng)
-        at, room = examples.before, len(examples.hold)
-        assert ids[at : at + room].tolist() == examples.hold
-        assert not weights[: at + room].any() and len(ids) == len(weights)
-        words = examples.book.tokenizer.decode(ids[(weights == 4) & (ids >= MINI.ids.first_text)].tolist())
+        at, room = ids.tolist().index(MINI.ids.im_start), len(examples.hold)
+        assert ids[at : at + room].tolist() == examples.hold and ids[at + room] == MINI.ids.eot
+        assert not weights[at : at + room].any() and len(ids) == len(weights)
+        turn = [("user", [ids[3 + (ids[1] == AQTA) : at].tolist(), examples.hold])]
+        marker = AQTA if ids[1] == AQTA else None
+        assert dialogue.prompt(turn, examples.book.tokenizer, MINI.ids, marker=marker) == ids[: at + room + 3].tolist()
+        answer = ids[at + room :]
+        words = examples.book.tokenizer.decode(answer[(answer >= MINI.ids.first_text) & (answer < 512)].tolist())
         asked = {P.answer(scene, kind, thing) for kind, thing in P.asked(scene)}
-        seen.add(words in asked)
-    assert seen == {True, False}  # about it, and about anything else
+        seen.add((words.strip() in asked, bool(ids[1] == AQTA), bool((answer >= 512).any())))
+    about, other = {(True, False, False), (True, True, False), (True, False, True)}, {(False, False, True)}
+    assert seen == about | other  # read, written, spoken; and about anything else
+
+
+def test_the_words_that_the_picture_decides_weigh_most(examples):
+    found = {}
+    for text in ("the number is seven", "the star is on the left", "it is a square", "no there is no heart"):
+        first, last = sight.undecided(text, examples.book)
+        found[text] = examples.book.tokenizer.decode(examples.book.encode(text)[first:last]).strip()
+    assert found["the number is seven"] == "seven" and found["it is a square"] == "square"
+    assert found["the star is on the left"].endswith("left") and found["no there is no heart"].startswith("no")
+    rng = np.random.default_rng(1)
+    weights = np.concatenate([examples.draw(rng)[1] for _ in range(20)])
+    assert {4.0, 4.0 * sight.DECIDES} <= set(weights.tolist())
 
 
 def test_both_stages_run_and_the_backbone_stays(run, monkeypatch):

@@ -1,9 +1,10 @@
 """How the mini learns to see, when it can hear and speak: drawn pictures (corpus/pictures.py).
 
-First the encoder alone, which the published model also got ready-made: from the mean of its rows
-linear heads read what a picture holds. Then encoder, projector and low-rank changes of the backbone
-learn together, from spoken questions and their spoken answers; the backbone itself stays frozen.
-Scenes are drawn anew for every batch."""
+First the encoder alone, which the published model also got ready-made: from each of its rows
+linear heads read all that a picture holds. Then encoder, projector and low-rank changes of the
+backbone learn together, from questions and answers in letters and in sound: short ones teach to see
+in fewer steps, long ones to hear and to speak of it. The backbone itself stays frozen, and scenes
+are drawn anew for every batch."""
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from torch.func import functional_call
 
 from aqaa.backbone.vision import Vision, patches
+from aqaa.config import AQTA
 from aqaa.corpus import pictures
-from aqaa.tokenizers import dialogue, interleave
+from aqaa.tokenizers import interleave
 from aqaa.training.examples import Examples, swapped
 from aqaa.training.objectives import LanguageTask, NextToken
 
@@ -41,13 +43,15 @@ def facts(scene):
     return [*row, digit, 1 + list(pictures.COLOURS).index(first.colour) if digit else 0]
 
 
+DECIDES = 4.0  # weight of the words of an answer that the picture decides, among its words
 COUNTS, INKS = pictures.MOST + 1, len(pictures.COLOURS) + 1
 CLASSES = [COUNTS, INKS, len(pictures.PLACES) + 1] * len(pictures.SHAPES)
 CLASSES += [len(pictures.DIGITS) + 1, INKS]
 
 
 class VisionTask:
-    """Cross-entropy of `facts`, read from the mean row of a picture by linear heads."""
+    """Cross-entropy of `facts`, read by linear heads from every row of a picture: the backbone then
+    finds them wherever it looks, which saves it many steps."""
 
     lr, warmup = 2e-3, 0.05
 
@@ -70,8 +74,8 @@ class VisionTask:
 
     def loss(self, batch, step):
         rows = self.model(batch["pictures"])  # (B, P, D)
-        logits = self.heads(rows.mean(1)).float().split(CLASSES, -1)
-        targets = batch["targets"].unbind(-1)
+        logits = self.heads(rows).float().flatten(0, 1).split(CLASSES, -1)  # (B P, classes) each
+        targets = batch["targets"].repeat_interleave(rows.shape[1], 0).unbind(-1)
         losses = [F.cross_entropy(*pair) for pair in zip(logits, targets, strict=True)]
         right = [one.argmax(-1) == target for one, target in zip(logits, targets, strict=True)]
         return sum(losses), {"right": torch.stack(right).float().mean(),
@@ -86,36 +90,63 @@ class PictureExamples(Examples):
     def __init__(self, book, mixture, items, codes, **options):
         super().__init__(book, mixture, **options)
         self.hold, said = patches(book.config), {}
-        opened = dialogue.prompt([("user", [])], book.tokenizer, self.ids, answer=False)
-        self.before = len(opened) - 1  # ids before what a user says
         for item in items:
             audio = np.array(interleave.merge(*codes[item.id], self.ids), np.int64)
             if item.role == "answer":
-                said[item.text] = book.encode(item.text), audio
+                said[item.text] = book.encode(item.text), audio, *undecided(item.text, book)
             elif item.split == "train":
-                said.setdefault((item.intent, item.slots["thing"]), []).append(audio)
+                asked = said.setdefault((item.intent, item.slots["thing"]), [])
+                asked.append((audio, book.encode(item.text)))
         self.said = said
 
     def draw(self, rng):
         scene = pictures.scene(rng)
         kind = rng.choice(list(self.mixture), p=np.array(list(self.mixture.values())))
-        ids, weights = self.picture(rng, scene) if kind == "picture" else self.aqtaa(rng)
-        at, room = self.before, len(self.hold)  # the picture comes first in its turn
+        ids, weights = self.aqtaa(rng) if kind == "aqtaa" else self.picture(rng, scene, kind)
+        # It comes last in its turn: its rows have heard the question, the answer is not far.
+        at, room = int(np.flatnonzero(ids == self.ids.eot)[0]), len(self.hold)
         ids = np.concatenate([ids[:at], self.hold, ids[at:]])
         return ids, np.concatenate([weights[:at], np.zeros(room), weights[at:]]), scene
 
-    def picture(self, rng, scene):
-        """A question about a scene: kinds first, so that none is asked more than another."""
-        asked = [(kind, thing) for kind, thing in pictures.asked(scene)
-                 if (f"picture_{kind}", thing) in self.said]  # fmt: skip
-        kinds = list(dict.fromkeys(kind for kind, _ in asked))
-        kind = kinds[rng.integers(len(kinds))]
-        things = [thing for one, thing in asked if one == kind]
-        thing = things[rng.integers(len(things))]
-        variants = self.said[f"picture_{kind}", thing]
-        audio = swapped(variants[rng.integers(len(variants))], self.ids, self.noise, rng)
-        words, sound = self.said[pictures.answer(scene, kind, thing)]
-        return self.example(None, audio, self.layout.arrange(words, sound, self.ids))
+    def picture(self, rng, scene, kind):
+        """A question about a scene, heard or ("read") not, answered in words or ("spoken") also in
+        sound. Kinds come first, so that none is asked more than another; the words that the picture
+        decides weigh more."""
+        asked = {}
+        for name, thing in pictures.asked(scene):
+            if (f"picture_{name}", thing) in self.said:
+                asked.setdefault(name, []).append(thing)
+        name = list(asked)[rng.integers(len(asked))]
+        thing = asked[name][rng.integers(len(asked[name]))]
+        variants = self.said[f"picture_{name}", thing]
+        audio, letters = variants[rng.integers(len(variants))]
+        audio = swapped(audio, self.ids, self.noise, rng)
+        words, sound, first, last = self.said[pictures.answer(scene, name, thing)]
+        if kind == "spoken":
+            answer = self.layout.arrange(words, sound, self.ids)
+        else:
+            answer = [*words, self.ids.eot]
+        marker = AQTA if kind == "written" else None
+        ids, weights = self.example(marker, letters if kind == "read" else audio, answer)
+        written = np.flatnonzero((ids >= self.ids.first_text) & (ids < self.ids.n_text))
+        weights[written[len(written) - len(words) :][first:last]] *= DECIDES
+        return ids, weights
+
+
+def undecided(text, book):
+    """Where the ids of an answer begin and end to differ from those of its question's others."""
+    mine, ends = book.encode(text), []
+    asked = [(kind, thing) for kind in pictures.KINDS for thing in pictures.subjects(kind)]
+    for texts in (pictures.answers(*one) for one in asked if text in pictures.answers(*one)):
+        for other in (book.encode(one) for one in texts if one != text):
+            ends.append((alike(mine, other), len(mine) - alike(mine[::-1], other[::-1])))
+    return min(first for first, _ in ends), max(last for _, last in ends)
+
+
+def alike(ours, theirs):
+    """How many ids two lists begin alike."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
 
 
 class SightTask(LanguageTask):
@@ -144,7 +175,7 @@ class SightTask(LanguageTask):
         batch = self.blank(self.rows, self.length)
         scenes = [[] for _ in range(self.rows)]
         filled = np.zeros(self.rows, dtype=int)
-        for _ in range(4 * self.rows):
+        for _ in range(8 * self.rows):
             ids, weights, scene = self.examples.draw(rng)
             room = np.flatnonzero(filled + len(ids) - 1 <= self.length)
             if len(room):

@@ -85,7 +85,8 @@ TABLE = (
     ),
     Stage("vision", "names what a drawn picture holds", f"{SIGHT}:VisionTask", 3000, "vision"),
     Stage("sight", "the backbone answers questions about pictures", f"{SIGHT}:SightTask", 900,
-          "vision", "vision", mixture={"picture": 0.8, "aqtaa": 0.2}),
+          "vision", "vision",
+          mixture={"read": 0.55, "written": 0.2, "spoken": 0.18, "aqtaa": 0.07}),
     Stage("export", "gather the parts into a model folder"),
 )  # fmt: skip
 STAGES = {stage.name: stage for stage in TABLE}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from aqaa.config import TOKENS_PER_SECOND, AQAAConfig
+from aqaa.config import RETIRED, TOKENS_PER_SECOND, AQAAConfig
 from aqaa.files import AGAIN, ModelError, fingerprint, read_json
 
 AT_MOST = 100  # times the published value (or 1, if that is less): the largest legal setting
@@ -56,10 +56,10 @@ def _checked(cls, data, where=""):
     if not isinstance(data, dict):
         raise ValueError(f"{where or 'it'} is {shown(data)}, settings by name are expected")
     known = {setting.name: setting for setting in fields(cls)}
-    if unknown := sorted(set(data) - set(known)):
+    if unknown := sorted(set(data) - set(known) - RETIRED):
         raise ValueError(f"{cls.__name__} has no field {', '.join(map(shown, unknown[:3]))}")
-    for name, value in data.items():
-        setting, place = known[name], f"{where}.{name}" if where else name
+    for name in data.keys() - RETIRED:
+        setting, place, value = known[name], f"{where}.{name}" if where else name, data[name]
         if is_dataclass(setting.type):
             _checked(setting.type, value, place)
         else:
