@@ -2,15 +2,19 @@
 
 import io
 import itertools
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from aqaa import audio, cli, terminal
+from aqaa import audio, cli, files, terminal
 from aqaa.conversation import Event
-from aqaa.evaluation import bench, conversations
+from aqaa.evaluation import bench, conversations, streaming
 from aqaa.evaluation.conversations import KINDS, PACE, Room, Said, reply, script, spoken, steady, summary
 from tests.conftest import RATE, fails, tone
 
@@ -95,6 +99,26 @@ def test_a_long_conversation_ends_as_it_began(tiny, monkeypatch):
     assert found["interruptions_by_nobody"] == 0 and found["minutes"] > 0.3
     assert found["history_ids_most"] >= max(row["history_ids"] for row in result["rows"]["with"][:3]) > 0
     assert "minutes" in conversations.table(result) and "rows" not in conversations.table(result)
+
+
+def test_nobody_asks_with_a_hiss_or_a_crowd():
+    folder = files.data_folder() / "questions"
+    found = {path.name for path in folder.glob("*.wav")} - {path.name for path in folder.glob("[!u]*.wav")}
+    entries = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    assert found == {entry["file"] for entry in entries if entry["voice"].startswith("noise:")} != set()
+    assert len(streaming.shipped_questions(pattern="[!u]*.wav")) == len(entries) - len(found)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("own, kept", [({}, False), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, True)])
+def test_what_was_made_for_old_shapes_is_forgotten(own, kept):
+    """300 lengths twice: with room for 256, none of the first round is left in the second."""
+    code = ("import torch; from aqaa import processor; conv = torch.nn.Conv1d(64, 64, 3).requires_grad_(False)\n"
+            "for i in range(600): conv(torch.zeros(1, 64, 1000 + i % 300))")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           env=os.environ | {"ONEDNN_VERBOSE": "profile_create"} | own).stdout  # fmt: skip
+    made = sum("cache_miss" in line and "convolution" in line for line in found.splitlines())
+    assert 300 <= made < 310 if kept else made >= 600
 
 
 def test_a_long_conversation_takes_its_time_but_does_not_wait_to_interrupt():
