@@ -329,6 +329,23 @@ def turns(result):
     return [*lines, "", source(busy)] if busy else lines
 
 
+def long_conversation(result):
+    """One conversation of half an hour: what is lost, what grows, what drifts."""
+    row = result["one conversation"]
+    (early, late), (first, last) = row["memory_mb"], row["latency"]
+    cuts, barged = row["cut_questions"], row["barge_ins_heard"]
+    most = max(turn["memory_mb"] for turn in result["rows"]["with"])
+    load = f" (load {row['load'][1]:.1f} by other programs and it)" if row["load"] else ""
+    return [f"**One conversation of {row['turns']} turns**, {row['minutes']:.0f} simulated minutes{load}: "
+            f"{row['lost']} lost, {round(barged['share'] * barged['n'])} of {barged['n']} interruptions heard, "
+            f"{row['interruptions_by_nobody']} by nobody, {round(cuts['share'] * cuts['n'])} of {cuts['n']} "
+            f"hesitations taken for the end; its clock {abs(row['drift_s']):.3f} s from the sound; "
+            f"{early:.0f} MB in memory at the 21st to 40th turn, {late:.0f} in the last 20 "
+            f"({row['memory_growth_percent']:+.1f} %), {most:.0f} at most; first sound after "
+            f"{first:.2f} s in the first 20, {last:.2f} s in the last; the history never longer "
+            f"than {row['history_ids_most']:,} ids."]
+
+
 def results():
     def numbers(name, title, rows):
         return section(name, lambda result: table(result, title, rows))
@@ -357,7 +374,7 @@ def results():
         "busy_loops": "other programs' endless loops on the cores when busy",
         "busy.real_time_factor": "real-time factor, ask, busy", "busy.stream_first_audio_s": "first sound, busy, s",
         "busy_over_idle": "an answer when busy, times as long"})
-    lines += section("turns", turns)
+    lines += section("turns", turns) + section("turns-long", long_conversation)
     lines += section("parts", parts) + section("quantize", quantized) + section("h200-130b-int4", full_size)
     lines += section("tests", whole_tests)
     record = ROOT / "data" / "mini" / "record.json"

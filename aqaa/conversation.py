@@ -320,9 +320,11 @@ class Conversation:
         return []
 
     def _shorten(self, ids):
-        """Leave out the oldest turns, for ever, that the context does not hold any more."""
+        """Once the context is full, leave out the oldest turns, for ever, until half is free."""
         room = self._room - MAX_ANSWER - 100  # and a look's new ids
         history = self._listener.history
+        if len(self.model.prompt(ids, history)) > room:  # what stays is read anew: not every turn
+            room = (room + len(self.model.prompt(ids))) // 2
         while history and len(self.model.prompt(ids, history)) > room:
             history = history[2:]
             while self.turns and not (self.turns[0].question and self.turns[0].answer):

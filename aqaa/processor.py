@@ -18,6 +18,10 @@ NO_BF16 = "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".sp
 LARGE = 15_000_000  # weights from which on more threads pay; the mini's largest part has 6 million
 _counted = WeakKeyDictionary()
 
+# oneDNN keeps what it made for each shape of a sound, by default 1,024 times. A conversation brings
+# some 25 new ones with each turn, and those that come again are fewer than 256.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
 # A forked child has no threads but its own, and would wait for ever for those that its parent had
 # started. Without parallel regions it waits for none, so a child computes on one thread, and must
 # not ask for more.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aqaa import audio
-from aqaa.conversation import Conversation, State, Timing, words_heard
+from aqaa.conversation import MAX_ANSWER, Conversation, State, Timing, Turn, words_heard
 from aqaa.voice_activity import Activity, detector
 from tests.conftest import RATE, fails, tone
 
@@ -249,6 +249,24 @@ def test_the_oldest_turns_leave_a_full_context(tiny, person, monkeypatch):
     for _ in range(4):
         one.say(tone(0.6)).quiet(2.5)
     assert one.talk.counts["turns"] == 4 and 2 <= len(one.talk.history) < 8
+
+
+def test_a_full_context_is_half_emptied_so_that_not_every_turn_reads_it_anew(tiny, person):
+    talk = person().say(tone(0.8)).talk
+    talk._hear()
+    ids, add = talk._listener.ids, lambda: talk.turns.append(Turn([], "what is one plus two", "one plus two is three"))
+    room, own = talk._room - MAX_ANSWER - 100, len(tiny.prompt(talk._listener.ids))
+    shortened = []
+    for _ in range(300):
+        add()
+        before = len(talk.turns)
+        talk._listener.history = talk.history
+        talk._shorten(ids)
+        assert talk._listener.history == talk.history and len(tiny.prompt(ids, talk.history)) <= room
+        if len(talk.turns) < before:
+            shortened.append(len(talk.turns))
+            assert room - own < 2 * (len(tiny.prompt(ids, talk.history)) - own) + 100
+    assert 1 <= len(shortened) <= 300 / min(shortened)
 
 
 def test_a_discarded_answer_leaves_no_memory(tiny, person):

@@ -1,16 +1,21 @@
 """Simulated dialogues and the terminal: no microphone, a fixed cost of work, tiny weights."""
 
 import io
+import itertools
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from aqaa import audio, cli, terminal
+from aqaa import audio, cli, files, terminal
 from aqaa.conversation import Event
-from aqaa.evaluation import bench, conversations
-from aqaa.evaluation.conversations import KINDS, Room, Said, reply, script, spoken, summary
+from aqaa.evaluation import bench, conversations, streaming
+from aqaa.evaluation.conversations import KINDS, PACE, Room, Said, reply, script, spoken, steady, summary
 from tests.conftest import RATE, fails, tone
 
 SAMPLING = {"seed": 0, "max_tokens": 60}
@@ -80,6 +85,87 @@ def test_the_bench_has_a_table(tiny, monkeypatch):
     assert {"with speculation", "without speculation", "rows"} < set(result)
     assert "latency_median_s" in conversations.table(result) and "rows" not in conversations.table(result)
     assert result["with speculation"]["counts"]["turns"] >= 2
+
+
+# ---- a long conversation ----
+
+
+def test_a_long_conversation_ends_as_it_began(tiny, monkeypatch):
+    monkeypatch.setattr(conversations.audio, "load_question", lambda path: WAVS[0])
+    result = conversations.measure(tiny, limit=6, long=True, progress=False, cost=0.01, max_tokens=60)
+    found = result["one conversation"]
+    assert result["faults"] == {} and found["turns"] == len(result["rows"]["with"]) == 6 and found["lost"] == 0
+    assert found["drift_s"] == pytest.approx(0, abs=1e-6) and 0 <= found["unheard_s"] < 0.02
+    assert found["interruptions_by_nobody"] == 0 and found["minutes"] > 0.3
+    assert found["history_ids_most"] >= max(row["history_ids"] for row in result["rows"]["with"][:3]) > 0
+    assert "minutes" in conversations.table(result) and "rows" not in conversations.table(result)
+
+
+def test_nobody_asks_with_a_hiss_or_a_crowd():
+    folder = files.data_folder() / "questions"
+    found = {path.name for path in folder.glob("*.wav")} - {path.name for path in folder.glob("[!u]*.wav")}
+    entries = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    assert found == {entry["file"] for entry in entries if entry["voice"].startswith("noise:")} != set()
+    assert len(streaming.shipped_questions(pattern="[!u]*.wav")) == len(entries) - len(found)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("own, kept", [({}, False), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, True)])
+def test_what_was_made_for_old_shapes_is_forgotten(own, kept):
+    """300 lengths twice: with room for 256, none of the first round is left in the second."""
+    code = ("import torch; from aqaa import processor; conv = torch.nn.Conv1d(64, 64, 3).requires_grad_(False)\n"
+            "for i in range(600): conv(torch.zeros(1, 64, 1000 + i % 300))")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           env=os.environ | {"ONEDNN_VERBOSE": "profile_create"} | own).stdout  # fmt: skip
+    made = sum("cache_miss" in line and "convolution" in line for line in found.splitlines())
+    assert 300 <= made < 310 if kept else made >= 600
+
+
+def test_a_long_conversation_takes_its_time_but_does_not_wait_to_interrupt():
+    slow, fast = script(WAVS, 60, 1, PACE), script(WAVS, 60, 1)
+    factors = {said.kind == "barge_in": said.wait / other.wait for said, other in zip(slow, fast, strict=True)}
+    assert factors == {True: 1, False: pytest.approx(PACE)}
+
+
+def deaf(talk, _):
+    """Drops packets, one in ten."""
+    push = talk.push
+    talk.push = lambda packet: [] if next(COUNT) % 10 == 0 else push(packet)
+
+
+def mute(talk, _):
+    """Gives no answer, but for the first one."""
+    answer = talk._answer
+    talk._answer = lambda: talk.stop() if talk.counts["turns"] else answer()
+
+
+def leaky(talk, kept):
+    """Keeps something of every question."""
+    begin = talk._begin
+    talk._begin = lambda: (kept.append(8.0), begin())[1]
+
+
+COUNT = itertools.count()
+
+
+@pytest.mark.parametrize("name, fault, told", [
+    ("clock", deaf, "from the sound heard"), ("turns", mute, "3 of 4 have no answer"),
+    ("memory", leaky, "% more at the end")])  # fmt: skip
+def test_a_long_conversation_that_does_not_is_told(tiny, monkeypatch, name, fault, told):
+    room, kept = Room(tiny, 0.01, sampling=SAMPLING), []
+    fault(room.talk, kept)
+    monkeypatch.setattr(conversations, "LONGEST", 5.0)
+    monkeypatch.setattr(conversations, "memory", lambda: 100.0 + sum(kept))
+    sound = spoken(WAVS[0]).numpy()
+    _, faults = steady(room.dialogue([Said("plain", 0.3, sound)] * 4), room)
+    assert list(faults) == [name] and told in faults[name]
+
+
+def test_a_question_whose_rest_interrupts_its_answer_was_cut(tiny):
+    sound = np.concatenate([spoken(WAVS[1]).numpy(), np.zeros(int(1.1 * RATE)), spoken(WAVS[0]).numpy()])
+    room = Room(tiny, 0.005, sampling=SAMPLING | {"max_tokens": 500, "min_audio": 150})
+    (row,) = room.dialogue([Said("hesitation", 0.5, sound)])
+    assert row["cut"] and not row["lost"] and row["interruptions"] == 1 and room.talk.counts["turns"] == 2
 
 
 # ---- the terminal ----

@@ -5,6 +5,7 @@ of its own, and the work of the model takes the time that it really takes (or `c
 unit): packets that come meanwhile wait, as in a microphone's buffer. The same dialogue is held with
 and without speculation, so that what a speculation saves is a difference of one question."""
 
+import gc
 import os
 import time
 from contextlib import nullcontext
@@ -29,6 +30,8 @@ SNR = 15.0  # dB, of questions in noise
 HESITATIONS = 0.3, 1.1  # seconds; some are longer than the pause that ends a turn
 COUGH = 0.4  # seconds, of noise
 LONGEST = 60.0  # seconds until a turn without an end counts as lost
+PACE = 5.0  # times as long a wait before a turn of a long conversation: 200 take half an hour
+WINDOW, GROWTH = 20, 5.0  # turns at its ends that are compared; percent more memory it may take
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def spoken(wav):
     return wav[160 * int(loud[0]) : 160 * int(loud[-1]) + 160]
 
 
-def script(wavs, n, seed):
+def script(wavs, n, seed, pace=1.0):
     """n turns (Said) of questions (N,), each in a kind of KINDS; the first is plain."""
     rng, made = np.random.default_rng(seed), []
     for i in range(n):
@@ -61,6 +64,7 @@ def script(wavs, n, seed):
             sound = np.concatenate([sound[:at], gap, sound[at:]])
         if kind == "noise":
             sound = degrade.noise(sound, SNR, rng, rng.uniform(0, 0.9)).astype(np.float32)
+        wait *= 1 if kind == "barge_in" else pace
         made.append(Said(str(kind), wait, sound, kind == "cough"))
     return made
 
@@ -79,6 +83,12 @@ class Room:
         self.now = self.sound = 0.0  # of the clock, of the microphone
         self.cost, self.rng, self._began = cost, np.random.default_rng(seed), None
         self.talk = Conversation(model, clock=self.clock, **options, **sampling or {})
+        self.detector, self.frame = self.talk.detector, self.talk.detector.frame
+        self.talk.detector, self.heard = self, 0  # samples that came so far
+
+    def __call__(self, frame):  # it is the talk's detector, and counts
+        self.heard += len(frame)
+        return self.detector(frame)
 
     def clock(self):
         """Seconds; they go on while the model works."""
@@ -110,23 +120,26 @@ class Room:
     def turn(self, said):
         """One turn -> its row: kind; lost; latency in s from the last sound of the question to the
         first of the answer; cut: answered in mid-question; resumed, used: a speculation was
-        discarded, or let out; barge_in, wrong_interruption: None, or whether there was one."""
+        discarded, or let out; interruptions: by this question; barge_in, wrong_interruption: None,
+        or whether there was one; behind_s: how long the packets wait by then."""
         talk, used = self.talk, self.talk.counts["used"]
         self.play(np.zeros(int(said.wait * SAMPLE_RATE)))
         wanted = said.kind == "barge_in" and talk.state is State.REPLYING
         events = self.play(said.sound)
-        end, cut = self.sound, reply(events) is not None
+        end, cut = self.sound, any(reply(events[: i + 1]) is not None for i in range(len(events)))
+        events += self.play(np.zeros(SAMPLE_RATE // 2)) if cut else []  # the rest may interrupt yet
         events += self.until(lambda seen: reply(events + seen) is not None
                              or any(event.kind == "refused" for event in seen))  # fmt: skip
         kinds, first = [event.kind for event in events], reply(events)
         row = {"kind": said.kind, "lost": first is None, "cut": cut, "resumed": "resumed" in kinds,
                "latency": None if cut or first is None else first - end,
                "used": talk.counts["used"] > used, "wrong_interruption": None,
-               "barge_in": "interrupted" in kinds if wanted else None}  # fmt: skip
+               "barge_in": "interrupted" in kinds if wanted else None,
+               "interruptions": kinds.count("interrupted"),
+               "behind_s": self.now - self.sound}  # fmt: skip
         if said.cough and first is not None:
             noise = 0.1 * self.rng.standard_normal(int(COUGH * SAMPLE_RATE))
-            row["wrong_interruption"] = any(event.kind == "interrupted"
-                                            for event in self.play(noise))  # fmt: skip
+            row["wrong_interruption"] = "interrupted" in [e.kind for e in self.play(noise)]
         return row
 
     def dialogue(self, turns, tell=lambda: None):
@@ -135,7 +148,8 @@ class Room:
         for said in turns:
             if said.kind != "barge_in":
                 self.until(lambda _: self.talk.state is State.SILENCE and not self.talk.busy)
-            rows.append(self.turn(said) | {"memory_mb": memory()})
+            row, history = self.turn(said), self.talk.model.prompt((), self.talk.history)
+            rows.append(row | {"memory_mb": memory(), "history_ids": len(history)})
             tell()
         self.until(lambda _: self.talk.state is State.SILENCE and not self.talk.busy)
         return rows
@@ -156,6 +170,7 @@ def reply(events):
 
 def memory():
     """MB of this process that are in memory now; None where the system does not tell."""
+    gc.collect()
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -163,13 +178,16 @@ def memory():
         return None
 
 
-def summary(rows, other):
-    """Numbers of a dialogue's rows; other: those of the same dialogue without speculation."""
-    heard = [row["latency"] for row in rows if row["latency"] is not None]
-    saved = [1000 * (b["latency"] - a["latency"]) for a, b in zip(rows, other, strict=True)
+def summary(rows, other=()):
+    """Numbers of a dialogue's rows; other: those of the same dialogue without speculation.
+    memory_mb, latency: [early, late] medians, of memory once all caches are made."""
+    heard = [row["latency"] for row in rows]
+    saved = [1000 * (b["latency"] - a["latency"]) for a, b in zip(rows, other, strict=False)
             if (a["used"] or b["used"]) and None not in (a["latency"], b["latency"])]  # fmt: skip
-    memories = [row["memory_mb"] for row in rows]
-    early = memories[len(memories) // 10]  # by then all caches are made
+    n = max(1, min(WINDOW, len(rows) // 3))
+    pairs = {key: [_quantile([row[key] for row in part], 0.5) for part in (first, rows[-n:])]
+             for key, first in (("memory_mb", rows[n : 2 * n]), ("latency", rows[:n]))}  # fmt: skip
+    early, late = pairs["memory_mb"]
     return {
         "turns": len(rows), "lost": sum(row["lost"] for row in rows),
         "latency_median_s": _quantile(heard, 0.5), "latency_95_s": _quantile(heard, 0.95),
@@ -178,23 +196,46 @@ def summary(rows, other):
         "cut_questions": share(row["cut"] for row in rows if row["kind"] == "hesitation"),
         "barge_ins_heard": share(row["barge_in"] for row in rows),
         "wrong_interruptions": share(row["wrong_interruption"] for row in rows),
-        "memory_growth_percent": None if early is None else 100 * (memories[-1] / early - 1),
+        **pairs, "memory_growth_percent": early and 100 * (late / early - 1),
     }  # fmt: skip
 
 
 def _quantile(values, q):
+    values = [value for value in values if value is not None]
     return round(float(np.quantile(values, q)), 4) if values else None
 
 
-def measure(model, seed=0, limit=200, busy=False, progress=True, cost=None, **sampling):
-    """`limit` turns with and without speculation. busy: while every core runs an endless loop."""
-    turns, found, results = script(streaming.shipped_questions(), limit, seed), {}, {}
+def steady(rows, room):
+    """The same of one long conversation (unheard_s: part of a frame waits), and faults by name."""
+    asked = sum(row["interruptions"] for row in rows)
+    found = summary(rows) | {
+        "minutes": room.sound / 60, "unheard_s": round(room.sound - room.heard / SAMPLE_RATE, 6),
+        "interruptions_by_nobody": room.talk.counts["interruptions"] - asked,
+        **{f"{key}_most": max(row[key] for row in rows) for key in ("behind_s", "history_ids")},
+    }  # fmt: skip
+    apart = max(abs(room.now - room.sound), found["unheard_s"])
+    growth = found["memory_growth_percent"] or 0.0
+    faults = {"turns": found["lost"] and f"{found['lost']} of {len(rows)} have no answer",
+              "clock": apart > PACKET / SAMPLE_RATE and f"it is {apart:.3f} s from the sound heard",
+              "memory": growth > GROWTH and f"{growth:.1f} % more at the end"}  # fmt: skip
+    return found, {name: text for name, text in faults.items() if text}
+
+
+def measure(model, seed=0, limit=200, busy=False, long=False, progress=True, cost=None, **sampling):
+    """`limit` turns with and without speculation. busy: while every core runs an endless loop;
+    long: with it and with longer waits, and whether the conversation ends as it began."""
+    wavs = streaming.shipped_questions(pattern="[!u]*.wav")  # not unheard_*: nobody speaks there
+    turns, found, results = script(wavs, limit, seed, PACE**long), {}, {}
     with busy_machine() if busy else nullcontext():
-        for name, speculate in (("with", True), ("without", False)):
+        for name, speculate in (("with", True), ("without", False))[: 1 if long else 2]:
             room = Room(model, cost, seed, {"seed": seed} | sampling, speculate=speculate)
             with tqdm(total=limit, desc=f"{name} speculation", disable=not progress) as bar:
                 found[name] = room.dialogue(turns, bar.update)
             results[name] = {"counts": dict(room.talk.counts), "drift_s": room.now - room.sound}
+    if long:
+        row, faults = steady(found["with"], room)
+        row |= results["with"] | {"load": getattr(os, "getloadavg", tuple)()}  # of others, too
+        return {"busy": busy, "one conversation": row, "faults": faults, "rows": found}
     for name, other in (("with", "without"), ("without", "with")):
         results[name] |= summary(found[name], found[other])
     return {"busy": busy, **{f"{name} speculation": row for name, row in results.items()},

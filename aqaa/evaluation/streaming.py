@@ -29,10 +29,10 @@ def measure(model, seed=0, limit=None):
     return {"questions": len(wavs), **rows, "answers": answering(model, wavs, seed)}
 
 
-def shipped_questions(limit=None):
+def shipped_questions(limit=None, pattern="*.wav"):
     """The shipped questions, (N,) each, `limit` at most. Raises ValueError if there are none."""
     folder = files.data_folder() / "questions"
-    wavs = [audio.load_question(path) for path in sorted(folder.glob("*.wav"))[:limit]]
+    wavs = [audio.load_question(path) for path in sorted(folder.glob(pattern))[:limit]]
     if not wavs:
         raise ValueError(f"{folder} holds no wav files: "
                          "set AQAA_DATA to the `data` folder of a clone of aqaa.")  # fmt: skip
