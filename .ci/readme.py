@@ -188,6 +188,21 @@ def calibration(result):
             f"were fitted to {result['fitted_on']} others."]
 
 
+def judges(result):
+    """How far three judges of the same spoken answers agree, and what the language model says of right answers."""
+    told = result["judge"]
+    ceiling, name = told["ceiling"], told["name"]
+    lines = [f"**Judges**: Cohen's κ (95 % of draws) of each two judges of {result['questions']} spoken answers: the rule on "
+             "what was written, pocketsphinx on a closed list, Whisper base on anything, and a language model "
+             f"({name}) that grades factuality 4 or 5 of 5; {told['unparsed']} of its {told['verdicts']} verdicts did not "
+             f"parse. Of the *right* answers it grades {ceiling['share']:.0f} % (n = {ceiling['n']}) so.", "",
+             "| judges | n | κ |", "|---|---|---|"]
+    for pair, row in told["judges"].items():
+        interval = "" if row["kappa"] is None else " ({:.2f}–{:.2f})".format(*row["interval"])
+        lines.append(f"| {pair} | {row['n']} | {'–' if row['kappa'] is None else row['kappa']}{interval} |")
+    return lines
+
+
 SEEN = {"picture_seen": "in wordings and voices of the training", "picture_new": "in wordings never heard",
         "picture_natural": "in natural voices never heard", "count": "how many", "colour": "which colour",
         "shape": "which shape", "digit": "which number", "where": "where", "is_there": "is there one"}
@@ -351,7 +366,7 @@ def results():
         return section(name, lambda result: table(result, title, rows))
 
     lines = section("accuracy", accuracy) + section("calibration", calibration) + section("eval-aqaa", systems)
-    lines += section("pictures", pictures) + section("hearing", hearing)
+    lines += section("judges", judges) + section("pictures", pictures) + section("hearing", hearing)
     for name in TITLES:
         lines += ablation(name)
     lines += numbers("synthesis", "Vocoder alone: true codes of answers that it never saw, spoken", {

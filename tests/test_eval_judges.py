@@ -98,11 +98,21 @@ def test_grades_are_stored_raw_counted_and_set_beside_the_rules(run):
     told = language_judge.summarise(found, rows, summary)
     assert told["verdicts"] == 21 and told["unparsed"] == 3
     assert told["agreement"]["text"] == {"n": 3, "kappa": 1.0, "interval": [1.0, 1.0]}
+    assert told["judges"] == {}  # no row has one right sentence that both ears heard
+    closed = [{**one, "agrees": True, "expected": "good one"} for one in rows[:3]]
+    told = language_judge.summarise(found, closed, {}, "tiny")["judges"]
+    assert set(told) == {"rule - pocketsphinx", "rule - Whisper", "rule - tiny", "pocketsphinx - Whisper",
+                         "pocketsphinx - tiny", "Whisper - tiny"}  # fmt: skip
+    assert told["pocketsphinx - Whisper"]["kappa"] == 1.0 and told["rule - Whisper"]["kappa"] == 0.4
     chat = summary["Sing"]["chat"]
     assert chat["mean"] == 4.0 and chat["n"] == 3 and chat["interval"][1] == 5.0  # inside the scale
     assert summary["all"]["factuality_speech"]["mean"] == 2.67
     kept = [json.loads(line) for line in verdicts.path.read_text(encoding="utf-8").split("\n") if line]
     assert kept[0] == language_judge.PROMPTS and len(kept) == 1 + 18 and kept[1]["verdict"].endswith("Score: 5")
+    with server(grader({"good": 5, "bad": 2})) as place:
+        known = language_judge.Verdicts(out.with_suffix(".c.jsonl"), language_judge.make(place))
+        told = language_judge.ceiling(known, [{**rows[0], "expected": right} for right in ("good", "bad", "odd", "")])
+    assert (told["n"], told["share"]) == (3, pytest.approx(33.3, abs=0.1))
     again = language_judge.Verdicts(verdicts.path, language_judge.Server(url + "#tiny"))  # the server is gone
     assert language_judge.grade(again, rows) == found
     with pytest.raises(systems.SystemFault, match="does not answer"):

@@ -1,5 +1,6 @@
 """Do two systems, or two judges, err on the same questions? Paired tests, Cohen's κ, overlap."""
 
+from itertools import combinations
 from math import comb
 
 import numpy as np
@@ -52,6 +53,17 @@ def compare(ours, theirs):
                         "p": round(p, 4), **kappa(*zip(*both, strict=True)), "both_wrong": wrong,
                         "overlap": round(100 * wrong / (wrong + n), 1) if wrong + n else None,
                         }  # fmt: skip
+    return found
+
+
+def between(verdicts):
+    """{"one - other": {"n", "kappa", "interval"}} of judges {name: [True, False or None, …]} of the
+    same items, pair by pair, where both have a verdict."""
+    found = {}
+    for one, other in combinations(verdicts, 2):
+        both = zip(verdicts[one], verdicts[other], strict=True)
+        if pairs := [pair for pair in both if None not in pair]:
+            found[f"{one} - {other}"] = {"n": len(pairs), **kappa(*zip(*pairs, strict=True))}
     return found
 
 

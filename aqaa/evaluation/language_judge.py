@@ -20,7 +20,7 @@ from tqdm import tqdm
 from aqaa import audio
 from aqaa.corpus import plan as P
 from aqaa.evaluation import quality, whisper
-from aqaa.evaluation.agreement import kappa
+from aqaa.evaluation.agreement import between, kappa
 from aqaa.evaluation.mos import mean, wilson
 from aqaa.evaluation.systems import chat
 from aqaa.files import ModelError, brief
@@ -113,11 +113,11 @@ class Verdicts:
                              "verdict": self.known[key]})  # fmt: skip
         return self.known[key]
 
-    def grades(self, row, text, what):
+    def grades(self, row, text, what, aspects=tuple(ASPECTS)):
         """{aspect: 1 to 5, or None} of a text as the answer to a row's question."""
         prompt, told = _filled(PROMPTS["grade"], row, answer=text), {}
-        for aspect, words in ASPECTS.items():
-            asked = prompt.replace("{aspect}", words)
+        for aspect in aspects:
+            asked = prompt.replace("{aspect}", ASPECTS[aspect])
             score = parsed(self.ask(f"{row['id']} {what} {aspect}", asked))
             told[aspect] = score and int(score)
         return told
@@ -144,9 +144,30 @@ def grade(verdicts, rows):
     return found
 
 
-def summarise(found, rows, summary):
-    """{"verdicts", "unparsed", "agreement"}; means of each category go into `summary`. agreement:
-    κ of a factuality of 4 or more and the rules, in text and in speech."""
+def ceiling(verdicts, rows):
+    """Share of the *right* answers whose factuality a judge grades RIGHT or more, as of `wilson`;
+    None where no row tells its right answer."""
+    marks = [verdicts.grades(row, row["expected"], "ceiling", ["factuality"])["factuality"]
+             for row in rows if row.get("expected")]  # fmt: skip
+    return wilson(sum((mark or 0) >= RIGHT for mark in marks), len(marks)) if marks else None
+
+
+def ears(found, rows, name):
+    """What each judge says of the same spoken answers, those with one right sentence: {"rule":
+    [text right, …], "pocketsphinx", "Whisper", name}."""
+    rows = [row for row in rows if row.get("agrees") is not None and row.get("transcribed")]
+    graded = [found[row["id"]]["speech"]["factuality"] for row in rows]
+    return {
+        "rule": [row["text"] for row in rows], "pocketsphinx": [row["spoken"] for row in rows],
+        "Whisper": [row["transcribed"] == whisper.words(row["expected"]) for row in rows],
+        name: [mark and mark >= RIGHT for mark in graded],
+    }  # fmt: skip
+
+
+def summarise(found, rows, summary, name="judge"):
+    """{"verdicts", "unparsed", "agreement", "judges"}; means of each category go into `summary`.
+    agreement: κ of a factuality of 4 or more and the rules, in text and in speech; judges: κ of
+    each two of `ears`."""
     for name, scores in summary.items():
         mine = [found[row["id"]] for row in rows if name in ("all", row["category"])]
         for aspect in ASPECTS:
@@ -160,7 +181,7 @@ def summarise(found, rows, summary):
                  and (score := found[row["id"]].get(side, {}).get("factuality"))]  # fmt: skip
         if pairs:
             told["agreement"][side] = {"n": len(pairs), **kappa(*zip(*pairs, strict=True))}
-    return told
+    return told | {"judges": between(ears(found, rows, name))}
 
 
 def audit(verdicts, rows, sounds, count):

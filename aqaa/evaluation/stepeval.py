@@ -280,8 +280,8 @@ def main(system, load_model, *, set_name=SHIPPED, limit=None, out=None, report=N
         clean = [row for row in rows if row.get("condition", CLEAN) == CLEAN]
         verdicts = language_judge.Verdicts(out.with_suffix(".verdicts.jsonl"), grader)
         grades = language_judge.grade(verdicts, clean)
-        told["judge"] = {"name": grader.name,
-                         **language_judge.summarise(grades, clean, summary)}  # fmt: skip
+        told["judge"] = language_judge.summarise(grades, clean, summary, grader.name)
+        told["judge"] |= {"name": grader.name, "ceiling": language_judge.ceiling(verdicts, clean)}
         if audit:
             sounds = out.with_suffix("")
             told["judge"]["audit"] = language_judge.audit(verdicts, clean, sounds, audit)

@@ -83,7 +83,7 @@ class VisionTask:
 
 
 class PictureExamples(Examples):
-    """Spoken questions behind a picture: about it, or about anything else (`aqtaa`).
+    """Questions with a picture behind them: about it, or about anything else (`aqtaa`).
 
     items, codes: of pictures.plan. An example is (ids, weights, scene)."""
 
@@ -150,7 +150,7 @@ def alike(ours, theirs):
 
 
 class SightTask(LanguageTask):
-    """Next-token prediction behind a picture, by the backbone with the changes of Vision.lora."""
+    """Next-token prediction with pictures, by the backbone with the changes of Vision.lora."""
 
     warmup, lr, floor = 0.03, 2e-3, 0.02
 
