@@ -192,10 +192,10 @@ def judges(result):
     """How far three judges of the same spoken answers agree, and what the language model says of right answers."""
     told = result["judge"]
     ceiling, name = told["ceiling"], told["name"]
-    lines = [f"**Judges**: Cohen's κ (95 % of draws) of each two judges of {result['questions']} spoken answers: the rule on "
-             "what was written, pocketsphinx on a closed list, Whisper base on anything, and a language model "
-             f"({name}) that grades factuality 4 or 5 of 5; {told['unparsed']} of its {told['verdicts']} verdicts did not "
-             f"parse. Of the *right* answers it grades {ceiling['share']:.0f} % (n = {ceiling['n']}) so.", "",
+    lines = [f"**Judges**: Cohen's κ (95 % of draws) of each two judges of {result['questions']} spoken answers: the "
+             "rule on what was written, pocketsphinx on a closed list, Whisper base on anything, and a language model "
+             f"({name}) that grades factuality 4 or 5 of 5; {told['unparsed']} of its {told['verdicts']} verdicts "
+             f"did not parse. Of the *right* answers it grades {ceiling['share']:.0f} % (n = {ceiling['n']}) so.", "",
              "| judges | n | κ |", "|---|---|---|"]
     for pair, row in told["judges"].items():
         interval = "" if row["kappa"] is None else " ({:.2f}–{:.2f})".format(*row["interval"])
@@ -210,9 +210,9 @@ SEEN = {"picture_seen": "in wordings and voices of the training", "picture_new":
 
 def pictures(result):
     """Shares of right answers about drawn pictures, by cell and by kind of question."""
-    lines = ["**Pictures**: spoken questions about drawn pictures that no training drew, in text and as an ear hears the "
-             "answer, percent ± standard error; beside it how often the answer to *another* picture is the same by chance.",
-             "", "| question | n | text | sound | with another picture |", "|---|---|---|---|---|"]
+    lines = ["**Pictures**: spoken questions about drawn pictures that no training drew, in text and as an ear hears "
+             "the answer, percent ± standard error; beside it how often what it says of *another* picture would be "
+             "right of this one.", "", "| question | n | text | sound | with another picture |", "|---|---|---|---|---|"]
     for name, label in SEEN.items():
         cells = [f"{100 * one['share']:.0f} ± {100 * one['error']:.0f}" for one in result["cells"][name].values()]
         lines.append(f"| {label} | {result['cells'][name]['text']['n']} | {' | '.join(cells)} |")
