@@ -212,7 +212,7 @@ def pictures(result):
     """Shares of right answers about drawn pictures, by cell and by kind of question."""
     lines = ["**Pictures**: spoken questions about drawn pictures that no training drew, in text and as an ear hears "
              "the answer, percent ± standard error; beside it how often what it says of *another* picture would be "
-             "right of this one.", "", "| question | n | text | sound | with another picture |", "|---|---|---|---|---|"]
+             "right of this one.", "", "| question | n | text | sound | other picture |", "|---|---|---|---|---|"]
     for name, label in SEEN.items():
         cells = [f"{100 * one['share']:.0f} ± {100 * one['error']:.0f}" for one in result["cells"][name].values()]
         lines.append(f"| {label} | {result['cells'][name]['text']['n']} | {' | '.join(cells)} |")
