@@ -185,6 +185,11 @@ def test_pictures_of_any_kind_and_shape(tmp_path):
         assert torch.equal(found[:, :20], torch.ones(3, 20, 64)) and found[:, 25:40].std() > 0.1
     grey = vision.pixels(np.zeros((20, 20), np.uint8), 64)
     assert torch.equal(grey, -torch.ones(3, 64, 64))
+    turned = Image.fromarray(np.repeat(np.arange(0, 240, 60, dtype=np.uint8)[:, None], 4, 1))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera stood on its side
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert (vision.pixels(tmp_path / "turned.png", 4)[0].diff(dim=1) < 0).all()
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert torch.equal(vision.pixels(clear, 64), torch.ones(3, 64, 64))
 

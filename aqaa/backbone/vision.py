@@ -28,7 +28,7 @@ def pixels(picture, size):
 
     What is not square gets white margins, as does what is transparent. Raises PictureError.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     named = str(picture) if isinstance(picture, (str, Path)) else "the picture"
     try:
@@ -40,7 +40,7 @@ def pixels(picture, size):
         if width * height > LARGEST:
             fault = f"{named} has {width} x {height} pixels, more than {LARGEST // 10**6} million"
             raise PictureError(f"{fault}: make it smaller.")
-        picture = picture.convert("RGBA")
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")  # as its camera was held
     except PictureError:
         raise
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as fault:
@@ -48,6 +48,7 @@ def pixels(picture, size):
         remedy = "check its name" if missing else "give a PNG, JPEG, WebP or GIF"
         what = "is not there" if missing else "is no picture that can be read"
         raise PictureError(f"{named} {what}: {remedy}.") from None
+    width, height = picture.size
     side = max(width, height)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(picture, ((side - width) // 2, (side - height) // 2))
