@@ -223,7 +223,7 @@ class Talk:
         self.ledger = Ledger()
         if image is not None:
             with self.ledger.step("look"):
-                image = model.look(image)
+                image = image if torch.is_tensor(image) else model.look(image)
             sampling = {**sampling, "image": image}
         self.model, self.sampling = model, sampling
         self.seed = sampling.get("seed", 0)

@@ -28,7 +28,7 @@ BUDGET = {  # lines; what a reader reads to understand the model comes first
     "scale": 2_310,  # what training takes, listeners, nodes, prices, W4A16, several machines
     "notebook": 2_190,  # a conversation in a widget: calls, turns, blocks
     "terminal": 141,  # a microphone around a conversation
-    "serve": 1_250,  # the interfaces that other software speaks: speech, chat, realtime
+    "serve": 1_256,  # the interfaces that other software speaks: speech, chat, realtime; pictures in a chat
 }
 READING = "config audio tokenizers backbone vocoder answer listening pipeline".split()
 PIP_SECTION = re.compile(r"^ +- pip:\n((?: {6}.*\n?)+)", re.MULTILINE)

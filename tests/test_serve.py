@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from aqaa import Piece, audio, cli, serve
+from aqaa.backbone.vision import Vision
 from aqaa.config import AQTA, TQAA, TTS
 from tests.conftest import RATE, fails, tone
 
@@ -266,6 +268,32 @@ def test_text_in_and_text_out_by_the_async_client(address):
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
 
 
+def pictured(colour):
+    data = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(data, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def test_a_picture_is_looked_at_in_text_and_in_sound(client, tiny, monkeypatch):
+    torch.manual_seed(0)
+    eyes = Vision(tiny.config).eval()
+    looked, look = [], type(tiny).look
+    monkeypatch.setitem(tiny.__dict__, "vision", eyes)
+    monkeypatch.setattr(type(tiny), "look", lambda self, image: looked.append(look(self, image)) or looked[-1])
+    try:
+        for options in ({"model": "aqaa"}, spoken()):
+            said = [{"type": "text", "text": "what is it"}, pictured("red")]
+            whole = client.chat.completions.create(messages=[{"role": "user", "content": said}], **options)
+            assert whole.usage.prompt_tokens > tiny.config.vision.rows and whole.choices[0].finish_reason
+        assert len(looked) == 2 and torch.equal(looked[0], looked[1]) and looked[0].shape[0] == 3
+        bad = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
+        with pytest.raises(openai.BadRequestError, match="no picture that can be read"):
+            client.chat.completions.create(model="aqaa", messages=[user(bad)])
+    finally:
+        tiny.__dict__.pop("seeing", None)
+
+
 def test_twenty_at_once_all_get_the_same_answer(address):
     async def run():
         async with client_of(address, openai.AsyncOpenAI) as client:
@@ -279,7 +307,10 @@ def test_twenty_at_once_all_get_the_same_answer(address):
     ([], {}, "not the user's"),
     ([user({"type": "input_audio", "input_audio": {"data": "?", "format": "wav"}})], {}, "base64"),
     ([user({"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}})], {}, "input_audio"),
-    ([user({"type": "image_url", "image_url": {"url": "x"}})], {}, "neither text"),
+    ([user({"type": "image_url", "image_url": {"url": "http://there/x.png"}})], {}, "no picture in it"),
+    ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}})], {}, "picture is no base64"),
+    ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}})], {}, "see no pictures"),
+    ([user({"type": "file", "file": {}})], {}, "no text, input_audio or image_url"),
     ([{"role": "user", "content": "hello"}], {"temperature": 5}, "temperature"),
     ([{"role": "user", "content": "hello"}], {"n": 3}, "one answer"),
     ([{"role": "user", "content": "hello"}], {"modalities": ["text", "audio"]}, "audio is missing"),

@@ -24,7 +24,7 @@ class PictureError(ValueError):
 
 
 def pixels(picture, size):
-    """A picture (a path, an image of PIL, or uint8 (H, W, 3)) -> float32 (3, S, S) in -1..1.
+    """A picture (a path, bytes in a BytesIO, an image of PIL, uint8 (H, W, 3)) -> (3, S, S), -1..1.
 
     What is not square gets white margins, as does what is transparent. Raises PictureError.
     """
@@ -32,7 +32,7 @@ def pixels(picture, size):
 
     named = str(picture) if isinstance(picture, (str, Path)) else "the picture"
     try:
-        if isinstance(picture, (str, Path)):
+        if isinstance(picture, (str, Path)) or hasattr(picture, "getvalue"):
             picture = Image.open(picture)
         elif not isinstance(picture, Image.Image):
             picture = Image.fromarray(np.asarray(picture))

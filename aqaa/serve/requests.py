@@ -3,6 +3,7 @@
 Whatever is wrong with a request is a Fault, which `app` writes in the interface's shape."""
 
 import asyncio
+import io
 import re
 import textwrap
 import time
@@ -177,7 +178,7 @@ class Chats:
         return Asked(turns, form, stream, {**self.sampling, **sampling(body)}, body)
 
     def _turn(self, message, place):
-        """(role, parts): each part a text, or (N,) samples at 16 kHz."""
+        """(role, parts): each part a text, (N,) samples at 16 kHz, or bytes of a picture."""
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise Fault(f"{place} has no role of {', '.join(ROLES)}.", place)
         content, heard = message.get("content"), message.get("audio")
@@ -196,16 +197,24 @@ class Chats:
             given = part["input_audio"]
             form = take(given, "format", str, one_of=("wav", "mp3", "flac", "opus", "pcm16"))
             return sound.question(sound.unpacked(given.get("data")), form)
-        raise Fault(f"{place} is neither text nor input_audio: send one of them.", place)
+        if kind == "image_url" and isinstance(part.get("image_url"), dict):
+            head, _, data = str(part["image_url"].get("url")).partition(";base64,")
+            if not head.startswith("data:image/"):  # nothing is fetched from elsewhere
+                raise Fault(f"{place} has no picture in it: send a data:image/…;base64 URL.", place)
+            return io.BytesIO(sound.unpacked(data, "picture"))
+        raise Fault(f"{place} has no text, input_audio or image_url: send one of them.", place)
 
     def answer(self, asked):
         """A generator of (text, samples at sound.RATE), last a dict: transcript and usage."""
         model = self.model
         *before, (_, parts) = asked.turns
         history = [(role, " ".join(map(self._words, parts))) for role, parts in before]
-        question, written = [], all(isinstance(part, str) for part in parts)
+        question, image = [], None
+        written = not any(torch.is_tensor(part) for part in parts)
         for part in parts:
-            if isinstance(part, str):
+            if isinstance(part, io.BytesIO):  # the last one, if there are several
+                image = model.look(part)
+            elif isinstance(part, str):
                 words = plain(model, part)
                 question += model.text.encode(words, prefix=False, specials=False)
             else:
@@ -216,14 +225,14 @@ class Chats:
         options = {"max_tokens": most, **asked.sampling}
         if asked.form is None:
             marker = None if written else AQTA
-            prompt = model.prompt(question, history, marker=marker)
-            steps = list(model.generate(prompt, layout=TextOnly(), **options))
+            prompt = model.prompt(question, history, marker=marker, image=image)
+            steps = list(model.generate(prompt, layout=TextOnly(), image=image, **options))
             ids = [step.id for step in steps if step.kind == "text"]
             text, n_ids = model.text.decode(ids).strip(), len(steps)
             yield text, torch.zeros(0)
         else:
             marker = TQAA if written else None
-            talk = model.stream(question, history=history, marker=marker, **options)
+            talk = model.stream(question, history=history, marker=marker, image=image, **options)
             yield from resampled(model, talk)
             text, n_ids, prompt = talk.answer.text, len(talk.steps), talk.prompt
         n_prompt = len(prompt)
@@ -234,6 +243,8 @@ class Chats:
     def _words(self, part):
         if isinstance(part, str):
             return plain(self.model, part)
+        if isinstance(part, io.BytesIO):  # earlier turns are words
+            return ""
         return self.model.transcribe((part, audio.SAMPLE_RATE))
 
     def remember(self, name, text):

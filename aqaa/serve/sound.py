@@ -29,12 +29,12 @@ def pcm(wav):
     return (wav.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
 
 
-def unpacked(text):
+def unpacked(text, what="sound"):
     """Bytes of base64. Raises AudioError."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError, TypeError):
-        raise audio.AudioError("the sound is no base64: encode its bytes so.") from None
+        raise audio.AudioError(f"the {what} is no base64: encode its bytes so.") from None
 
 
 def packed(data):
