@@ -24,6 +24,7 @@ from aqaa.training.lineage import kimi_audio as TK
 from aqaa.training.lineage import qwen2_audio as T2
 from aqaa.training.lineage import qwen_omni as TO
 from aqaa.training.lineage import sounds, table
+from aqaa.weights.model_folder import load_part
 from tests import tones
 from tests.conftest import RATE, SENTENCES, tiny_config, tone
 from tests.test_language import dialogues, item
@@ -195,7 +196,7 @@ def test_variants_are_trained_alike_and_asked_the_same(run, monkeypatch, tmp_pat
     kimi = TK.compare(run, 1)
     assert list(kimi) == ["delay 6", "delay 0"] and all(row["text"]["n"] == 1 for row in kimi.values())
     places = [tmp_path / "compare" / str(i) / "parts" for i in range(2)]
-    assert [int(sounds.load_part(place, "heads", Kimi(CONFIG)).delay) for place in places] == [6, 0]
+    assert [int(load_part(place, "heads", Kimi(CONFIG)).delay) for place in places] == [6, 0]
     assert K.read_object(tmp_path / "compare.json", "") == kimi
 
 

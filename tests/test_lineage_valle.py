@@ -11,8 +11,10 @@ import torch
 from aqaa import cli
 from aqaa.config import preset
 from aqaa.corpus.plan import STORED, Item
+from aqaa.lineage import valle
 from aqaa.lineage.codec import FLOOR, STACK, ResidualCodec
-from aqaa.lineage.valle import NAR, VALLE, FirstCodes, first_codes, prefix
+from aqaa.lineage.units import Steps
+from aqaa.lineage.valle import AR, NAR, VALLE, prefix
 from aqaa.lineage.voiceprint import Voiceprint, similarity_by_prompt
 from aqaa.sound_headers import AudioError
 from aqaa.training.lineage import table
@@ -154,28 +156,62 @@ def test_all_levels_are_filled_in_one_pass_each(nar, monkeypatch):
     assert [int(stages.max()) for stages in passes] == [1, 2, 3]
 
 
-def test_ar_is_causal_and_its_ids_are_text_and_first_codes(system):
-    config = first_codes(system.model.config)
-    assert system.ar.lm_head.out_features == config.ids.end == config.ids.n_text + 512
-    ids = prefix([60, 61], [62], [5, 6], system.model.text, config.ids)
-    assert ids[-1] == config.ids.audio_start and ids[-3:-1] == [config.ids.n_text + 5, config.ids.n_text + 6]
-    assert [62, config.ids.text_end, 60, 61] == ids[ids.index(62) : ids.index(61) + 1]
-    ids += [config.ids.n_text + code for code in range(6)]
-    other = [*ids[:-3], *ids[:3]]
+def sequence(system, said, heard=(62,), shown=(5, 6), text=(60, 61)):
+    """(ids (1, T), places (1, T)) of AR behind some codes that it has said."""
+    ids = system.ar.ids
+    before, places = prefix(list(text), list(heard), list(shown), 4.0, system.model.text, ids)
+    before, places = before + [ids.n_text + code for code in said], places + [valle.SAID + i for i in range(len(said))]
+    return torch.tensor([before]), torch.tensor([places])
 
-    def logits(ids):
-        model = system.ar
-        with torch.no_grad():
-            rows = model.model.embed_tokens(torch.tensor([ids]))
-            return model.logits(model.model.run(rows, model.model.bias(len(ids), len(ids))))[0]
 
-    one, two = logits(ids), logits(other)
-    assert torch.allclose(one[:-3], two[:-3], atol=1e-5) and not torch.allclose(one[-3:], two[-3:], atol=1e-3)
+def test_ar_reads_text_and_first_codes(system):
+    ids = system.ar.ids
+    assert system.ar.lm_head.out_features == ids.end == ids.n_text + 512
+    (row,), (places,) = (x.tolist() for x in sequence(system, []))
+    assert row[-3:] == [ids.n_text + 5, ids.n_text + 6, ids.audio_start] and places[-3:] == [0, 1, valle.SAID - 1]
+    start = row.index(62)
+    assert row[start : start + 4] == [62, ids.text_end, 60, 61]
+    assert places[start + 1] == -1 and places[start + 2 : start + 4] == [valle.SAID + 3, valle.SAID + 7]
+    assert 0 < places[start] < 10 and set(places[:start] + places[start + 4 : -3]) == {-1}
+
+
+def test_ar_is_causal(system):
+    with torch.no_grad():
+        one, two, three = (system.ar(*sequence(system, said)) for said in ([1, 2, 3, 4], [1, 2, 7, 8], [9, 2, 3, 4]))
+    assert torch.equal(one[:, :-2], two[:, :-2]) and not torch.allclose(one[:, -2:], two[:, -2:], atol=1e-4)
+    assert not torch.allclose(one[:, -1], three[:, -1], atol=1e-5)
+
+
+def test_a_code_and_a_text_are_as_far_apart_as_in_time(system):
+    ids, places = sequence(system, [1, 2, 3, 4, 5, 6])
+    bias = system.ar.bias(ids, places)[0]
+    text = ids[0].tolist().index(61)  # said at 7
+    start = ids.shape[1] - 7  # audio_start
+    assert bias.shape == (4, ids.shape[1], ids.shape[1]) and (bias[:, 3, 4:] == -torch.inf).all()
+    near = bias[0, start:, text]
+    assert near.argmax() == 6 and near[-1] > near[0] and near[:-1].diff().min() > 0  # the last asks for 6
+    assert torch.allclose(near, bias[0, start, start] - (7 - torch.arange(7.0)).sqrt() / 4)  # of the steepest head
+    assert torch.allclose(bias[0, start + 3, start], -torch.tensor(3.0).sqrt() / 4)  # between codes: in codes
+
+
+def test_ar_goes_on_code_by_code_as_in_one_pass(system):
+    """The likeliest codes with a cache are those of whole passes; text_end and words never come."""
+    ar, ids = system.ar, system.ar.ids
+    before = [x[0].tolist() for x in sequence(system, [])]
+    drawn = ar.continued(*before, 4, 9, seed=3)
+    assert 4 <= len(drawn) <= 9 and all(0 <= code < 512 for code in drawn)
+    assert drawn == ar.continued(*before, 4, 9, seed=3) != ar.continued(*before, 9, 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(valle, "SAMPLING", {"temperature": 0, "top_p": 1.0})
+        greedy = ar.continued(*before, 6, 6)
+    with torch.no_grad():
+        hidden = ar(*sequence(system, greedy))[0, -len(greedy) - 1 : -1]
+    assert ar.logits(hidden, rows=slice(ids.n_text, ids.end)).argmax(-1).tolist() == greedy
 
 
 def test_the_first_codes_end_with_eot_and_not_before_there_are_some():
-    ids = first_codes(tiny_config()).ids
-    machine = FirstCodes(2).machine(ids)
+    ids = AR(tiny_config()).ids
+    machine = Steps(0, "L").machine(ids, 2)
     for token in (ids.n_text, ids.n_text + 1):
         assert machine.allowed() == ("linguistic", ids.n_text, ids.end, ()) and not machine.finished
         machine.advance(token)
@@ -254,7 +290,8 @@ def test_what_was_drawn_before_changes_no_batch(corpus, tiny_text):
         first, second = (task.batch(np.random.default_rng(2)) for task in (one, other))
         assert first.keys() == second.keys()
         for key, value in first.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])), key
+            ours, theirs = (sum(one, []) if key == "groups" else [one] for one in (value, second[key]))
+            assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(ours, theirs, strict=True)), key
 
 
 def test_ar_begins_with_what_the_mini_can_read_aloud(corpus, tiny, tiny_text):
@@ -275,15 +312,33 @@ def test_ar_learns_every_code_and_no_text(corpus, tiny_text):
     speech = some_speech(corpus)
     task, seen = ARTask(tiny_config(), speech, tiny_text), set()
     for seed in range(60):
-        ids, weights = task.draw(np.random.default_rng(seed))
+        ids, places, weights = task.draw(np.random.default_rng(seed))
+        assert len(ids) == len(places) == len(weights)
         (start,) = np.flatnonzero(ids == task.ids.audio_start)
         shown = int((ids[:start] >= task.ids.n_text).sum())
         end = int(np.flatnonzero(ids == task.ids.text_end)[0])
         told = ids[end - 1] >= task.ids.first_text
+        assert places[start:].tolist() == list(range(valle.SAID - 1, valle.SAID + len(ids) - start - 1))
+        text = places[(ids >= task.ids.first_text) & (ids < task.ids.n_text) & (places >= valle.SAID)]
+        assert len(text) and text.max() < 1.4 * (places.max() - valle.SAID) + valle.SAID  # the rate is jittered
         assert (weights[start + 1 :] == 1).all() and ids[-1] == task.ids.eot and weights[start] == 0
         assert weights[: start - shown].sum() == 0 and (weights[start - shown : start] == (shown > 0 and told)).all()
         seen.add((shown > 0, bool(told)))
     assert (True, True) in seen and (False, False) in seen
+
+
+def test_a_prompt_that_is_cut_is_told_its_share_of_the_words(corpus, tiny_text, monkeypatch):
+    for name, value in {"LONGEST": 10, "PAIRS": 1.0, "UNTOLD": 0.0}.items():
+        monkeypatch.setattr(f"aqaa.training.lineage.valle.{name}", value)
+    task, others = ARTask(tiny_config(), speech := some_speech(corpus), tiny_text), []
+    alike = speech.alike
+    monkeypatch.setattr(speech, "alike", lambda *given: others.append(alike(*given)) or others[-1])
+    for seed in range(12):
+        ids, places, _ = task.draw(np.random.default_rng(seed))
+        if (other := others.pop()) is not None:
+            heard = ((ids < task.ids.n_text) & (places >= 0) & (places < valle.SAID - 1)).sum()
+            words = len(task.words(other))
+            assert abs(heard / words - 10 / len(speech.codes(other))) <= 1 / words
 
 
 def test_it_runs_from_the_command_line_and_resumes(corpus, tmp_path, capsys, trained):

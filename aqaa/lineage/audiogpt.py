@@ -108,7 +108,7 @@ class AudioGPT(Writer):
     def called(self, words, said, described):
         """The answer to a question in words. said: the turns before it; described(aspect): what a
         describer that hears it writes."""
-        spoken = [text for role, text in said if role == "assistant"]
+        spoken = [text for who, text in said if who == "assistant"]
         analysis = self.analyst.analyse(words.split()) if words.split() else Analysis("answer")
         tool, argument = analysis.tool, analysis.argument
         self.log.append((STEPS[1], str(analysis)))

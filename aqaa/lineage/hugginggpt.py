@@ -9,6 +9,7 @@ Its four stages, of which `log` keeps what each gave:
 The planner knows no tool: one that is described in other words, or a new one, needs no training."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -230,10 +231,8 @@ class HuggingGPT(Writer):
         text = " and ".join(words) or ("here is the recording" if sounds else UNHEARD)
         sound = sounds[-1] if sounds else (SILENCE, SAMPLE_RATE)
         if aloud and not sounds:  # a plan of words alone: they are read aloud all the same
-            try:
+            with suppress(Exception):  # else the words stand alone
                 sound = self.spoken(normalise(text))
-            except Exception:  # then the words stand alone
-                sound = SILENCE, SAMPLE_RATE
         return Reply(text, *sound)
 
     def _did(self, stage, *what):

@@ -53,7 +53,7 @@ def replied(writer, words, said=()):
 
 def measures(wav):
     """wav (N,) at 16 kHz → (MEASURES,) float32: pitch in octaves above 100 Hz (its 10th, 50th and
-    90th percentile), its spread in semitones, the share of voiced frames, energy in dB, peaks of
+    90th percentile), its spread in semitones, the share of voiced frames, energy in bels, peaks of
     the energy a second, seconds of speech, and how much the energy swings at each of PACES, in
     nepers. All 0 where there is no speech."""
     wav = np.asarray(wav, np.float32)
@@ -97,14 +97,10 @@ class Describer(nn.Module):
     @torch.no_grad()
     def says(self, aspect, wav, rate=SAMPLE_RATE):
         """The sentence that a sound (N,) deserves in an aspect."""
-        measured = torch.from_numpy(measures(at_16k(wav, rate)))
+        measured = torch.from_numpy(measures(resample(torch.as_tensor(wav), rate, SAMPLE_RATE)))
         logits = self(measured[None].to(self.mean.device))[0]
         want = max(ASPECTS[aspect], key=lambda want: float(logits[WANTS.index(want)]))
         return ASPECTS[aspect][want]
-
-
-def at_16k(wav, rate):
-    return np.asarray(resample(torch.as_tensor(wav), rate, SAMPLE_RATE), np.float32)
 
 
 # ---- changers of sound ---------------------------------------------------------------------------

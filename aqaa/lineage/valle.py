@@ -6,10 +6,12 @@ come out (codec.py), from two transformers of the mini's decoder layers:
   NAR   every further level at once, from the text, all levels of the prompt and the levels before
         it; a stage embedding says which level is wanted (section 4.2.2)
 As in the paper the prompt is a prefix of what AR says, and its transcript one of the text; here
-text_end ends the transcript and audio_start the prompt. As it only speaks, the mini hears and
-writes for it; the asker's own voice is the prompt."""
+text_end ends the transcript and audio_start the prompt. Text and codes have positions of their own
+in the paper; Step-1 knows distances alone. A code and an id of the text are as far apart as in time
+if the text were said evenly (as in Deep Voice 3, 1710.07654): minutes of training find no other
+alignment. Rate and voice are the prompt's, the asker's own; the mini hears and writes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -17,55 +19,97 @@ from torch import nn
 
 from aqaa import audio
 from aqaa.backbone import attention
-from aqaa.backbone.generation import generate
+from aqaa.backbone.generation import Decoder, Prefill, generate
 from aqaa.backbone.layers import PlainStep1, PlainTrunk
 from aqaa.config import SAMPLE_RATE, TTS
 from aqaa.fast import prepare
 from aqaa.lineage.codec import LEVELS, RATE, SIZE, ResidualCodec, nearest
 from aqaa.lineage.system import SILENCE, Writer
+from aqaa.lineage.units import Steps
 from aqaa.tokenizers import dialogue
-from aqaa.tokenizers.dialogue import Allowed
 from aqaa.tokenizers.text import normalise
 from aqaa.vocoder.hift import HiFT
 from aqaa.vocoder.streaming import WaveStream
 
 PROMPT_SECONDS = 3.0
 NAR_LAYERS = 4
-LONGEST, SHORTEST = 9, 2  # codes of one level for an id of the text; 98 in 100 lie between
+SILENT = 7  # codes of an utterance that are silence, at its ends
+SLOW, USUAL, FAST = 6.6, 4.2, 2.6  # codes of one level for an id of the text
+SAID = 400  # place of the first code that is said; those of a prompt begin at 0
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 
 
-def first_codes(config, size=SIZE):
-    """The AQAAConfig of AR: its ids are those of the text, then the codes of the first level."""
-    ids = replace(config.ids, n_linguistic=size, n_semantic=0)
-    return replace(config, ids=ids, backbone=replace(config.backbone, vocab_size=ids.end))
+def rate_of(codes, text):
+    """Codes for each id of a text, of an utterance of so many codes and ids."""
+    return min(SLOW, max(FAST, (codes - SILENT) / max(text, 1)))
 
 
-def prefix(text, heard, shown, tokenizer, ids):
-    """Ids behind which AR goes on: text ids, those of the prompt's transcript `heard` (perhaps
-    none), and the prompt's codes `shown` (n,) of the first level."""
-    asked = [*heard, ids.text_end, *text]
-    said = dialogue.prompt([("user", asked)], tokenizer, ids, marker=TTS)
-    return [*said, *(int(code) + ids.n_text for code in shown), ids.audio_start]
+def evenly(count, rate, first=0):
+    """Places of `count` ids of a text that is said evenly from place `first` on."""
+    return [first + 1 + rate * (i + 0.5) for i in range(count)]
 
 
-@dataclass
-class FirstCodes:
-    """A Layout, and its own Machine: codes of the first level, then eot, not before `fewest`."""
+def prefix(text, heard, shown, rate, tokenizer, ids):
+    """What AR goes on behind: (ids, their places in time, -1 for what has none), two lists.
 
-    fewest: int = 1
-    ids: object = None
-    finished: bool = False
+    text: ids; heard: those of the prompt's transcript, perhaps none; shown: the prompt's codes (n,)
+    of the first level; rate: codes for each id of the text."""
+    asked = [("user", [*heard, ids.text_end, *text])]
+    said = dialogue.prompt(asked, tokenizer, ids, marker=TTS)
+    places, end = [-1.0] * len(said), said.index(ids.text_end)
+    places[end - len(heard) : end] = evenly(len(heard), rate_of(len(shown), len(heard)))
+    places[end + 1 : end + 1 + len(text)] = evenly(len(text), rate, SAID)
+    said += [int(code) + ids.n_text for code in shown] + [ids.audio_start]
+    return said, [*places, *map(float, range(len(shown))), SAID - 1.0]
 
-    def machine(self, ids, min_audio=0):
-        return FirstCodes(self.fewest, ids)
 
-    def allowed(self):
-        markers = () if self.fewest > 0 else (self.ids.eot,)
-        return Allowed("linguistic", self.ids.n_text, self.ids.end, markers)
+class AR(PlainStep1):
+    """The backbone's layers, with distances in time between text and codes.
 
-    def advance(self, token):
-        self.finished, self.fewest = token == self.ids.eot, self.fewest - 1
+    Its `ids` are those of the text, then the `size` codes of the first level."""
+
+    def __init__(self, config, size=SIZE):
+        ids = replace(config.ids, n_linguistic=size, n_semantic=0)
+        super().__init__(replace(config.backbone, vocab_size=ids.end))
+        self.ids = ids
+
+    def bias(self, ids, places):
+        """The distance bias (B, H, T, T) of sequences (B, T) and their places (B, T)."""
+        index, timed = torch.arange(ids.shape[1], device=ids.device), places >= 0
+        steps = index[:, None] - index  # (T, T)
+        text = timed & (ids >= self.ids.first_text) & (ids < self.ids.n_text)
+        across = (timed & ~text)[:, :, None] & text[:, None]  # from codes, or audio_start, to text
+        apart = (places[:, :, None] + 1 - places[:, None]).abs()  # from what comes next
+        root = torch.where(across, apart, steps.clamp(min=0)).sqrt()  # (B, T, T)
+        slope = attention.slopes(self.config.num_attention_heads).to(root)
+        return (-slope[:, None, None] * root[:, None]).masked_fill(steps < 0, -torch.inf)
+
+    def forward(self, ids, places):
+        """Hidden states (B, T, D) of sequences (B, T), filled up at the right."""
+        return self.model.run(self.model.embed_tokens(ids), self.bias(ids, places))
+
+    def continued(self, before, places, least, most, seed=0):
+        """The codes (T,), from `least` to `most`, that follow a `prefix`."""
+        prefill = Prefill(self, 0, Timed(self, before, places, most))
+        steps = generate(self, before, self.ids, Steps(0, "L"), seed=seed, max_tokens=most,
+                         min_audio=least, prefill=prefill, **SAMPLING)  # fmt: skip
+        return [step.id - self.ids.n_text for step in steps if step.kind != "marker"]
+
+
+class Timed(Decoder):
+    """A Decoder whose bias is AR's, of a `prefix` and of as many codes as may follow."""
+
+    def __init__(self, ar, before, places, most):
+        super().__init__(ar, 1, min(len(before) + most, ar.config.max_seq_len))
+        ids = torch.tensor([[*before, *[ar.ids.n_text] * most]])  # whichever code it will be
+        places = torch.tensor([[*places, *range(SAID, SAID + most)]])
+        self.bias = ar.bias(ids[:, : self.size], places[:, : self.size])
+
+    def feed(self, embeddings):
+        start, end = self.cache.length, self.cache.length + embeddings.shape[1]
+        hidden = self.model.model.run(embeddings, self.bias[:, :, start:end, :end], self.cache)
+        self.cache.length = end
+        return hidden[:, -1]
 
 
 class NAR(nn.Module):
@@ -83,8 +127,7 @@ class NAR(nn.Module):
         self.embed_stage = nn.Embedding(levels, config.backbone.hidden_size)
         nn.init.normal_(self.trunk.embed_tokens.weight, std=0.05)
         nn.init.normal_(self.embed_stage.weight, std=0.05)
-        with torch.no_grad():
-            self.trunk.embed_tokens.weight[0] = 0
+        self.trunk.embed_tokens.weight.data[0] = 0
 
     def positions(self, text, prompt, codes, level):
         """text (n,), prompt (P, L), codes (T, level or more) -> ids (n + P + T, L) and stages of
@@ -105,7 +148,9 @@ class NAR(nn.Module):
         sizes: the numbers of their positions. Attention stays within an example; half of its heads
         look back, half ahead, and so they tell the past from what comes."""
         hidden = self.trunk.embed_tokens(ids).sum(1) + self.embed_stage(stages)  # (N, D)
-        bias = both_ways(self.trunk.bias(1, 1).shape[1], max(sizes)).to(hidden)
+        back = self.trunk.bias(max(sizes), max(sizes))  # (1, H, n, n)
+        even = torch.arange(back.shape[1], device=back.device)[:, None, None] % 2 == 0
+        bias = torch.where(even, back, back.mT).to(hidden)
         return self.trunk.run(hidden[None], bias, sizes=sizes)[0]
 
     def logits(self, hidden, level):
@@ -129,12 +174,6 @@ class NAR(nn.Module):
         return codes
 
 
-def both_ways(heads, size):
-    """An additive mask (1, H, N, N) of distances: even heads look back, odd ones ahead."""
-    back = attention.sqrt_bias(attention.slopes(heads), size, size)
-    return torch.where((torch.arange(heads) % 2 == 0)[:, None, None], back, back.mT)
-
-
 class VALLE(Writer):
     """The mini hears and writes, VALL-E says it with the asker's own voice."""
 
@@ -146,7 +185,7 @@ class VALLE(Writer):
 
     @cached_property
     def ar(self):
-        return prepare(self.part("ar", PlainStep1(first_codes(self.model.config).backbone)))
+        return prepare(self.part("ar", AR(self.model.config)))
 
     @cached_property
     def nar(self):
@@ -181,16 +220,15 @@ class VALLE(Writer):
         """(ids of its words, codes (P, L)) of what the voice is copied from."""
         if prompt is None or not seconds:
             return [], torch.zeros(0, self.codec.levels, dtype=torch.long)
-        wav = audio.trim_silence(audio.load_question((prompt, SAMPLE_RATE)))
-        wav = wav[-int(seconds * SAMPLE_RATE) :]
+        said = audio.trim_silence(audio.load_question((prompt, SAMPLE_RATE)))
+        wav = said[-int(seconds * SAMPLE_RATE) :]
         heard = self.model.text.encode(normalise(self.model.transcribe((wav, SAMPLE_RATE))))
         return heard, self.codec.encode(self.codec.read(wav))
 
     def codes(self, text, heard, shown):
         """Codes (T, L) of text ids: AR makes the first level, NAR all the others."""
-        ids = first_codes(self.model.config, self.codec.size).ids
-        before = prefix(text, heard, shown[:, 0], self.model.text, ids)
-        steps = generate(self.ar, before, ids, FirstCodes(SHORTEST * len(text)), seed=self.seed,
-                         max_tokens=LONGEST * len(text) + RATE, **SAMPLING)  # fmt: skip
-        first = [step.id - ids.n_text for step in steps if step.kind != "marker"]
+        rate = rate_of(len(shown), len(heard)) if heard else USUAL
+        before = prefix(text, heard, shown[:, 0], rate, self.model.text, self.ar.ids)
+        least, most = int(0.6 * rate * len(text)), int(1.5 * rate * len(text)) + RATE
+        first = self.ar.continued(*before, least, most, self.seed)
         return self.nar.complete(text, shown, first, self.codec.centroids)

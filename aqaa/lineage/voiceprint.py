@@ -57,12 +57,11 @@ def similarity_by_prompt(system, print_of, said, seconds=(0, 1, 3)):
     print_of: Voiceprint; said: list of (text, prompt (n,) at 16 kHz). Returns {seconds: {"mean",
     "error" (standard error), "n"}}, and the same for "halves", of the prompt itself, and "other",
     of speech behind another prompt. The whole prompt is compared, however little was heard."""
-    made = {length: [system.say(text, wav, length)[0] for text, wav in said] for length in seconds}
+    made = {length: [print_of.vector(system.say(text, wav, length)[0]) for text, wav in said]
+            for length in seconds}  # fmt: skip
     prints = [print_of.vector(wav) for _, wav in said]
-    rows = {length: [print_of.vector(wav) @ one for wav, one in zip(waves, prints, strict=True)]
-            for length, waves in made.items()}  # fmt: skip
-    last = [print_of.vector(wav) for wav in made[max(seconds)]]
-    rows["other"] = [one @ other for one, other in zip(last, prints[1:] + prints[:1], strict=True)]
+    rows = {length: [one @ own for one, own in zip(ours, prints)] for length, ours in made.items()}
+    rows["other"] = [one @ other for one, other in zip(made[max(seconds)], prints[1:] + prints[:1])]
     rows["halves"] = [print_of.similarity(*np.array_split(wav, 2)) for _, wav in said]
     return {name: {"mean": round(float(np.mean(row)), 3), "n": len(row),
                    "error": round(float(np.std(row) / len(row) ** 0.5), 3)}

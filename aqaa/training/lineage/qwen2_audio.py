@@ -8,7 +8,8 @@ import torch
 from aqaa.config import AQTA, ASR_MARKER
 from aqaa.lineage.features import packed, pooled
 from aqaa.lineage.qwen2_audio import Hearing
-from aqaa.training.lineage.sounds import Heard, Sounds, started
+from aqaa.training.lineage.sounds import Heard, Sounds
+from aqaa.training.lineage.steps import begin
 from aqaa.training.objectives import LanguageTask, NextToken
 from aqaa.training.stages import Stage
 
@@ -48,7 +49,7 @@ class HearingTask(LanguageTask):
     @classmethod
     def from_run(cls, run, stage):
         task = cls(Sounds(run), stage.mixture, floor=stage.floor, **stage.settings)
-        started(run, stage, task.model)
+        begin(run, stage, task.model if stage.parent else task.model.backbone)
         return task
 
     def batch(self, rng):

@@ -25,7 +25,6 @@ from aqaa.tokenizers.text import TextTokenizer, normalise
 from aqaa.training import features
 from aqaa.training.examples import NATURAL_WEIGHT, Book, Examples, swapped
 from aqaa.training.speech_tokenizers import LinguisticTask, SemanticTask
-from aqaa.weights.model_folder import load_part
 
 MOST = 8000  # questions
 BATCH = 64  # of them at once
@@ -94,15 +93,6 @@ class Heard(Examples):
             examples.append((*self.draw(rng), self.features))
             inputs += np.shape(examples[-1][0])[-1] - 1
         return examples
-
-
-def started(run, stage, net):
-    """Give a net what its stage starts from: an earlier stage of its system, or the shipped
-    backbone. Raises ModelError where the earlier stage has left nothing."""
-    if stage.parent:
-        load_part(run.out / "parts", stage.parent, net).train()
-    else:
-        run.start(stage, net.backbone)
 
 
 def chosen(items, most, seed):

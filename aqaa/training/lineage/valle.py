@@ -6,35 +6,42 @@ pairs; NAR is shown one end of an utterance, or another one like it, and complet
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from aqaa import audio
 from aqaa.lineage.codec import RATE
-from aqaa.lineage.valle import NAR, PROMPT_SECONDS, first_codes, prefix
+from aqaa.lineage.valle import AR, NAR, PROMPT_SECONDS, SAID, prefix, rate_of
 from aqaa.tokenizers.text import TextTokenizer, normalise
 from aqaa.training.lineage.codec import speech
-from aqaa.training.objectives import LanguageTask
 from aqaa.training.stages import Stage
 from aqaa.weights import model_folder
 
 CODEC, HERE = "aqaa.training.lineage.codec", "aqaa.training.lineage.valle"
 STAGES = (
     Stage("codec", "residual k-means of mel frames", f"{CODEC}:CodecTask", 120),
-    Stage("voices", "HiFT speaks the codec's mels in all voices", f"{CODEC}:VoicesTask", 700,
+    Stage("voices", "HiFT speaks the codec's mels in all voices", f"{CODEC}:VoicesTask", 500,
           "hift", settings={"adversarial_from": 2.0}),  # never: adversaries would need hours
     Stage("ar", "text to the first codebook", f"{HERE}:ARTask", 300, "backbone"),
     Stage("nar", "the other codebooks", f"{HERE}:NARTask", 500),
 )  # fmt: skip
 LONGEST = int(PROMPT_SECONDS * RATE)  # vectors of a prompt
 PAIRS, UNTOLD = 0.5, 0.2  # shares of AR's examples behind a prompt; of prompts without transcript
+ROWS = 12  # examples of AR that are filled up to one length
+JITTER = 0.1  # of the logarithm of the rate that AR is told: a prompt's is not quite that
 
 
-class ARTask(LanguageTask):
-    """Next code of the first level, on packed rows. Half of the examples stand behind a prompt."""
+class ARTask:
+    """Cross-entropy of the next code of the first level, or the end. Half of the examples stand
+    behind a prompt; a batch has about `size` ids."""
 
-    def __init__(self, config, speech, tokenizer, *, rows=8, length=448, lr=1e-3, floor=0.02):
-        super(LanguageTask, self).__init__(first_codes(config, speech.codec.size))
-        self.speech, self.tokenizer, self.examples = speech, tokenizer, self
-        self.rows, self.length, self.lr, self.floor = rows, length, lr, floor
+    lr, warmup = 1e-3, 0.02
+
+    def __init__(self, config, speech, tokenizer, *, size=3500):
+        self.speech, self.tokenizer, self.size = speech, tokenizer, size
+        self.model = AR(config, speech.codec.size)
+        self.ids = self.model.ids
+        self.modules = {"model": self.model}
+        self.rows = torch.tensor([*range(self.ids.n_text, self.ids.end), self.ids.eot])
 
     @classmethod
     def from_run(cls, run, stage):
@@ -59,24 +66,48 @@ class ARTask(LanguageTask):
             one.weight[:n_text] = other.weight[:n_text]
             one.weight[n_text:] = shares @ other.weight[start : start + shares.shape[1]]
 
+    def batch(self, rng):
+        """`groups` of examples of like length: what `draw` gives, each (B, T), filled up by 0."""
+        drawn, count = [], 0
+        while count < self.size:
+            drawn.append([torch.from_numpy(part) for part in self.draw(rng)])
+            count += len(drawn[-1][0]) - 1
+        drawn.sort(key=lambda example: len(example[0]))
+        groups = (zip(*drawn[i : i + ROWS]) for i in range(0, len(drawn), ROWS))
+        return {"groups": [[pad_sequence(part, True) for part in group] for group in groups]}
+
+    def loss(self, batch, step):
+        losses, right, device = [], [], self.model.lm_head.weight.device
+        for group in batch["groups"]:
+            ids, places, weights = (part.to(device) for part in group)
+            known, targets = weights[:, 1:] > 0, ids[:, 1:]
+            targets = targets.where(targets != self.ids.eot, self.ids.end) - self.ids.n_text
+            hidden, targets = self.model(ids[:, :-1], places[:, :-1])[known], targets[known]
+            logits = self.model.logits(hidden, rows=self.rows.to(device)).float()  # (M, K + 1)
+            losses.append(F.cross_entropy(logits, targets, reduction="none"))
+            right.append(logits.argmax(-1) == targets)
+        return torch.cat(losses).mean(), {"right": torch.cat(right).float().mean()}
+
     def draw(self, rng):
-        """One example: ids (N,) and the weight of each as a target (N,)."""
+        """One example: ids (N,), their places (N,) and the weight of each as a target (N,)."""
         index, codes = self.speech.draw(rng)
-        first, heard, shown = codes[:, 0], [], []
+        first, text, heard, shown = codes[:, 0], self.words(index), [], []
         told = False
         if rng.random() < PAIRS and (other := self.speech.alike(index, rng)) is not None:
-            shown = self.speech.codes(other)[-LONGEST:, 0]
-            if told := rng.random() > UNTOLD:
-                heard = self.words(other)
+            whole, words = self.speech.codes(other)[:, 0], self.words(other)
+            shown = whole[-LONGEST:]
+            if told := rng.random() > UNTOLD:  # its share of the words, as if evenly said
+                heard = words[len(words) * (len(whole) - len(shown)) // len(whole) :]
             else:  # a piece of any length, whose words nobody wrote down
                 shown = shown[-int(rng.integers(10, len(shown) + 10)) :]
-        before = prefix(self.words(index), heard, shown, self.tokenizer, self.ids)
+        rate = rate_of(len(first), len(text)) * np.exp(rng.normal(0, JITTER))
+        before, places = prefix(text, heard, shown, rate, self.tokenizer, self.ids)
         ids = np.array([*before, *(first + self.ids.n_text).tolist(), self.ids.eot])
+        places = np.array([*places, *(SAID + np.arange(len(first) + 1))], np.float32)
         weights = np.zeros(len(ids), np.float32)
         weights[len(before) :] = 1.0
-        if told:  # the prompt says its transcript, too
-            weights[len(before) - 1 - len(shown) : len(before) - 1] = 1.0
-        return ids, weights
+        weights[len(before) - 1 - len(shown) : len(before) - 1] = told  # it says its transcript too
+        return ids, places, weights
 
     def words(self, index):
         return self.tokenizer.encode(normalise(self.speech.items[index].text))
