@@ -204,7 +204,8 @@ def judges(result):
 
 
 SEEN = {"picture_seen": "in wordings and voices of the training", "picture_new": "in wordings never heard",
-        "picture_natural": "in natural voices never heard", "count": "how many", "colour": "which colour",
+        "picture_natural": "in natural voices never heard", "count": "how many",
+        "count_some": "how many, where there are some", "colour": "which colour",
         "shape": "which shape", "digit": "which number", "where": "where", "is_there": "is there one"}
 
 

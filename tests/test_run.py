@@ -399,6 +399,23 @@ def test_what_a_head_learns_from_is_what_it_will_hear(run):
     assert same.float().mean() > 0.9
 
 
+def test_a_backbone_that_stays_is_as_sure_as_it_was(place, tmp_path):
+    """What calibration found out about it goes with it; a new one starts uncalibrated. Eyes fit their own backbone."""
+    shutil.copytree(place / "model", tmp_path / "before")
+    settings = read(tmp_path / "before" / "config.json")
+    settings["confidence"] = {"slope": 0.5, "offset": -2.0}
+    (tmp_path / "before" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    later = K.Run(**{**options(tmp_path), "init": tmp_path / "before", "corpus": place / "corpus"})
+    later.export()
+    assert read(tmp_path / "model" / "config.json")["confidence"] == settings["confidence"]
+    assert (tmp_path / "model" / "vision.safetensors").exists()
+    (later.out / "parts").mkdir(exist_ok=True)
+    shutil.copy(place / "run" / "parts" / "sft1.safetensors", later.out / "parts")
+    later.export()
+    assert read(tmp_path / "model" / "config.json")["confidence"] == {"slope": 1.0, "offset": 0.0}
+    assert not (tmp_path / "model" / "vision.safetensors").exists()
+
+
 def test_heads_leave_with_the_encoders_that_they_know(place, tmp_path):
     """Where an encoder is new, heads of the model folder would read another one's rows."""
     later = K.Run(**{**options(tmp_path), "init": place / "model", "corpus": place / "corpus"})

@@ -44,12 +44,20 @@ def measure(model, limit=None, seed=0, split="eval", progress=False):
     judge, _ = make_judge(known, [row["text"] for row in rows], seed)
     for row, words in zip(rows, judge.hear_all(sounds, False, 1), strict=True):
         row |= {"heard": words, "sound": words == normalise(row["want"])}
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in pictures.KINDS}
-    groups = {cell: [row for row in rows if row["cell"] == cell] for cell in cells}
+    return {"cells": summarise(rows), "rows": rows}
+
+
+def summarise(rows):
+    """{cell, kind or "all": {"text", "sound", "blind": share}}; "count_some" are counts that are
+    not zero: most shapes are in no picture, so that "no" is a good guess."""
+    groups = {"all": rows}
+    for key in ("cell", "kind"):
+        for name in dict.fromkeys(row[key] for row in rows):
+            groups[name] = [row for row in rows if row[key] == name]
+    groups["count_some"] = [row for row in groups.get("count", ()) if " no " not in row["want"]]
     scores = {"text": "right", "sound": "sound", "blind": "blind"}
-    tell = {name: {score: share([row[key] for row in group]) for score, key in scores.items()}
-            for name, group in ({"all": rows} | groups | kinds).items()}  # fmt: skip
-    return {"cells": {key: value for key, value in tell.items() if key}, "rows": rows}
+    return {name: {score: share([row[key] for row in group]) for score, key in scores.items()}
+            for name, group in groups.items() if group and name}  # fmt: skip
 
 
 def two_scenes(kind, thing, rng):

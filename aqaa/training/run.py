@@ -8,6 +8,7 @@ import itertools
 import shutil
 import time
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -175,7 +176,11 @@ class Run:
                 parts[name] = path
         if self.init:
             record = {**self._recorded(self.init), **record}
-        model_folder.gather(self.export_folder, self.config, self.tokenizer_file(), parts, record)
+        config = self.config
+        if parts["backbone"].parent == self.init:  # as sure of itself as it was
+            sure = model_folder.read_config(self.init).confidence
+            config = replace(config, confidence=sure)
+        model_folder.gather(self.export_folder, config, self.tokenizer_file(), parts, record)
         for path, there in codes.items():
             with replacing(there) as part:
                 shutil.copyfile(path, part)
