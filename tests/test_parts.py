@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from aqaa.corpus import engines, natural, parts, play, speak, wider
+from aqaa.corpus import engines, natural, parts, pictures, play, speak, wider
 from aqaa.corpus import plan as P
 from aqaa.corpus import voices as V
 from tests import tones
@@ -32,6 +32,8 @@ def spoken(monkeypatch):
     monkeypatch.setattr(play, "plan", lambda scale, seed: joined[:2] + joined[-3:])
     later = play.later_plan()
     monkeypatch.setattr(play, "later_plan", lambda scale, seed: later[:2] + later[-2:])
+    drawn = pictures.plan()
+    monkeypatch.setattr(pictures, "plan", lambda scale, seed: drawn[:2] + drawn[-3:])
     monkeypatch.setattr(speak, "PER_SHARD", 16)
     monkeypatch.delenv(natural.STYLES_ENV, raising=False)
 
@@ -42,15 +44,15 @@ def make(folder, **more):
 
 def test_parts_are_read_together_and_each_for_itself(spoken, tmp_path):
     corpus = make(tmp_path)
-    questions, opened, more, games, later = (speak.Corpus(tmp_path / part) for part in speak.PARTS[:-1])
-    every = [item for part in (questions, opened, more, games, later) for item in part.items()]
+    singly = [speak.Corpus(tmp_path / part) for part in speak.PARTS[:-1]]
+    every = [item for part in singly for item in part.items()]
     assert [item.id for item in corpus.items()] == [item.id for item in every] and corpus.complete
-    for alone, part in zip((questions, opened, more, games, later), speak.PARTS, strict=False):
+    for alone, part in zip(singly, speak.PARTS, strict=False):
         mine = [item for item in corpus.items() if item.part == part]
         assert mine and {item.part for item in alone.items()} == {""}
         assert all(np.array_equal(alone.wav(a), corpus.wav(b)) for a, b in zip(alone.items(), mine, strict=True))
     assert corpus.items(role="open", split="train")
-    told = [part.answers().keys() for part in (questions, more, games, later)]
+    told = [part.answers().keys() for part in singly if not part.items(role="open")]
     assert corpus.answers().keys() == set().union(*told) and all(told)
     assert {item.voice for item in corpus.items(role="open")} > set(V.NATURAL)
 
@@ -60,9 +62,9 @@ def test_a_part_is_spoken_again_without_the_others(spoken, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "questions").iterdir()}
     for path in (tmp_path / "open").iterdir():
         path.unlink()
-    assert list(speak.Corpus(tmp_path).places) == ["questions", "wider", "play", "later"]
+    assert list(speak.Corpus(tmp_path).places) == ["questions", "wider", "play", "later", "pictures"]
     corpus = make(tmp_path, only="open", resume=False, seed=1)
-    assert corpus.complete and list(corpus.places) == ["questions", "open", "wider", "play", "later"]
+    assert corpus.complete and list(corpus.places) == [*"questions open wider play later pictures".split()]
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "questions").iterdir()}
 
 
@@ -97,6 +99,7 @@ def test_cost_is_said_before_anything_is_spoken(spoken, tmp_path, capsys, monkey
     told = re.findall(line, capsys.readouterr().out, re.MULTILINE)
     assert [(part, int(count)) for part, count, *_ in told] == [
         ("questions", 20), ("open", len(P.open_plan(0.01))), ("wider", 8), ("play", 5), ("later", 4),
+        ("pictures", 5),
     ]  # fmt: skip
 
 
