@@ -202,8 +202,7 @@ def _responder(model, args):
     if args.verb == "chat":
         return model.chat(**sampling).ask
     if args.image is not None:
-        model.look(args.image)  # a bad one is told once
-        sampling["image"] = args.image
+        sampling["image"] = model.look(args.image)  # once for all questions
     if not args.stream:
         return lambda wav: model.ask(wav, **sampling)
 

@@ -80,7 +80,7 @@ class AQAA:
 
     heads = cached_property(lambda self: self._extra("heads"))  # PhoneHeads of both tokenizers
     vision = cached_property(lambda self: self._extra("vision"))  # Vision
-    seeing = cached_property(lambda self: self.vision.adapted(self.decoder))  # behind a picture
+    seeing = cached_property(lambda self: self.vision.adapted(self.decoder))  # with a picture
 
     def _extra(self, name):
         """A part that weights need not bring; None where they do not."""
@@ -140,8 +140,10 @@ class AQAA:
     def look(self, image):
         """A picture (a path, an image of PIL, or uint8 (H, W, 3)) -> (3, S, S) in -1..1.
 
-        Raises PictureError, and ModelError for weights that see nothing.
+        A tensor comes back as it is. Raises PictureError, and ModelError for weights without eyes.
         """
+        if torch.is_tensor(image):
+            return image
         if self.engine is not None:
             raise ModelError("a picture needs the model in this process: leave out --engine.")
         if self.vision is None:
@@ -168,8 +170,9 @@ class AQAA:
         sampling = {**SAMPLING, "min_audio": MIN_AUDIO, **sampling}
         if self.engine is not None:
             return self.engine.generate(prompt, self.ids, layout, **sampling)
-        decoder = self.decoder if image is None else self.seeing
-        if image is not None:
+        decoder = self.decoder
+        if image is not None:  # its rows take the places that the prompt keeps for them
+            decoder = self.seeing
             with torch.inference_mode():
                 rows = generation.embed(decoder, [prompt])
                 ids = torch.tensor([prompt], device=rows.device)
@@ -223,7 +226,7 @@ class Talk:
         self.ledger = Ledger()
         if image is not None:
             with self.ledger.step("look"):
-                image = image if torch.is_tensor(image) else model.look(image)
+                image = model.look(image)
             sampling = {**sampling, "image": image}
         self.model, self.sampling = model, sampling
         self.seed = sampling.get("seed", 0)

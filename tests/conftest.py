@@ -30,6 +30,20 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def losses_of(task, parameters, lr, steps):
+    """Losses of a task over some steps of AdamW, its batches drawn with seed 0; the last log."""
+    import torch
+
+    optimizer, rng, losses, logs = torch.optim.AdamW(parameters, lr), np.random.default_rng(0), [], {}
+    for step in range(steps):
+        loss, logs = task.loss(task.batch(rng), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, logs
+
+
 def tiny_config():
     """The mini's networks with hardly any width: built, saved and run in moments."""
     from aqaa.config import BackboneConfig, IdsConfig, LinguisticConfig, SemanticConfig, preset

@@ -21,6 +21,7 @@ from aqaa.files import ModelError, data_folder
 from aqaa.tokenizers import dialogue
 from aqaa.training import sight
 from aqaa.training.run import Run
+from tests.conftest import losses_of
 
 MINI = preset("mini")
 
@@ -90,7 +91,7 @@ def test_every_thing_is_drawn_in_its_colour_where_it_is(name):
 def test_training_evaluation_and_development_hold_no_wording_or_voice_in_common_where_they_shall_not():
     items = [item for item in P.plan() if item.role == "picture"]
     by = {name: [item for item in items if (item.cell or item.split) == name]
-          for name in ("train", "dev", *bench.CELLS)}  # fmt: skip
+          for name in ("train", "dev", "picture_seen", "picture_new", "picture_natural")}  # fmt: skip
     heard = {item.text for item in by["train"]}
     assert not heard & {item.text for item in by["picture_new"]}
     assert not {item.voice for item in by["train"]} & {item.voice for item in by["picture_natural"]}
@@ -228,15 +229,8 @@ def test_facts_are_what_heads_are_asked():
 
 def test_vision_learns():
     torch.manual_seed(0)
-    task, rng = sight.VisionTask(MINI, size=16), np.random.default_rng(0)
-    optimizer = torch.optim.AdamW([p for m in task.modules.values() for p in m.parameters()], 2e-3)
-    losses = []
-    for step in range(16):
-        loss, logs = task.loss(task.batch(rng), step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    task = sight.VisionTask(MINI, size=16)
+    losses, logs = losses_of(task, [p for m in task.modules.values() for p in m.parameters()], 2e-3, 16)
     assert np.mean(losses[-4:]) < 0.8 * losses[0] and 0 <= logs["all_right"] <= 1
 
 
@@ -256,10 +250,10 @@ def test_an_example_holds_its_picture_behind_the_question_and_never_learns_to_sa
     rng, seen = np.random.default_rng(0), set()
     for _ in range(40):
         ids, weights, scene = examples.draw(rng)
-        at, room = ids.tolist().index(MINI.ids.im_start), len(examples.hold)
-        assert ids[at : at + room].tolist() == examples.hold and ids[at + room] == MINI.ids.eot
+        at, room = ids.tolist().index(MINI.ids.im_start), len(examples.patches)
+        assert ids[at : at + room].tolist() == examples.patches and ids[at + room] == MINI.ids.eot
         assert not weights[at : at + room].any() and len(ids) == len(weights)
-        turn = [("user", [ids[3 + (ids[1] == AQTA) : at].tolist(), examples.hold])]
+        turn = [("user", [ids[3 + (ids[1] == AQTA) : at].tolist(), examples.patches])]
         marker = AQTA if ids[1] == AQTA else None
         assert dialogue.prompt(turn, examples.book.tokenizer, MINI.ids, marker=marker) == ids[: at + room + 3].tolist()
         answer = ids[at + room :]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from aqaa import Piece, audio, cli, serve
-from aqaa.backbone.vision import Vision
+from aqaa.backbone import vision
 from aqaa.config import AQTA, TQAA, TTS
 from tests.conftest import RATE, fails, tone
 
@@ -277,10 +277,10 @@ def pictured(colour):
 
 def test_a_picture_is_looked_at_in_text_and_in_sound(client, tiny, monkeypatch):
     torch.manual_seed(0)
-    eyes = Vision(tiny.config).eval()
-    looked, look = [], type(tiny).look
+    eyes = vision.Vision(tiny.config).eval()
+    looked, pixels = [], vision.pixels
     monkeypatch.setitem(tiny.__dict__, "vision", eyes)
-    monkeypatch.setattr(type(tiny), "look", lambda self, image: looked.append(look(self, image)) or looked[-1])
+    monkeypatch.setattr(vision, "pixels", lambda *picture: looked.append(pixels(*picture)) or looked[-1])
     try:
         for options in ({"model": "aqaa"}, spoken()):
             said = [{"type": "text", "text": "what is it"}, pictured("red")]

@@ -36,22 +36,20 @@ def pixels(picture, size):
             picture = Image.open(picture)
         elif not isinstance(picture, Image.Image):
             picture = Image.fromarray(np.asarray(picture))
-        width, height = picture.size
-        if width * height > LARGEST:
-            fault = f"{named} has {width} x {height} pixels, more than {LARGEST // 10**6} million"
-            raise PictureError(f"{fault}: make it smaller.")
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")  # as its camera was held
-    except PictureError:
-        raise
+        width, height = picture.size  # its head alone is read so far
+        if fits := width * height <= LARGEST:
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")  # as its camera was held
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as fault:
         missing = isinstance(fault, FileNotFoundError)
         remedy = "check its name" if missing else "give a PNG, JPEG, WebP or GIF"
         what = "is not there" if missing else "is no picture that can be read"
         raise PictureError(f"{named} {what}: {remedy}.") from None
-    width, height = picture.size
-    side = max(width, height)
+    if not fits:
+        fault = f"{named} has {width} x {height} pixels, more than {LARGEST // 10**6} million"
+        raise PictureError(f"{fault}: make it smaller.")
+    side = max(picture.size)
     square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(picture, ((side - width) // 2, (side - height) // 2))
+    square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     small = square.convert("RGB").resize((size, size), Image.Resampling.BOX)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
 

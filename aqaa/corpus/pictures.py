@@ -61,9 +61,8 @@ def scene(rng):
     if kind == "sides":
         sides = tuple(str(side) for side in rng.permutation(list(PLACES))[:2])
         spots = [(rng.uniform(*PLACES[side][:2]), rng.uniform(*PLACES[side][2:])) for side in sides]
-        both = zip(names, colours, spots, strict=False)
         things = [Thing(name, colour, *spot, rng.uniform(0.1, 0.14))
-                  for name, colour, spot in list(both)[:2]]  # fmt: skip
+                  for name, colour, spot in zip(names, colours, spots, strict=False)]  # fmt: skip
         return Scene(tuple(things), sides, paper)
     counts = [int(rng.integers(1, MOST + 1)), int(rng.integers(0, 4))]
     counts = counts[:1] if rng.random() < 0.4 else counts

@@ -5,6 +5,7 @@ training draws from. Beside it the same questions with another picture, whose an
 is right there by chance was not seen."""
 
 import numpy as np
+from tqdm import tqdm
 
 from aqaa.corpus import pictures
 from aqaa.corpus.codes import stored_codes
@@ -13,17 +14,16 @@ from aqaa.files import data_folder
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import normalise
 
-CELLS = ("picture_seen", "picture_new", "picture_natural")
 APART = 997  # mixed into the seeds of scenes, so that they are no batch of a training
 
 
-def measure(model, limit=None, seed=0, split="eval", progress=False):
+def measure(model, limit=None, seed=0, progress=False):
     """Ask an AQAA `limit` questions of each cell (all). Returns {cell: {"text", "sound", "blind":
-    share}}, the same by kind of question, and "rows". split "dev": those of development."""
-    from tqdm import tqdm
-
-    items = [item for item in pictures.plan(seed=seed) if item.split == split]
-    cells = dict.fromkeys(item.cell for item in items if item.role == "picture")
+    share}}, the same by kind of question, and "rows"."""
+    planned = pictures.plan(seed=seed)
+    known = {item.text for item in planned if item.role == "answer"}
+    items = [item for item in planned if item.role == "picture" and item.split == "eval"]
+    cells = dict.fromkeys(item.cell for item in items)
     chosen = [item for cell in cells for item in [i for i in items if i.cell == cell][:limit]]
     codes = stored_codes(data_folder() / "codes")
     rows, sounds = [], []
@@ -39,8 +39,6 @@ def measure(model, limit=None, seed=0, split="eval", progress=False):
                      "want": want, "text": answer.text, "right": answer.text == want,
                      "blind": blind.text == want, "sure": round(answer.confidence, 3)})  # fmt: skip
         sounds.append(answer.audio.numpy())
-    known = {text for kind in pictures.KINDS for thing in pictures.subjects(kind)
-             for text in pictures.answers(kind, thing)}  # fmt: skip
     judge, _ = make_judge(known, [row["text"] for row in rows], seed)
     for row, words in zip(rows, judge.hear_all(sounds, False, 1), strict=True):
         row |= {"heard": words, "sound": words == normalise(row["want"])}

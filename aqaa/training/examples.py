@@ -178,7 +178,8 @@ class Examples:
         return np.concatenate([[self.ids.bos], audio]), np.concatenate([[0], weights])
 
     def joined(self, rng):
-        """Cut between two words, where they stand by their share of the letters."""
+        """An utterance, cut between two words: one part is written, the other sounds. How far into
+        the sound a word stands is guessed by its share of the letters."""
         index = self.book.spoken_words[rng.choice(len(self.asr_probs), p=self.asr_probs)]
         words, audio = normalise(self.book.items[index].text).split(), self.book.audio[index]
         cut = rng.integers(len(words) + 1)

@@ -42,8 +42,7 @@ class HeadsTask:
             heard[name] = listened(run.part(makers[name]), data, chosen)
         tests = {name: np.searchsorted(chosen, rows) for name, rows in tests.items()}
         task = cls(run.config, heard, np.searchsorted(chosen, train), tests)
-        if run.init and (run.init / "heads.safetensors").exists():
-            run.start(stage, task.model)
+        run.start(stage, task.model)
         return task
 
     def batch(self, rng):

@@ -126,9 +126,11 @@ class Trainer:
         self.own = not hasattr(task, "train_step")
         self.lr = getattr(task, "lr", 1e-3)
         decay = getattr(task, "weight_decay", 0.01)
-        outer = getattr(task, "outer", 1.0)
-        made = self.own and build_optimizers(task.modules, self.lr, decay, outer)
-        self.optimizers = made or task.optimizers
+        if self.own:
+            outer = getattr(task, "outer", 1.0)
+            self.optimizers = build_optimizers(task.modules, self.lr, decay, outer)
+        else:
+            self.optimizers = task.optimizers
         self.step, self.seconds = 0, 0.0
         self.rows = []  # the log
         self.sums, self.count = {}, 0  # the next row of the log will be their mean

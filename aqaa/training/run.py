@@ -117,6 +117,7 @@ class Run:
                 heard[number, name] = features.codes(model, data, copied, bend, seed)
         files = {}  # {part: {name of a row of codes: (row of the item, number of the copy)}}
         for i, item in enumerate(items):
+            # Answers about pictures lie with their questions: the file of all others can stay.
             part = ANSWERS if item.is_voiced and item.part != "pictures" else item.part
             files.setdefault(part, {})[item.id] = i, 0
         for number, i in itertools.product(range(1, wider.COPIES + 1), copied):
@@ -279,12 +280,14 @@ class Run:
     def start(self, stage, module):
         """Give `module` the weights that a stage starts from: those of its parent, or of `init`.
         Returns whether there are any."""
+        # Of a model folder's parts only those of EXTRA may be missing.
+        there = bool(self.init) and stage.part in model_folder.parts_in(self.init)
         if stage.parent:
             self.part(stage.parent, module)
-        elif self.init:
+        elif there:
             model_folder.load_part(self.init, stage.part, module)
         module.train()
-        return bool(stage.parent or self.init)
+        return bool(stage.parent) or there
 
     def part(self, name, module=None):
         """`module` with the weights that stage `name` left, or else those of `init`, in eval mode.

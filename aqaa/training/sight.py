@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from aqaa.backbone.vision import Vision, patches
+from aqaa.backbone.vision import Vision, patches, pixels
 from aqaa.config import AQTA
 from aqaa.corpus import pictures
 from aqaa.tokenizers import interleave
@@ -21,9 +21,8 @@ from aqaa.training.objectives import LanguageTask, NextToken
 
 
 def shown(scenes, size):
-    """Pictures (M, 3, size, size) in -1..1 of scenes."""
-    arrays = [np.asarray(pictures.draw(scene, size)) for scene in scenes]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Pictures (M, 3, size, size) in -1..1 of scenes, as `pixels` makes them of any picture."""
+    return torch.stack([pixels(pictures.draw(scene, size), size) for scene in scenes])
 
 
 def facts(scene):
@@ -63,8 +62,7 @@ class VisionTask:
     @classmethod
     def from_run(cls, run, stage):
         task = cls(run.config, **stage.settings)
-        if run.init and (run.init / "vision.safetensors").exists():
-            run.start(stage, task.model)
+        run.start(stage, task.model)
         return task
 
     def batch(self, rng):
@@ -89,23 +87,25 @@ class PictureExamples(Examples):
 
     def __init__(self, book, mixture, items, codes, **options):
         super().__init__(book, mixture, **options)
-        self.hold, said = patches(book.config), {}
+        self.patches = patches(book.config)
+        self.answers = {}  # text: (its ids, audio ids, first and last of the ids that differ)
+        self.questions = {}  # (intent, thing): [(audio ids, ids of the words), …]
         for item in items:
             audio = np.array(interleave.merge(*codes[item.id], self.ids), np.int64)
+            words = book.encode(item.text)
             if item.role == "answer":
-                said[item.text] = book.encode(item.text), audio, *undecided(item.text, book)
+                self.answers[item.text] = words, audio, *undecided(item.text, book)
             elif item.split == "train":
-                asked = said.setdefault((item.intent, item.slots["thing"]), [])
-                asked.append((audio, book.encode(item.text)))
-        self.said = said
+                same = self.questions.setdefault((item.intent, item.slots["thing"]), [])
+                same.append((audio, words))
 
     def draw(self, rng):
         scene = pictures.scene(rng)
         kind = rng.choice(list(self.mixture), p=np.array(list(self.mixture.values())))
         ids, weights = self.aqtaa(rng) if kind == "aqtaa" else self.picture(rng, scene, kind)
         # It comes last in its turn: its rows have heard the question, the answer is not far.
-        at, room = int(np.flatnonzero(ids == self.ids.eot)[0]), len(self.hold)
-        ids = np.concatenate([ids[:at], self.hold, ids[at:]])
+        at, room = int(np.flatnonzero(ids == self.ids.eot)[0]), len(self.patches)
+        ids = np.concatenate([ids[:at], self.patches, ids[at:]])
         return ids, np.concatenate([weights[:at], np.zeros(room), weights[at:]]), scene
 
     def picture(self, rng, scene, kind):
@@ -114,18 +114,17 @@ class PictureExamples(Examples):
         decides weigh more."""
         asked = {}
         for name, thing in pictures.asked(scene):
-            if (f"picture_{name}", thing) in self.said:
+            if (f"picture_{name}", thing) in self.questions:  # a small corpus lacks some
                 asked.setdefault(name, []).append(thing)
         name = list(asked)[rng.integers(len(asked))]
         thing = asked[name][rng.integers(len(asked[name]))]
-        variants = self.said[f"picture_{name}", thing]
+        variants = self.questions[f"picture_{name}", thing]
         audio, letters = variants[rng.integers(len(variants))]
         audio = swapped(audio, self.ids, self.noise, rng)
-        words, sound, first, last = self.said[pictures.answer(scene, name, thing)]
+        words, sound, first, last = self.answers[pictures.answer(scene, name, thing)]
+        answer = [*words, self.ids.eot]
         if kind == "spoken":
             answer = self.layout.arrange(words, sound, self.ids)
-        else:
-            answer = [*words, self.ids.eot]
         marker = AQTA if kind == "written" else None
         ids, weights = self.example(marker, letters if kind == "read" else audio, answer)
         written = np.flatnonzero((ids >= self.ids.first_text) & (ids < self.ids.n_text))
@@ -175,7 +174,7 @@ class SightTask(LanguageTask):
         batch = self.blank(self.rows, self.length)
         scenes = [[] for _ in range(self.rows)]
         filled = np.zeros(self.rows, dtype=int)
-        for _ in range(8 * self.rows):
+        for _ in range(8 * self.rows):  # more than fit: the short ones among them fill the gaps
             ids, weights, scene = self.examples.draw(rng)
             room = np.flatnonzero(filled + len(ids) - 1 <= self.length)
             if len(room):
