@@ -42,6 +42,7 @@ def facts(scene):
     return [*row, digit, 1 + list(pictures.COLOURS).index(first.colour) if digit else 0]
 
 
+OFTEN = {"where": 3.0}  # how much more often kinds are asked than others: few scenes have sides
 DECIDES = 4.0  # weight of the words of an answer that the picture decides, among its words
 COUNTS, INKS = pictures.MOST + 1, len(pictures.COLOURS) + 1
 CLASSES = [COUNTS, INKS, len(pictures.PLACES) + 1] * len(pictures.SHAPES)
@@ -110,14 +111,19 @@ class PictureExamples(Examples):
 
     def picture(self, rng, scene, kind):
         """A question about a scene, heard or ("read") not, answered in words or ("spoken") also in
-        sound. Kinds come first, so that none is asked more than another; the words that the picture
-        decides weigh more."""
+        sound. Kinds come first, so that one with many shapes is not asked more than others; the words
+        that the picture decides weigh more."""
         asked = {}
         for name, thing in pictures.asked(scene):
             if (f"picture_{name}", thing) in self.questions:  # a small corpus lacks some
                 asked.setdefault(name, []).append(thing)
-        name = list(asked)[rng.integers(len(asked))]
-        thing = asked[name][rng.integers(len(asked[name]))]
+        often = np.array([OFTEN.get(name, 1.0) for name in asked])
+        name = rng.choice(list(asked), p=often / often.sum())
+        things = asked[name]
+        if name in ("count", "is_there"):  # most shapes are in no picture: "no" would do too often
+            there = [thing for thing in things if scene.of(thing)]
+            things = there if there and rng.random() < 0.5 else things
+        thing = things[rng.integers(len(things))]
         variants = self.questions[f"picture_{name}", thing]
         audio, letters = variants[rng.integers(len(variants))]
         audio = swapped(audio, self.ids, self.noise, rng)
