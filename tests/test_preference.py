@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from aqaa.corpus import plan, play, wider
+from aqaa.files import data_folder
 from aqaa.tokenizers import dialogue
+from aqaa.tokenizers.text import TextTokenizer, normalise
 from aqaa.training import judged as J
 from aqaa.training import objectives as K
 from aqaa.training import pairs as P
 from aqaa.training import preference as D
 from aqaa.training.loop import Trainer, autocast
+from aqaa.training.run import Run
 from tests.conftest import SENTENCES, fails, tiny_config
 from tests.test_language import library
 
@@ -183,6 +187,20 @@ def test_pairs_come_back_as_they_were_and_small(pairs, tmp_path):
         assert file["ids"].dtype.itemsize <= 2
     P.write_pairs(path, [], "these")
     assert P.read_pairs(path, IDS) == []
+
+
+def test_the_shipped_pairs_are_of_the_shipped_weights_and_teach_nothing_of_what_is_kept_from_training(tmp_path):
+    run = Run(tmp_path, tmp_path, init=data_folder() / "mini", quiet=True)
+    pairs = P.read_pairs(run.pairs_file(), run.config.ids, of=run.tokenizers())
+    assert len(pairs) > 200 and {pair.why for pair in pairs} == set(P.WHYS)
+    splits = {item.id: item.split for item in [*plan.plan(), *play.joined(), *wider.unknown(plan.plan())]}
+    assert {splits[pair.question] for pair in pairs} == {"train"}
+    text = TextTokenizer.from_file(run.tokenizer_file())
+    for pair in pairs:
+        chosen, rejected = (normalise(text.decode(LAYOUT.parse(ids, run.config.ids)[0]))
+                            for ids in (pair.chosen, pair.rejected))  # fmt: skip
+        refusing = {"deaf": rejected, "unclear": chosen}.get(pair.why)
+        assert refusing is None or refusing in P.REFUSALS
 
 
 def replaced(pair, **more):
