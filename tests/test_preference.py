@@ -193,7 +193,8 @@ def test_the_shipped_pairs_are_of_the_shipped_weights_and_teach_nothing_of_what_
     run = Run(tmp_path, tmp_path, init=data_folder() / "mini", quiet=True)
     pairs = P.read_pairs(run.pairs_file(), run.config.ids, of=run.tokenizers())
     assert len(pairs) > 200 and {pair.why for pair in pairs} == set(P.WHYS)
-    splits = {item.id: item.split for item in [*plan.plan(), *play.joined(), *wider.unknown(plan.plan())]}
+    planned = plan.plan() + play.joined()
+    splits = {item.id: item.split for item in planned + wider.unknown(planned)}
     assert {splits[pair.question] for pair in pairs} == {"train"}
     text = TextTokenizer.from_file(run.tokenizer_file())
     for pair in pairs:

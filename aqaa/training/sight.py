@@ -111,7 +111,7 @@ class PictureExamples(Examples):
 
     def picture(self, rng, scene, kind):
         """A question about a scene, heard or ("read") not, answered in words or ("spoken") also in
-        sound. Kinds come first, so that one with many shapes is not asked more than others; the words
+        sound. Kinds come first, so that one with many shapes is not asked more than others; words
         that the picture decides weigh more."""
         asked = {}
         for name, thing in pictures.asked(scene):
