@@ -264,6 +264,19 @@ def test_an_example_holds_its_picture_behind_the_question_and_never_learns_to_sa
     assert seen == about | other  # read, written, spoken; and about anything else
 
 
+def test_neither_yes_nor_no_is_a_good_guess(examples):
+    """Few of the shapes are in a picture: drawn evenly, "no" was right for three of four questions."""
+    rng, said = np.random.default_rng(2), []
+    for _ in range(600):
+        ids, _ = examples.picture(rng, P.scene(rng), "read")
+        answer = ids[ids.tolist().index(MINI.ids.eot) :]
+        said.append(examples.book.tokenizer.decode(answer[(answer >= MINI.ids.first_text) & (answer < 512)].tolist()))
+    share = {word: np.mean([word in text.split() for text in said]) for word in ("yes", "there", "no", "on", "at")}
+    assert 0.4 < share["yes"] / np.mean([text.split()[:2] in (["no", "there"], ["yes", "there"]) for text in said]) < 0.8
+    assert share["no"] < 0.6 * share["there"]  # counts, too
+    assert share["on"] + share["at"] > 0.08  # where things are: asked of scenes with sides alone, a quarter
+
+
 def test_the_words_that_the_picture_decides_weigh_most(examples):
     found = {}
     for text in ("the number is seven", "the star is on the left", "it is a square", "no there is no heart"):

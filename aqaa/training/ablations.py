@@ -90,7 +90,7 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     starts = {stage: fingerprint(run.part_file(stage))["sha256"] for stage in STARTS[name]}
     settings = {"minutes": run.minutes, "steps": run.steps, "questions": questions}
     result = {**head, **settings, "parents": starts}
-    record = read_object(run.out / "record.json", "remove it") if MADE[name] else {}
+    record = run.recorded()
     result["parents_took"] = {stage: {key: told[key] for key in ("steps", "seconds") if key in told}
                               for stage in MADE[name] if (told := record.get(stage))}  # fmt: skip
     kept = read_object(path, "remove it, or leave --resume out") if path.exists() else {}

@@ -51,7 +51,7 @@ class Run:
         self.config = config or preset("mini")
         probe(self.out)
         sweep(self.out, self.out / "parts", self.out / "features")
-        self._recorded()
+        self.recorded()
 
     def beside(self, out, seed):
         """This run in another folder, where its own parts stand in for those that are not made
@@ -166,7 +166,7 @@ class Run:
         """Gather the finished parts, tokenizer, configuration and record into a model folder, the
         codes beside it. Parts that were not trained here come from `init`, unchanged. Raises
         ValueError, before anything is written, where fewer codes would take the place of more."""
-        record, makers = self._recorded(), self.makers()
+        record, makers = self.recorded(), self.makers()
         codes = replaceable(self.out, self.export_folder.parent / "codes")
         if (self.out / JOINTS).exists():
             codes[self.out / JOINTS] = self.export_folder.parent / "codes" / JOINTS
@@ -176,7 +176,7 @@ class Run:
             if path.exists() and (kept == {self.init} or path.parent != self.init):
                 parts[name] = path
         if self.init:
-            record = {**self._recorded(self.init), **record}
+            record = {**self.recorded(self.init), **record}
         config = self.config
         if parts["backbone"].parent == self.init:  # as sure of itself as it was
             sure = model_folder.read_config(self.init).confidence
@@ -297,13 +297,13 @@ class Run:
         return model_folder.load_part(path.parent, path.stem, module)
 
     def _record(self, name, result):
-        record = self._recorded()
+        record = self.recorded()
         record[name] = {**result, **provenance(self.device)}
-        if self.init and (earlier := self._recorded(self.init).get(name)):
+        if self.init and (earlier := self.recorded(self.init).get(name)):
             record[name]["continues"] = earlier
         write_json(self.out / "record.json", record)
 
-    def _recorded(self, folder=None):
+    def recorded(self, folder=None):
         """record.json of a folder (this run's by default), {} without one. Raises ModelError."""
         path = (folder or self.out) / "record.json"
         remedy = "remove it; it only says how the parts were trained"
