@@ -120,8 +120,8 @@ class PictureExamples(Examples):
         often = np.array([OFTEN.get(name, 1.0) for name in asked])
         name = rng.choice(list(asked), p=often / often.sum())
         things = asked[name]
-        # Few of the shapes are in a picture: "no" would do for three of four questions. Every second
-        # one asks for a shape that is there.
+        # Few of the shapes are in a picture: "no" would do for three of four questions. So every
+        # second one asks for a shape that is there.
         if name in ("count", "is_there") and rng.random() < 0.5:
             things = [thing for thing in things if scene.of(thing)] or things
         thing = things[rng.integers(len(things))]
