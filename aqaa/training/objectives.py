@@ -107,7 +107,7 @@ class LanguageTask(NextToken):
     of the learning rate `lr` that is left at the end; outer: factor on that of embeddings and head.
     """
 
-    warmup = 0.02
+    warmup, misses = 0.02, 4
     kind = Examples
 
     def __init__(self, book, mixture, *, floor=0.02, rows=12, length=512, lr=2e-3, outer=1.0,
@@ -146,11 +146,15 @@ class LanguageTask(NextToken):
 
     def batch(self, rng):
         """Examples packed into the rows of a batch (see `blank`)."""
-        batch = self.blank(self.rows, self.length)
+        return self.packed(rng)[0]
+
+    def packed(self, rng):
+        """A batch, and what examples have beside ids and weights, in the order of their places."""
+        batch, beside = self.blank(self.rows, self.length), [[] for _ in range(self.rows)]
         filled = np.zeros(self.rows, dtype=int)
         misses = 0
-        while misses < 4:  # four examples in a row fit nowhere: the rows are full enough
-            ids, weights = self.examples.draw(rng)
+        while misses < self.misses:  # so many that fit in no row: the rows are full enough
+            ids, weights, *more = self.examples.draw(rng)
             size = len(ids) - 1  # the last id is only ever a target
             room = np.flatnonzero(filled + size <= self.length)
             if not len(room):
@@ -159,7 +163,8 @@ class LanguageTask(NextToken):
             row = room[0]
             self.put(batch, row, filled[row], ids, weights)
             filled[row] += size
-        return {key: torch.from_numpy(value) for key, value in batch.items()}
+            beside[row] += more
+        return {key: torch.from_numpy(value) for key, value in batch.items()}, sum(beside, [])
 
     def loss(self, batch, step):
         """Weighted mean of the cross-entropy (scalar), and that of each kind for the log."""

@@ -117,7 +117,7 @@ class PictureExamples(Examples):
         for name, thing in pictures.asked(scene):
             if (f"picture_{name}", thing) in self.questions:  # a small corpus lacks some
                 asked.setdefault(name, []).append(thing)
-        often = np.array([OFTEN.get(name, 1.0) for name in asked])
+        often = np.array([OFTEN.get(kind, 1.0) for kind in asked])
         name = rng.choice(list(asked), p=often / often.sum())
         things = asked[name]
         # Few of the shapes are in a picture: "no" would do for three of four questions. So every
@@ -158,7 +158,7 @@ def alike(ours, theirs):
 class SightTask(LanguageTask):
     """Next-token prediction with pictures, by the backbone with the changes of Vision.lora."""
 
-    warmup, lr, floor = 0.03, 2e-3, 0.02
+    warmup, lr, floor, misses = 0.03, 2e-3, 0.02, 30  # short examples fill gaps of long ones
 
     def __init__(self, book, mixture, items, codes, *, rows=8, length=512):
         NextToken.__init__(self, book.config)
@@ -177,20 +177,8 @@ class SightTask(LanguageTask):
         return task
 
     def batch(self, rng):
-        """Examples in rows, one behind the other; the pictures in the order of their places."""
-        batch = self.blank(self.rows, self.length)
-        scenes = [[] for _ in range(self.rows)]
-        filled = np.zeros(self.rows, dtype=int)
-        for _ in range(8 * self.rows):  # more than fit: the short ones among them fill the gaps
-            ids, weights, scene = self.examples.draw(rng)
-            room = np.flatnonzero(filled + len(ids) - 1 <= self.length)
-            if len(room):
-                row = room[0]
-                self.put(batch, row, filled[row], ids, weights)
-                filled[row] += len(ids) - 1
-                scenes[row].append(scene)
-        batch = {key: torch.from_numpy(value) for key, value in batch.items()}
-        return batch | {"pictures": shown(sum(scenes, []), self.pixels)}
+        batch, scenes = self.packed(rng)
+        return batch | {"pictures": shown(scenes, self.pixels)}
 
     def scores(self, batch):
         ids = batch["input_ids"]
