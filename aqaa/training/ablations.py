@@ -54,8 +54,8 @@ CODEBOOKS = {
     **{one: ("codebooks", {"layout": arrangements.OneCodebook(one)})
        for one in ("linguistic", "semantic")},
 }  # fmt: skip
-PREFERENCE = {"sft1": ("", {}), **{
-    f"{objective}, β {beta}": ("dpo", {"objective": objective, "beta": beta})
+PREFERENCE = {"sft1": ("", {}), **{  # few steps: six times as large as those of the stage
+    f"{objective}, β {beta}": ("dpo", {"objective": objective, "beta": beta, "lr": 3e-4})
     for objective in OBJECTIVES for beta in BETAS
 }}  # fmt: skip
 MERGES = {
