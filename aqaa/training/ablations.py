@@ -54,7 +54,7 @@ CODEBOOKS = {
     **{one: ("codebooks", {"layout": arrangements.OneCodebook(one)})
        for one in ("linguistic", "semantic")},
 }  # fmt: skip
-PREFERENCE = {"sft1": ("", {}), **{  # few steps: six times as large as those of the stage
+PREFERENCE = {"sft1": ("", {}), **{  # six times the rate of the stage: variants take few steps
     f"{objective}, β {beta}": ("dpo", {"objective": objective, "beta": beta, "lr": 3e-4})
     for objective in OBJECTIVES for beta in BETAS
 }}  # fmt: skip
@@ -148,7 +148,7 @@ def trained(run, name, variant, seed):
     stage = stages.named(stage_name)
     child = run.beside(folder, seed)
     child.train(replace(stage, settings={**stage.settings, **settings}))
-    told = read_object(folder / "record.json", "remove it")[stage_name]
+    told = child.recorded()[stage_name]
     backbone = child.part(stage_name)
     for path in folder.glob("*.ckpt*"):  # ten times the size of the weights, and of no more use
         path.unlink()

@@ -107,7 +107,7 @@ class LanguageTask(NextToken):
     of the learning rate `lr` that is left at the end; outer: factor on that of embeddings and head.
     """
 
-    warmup, misses = 0.02, 4
+    warmup, patience = 0.02, 4
     kind = Examples
 
     def __init__(self, book, mixture, *, floor=0.02, rows=12, length=512, lr=2e-3, outer=1.0,
@@ -153,7 +153,7 @@ class LanguageTask(NextToken):
         batch, beside = self.blank(self.rows, self.length), [[] for _ in range(self.rows)]
         filled = np.zeros(self.rows, dtype=int)
         misses = 0
-        while misses < self.misses:  # so many that fit in no row: the rows are full enough
+        while misses < self.patience:  # so many fitted in no row: the rows are full enough
             ids, weights, *more = self.examples.draw(rng)
             size = len(ids) - 1  # the last id is only ever a target
             room = np.flatnonzero(filled + size <= self.length)

@@ -117,7 +117,7 @@ class PictureExamples(Examples):
         for name, thing in pictures.asked(scene):
             if (f"picture_{name}", thing) in self.questions:  # a small corpus lacks some
                 asked.setdefault(name, []).append(thing)
-        often = np.array([OFTEN.get(kind, 1.0) for kind in asked])
+        often = np.array([OFTEN.get(name, 1.0) for name in asked])
         name = rng.choice(list(asked), p=often / often.sum())
         things = asked[name]
         # Few of the shapes are in a picture: "no" would do for three of four questions. So every
@@ -158,7 +158,7 @@ def alike(ours, theirs):
 class SightTask(LanguageTask):
     """Next-token prediction with pictures, by the backbone with the changes of Vision.lora."""
 
-    warmup, lr, floor, misses = 0.03, 2e-3, 0.02, 30  # short examples fill gaps of long ones
+    warmup, lr, floor, patience = 0.03, 2e-3, 0.02, 30  # short examples fill gaps of long ones
 
     def __init__(self, book, mixture, items, codes, *, rows=8, length=512):
         NextToken.__init__(self, book.config)
