@@ -175,8 +175,23 @@ def ablation(name):
             cells = [cell(figure, *values[figure]) if figure in values else "–" for figure in figures]
             cells += [f"{value:g}" for value in paper.get(variant, ())] or ["–"] * (3 if paper else 0)
             lines.append(f"| {variant} | {seeds} | " + " | ".join(cells) + " |")
-        return lines
+        return lines + (merged(result["runs"], rows) if name == "merge" else [])
     return section(f"ablation-{name}", write)
+
+
+def merged(runs, rows):
+    """Which mean is best, and by how much; and the skills of its parents, of the paper's mean and of the best."""
+    from aqaa.training.ablations import by_skill, cell
+
+    best = max(rows, key=lambda variant: rows[variant]["text"])
+    names = {"4:0:0": "SFT-1", "0:4:0": "SFT-2", "0:0:4": "DPO", "5:5:1": "5:5:1", best: best}
+    skills = by_skill(runs)
+    first, shipped = (cell("text", *rows[variant]["text"]) for variant in (best, "4:0:0"))
+    lines = ["", f"Shares of SFT-1 : SFT-2 : DPO. The best text is that of {best}, {first}; SFT-1, which is shipped, "
+             f"has {shipped}. Text right by skill, percent:", ""]
+    lines += ["| | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
+    return lines + [f"| {skill} | " + " | ".join(f"{100 * skills[name][skill]:.1f}" for name in names) + " |"
+                    for skill in skills[best]]
 
 
 def calibration(result):

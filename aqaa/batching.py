@@ -21,8 +21,7 @@ def ask_all(model, wavs, *, histories=None, batch=BATCH, seed=0, speak=True, pro
     wavs: list of (N,) float at 16 kHz, as are the answers. Questions of similar length are
     tokenised and generated together; the vocoder takes answers one by one, and speak=False leaves
     it out. histories: of each question what was said before, (role, text) pairs. sampling goes to
-    the generator (temperature, top_p).
-    """
+    the generator (temperature, top_p)."""
     order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))  # little padding in a batch
     bar = {"desc": progress, "disable": not progress, "unit": "question", "leave": False}
     with tqdm(total=len(wavs), **bar) as bar:

@@ -3,8 +3,7 @@
 Candidates come from the normalised square difference of McLeod & Wyvill ("A smarter way to find
 pitch", 2005), computed for all frames at once with an FFT; a Viterbi search picks one candidate or
 "unvoiced" per frame, as in Boersma (1993) and RAPT (Talkin 1995). About 150 times faster than real
-time on one core. torchaudio's detect_pitch_frequency knows no unvoiced frames.
-"""
+time on one core. torchaudio's detect_pitch_frequency knows no unvoiced frames."""
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -22,8 +21,7 @@ def f0(wav, hop=160, rate=16_000, low=60.0, high=500.0):
     """Fundamental frequency per frame, centred as in the mel: frame t on sample (t + 1/2) * hop.
 
     wav (N,) int16 or float samples, numpy or torch. Returns (N // hop,) float32 in Hz, 0 where
-    unvoiced. Raises ValueError if wav is not one-dimensional.
-    """
+    unvoiced. Raises ValueError if wav is not one-dimensional."""
     wav = np.asarray(wav)
     if wav.ndim != 1:
         raise ValueError(f"f0 takes one mono signal (N,), got shape {wav.shape}")

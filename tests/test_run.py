@@ -528,6 +528,7 @@ def test_an_ablation_trains_each_variant_with_each_seed_and_goes_on(ablate, tmp_
     told = capsys.readouterr().out
     assert all(name in told for name in some) and "3 questions a run, 4 runs" in told
     path = tmp_path / "runs" / "ablation-layouts.json"
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")  # a plot beside the numbers
     assert read(path) == result and not list((tmp_path / "run" / "ablations").rglob("*.ckpt*"))
     short = {**result, "runs": result["runs"][:3]}
     path.write_text(json.dumps(short), encoding="utf-8")
@@ -575,7 +576,7 @@ def test_unknown_ablations_are_refused(tmp_path):
 
 def test_a_table_follows_from_the_runs():
     def row(variant, seed, text):
-        others = {"sound": 0.5, "agrees": 1, "refuses": 0, "seconds": 2, "n": 9}
+        others = {"sound": 0.5, "agrees": 1, "refuses": 0, "seconds": 2, "n": 9, "skills": {"Sing": text / 2}}
         return {"variant": variant, "seed": seed, "text": text, **others}
 
     runs = [row("a", 0, 0.5), row("a", 1, 0.7), row("a", 2, 0.6), row("b", 0, 0.1)]
@@ -583,6 +584,7 @@ def test_a_table_follows_from_the_runs():
     assert mean == pytest.approx(0.6) and half == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)
     assert ablations.summary(runs)["b"]["text"] == (0.1, None)
     assert "60.0 ±24.8" in ablations.table({"runs": runs})
+    assert ablations.by_skill(runs) == {"a": {"Sing": pytest.approx(0.3)}, "b": {"Sing": 0.05}}
 
 
 def test_statistics_order_the_layouts(run):

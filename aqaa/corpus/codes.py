@@ -13,8 +13,7 @@ ANSWERS = "answers"  # the file of what the answer voice says, whatever part of 
 def usage(codes, size):
     """{"size", "used", "perplexity", "entropy_bits"} of codes (N,) in [0, size), or a list of such.
 
-    Perplexity is `size` where all are equally frequent. Raises ValueError for none, or outside.
-    """
+    Perplexity is `size` where all are equally frequent. Raises ValueError for none, or outside."""
     rows = codes if len(codes) and np.ndim(codes[0]) else [codes]
     codes = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
     if not len(codes):

@@ -28,8 +28,7 @@ def dialogues(source="mini", split="eval", count=None, seed=0):
     """[Dialogue, …] of the mini's corpus, from the codes beside its weights.
 
     Spread evenly over the split ("train", "dev" or "eval"), `count` at most; second questions stand
-    behind the first one and its right answer. Raises ValueError or OSError.
-    """
+    behind the first one and its right answer. Raises ValueError or OSError."""
     folder = sources.find(source)
     ids = model_folder.read_config(folder).ids
     text = model_folder.read_text(folder, ids.n_text)

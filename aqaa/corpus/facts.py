@@ -16,8 +16,7 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 class Fact:
     """One thing that can be asked: the wording's slots, the answer's words and their manner.
 
-    `read_only` facts are never asked by voice in training; they appear in text alone.
-    """
+    `read_only` facts are never asked by voice in training; they appear in text alone."""
 
     slots: tuple  # ((name, words), …)
     answer: str

@@ -1,8 +1,7 @@
 """What can be asked, and in which wordings: the intents of curriculum.toml with their facts.
 
 A wording is an opener, a core and a closer. Whole cores are held out (never heard in any form), a
-hash holds out some facts of every other core, and some facts are only ever read.
-"""
+hash holds out some facts of every other core, and some facts are only ever read."""
 
 import re
 from dataclasses import dataclass

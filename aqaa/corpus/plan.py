@@ -241,8 +241,7 @@ def _evaluation(cell, count, wording, pool, ids, rng):
 def vocabulary():
     """{word: weight} of questions and answers, lone letters aside.
 
-    Words of read-only facts of language weigh 3: they are heard although their facts are not.
-    """
+    Words of read-only facts of language weigh 3: they are heard although their facts are not."""
     words, rare = set(), set()
     for intent in C.INTENTS.values():
         for core in intent.cores + intent.held_out:

@@ -1,8 +1,7 @@
 """Sentences of an open vocabulary, for speech recognition: `lexicon.toml` put together by rule.
 
 Agreement is right, sense may be loose. Every draw takes the least used of a few candidates, so that
-rare words are heard as often as common ones and no word is guessed from its neighbours alone.
-"""
+rare words are heard as often as common ones and no word is guessed from its neighbours alone."""
 
 import re
 import tomllib
@@ -167,8 +166,7 @@ def _articles(text):
 def open_sentences(count, rng, avoid=lambda text: False):
     """`count` distinct texts for which `avoid` is false, in the order drawn.
 
-    Raises ValueError where too few are left.
-    """
+    Raises ValueError where too few are left."""
     counts, texts, refused = Counter(), {}, 0
     while len(texts) < count:
         text = sentence(rng, counts)

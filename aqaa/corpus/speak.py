@@ -2,8 +2,7 @@
 
 A corpus has parts, each a plan in a folder of its own (parts.py). A shard is a .npy of int16
 samples at 16 kHz and a .jsonl with one Item a line; both appear whole or not at all, the .jsonl
-last, so whatever is interrupted goes on where it stopped.
-"""
+last, so whatever is interrupted goes on where it stopped."""
 
 import json
 import multiprocessing
@@ -41,8 +40,7 @@ def speak(items, folder, workers=2, progress=True):
     """Speak Items into `folder`; shards already there are kept. Returns the Corpus.
 
     Raises FileNotFoundError without a synthesizer, ValueError for another plan's or for engines
-    that are not those that began, WriteError.
-    """
+    that are not those that began, WriteError."""
     folder = Path(folder)
     mine, todo = check(items, folder)
     files.probe(folder)
@@ -270,8 +268,7 @@ def _insist(item):
 def phones_of(lines):
     """{text: its CMU phones, without pauses} by flite's front end.
 
-    kal would merge "ah" with "aa"; slt does not, and is quick at next to no duration.
-    """
+    kal would merge "ah" with "aa"; slt does not, and is quick at next to no duration."""
     command = "flite -voice slt --setf duration_stretch=0.02 -ps -o none -f".split()
     with files.scratch() as folder:
         path = folder / "lines.txt"

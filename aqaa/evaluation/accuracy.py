@@ -3,8 +3,7 @@
 The text is compared word for word, the sound is given to the judge (lenient and strict), and the
 teacher's own recording of the same answer is judged beside it: that is the ceiling. The judge's
 grammar holds all answers of the curriculum and every text the model wrote, so that it may hear the
-model say something else than its text.
-"""
+model say something else than its text."""
 
 import time
 from dataclasses import asdict, dataclass

@@ -2,8 +2,7 @@
 
 A measurement is a module with `measure(...)`, which returns a plain dict. The names of its
 arguments say what it needs: a loaded `model`, the `corpus` of evaluation questions, options of the
-command line. `table(result)` is what a reader sees of it; without one, a line a value.
-"""
+command line. `table(result)` is what a reader sees of it; without one, a line a value."""
 
 import importlib
 import inspect
@@ -23,8 +22,7 @@ def main(name, *, preset="mini", device="cpu", out=None, as_json=False, **option
 
     options: whatever else it may take. "rows" of a result, its single cases, stand in the file
     only. A measurement that takes `out` writes and prints each number as it is made. Raises
-    FileNotFoundError if the folder of `out` is missing.
-    """
+    FileNotFoundError if the folder of `out` is missing."""
     from aqaa.files import write_json
     from aqaa.records import about
 

@@ -3,8 +3,7 @@
 The paper's reason for two codebooks is that the next token is easier to predict when linguistic and
 semantic tokens are interleaved than for either alone (AQAA paper 2.1, after Step-Audio 3.1).
 `streams` repeats that with one small language model trained three times, on the same utterances in
-the same order.
-"""
+the same order."""
 
 from pathlib import Path
 
@@ -64,8 +63,7 @@ def streams(
     train, test: lists of (linguistic (2G,), semantic (3G,)) code arrays. Returns {arrangement:
     {kind: perplexity}} and, under "change", the relative change of each kind from alone to
     interleaved (negative: interleaving helps). At every position only codes of the right kind
-    compete, so the alternation itself earns nothing. Raises ValueError for no utterances.
-    """
+    compete, so the alternation itself earns nothing. Raises ValueError for no utterances."""
     if not train or not test:
         raise ValueError("streams needs utterances to train on and others to test on")
     result = {}

@@ -1,8 +1,7 @@
 """How an answer is said, measured: length, rate, pitch level, pitch range, loudness.
 
 A manner is judged against the same sentence said normally. The four moods are the rules over these
-measures by which the curriculum's moods were made; they do not measure emotion.
-"""
+measures by which the curriculum's moods were made; they do not measure emotion."""
 
 import re
 from dataclasses import dataclass
@@ -38,8 +37,7 @@ class Measures:
 
     seconds: from the first to the last frame of speech. rate: syllables per second of that. f0:
     median in Hz, 0 when nothing is voiced. f0_range: 10th to 90th percentile in semitones. energy:
-    rms of the speech frames in dBFS.
-    """
+    rms of the speech frames in dBFS."""
 
     seconds: float = 0.0
     rate: float = 0.0

@@ -99,8 +99,7 @@ class Examined:
 
     said; heard: by the ear, as words; phones: the same as names, phone_error of them; answer: of
     the mind, its confidence and how it is judged, one of KINDS; known: is there a right answer to
-    judge it by; mouth: what the judge hears in it.
-    """
+    judge it by; mouth: what the judge hears in it."""
 
     said: str | None
     heard: str

@@ -2,8 +2,7 @@
 
 Lenient: a forced choice among all possible answers (give it 500 or more, so that it cannot guess).
 Strict: a bigram language model over the words of the answers, which may hear any mixture of them. A
-score means little without the judge's ceiling, its score on the teacher's own recordings.
-"""
+score means little without the judge's ceiling, its score on the teacher's own recordings."""
 
 import contextlib
 import math
@@ -36,8 +35,7 @@ class Judge:
     if not those. pronunciations: {word: phones of the CMU set} for words that the bundled
     dictionary lacks, for example {"oink": "OY NG K"}. seed: of the dither; the same recording is
     always heard alike, whatever was heard before. Copies can be sent to other processes. Raises
-    ValueError for a word without a pronunciation, ImportError where pocketsphinx is missing.
-    """
+    ValueError for a word without a pronunciation, ImportError where pocketsphinx is missing."""
 
     def __init__(self, answers, *, bigrams=None, pronunciations=None, seed=0):
         self.answers = _distinct(answers)
@@ -145,8 +143,7 @@ def word_graph(sentences):
     end, number of states, edges [(from, to, word)]). Raises ValueError if a sentence is empty.
 
     Equal ends are shared: on 556 answers the search is the same as in a list of alternatives, and
-    seven times faster.
-    """
+    seven times faster."""
     root = {}
     for sentence in sentences:
         if not sentence.split():
@@ -178,8 +175,7 @@ def bigram_arpa(sentences):
 
     Witten-Bell smoothing (Witten & Bell 1991): after a word seen with many different successors
     more is left for unseen ones. Interpolation is written out as back-off, so any reader of ARPA
-    files computes the same numbers.
-    """
+    files computes the same numbers."""
     pairs, words, seen = Counter(), Counter(), Counter()  # seen: as the first of a pair
     for sentence in sentences:
         line = ["<s>", *sentence.split(), "</s>"]

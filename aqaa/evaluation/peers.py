@@ -1,8 +1,7 @@
 """The implementations that the parts come from, at the same sizes and with our weights.
 
 Each function takes one of our modules and gives a function of the same inputs, which runs the
-peer's classes the way their authors do. Raises ModuleNotFoundError without the extra `peers`.
-"""
+peer's classes the way their authors do. Raises ModuleNotFoundError without the extra `peers`."""
 
 import contextlib
 import io

@@ -24,6 +24,7 @@ from aqaa.records import about
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import normalise
 from aqaa.training import arrangements, judged, merging, stages
+from aqaa.training.loop import draw
 from aqaa.training.objectives import LanguageTask
 from aqaa.training.pairs import REFUSALS
 from aqaa.training.preference import OBJECTIVES
@@ -38,7 +39,6 @@ FIGURES = ("text", "sound", "agrees", "refuses", "seconds")  # of the printed ta
 MORE = {"joins": ("switch", "switch_text"), "codebooks": ("nats_linguistic", "nats_semantic")}
 ONCE = {layout.name for layout in dialogue.NEIGHBOURS}  # not the paper's own rows: one seed
 TAKES = 4  # answers to each question with a change of manner: there are few
-
 PARENT_TIME = 8  # how many times longer than its variants the common parent learns
 
 # {variant: (the stage that trains it, or "" for a parent as it is; what differs in its settings)}
@@ -73,10 +73,10 @@ MADE = {"layouts": ("parent",), "joins": ("parent",), "codebooks": (), "preferen
 
 
 def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
-    """Run every variant of an ablation with every seed; write and print what came out.
+    """Run every variant of an ablation with every seed; write, draw and print what came out.
 
     options: of `run.Run`; parents that its folder lacks are trained first, from `init` (the shipped
-    model) where they have a parent of their own. results: folder of the JSON, by default `runs`
+    model) where they have a parent of their own. results: folder of JSON and PNG, or `runs`
     beside the exported model. Returns the result. Raises ValueError for an unknown name."""
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name!r}: choose one of {', '.join(ABLATIONS)}")
@@ -86,13 +86,12 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
         if not made.exists():
             prepared(run, stage)
     path = Path(results or run.export_folder.parent / "runs") / f"ablation-{name}.json"
-    head = about(f"ablation {name}", run.device)
     starts = {stage: fingerprint(run.part_file(stage))["sha256"] for stage in STARTS[name]}
     settings = {"minutes": run.minutes, "steps": run.steps, "questions": questions}
-    result = {**head, **settings, "parents": starts}
-    record = run.recorded()
+    result = {**about(f"ablation {name}", run.device), **settings, "parents": starts}
+    took = run.recorded()
     result["parents_took"] = {stage: {key: told[key] for key in ("steps", "seconds") if key in told}
-                              for stage in MADE[name] if (told := record.get(stage))}  # fmt: skip
+                              for stage in MADE[name] if (told := took.get(stage))}  # fmt: skip
     kept = read_object(path, "remove it, or leave --resume out") if path.exists() else {}
     same = all(kept.get(key) == result[key] for key in (*settings, "parents"))
     result["runs"] = kept.get("runs", []) if run.resume and same else []
@@ -112,9 +111,10 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
                     row |= arrangements.surprise(backbone, book, layout)
                 result["runs"].append({"variant": variant, "seed": seed, **told, **row})
                 write_json(path, result)
-    if name == "merge" and "barriers" not in result:
+    if name == "merge":
         result["barriers"] = barriers(run, book)
     write_json(path, result)
+    bars(result, path.with_suffix(".png"))
     print(table(result))
     return result
 
@@ -143,25 +143,24 @@ def trained(run, name, variant, seed):
     if not stage_name:  # the parent as it is
         return run.part(variant), layout, {}
     settings = {**settings, "layout": layout} if "layout" in settings else settings
-    plain = re.sub(r"\W", "_", variant)
-    folder = run.out / "ablations" / f"{name}-{plain}-{seed}"
+    folder = run.out / "ablations" / re.sub(r"[^\w-]", "_", f"{name}-{variant}-{seed}")
     stage = stages.named(stage_name)
     child = run.beside(folder, seed)
     child.train(replace(stage, settings={**stage.settings, **settings}))
     told = child.recorded()[stage_name]
-    backbone = child.part(stage_name)
     for path in folder.glob("*.ckpt*"):  # ten times the size of the weights, and of no more use
         path.unlink()
     facts = {"steps": told["steps"], "training_seconds": told["seconds"]}
-    return backbone, layout, facts | {key: told[key] for key in ("held_out",) if key in told}
+    facts |= {key: told[key] for key in ("held_out",) if key in told}
+    return child.part(stage_name), layout, facts
 
 
 def averaged(run, name, variant, seed):
     """(backbone, layout, {}) of a merge of parents; the seed is only that of the answers."""
     method, parents, weights = ABLATIONS[name][variant]
-    states = merging.trained(run, parents)
+    merged = merging.merged(merging.trained(run, parents), weights, method)
     backbone = model_folder.build("backbone", run.config)
-    model_folder.fit(backbone, merging.merged(states, weights, method), variant)
+    model_folder.fit(backbone, merged, variant)
     return backbone, dialogue.layout(), {}
 
 
@@ -190,10 +189,8 @@ def figures(run, backbone, layout, book, asked, seed):
     if alone:
         rows |= dict.fromkeys(("sound", "agrees", "seconds"))
     means = {key: row and round(float(np.mean(row)), 4) for key, row in rows.items()}
-    return {
-        "n": len(answers), **means,
-        "skills": {key: round(float(np.mean(row)), 4) for key, row in sorted(skills.items())},
-    }  # fmt: skip
+    shares = {key: round(float(np.mean(row)), 4) for key, row in sorted(skills.items())}
+    return {"n": len(answers), **means, "skills": shares}
 
 
 def switches(run, backbone, layout, book, seed):
@@ -213,15 +210,15 @@ def switches(run, backbone, layout, book, seed):
         as_said = speak_ids(model, book.audio[normal[normalise(item.answer)]].tolist(), seed)
         parts = pieces(item.answer, item.manner)
         changed.append(bool(len(sound)) and directions(parts, sound, as_said, judge))
-    right = [one.right for one in answers]
-    return {"switches": len(answers), "switch": round(float(np.mean(changed)), 4),
-            "switch_text": round(float(np.mean(right)), 4)}  # fmt: skip
+    shares = {"switch": changed, "switch_text": [one.right for one in answers]}
+    means = {key: round(float(np.mean(row)), 4) for key, row in shares.items()}
+    return {"switches": len(answers), **means}
 
 
 def statistics(book, layout):
-    """Of the recorded answers in a layout, after IST-LM (2412.16102): how far a spoken word stands
-    behind its text, in ids; how many later text ids are visible when it is spoken; and the share
-    that is spoken before its text. Words are placed in the sound by their share of the text."""
+    """Of recorded answers in a layout, after IST-LM (2412.16102): how many ids a word's sound is
+    behind its text, how many later text ids are visible by then, and the share that is spoken
+    before its text. Words are placed in the sound by their share of the text."""
     distance, visible, before = [], [], []
     for index in book.voiced[:200]:
         words, audio = book.spoken(index)
@@ -292,6 +289,31 @@ def table(result):
     counts = [row["n"] for row in result["runs"]]
     facts = f"{max(counts, default=0)} questions a run, {len(result['runs'])} runs"
     return "\n".join([*lines, f"{facts}; in percent, seconds and nats apart; ± 95 % over seeds."])
+
+
+def by_skill(runs):
+    """{variant: {skill: share of right texts, mean over seeds}}."""
+    result = {}
+    for row in runs:
+        result.setdefault(row["variant"], []).append(row["skills"])
+    return {variant: {skill: float(np.mean([row[skill] for row in rows])) for skill in rows[0]}
+            for variant, rows in result.items()}  # fmt: skip
+
+
+def bars(result, path):
+    """Draw a result into a PNG: a panel for each figure, a bar for each variant, its interval."""
+    rows = summary(result["runs"])
+    shown = list(dict.fromkeys(f for values in rows.values() for f in values))
+
+    def fill(figure):
+        for name, axis in zip(shown, figure.subplots(1, len(shown), sharey=True), strict=True):
+            pairs = [values.get(name, (None, None)) for values in rows.values()]
+            means, halves = np.array(pairs, dtype=float).T  # what there is none of is not drawn
+            axis.barh(list(rows), means, xerr=halves, capsize=2)
+            axis.set(title=name.replace("_", " "), xlim=(0, None))
+        axis.invert_yaxis()
+
+    draw(path, (2 * len(shown) + 1, 0.3 * len(rows) + 1), fill)
 
 
 def cell(figure, mean, half):

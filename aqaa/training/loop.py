@@ -277,21 +277,31 @@ class Trainer:
         write_rows(self.csv_path, self.rows)
 
     def _plot(self):
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:  # of the [notebooks] and [train] extras; the CSV has it all
-            return
-        if not (rows := read_log(self.csv_path)):
-            return
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axis = figure.subplots()
-        for key in [k for k in rows[0] if k not in ("step", "seconds")]:
-            points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
-            axis.plot(*zip(*points, strict=True), label=key)
-        axis.set(xlabel="step", ylabel="value", title=f"{self.name}: training", yscale="log")
-        axis.legend(fontsize="small")
-        with replacing(self.folder / f"{self.name}.png") as part:
-            figure.savefig(part, dpi=100, format="png")
+        rows = read_log(self.csv_path)
+
+        def curves(figure):
+            axis = figure.subplots()
+            for key in [k for k in rows[0] if k not in ("step", "seconds")]:
+                points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
+                axis.plot(*zip(*points, strict=True), label=key)
+            axis.set(xlabel="step", ylabel="value", title=f"{self.name}: training", yscale="log")
+            axis.legend(fontsize="small")
+
+        if rows:
+            draw(self.folder / f"{self.name}.png", (7, 4), curves)
+
+
+def draw(path, size, fill):
+    """Write a PNG of `size` inches that fill(figure) draws. There is none without matplotlib, which
+    belongs to the extras [notebooks] and [train]: files of numbers hold the same."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=size, layout="constrained")
+    fill(figure)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=100, format="png")
 
 
 @contextmanager

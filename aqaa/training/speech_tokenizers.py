@@ -315,10 +315,9 @@ class SemanticTask(PhoneTask):
         self.model.eval()
         self.decoder.eval()
         scores = {name: self.evaluate(rows) for name, rows in self.tests.items()}
-        return {
-            "phone_error": {name: round(error, 2) for name, (error, _) in scores.items()},
-            "f0_semitones": {name: round(melody, 3) for name, (_, melody) in scores.items()},
-        }
+        errors = {name: round(error, 2) for name, (error, _) in scores.items()}
+        melodies = {name: round(melody, 3) for name, (_, melody) in scores.items()}
+        return {"phone_error": errors, "f0_semitones": melodies}
 
 
 class SemanticDecoder(nn.Module):

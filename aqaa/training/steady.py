@@ -117,10 +117,9 @@ class Steady:
         self.model.eval()
         self.head.eval()
         scores = {name: self.evaluate(rows) for name, rows in self.tests.items()}
-        return {
-            "phone_error": {name: round(error, 2) for name, (error, _) in scores.items()},
-            "kept": {name: round(kept, 2) for name, (_, kept) in scores.items()},
-        }
+        errors = {name: round(error, 2) for name, (error, _) in scores.items()}
+        kept = {name: round(share, 2) for name, (_, share) in scores.items()}
+        return {"phone_error": errors, "kept": kept}
 
 
 class SteadyLinguistic(Steady, LinguisticTask):
