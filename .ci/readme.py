@@ -184,11 +184,11 @@ def merged(runs, rows):
     from aqaa.training.ablations import by_skill, cell
 
     best = max(rows, key=lambda variant: rows[variant]["text"])
-    names = {"4:0:0": "SFT-1", "0:4:0": "SFT-2", "0:0:4": "DPO", "5:5:1": "5:5:1", best: best}
+    names = {best: best, "4:0:0": "SFT-1", "0:4:0": "SFT-2", "0:0:4": "DPO", "5:5:1": "5:5:1"}
     skills = by_skill(runs)
     first, shipped = (cell("text", *rows[variant]["text"]) for variant in (best, "4:0:0"))
-    lines = ["", f"Shares of SFT-1 : SFT-2 : DPO. The best text is that of {best}, {first}; SFT-1, which is shipped, "
-             f"has {shipped}. Text right by skill, percent:", ""]
+    lines = ["", f"Shares of SFT-1 : SFT-2 : DPO. Best in text: {names[best]}, {first}; shipped: SFT-1, {shipped}. "
+             "Text right by skill, percent:", ""]
     lines += ["| | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 1) + "|"]
     return lines + [f"| {skill} | " + " | ".join(f"{100 * skills[name][skill]:.1f}" for name in names) + " |"
                     for skill in skills[best]]
