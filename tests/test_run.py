@@ -19,7 +19,7 @@ from aqaa import cli, pipeline
 from aqaa.corpus import plan
 from aqaa.corpus import voices as V
 from aqaa.corpus.codes import load_codes, store_codes, stored_codes
-from aqaa.files import ModelError
+from aqaa.files import ModelError, data_folder
 from aqaa.tokenizers import dialogue, phones
 from aqaa.training import ablations, examples, features, heads, judged, pairs, stages
 from aqaa.training import run as K
@@ -585,6 +585,19 @@ def test_a_table_follows_from_the_runs():
     assert ablations.summary(runs)["b"]["text"] == (0.1, None)
     assert "60.0 ±24.8" in ablations.table({"runs": runs})
     assert ablations.by_skill(runs) == {"a": {"Sing": pytest.approx(0.3)}, "b": {"Sing": 0.05}}
+
+
+@pytest.mark.parametrize("name", ablations.ABLATIONS)
+def test_every_ablation_is_recorded_with_three_seeds(name):
+    """Fewer only for layouts that the paper does not have; each run alike, and the steps of all equal."""
+    result = read(data_folder() / "runs" / f"ablation-{name}.json")
+    seeds = {variant: [row["seed"] for row in result["runs"] if row["variant"] == variant]
+             for variant in ablations.ABLATIONS[name]}  # fmt: skip
+    assert sum(map(len, seeds.values())) == len(result["runs"])
+    assert {"date", "commit", "hardware", "command"} <= set(result)
+    assert all(found == ([0] if variant in ablations.ONCE else [0, 1, 2]) for variant, found in seeds.items())
+    assert {row["n"] for row in result["runs"]} == {result["questions"]}
+    assert {row["steps"] for row in result["runs"] if "steps" in row} <= {result["steps"]}
 
 
 def test_statistics_order_the_layouts(run):
