@@ -164,7 +164,7 @@ def ablation(name):
 
     def write(result):
         rows, paper = summary(result["runs"]), PAPER.get(name, {})
-        figures = list(dict.fromkeys(figure for values in rows.values() for figure in values))
+        figures = list(next(iter(rows.values())))
         heads = ["", "seeds", *(figure.replace("_", " ") for figure in figures)]
         heads += ["paper: Chat", "Relevance", "Factuality"] if paper else []
         lines = [f"{TITLES[name]}, percent (seconds and nats apart), ± 95 % over seeds; {result['questions']} "
@@ -172,7 +172,7 @@ def ablation(name):
         lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for variant, values in rows.items():
             seeds = sum(row["variant"] == variant for row in result["runs"])
-            cells = [cell(figure, *values[figure]) if figure in values else "–" for figure in figures]
+            cells = [cell(figure, *value) for figure, value in values.items()]
             cells += [f"{value:g}" for value in paper.get(variant, ())] or ["–"] * (3 if paper else 0)
             lines.append(f"| {variant} | {seeds} | " + " | ".join(cells) + " |")
         return lines + (merged(result["runs"], rows) if name == "merge" else [])
@@ -180,7 +180,7 @@ def ablation(name):
 
 
 def merged(runs, rows):
-    """Which mean is best, and by how much; and the skills of its parents, of the paper's mean and of the best."""
+    """The lines that say which merge is best, and how well it, the parents and the paper's mean do in each skill."""
     from aqaa.training.ablations import by_skill, cell
 
     best = max(rows, key=lambda variant: rows[variant]["text"])

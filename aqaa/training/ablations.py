@@ -24,7 +24,7 @@ from aqaa.records import about
 from aqaa.tokenizers import dialogue, interleave
 from aqaa.tokenizers.text import normalise
 from aqaa.training import arrangements, judged, merging, stages
-from aqaa.training.loop import draw
+from aqaa.training.loop import save_figure
 from aqaa.training.objectives import LanguageTask
 from aqaa.training.pairs import REFUSALS
 from aqaa.training.preference import OBJECTIVES
@@ -35,8 +35,8 @@ QUESTIONS = 120  # of the development split
 SAMPLING = {"temperature": 0.3, "top_p": 0.9}
 PARENTS = ("sft1", "sft2", "dpo")
 BETAS = (0.1, 0.2)
-FIGURES = ("text", "sound", "agrees", "refuses", "seconds")  # of the printed table
-MORE = {"joins": ("switch", "switch_text"), "codebooks": ("nats_linguistic", "nats_semantic")}
+FIGURES = ("text", "sound", "agrees", "refuses", "seconds",  # of the printed table, in its order;
+           "switch", "switch_text", "nats_linguistic", "nats_semantic")  # these of two ablations
 ONCE = {layout.name for layout in dialogue.NEIGHBOURS}  # not the paper's own rows: one seed
 TAKES = 4  # answers to each question with a change of manner: there are few
 PARENT_TIME = 8  # how many times longer than its variants the common parent learns
@@ -76,8 +76,8 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     """Run every variant of an ablation with every seed; write, draw and print what came out.
 
     options: of `run.Run`; parents that its folder lacks are trained first, from `init` (the shipped
-    model) where they have a parent of their own. results: folder of JSON and PNG, or `runs`
-    beside the exported model. Returns the result. Raises ValueError for an unknown name."""
+    model) where they have a parent of their own. results: folder of JSON and PNG, by default
+    `runs` beside the exported model. Returns the result. Raises ValueError for an unknown name."""
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name!r}: choose one of {', '.join(ABLATIONS)}")
     run = Run(**{**options, "init": options.get("init") or data_folder() / "mini"})
@@ -89,9 +89,9 @@ def main(name, *, seeds=3, questions=QUESTIONS, results=None, **options):
     starts = {stage: fingerprint(run.part_file(stage))["sha256"] for stage in STARTS[name]}
     settings = {"minutes": run.minutes, "steps": run.steps, "questions": questions}
     result = {**about(f"ablation {name}", run.device), **settings, "parents": starts}
-    took = run.recorded()
+    record = run.recorded()
     result["parents_took"] = {stage: {key: told[key] for key in ("steps", "seconds") if key in told}
-                              for stage in MADE[name] if (told := took.get(stage))}  # fmt: skip
+                              for stage in MADE[name] if (told := record.get(stage))}  # fmt: skip
     kept = read_object(path, "remove it, or leave --resume out") if path.exists() else {}
     same = all(kept.get(key) == result[key] for key in (*settings, "parents"))
     result["runs"] = kept.get("runs", []) if run.resume and same else []
@@ -259,32 +259,30 @@ def barriers(run, book, points=5):
 
 
 def summary(runs):
-    """{variant: {figure: (mean over seeds, half of its 95 % interval or None for one seed)}}; a
-    figure that a run does not have is left out."""
-    more = [figure for figures in MORE.values() for figure in figures]
+    """{variant: {figure: (mean over seeds, half of its 95 % interval)}}, the same figures for each
+    variant. None stands for what a variant lacks, and for the interval of a single seed."""
+    shown = [one for one in FIGURES if any(row.get(one) is not None for row in runs)]
     result = {}
     for variant in dict.fromkeys(row["variant"] for row in runs):
         rows = [row for row in runs if row["variant"] == variant]
         result[variant] = {}
-        for figure in (*FIGURES, *more):
+        for figure in shown:
             values = [row[figure] for row in rows if row.get(figure) is not None]
-            if not values:
-                continue
             n, half = len(values), None
             if n > 1:  # of Student's distribution: seeds are few
                 half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
-            result[variant][figure] = float(np.mean(values)), half
+            result[variant][figure] = float(np.mean(values)) if values else None, half
     return result
 
 
 def table(result):
     """A result as lines of text: percent over seeds, with 95 % intervals."""
     rows = summary(result["runs"])
-    shown = [figure for figure in dict.fromkeys(f for values in rows.values() for f in values)]
+    shown = list(next(iter(rows.values()), ()))
     width = max(map(len, rows), default=8) + 1
     lines = ["".join([f"{'variant':<{width}}", *(f"{figure:>17}" for figure in shown)])]
     for variant, values in rows.items():
-        cells = [cell(figure, *values[figure]) if figure in values else "–" for figure in shown]
+        cells = [cell(figure, *value) for figure, value in values.items()]
         lines.append("".join([f"{variant:<{width}}", *(f"{one:>17}" for one in cells)]))
     counts = [row["n"] for row in result["runs"]]
     facts = f"{max(counts, default=0)} questions a run, {len(result['runs'])} runs"
@@ -303,21 +301,22 @@ def by_skill(runs):
 def bars(result, path):
     """Draw a result into a PNG: a panel for each figure, a bar for each variant, its interval."""
     rows = summary(result["runs"])
-    shown = list(dict.fromkeys(f for values in rows.values() for f in values))
+    shown = list(next(iter(rows.values())))
 
     def fill(figure):
-        for name, axis in zip(shown, figure.subplots(1, len(shown), sharey=True), strict=True):
-            pairs = [values.get(name, (None, None)) for values in rows.values()]
-            means, halves = np.array(pairs, dtype=float).T  # what there is none of is not drawn
+        panels = figure.subplots(1, len(shown), sharey=True)
+        for name, axis in zip(shown, panels, strict=True):
+            pairs = [values[name] for values in rows.values()]
+            means, halves = np.array(pairs, dtype=float).T  # None becomes nan, which is not drawn
             axis.barh(list(rows), means, xerr=halves, capsize=2)
             axis.set(title=name.replace("_", " "), xlim=(0, None))
-        axis.invert_yaxis()
+        panels[0].invert_yaxis()  # the first variant on top, in every panel
 
-    draw(path, (2 * len(shown) + 1, 0.3 * len(rows) + 1), fill)
+    save_figure(path, (2 * len(shown) + 1, 0.3 * len(rows) + 1), fill)
 
 
 def cell(figure, mean, half):
-    """A mean and half its interval, as words."""
+    """A mean and half its interval, as words; a dash for no mean."""
     scale, digits = (1, 2) if figure == "seconds" or figure.startswith("nats") else (100, 1)
     error = "" if half is None else f" ±{half * scale:.{digits}f}"
-    return f"{mean * scale:.{digits}f}{error}"
+    return "–" if mean is None else f"{mean * scale:.{digits}f}{error}"

@@ -253,7 +253,7 @@ class Examples:
         """A question and the ids of its answer, up to eot.
 
         marker: a control token that asks for this kind of answer, or None; turns: what was said
-        before. Returns ids (N,) and weights (N,): the chat template is given, no target."""
+        before. Returns ids (N,) and weights (N,), which are 0 for the chat template."""
         asked = [*turns, ("user", question)]
         prompt = dialogue.prompt(asked, self.book.tokenizer, self.ids, marker=marker)
         ids = np.array([*prompt, *answer], dtype=np.int64)

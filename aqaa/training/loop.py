@@ -288,12 +288,12 @@ class Trainer:
             axis.legend(fontsize="small")
 
         if rows:
-            draw(self.folder / f"{self.name}.png", (7, 4), curves)
+            save_figure(self.folder / f"{self.name}.png", (7, 4), curves)
 
 
-def draw(path, size, fill):
-    """Write a PNG of `size` inches that fill(figure) draws. There is none without matplotlib, which
-    belongs to the extras [notebooks] and [train]: files of numbers hold the same."""
+def save_figure(path, size, fill):
+    """Write a PNG that fill(figure) draws; size: its width and height in inches. Nothing is written
+    without matplotlib, of the extras [notebooks] and [train]: a file of numbers holds the same."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
