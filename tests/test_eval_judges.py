@@ -41,10 +41,18 @@ def row(name, written, **more):
 @pytest.mark.parametrize("text, score", [
     ("Good.\nScore: 4", "4"), ("score = **5**", "5"), ("**Score:** 3.", "3"), ("Score: 4\nScore: 4", "4"),
     ("Score: 4 then Score: 2", None), ("Score: 7", None), ("Score: 4.5", None), ("4", None), ("", None),
+    ("Score: 2.62", "2.62"), ("Score: 5.01", None), ("Score: 4.125", None), ("Score: 0.99", None),
     ("Score: 45", None), ("Score: four", None), ("Score: 4/5", None), ("scores 4", None),
 ])  # fmt: skip
 def test_a_verdict_is_read_and_never_guessed(text, score):
     assert language_judge.parsed(text) == score
+
+
+def test_ranks_are_those_of_two_drawn_answers():
+    pairs = [(True, 3.0), (True, 2.0), (False, 2.0), (False, 1.0)]
+    assert agreement.ranked(pairs) == 87.5  # three of four pairs in order, one equal
+    assert agreement.ranked([(not right, mark) for right, mark in pairs]) == 12.5
+    assert agreement.ranked([(True, 5), (False, 5)]) == 50 and agreement.ranked([(True, 5)]) is None
 
 
 def test_prompts_hold_question_reference_and_answer_as_data():
@@ -53,7 +61,7 @@ def test_prompts_hold_question_reference_and_answer_as_data():
     class Judge:
         name = "j"
 
-        def ask(self, prompt):
+        def ask(self, prompt, end):
             seen.append(prompt)
             return "Score: 2"
 
@@ -97,7 +105,7 @@ def test_grades_are_stored_raw_counted_and_set_beside_the_rules(run):
     summary = {"all": {}, "Sing": {}}
     told = language_judge.summarise(found, rows, summary)
     assert told["verdicts"] == 21 and told["unparsed"] == 3
-    assert told["agreement"]["text"] == {"n": 3, "kappa": 1.0, "interval": [1.0, 1.0]}
+    assert told["agreement"]["text"] == {"n": 3, "kappa": 1.0, "interval": [1.0, 1.0], "ranked": 100.0}
     assert told["judges"] == {}  # no row has one right sentence that both ears heard
     closed = [{**one, "agrees": True, "expected": "good one"} for one in rows[:3]]
     told = language_judge.summarise(found, closed, {}, "tiny")["judges"]
@@ -171,7 +179,7 @@ def test_an_audit_without_a_judge_is_told(set_of_one, capsys):
 def test_a_server_that_is_slow_or_wrong_is_one_sentence(reply, told, monkeypatch):
     monkeypatch.setattr(systems, "PATIENCE", 0.2)
     with server(reply) as url, pytest.raises(systems.SystemFault, match=told):
-        language_judge.make(url).ask("prompt")
+        language_judge.make(url).ask("prompt", "Score")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +190,7 @@ def tiny_model(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
-    names = ["<unk>", "<pad>", "Score", ":", *"12345", "song"]
+    names = ["<unk>", "<pad>", "Score", "Better", ":", *"12345", "first", "second", "equal", "song"]
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
@@ -195,13 +203,19 @@ def tiny_model(tmp_path_factory):
 def test_a_folder_of_transformers_judges(run, tiny_model):
     out, rows = run
     judge = language_judge.make(str(tiny_model))
-    assert judge.ask("a song") == judge.ask("a song")
-    assert set(judge.ask("a").split()) <= {"Score", ":", *"12345", "song"}
+    ids = judge.tokenizer("a song Score:", return_tensors="pt").input_ids
+    digits = [judge.tokenizer(n).input_ids[0] for n in "12345"]
+    chances = judge.model(ids).logits[0, -1, digits].softmax(0).tolist()
+    assert judge.ask("a song ", "Score") == f"Score: {sum(n * p for n, p in enumerate(chances, 1)):.2f}"
+    words = [judge.tokenizer(name).input_ids[0] for name in ("first", "second", "equal")]
+    ids = judge.tokenizer("a song Better:", return_tensors="pt").input_ids
+    best = int(judge.model(ids).logits[0, -1, words].argmax())
+    assert judge.ask("a song ", "Better") == "Better: " + ("first", "second", "equal")[best]
     verdicts = language_judge.Verdicts(out.with_suffix(".verdicts.jsonl"), judge)
     told = language_judge.summarise(language_judge.grade(verdicts, rows), rows, {"all": {}})
-    assert told["verdicts"] == 21 and 0 <= told["unparsed"] <= 21  # a random model talks nonsense
+    assert told["verdicts"] == 21 and told["unparsed"] == 0  # it is asked for the end of a verdict alone
     judge.tokenizer.chat_template = "{{ messages[0].content }}"
-    assert judge.ask("a song")
+    assert judge.ask("a song", "Score").startswith("Score: ")
 
 
 @pytest.mark.parametrize("name, told", [("/nowhere", "there is no judge '/nowhere'"), ("FOLDER", "no language model")])

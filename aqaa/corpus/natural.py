@@ -59,10 +59,6 @@ def styles():
     return known
 
 
-def training_styles():
-    return [name for name in sorted(styles()) if name not in HELD_OUT + UNUSED]
-
-
 def mix(rng, pool):
     """{style: weight}: one voice in four cases of ten, otherwise up to three in random shares."""
     names = rng.choice(pool, size=min(len(pool), int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))),
@@ -78,7 +74,8 @@ def speak_kokoro(jobs):
     for name, text, how in jobs:
         drawn = (how.rate, how.playback, how.lead)
         rng = np.random.default_rng([int(1e6 * value) for value in drawn])
-        pools = {"mix": training_styles, "held_mix": lambda: HELD_OUT[:2]}
+        pools = {"mix": lambda: sorted(set(styles()) - {*HELD_OUT, *UNUSED}),
+                 "held_mix": lambda: HELD_OUT[:2]}
         if name in pools:
             pool = pools[name]()
             timbre = mix(rng, pool)

@@ -78,7 +78,9 @@ def plan(scale=1.0, seed=0):
     for cell, (count, wording, pool) in CELLS.items():
         items += _evaluation(cell, scaled(count, scale), wording, pool, ids, rng)
     items += _evaluation("", scaled(DEV, scale), "seen", V.TRAINING, ids, rng)
-    training = _training(scale, ids, rng) + _generic(scaled(GENERIC, scale), rng)
+    training = _training(scale, ids, rng)
+    training += [Item("", "train", "", "generic", text, V.pick(Choice(rng), V.TRAINING))
+                 for text in sentences(scaled(GENERIC, scale), rng)]  # fmt: skip
     rng.shuffle(training)
     rng = Random(f"later {seed}")  # its own: the plan before stays what it was
     later = _training(scale, ids, rng, later=True)
@@ -285,11 +287,6 @@ def sentences(count, rng):
             used.update(text.split())
             made.append(text)
     return made
-
-
-def _generic(count, rng):
-    return [Item("", "train", "", "generic", text, V.pick(Choice(rng), V.TRAINING))
-            for text in sentences(count, rng)]  # fmt: skip
 
 
 def _answer_voice_generic(count, rng):

@@ -32,6 +32,16 @@ def _kappa(pairs):
         return np.where(chance < 1, (same - chance) / (1 - chance), np.nan)
 
 
+def ranked(pairs):
+    """Percent of two answers, one right and one not, of which the right one has the higher mark, an
+    equal one half (AUC: 50 is chance), of [(right, mark), …]; None where only one kind is there."""
+    from scipy.stats import mannwhitneyu  # here: it is slow to import
+
+    good, bad = ([mark for right, mark in pairs if right == kind] for kind in (True, False))
+    if good and bad:
+        return round(100 * mannwhitneyu(good, bad).statistic / len(good) / len(bad), 1)
+
+
 def compare(ours, theirs):
     """{score: {"n", "only_first", "only_second", "difference", "p", "kappa", "interval",
     "both_wrong", "overlap"}} of two runs, on the questions that both were asked. p: of as uneven a

@@ -130,14 +130,11 @@ def _prompts(folder):
         yield f"{name}.wav", name.replace("im-", "i'm ").replace("-", " ")
 
 
-def _letters(folder):
-    for path in sorted(folder.glob("?.ogg")):
-        yield path.name, path.stem.lower()
-
-
 TRANSCRIPTS = {
     "librivox": _transcribed("transcription"), "cards": _transcribed("cards.transcription"),
-    "asterisk": _prompts, "klettres": _letters,
+    "asterisk": _prompts,
+    "klettres": lambda folder: [(path.name, path.stem.lower())
+                                for path in sorted(folder.glob("?.ogg"))],
 }  # fmt: skip
 
 

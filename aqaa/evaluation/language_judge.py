@@ -15,21 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 from tqdm import tqdm
 
 from aqaa import audio
 from aqaa.corpus import plan as P
 from aqaa.evaluation import quality, whisper
-from aqaa.evaluation.agreement import between, kappa
+from aqaa.evaluation.agreement import between, kappa, ranked
 from aqaa.evaluation.mos import mean, wilson
 from aqaa.evaluation.systems import chat
 from aqaa.files import ModelError, brief
 
 PROMPTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 ASPECTS = PROMPTS["aspects"]
+ENDS = PROMPTS["ends"]
 RIGHT = 4  # a grade that counts as right beside the rules
 WORDS = 160  # tokens of a verdict
-FILLER = " I am glad that you asked me this, and I hope that my answer is of some help to you."
 
 
 class Server:
@@ -39,14 +40,14 @@ class Server:
         self.name, (self.url, _, model) = url, url.partition("#")
         self.model, self.token = model or "judge", os.environ.get("OPENAI_API_KEY", "none")
 
-    def ask(self, prompt):
+    def ask(self, prompt, end):
         body = {"model": self.model, "temperature": 0, "max_tokens": WORDS,
                 "messages": [{"role": "user", "content": prompt}]}  # fmt: skip
         return chat(self.url, body, lambda message: str(message["content"] or ""), self.token)
 
 
 class Local:
-    """A language model in a folder of transformers, greedy."""
+    """A folder of transformers: chances of the ends of a verdict decide (G-Eval, 2303.16634)."""
 
     def __init__(self, folder, device="cpu"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,13 +60,19 @@ class Local:
             said = f"{folder} is no language model of transformers ({brief(fault)})"
             raise ModelError(f"{said}: name one with weights and a tokenizer.") from None
 
-    def ask(self, prompt):
+    @torch.no_grad()
+    def ask(self, prompt, end):
+        """"Score: 2.62", the mean of the grades by their chances, or "Better: second"."""
         if self.tokenizer.chat_template:
             prompt = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.model.device)
-        made = self.model.generate(ids, max_new_tokens=WORDS, do_sample=False)
-        return self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        ends = [self.tokenizer(f"{prompt}{end}: {word}").input_ids for word in ENDS[end]]
+        read = os.path.commonprefix(ends)
+        logits = self.model(torch.tensor([read], device=self.model.device)).logits[0, -1]
+        probs = logits[[ids[len(read)] for ids in ends]].softmax(0).tolist()
+        if end == "Score":
+            return f"Score: {sum(int(word) * p for word, p in zip(ENDS[end], probs)):.2f}"
+        return f"{end}: {ENDS[end][int(np.argmax(probs))]}"
 
 
 def make(name, device="cpu"):
@@ -78,7 +85,7 @@ def make(name, device="cpu"):
                      "chat, or a folder of transformers.")  # fmt: skip
 
 
-def parsed(verdict, word="score", values="[1-5]"):
+def parsed(verdict, word="Score", values=r"[1-4](?:\.\d\d)?|5(?:\.00)?"):
     """What a verdict says behind "Score:" (or "Better:"); None where it says nothing there, or
     different things."""
     found = re.findall(rf"\b{word}\W{{1,5}}({values})(?![.,/]?\d)\b", verdict, re.IGNORECASE)
@@ -104,11 +111,11 @@ class Verdicts:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"{before}{json.dumps(row)}\n")
 
-    def ask(self, what, prompt):
+    def ask(self, what, prompt, end="Score"):
         """The raw verdict on a prompt. Raises SystemFault where the judge is lost."""
         key = self.judge.name, hashlib.sha256(prompt.encode()).hexdigest()[:16]
         if key not in self.known:
-            self.known[key] = self.judge.ask(prompt)
+            self.known[key] = self.judge.ask(prompt, end)
             self._write("", {"what": what, **dict(zip(("judge", "prompt"), key)),
                              "verdict": self.known[key]})  # fmt: skip
         return self.known[key]
@@ -119,7 +126,7 @@ class Verdicts:
         for aspect in aspects:
             asked = prompt.replace("{aspect}", ASPECTS[aspect])
             score = parsed(self.ask(f"{row['id']} {what} {aspect}", asked))
-            told[aspect] = score and int(score)
+            told[aspect] = score and float(score)
         return told
 
 
@@ -166,8 +173,8 @@ def ears(found, rows, name):
 
 def summarise(found, rows, summary, name="judge"):
     """{"verdicts", "unparsed", "agreement", "judges"}; means of each category go into `summary`.
-    agreement: κ of a factuality of 4 or more and the rules, in text and in speech; judges: κ of
-    each two of `ears`."""
+    agreement: κ of a factuality of 4 or more and the rules, in text and in speech, and `ranked` of
+    the factuality itself; judges: κ of each two of `ears`."""
     for name, scores in summary.items():
         mine = [found[row["id"]] for row in rows if name in ("all", row["category"])]
         for aspect in ASPECTS:
@@ -177,10 +184,11 @@ def summarise(found, rows, summary, name="judge"):
     grades = [score for one in found.values() for side in one.values() for score in side.values()]
     told = {"verdicts": len(grades), "unparsed": grades.count(None), "agreement": {}}
     for side, rule in (("text", "text"), ("speech", "spoken")):
-        pairs = [(row[rule], score >= RIGHT) for row in rows if row.get(rule) is not None
+        pairs = [(row[rule], score) for row in rows if row.get(rule) is not None
                  and (score := found[row["id"]].get(side, {}).get("factuality"))]  # fmt: skip
         if pairs:
-            told["agreement"][side] = {"n": len(pairs), **kappa(*zip(*pairs, strict=True))}
+            marks = kappa([right for right, _ in pairs], [score >= RIGHT for _, score in pairs])
+            told["agreement"][side] = {"n": len(pairs), **marks, "ranked": ranked(pairs)}
     return told | {"judges": between(ears(found, rows, name))}
 
 
@@ -193,7 +201,7 @@ def audit(verdicts, rows, sounds, count):
     chosen = P.spread([row for row in rows if row["written"]], count)
     for row in chosen:
         text, base = row["written"], verdicts.grades(row, row["written"], "text")
-        moved = {"longer": (text + FILLER, base), "repeated": (f"{text} {text}", base)}
+        moved = {"longer": (text + PROMPTS["filler"], base), "repeated": (f"{text} {text}", base)}
         samples, rate = soundfile.read(Path(sounds) / f"{row['id']}.ogg", dtype="float32")
         wav = np.asarray(audio.resample(samples, rate), np.float32) / 2
         if not whisper.missing():
@@ -222,8 +230,8 @@ def prefer(verdicts, ours, theirs):
         said, asked = [], (row["written"], others.get(row["id"], {}).get("written"))
         for first, second in ((0, 1), (1, 0)) if asked[1] is not None else ():
             prompt = _filled(PROMPTS["pair"], row, first=asked[first], second=asked[second])
-            verdict = parsed(verdicts.ask(f"{row['id']} pair", prompt), "better",
-                             "first|second|equal")  # fmt: skip
+            verdict = parsed(verdicts.ask(f"{row['id']} pair", prompt, "Better"), "Better",
+                             "|".join(ENDS["Better"]))  # fmt: skip
             swapped = {"first": "second", "second": "first"} if first else {}
             said.append(swapped.get(verdict, verdict))
         if said:

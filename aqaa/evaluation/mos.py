@@ -44,11 +44,3 @@ def resampled(wrong, counts, seed=0, draws=2000):
     shares = 100 * wrong[drawn].sum(1) / counts[drawn].sum(1)
     interval = [round(float(edge), 1) for edge in np.percentile(shares, (2.5, 97.5))]
     return {"error": round(float(100 * wrong.sum() / counts.sum()), 1), "interval": interval}
-
-
-def opinions(marks):
-    """{name: [marks]} -> {name: {"n", "mean", "low", "high"}}, and "all" over several names."""
-    if len(marks) > 1:
-        marks = {**marks, "all": [mark for row in marks.values() for mark in row]}
-    keys = ("mean", "low", "high")
-    return {name: {"n": len(row), **dict(zip(keys, interval(row)))} for name, row in marks.items()}

@@ -3,7 +3,7 @@
 import numpy as np
 
 from aqaa.config import SAMPLE_RATE
-from aqaa.evaluation.mos import opinions
+from aqaa.evaluation.mos import interval
 from aqaa.notebook import show
 from aqaa.notebook.base import Widget, pcm16
 from aqaa.notebook.figures import array
@@ -60,7 +60,10 @@ class Listening(Widget):
         for row in self.marks:
             for (name, *_), mark in zip(self.pairs, row):
                 marks.setdefault(name, []).append(mark)
-        return opinions(marks)
+        if len(marks) > 1:
+            marks["all"] = [mark for row in marks.values() for mark in row]
+        told = {name: zip(("mean", "low", "high"), interval(row)) for name, row in marks.items()}
+        return {name: {"n": len(marks[name]), **dict(row)} for name, row in told.items()}
 
     def _on_submit(self, message, _):
         scores = dict(zip(self._state["order"], message["scores"]))
