@@ -95,11 +95,12 @@ def systems(ours):
         lines.append("| " + " | ".join(map(str, (
             name, scores["text"]["n"], *shares, scores.get("gap", "–"), heard, scores.get("first", "–"),
             scores.get("rtf", "–"), own.get("parameters", "–"), own.get("minutes", "–")))) + " |")
-    lines += ["", "Text right by category, percent:", "", "| | " + " | ".join(runs) + " |",
-              "|---" * (len(runs) + 1) + "|"]
-    for category in list(ours["summary"])[1:]:
-        cells = [found["summary"].get(category, {}).get("text", {}).get("share", "–") for found in runs.values()]
-        lines.append(f"| {category} | " + " | ".join(map(str, cells)) + " |")
+    for score, title in (("text", "Text"), ("spoken", "Sound")):
+        lines += ["", f"{title} right by category, percent:", "", "| | " + " | ".join(runs) + " |",
+                  "|---" * (len(runs) + 1) + "|"]
+        for category in list(ours["summary"])[1:]:
+            cells = [found["summary"].get(category, {}).get(score, {}).get("share", "–") for found in runs.values()]
+            lines.append(f"| {category} | " + " | ".join(map(str, cells)) + " |")
 
     def p(found):
         return f"p {found['p']:g}" if found["p"] else "p < 0.0001"
@@ -114,7 +115,21 @@ def systems(ours):
         about = "; about the voice {only_first} and {only_second} of {n}".format(**voice) if voice else ""
         lines.append(f"- {name}: {told['only_first']} only in aqaa, {told['only_second']} only in {name}, of "
                      f"{told['n']} ({told['difference']:+} points, {p(told)}, κ {told['kappa']}){about}.")
-    return lines + claims(ours, runs)
+    return lines + alike(runs) + claims(ours, runs)
+
+
+def alike(runs):
+    """Whether two systems err on the same questions, for each two of them."""
+    from aqaa.evaluation.agreement import compare
+
+    lines = ["", "Do they err on the same questions? κ of text right above the diagonal; below it the share of all "
+             "errors of two that both make, percent:", "", "| | " + " | ".join(runs) + " |",
+             "|---" * (len(runs) + 1) + "|"]
+    for i, (name, found) in enumerate(runs.items()):
+        told = [compare(found["rows"], other["rows"])["text"] for other in runs.values()]
+        cells = ["–" if i == j else one["kappa"] if i < j else one["overlap"] for j, one in enumerate(told)]
+        lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def claims(ours, runs):

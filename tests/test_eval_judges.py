@@ -108,7 +108,7 @@ def test_grades_are_stored_raw_counted_and_set_beside_the_rules(run):
     assert told["agreement"]["text"] == {"n": 3, "kappa": 1.0, "interval": [1.0, 1.0], "ranked": 100.0}
     assert told["judges"] == {}  # no row has one right sentence that both ears heard
     closed = [{**one, "agrees": True, "expected": "good one"} for one in rows[:3]]
-    told = language_judge.summarise(found, closed, {}, "tiny")["judges"]
+    told = language_judge.summarise(found, closed, {"all": {}, "Sing": {}}, "tiny")["judges"]
     assert set(told) == {"rule - pocketsphinx", "rule - Whisper", "rule - tiny", "pocketsphinx - Whisper",
                          "pocketsphinx - tiny", "Whisper - tiny"}  # fmt: skip
     assert told["pocketsphinx - Whisper"]["kappa"] == 1.0 and told["rule - Whisper"]["kappa"] == 0.4

@@ -175,8 +175,8 @@ def summarise(found, rows, summary, name="judge"):
     """{"verdicts", "unparsed", "agreement", "judges"}; means of each category go into `summary`.
     agreement: κ of a factuality of 4 or more and the rules, in text and in speech, and `ranked` of
     the factuality itself; judges: κ of each two of `ears`."""
-    for name, scores in summary.items():
-        mine = [found[row["id"]] for row in rows if name in ("all", row["category"])]
+    for group, scores in summary.items():
+        mine = [found[row["id"]] for row in rows if group in ("all", row["category"])]
         for aspect in ASPECTS:
             for side, key in (("text", aspect), ("speech", f"{aspect}_speech")):
                 if marks := [one[side][aspect] for one in mine if one.get(side, {}).get(aspect)]:

@@ -84,7 +84,7 @@ TABLE = (
         settings={"parents": ("sft1", "sft2", "dpo"), "weights": (5, 5, 1)}, exported=False,
     ),
     Stage("vision", "names what a drawn picture holds", f"{SIGHT}:VisionTask", 3000, "vision"),
-    Stage("sight", "the backbone answers questions about pictures", f"{SIGHT}:SightTask", 900,
+    Stage("sight", "the backbone answers questions about pictures", f"{SIGHT}:SightTask", 3700,
           "vision", "vision",
           mixture={"read": 0.55, "written": 0.2, "spoken": 0.18, "aqtaa": 0.07}),
     Stage("export", "gather the parts into a model folder"),
