@@ -219,13 +219,19 @@ def calibration(result):
 
 
 def judges(result):
-    """How far three judges of the same spoken answers agree, and what the language model says of right answers."""
+    """How far four judges of the same spoken answers agree, and what each says of right answers."""
     told = result["judge"]
-    ceiling, name = told["ceiling"], told["name"]
+    ceiling, name, side = told["ceiling"], told["name"], told["agreement"]
+    taught = run("accuracy") or {}
+    closed, opened = taught["summary"]["all"]["teacher_lenient"], taught["open_judge"]["teacher"]
     lines = [f"**Judges**: Cohen's κ (95 % of draws) of each two judges of {result['questions']} spoken answers: the "
-             "rule on what was written, pocketsphinx on a closed list, Whisper base on anything, and a language model "
-             f"({name}) that grades factuality 4 or 5 of 5; {told['unparsed']} of its {told['verdicts']} verdicts "
-             f"did not parse. Of the *right* answers it grades {ceiling['share']:.0f} % (n = {ceiling['n']}) so.", "",
+             "rule on what was written, pocketsphinx on a closed list, Whisper base on anything, word for word, and a "
+             f"language model ({name}) that grades factuality 4 or 5 of 5; {told['unparsed']} of its "
+             f"{told['verdicts']} verdicts did not parse. By its grade a right answer stands above a wrong one in "
+             f"{side['text']['ranked']} % of pairs as text and {side['speech']['ranked']} % as Whisper heard it (50 is "
+             f"chance). Ceilings: of the *right* answers it grades {ceiling['share']:.0f} % (n = {ceiling['n']}) 4 or "
+             f"5; of the teacher's recordings pocketsphinx hears {100 * closed['share']:.1f} % right (n = "
+             f"{closed['n']}), Whisper {opened['error']} % of the words wrong (n = {opened['n']} recordings).", "",
              "| judges | n | κ |", "|---|---|---|"]
     for pair, row in told["judges"].items():
         interval = "" if row["kappa"] is None else " ({:.2f}–{:.2f})".format(*row["interval"])

@@ -29,7 +29,7 @@ def _kappa(pairs):
     same, (first, second) = (pairs[0] == pairs[1]).mean(-1), pairs.mean(-1)
     chance = first * second + (1 - first) * (1 - second)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(chance < 1, (same - chance) / (1 - chance), np.nan)
+        return np.where(chance < 1, (same - chance) / (1 - chance), np.nan) + 0.0  # no -0
 
 
 def ranked(pairs):
