@@ -57,13 +57,18 @@ def answer_batch(model, wavs, seed=0, histories=None, **sampling):
 def answer_prompts(model, prompts, seed=0, **sampling):
     """The same of prompts, lists of ids."""
     settings = {"max_tokens": MAX_ANSWER, "min_audio": MIN_AUDIO, **own_sampling(), **sampling}
-    common, answers = (model.ids, model.layout), []
-    for steps in generate_batch(model.backbone, prompts, *common, seed=seed, **settings):
-        text, audio = model.layout.parse([step.id for step in steps], model.ids)
-        whole = interleave.groups(audio, model.ids).reshape(-1).tolist()
-        sure = confidence(steps, model.config.confidence)
-        answers.append((normalise(model.text.decode(text)), whole, sure))
-    return answers
+    common, answers, groups = (model.ids, model.layout), {}, {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(model.decoder_for(prompt), []).append(i)
+    for decoder, chosen in groups.items():
+        some = [prompts[i] for i in chosen]
+        made = generate_batch(decoder, some, *common, seed=seed, **settings)
+        for i, steps in zip(chosen, made, strict=True):
+            text, audio = model.layout.parse([step.id for step in steps], model.ids)
+            whole = interleave.groups(audio, model.ids).reshape(-1).tolist()
+            sure = confidence(steps, model.config.confidence)
+            answers[i] = normalise(model.text.decode(text)), whole, sure
+    return [answers[i] for i in range(len(prompts))]
 
 
 def own_sampling():

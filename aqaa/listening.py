@@ -109,7 +109,9 @@ class Listener:
             semantic = semantic[: piece // FRAME] + codes.tolist()
         ids = interleave.merge(linguistic, semantic, self.model.ids)
         if self.prefill and ids:
-            self.prefill.read(self.model.prompt(ids, self.history))
+            prompt = self.model.prompt(ids, self.history)
+            self.prefill.suit(self.model.decoder_for(prompt))
+            self.prefill.read(prompt)
         return {
             "heard": len(self.wav), "start": start, "end": end, "peak": peak, "session": session,
             "restarts": self.restarts + restart, "linguistic": linguistic, "semantic": semantic,

@@ -67,8 +67,8 @@ def load(
     own = [name for name in model_folder.parts_in(folder) if name not in sources] if folder else []
     if "linguistic" in sources:  # phone heads fit the tokenizers beside them
         own = [name for name in own if name != "heads"]
-    if "backbone" in sources:  # and eyes the backbone beside them
-        own = [name for name in own if name != "vision"]
+    if "backbone" in sources:  # and eyes, and what is known of turns, the backbone beside them
+        own = [name for name in own if name not in ("vision", "turns")]
     for name in own:  # headers only: a broken file is told before the first part is read
         model_folder.read_header(folder / f"{name}.safetensors")
 

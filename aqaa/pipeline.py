@@ -38,8 +38,9 @@ NO_VISION = (
 class AQAA:
     """Question in, answer out.
 
-    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift` and, perhaps, `heads` and
-    `vision`; each is fetched by part(name) when first used, so a dict's `__getitem__` will do.
+    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift` and, perhaps, `heads`,
+    `vision` and `turns`; each is fetched by part(name) when first used: a dict's `__getitem__` will
+    do.
     config: AQAAConfig; layout: a name of Table 1 or a Layout; voice: a function of this object that
     returns options of the Vocoder; notes: sentences on what was left out in loading. engine: None,
     or what generates in place of the backbone: its generate(prompt, ids, layout, **sampling) gives
@@ -81,6 +82,8 @@ class AQAA:
     heads = cached_property(lambda self: self._extra("heads"))  # PhoneHeads of both tokenizers
     vision = cached_property(lambda self: self._extra("vision"))  # Vision
     seeing = cached_property(lambda self: self.vision.adapted(self.decoder))  # with a picture
+    turns = cached_property(lambda self: self._extra("turns"))  # Turns
+    remembering = cached_property(lambda self: self.turns.added(self.decoder))  # after a turn
 
     def _extra(self, name):
         """A part that weights need not bring; None where they do not."""
@@ -88,6 +91,11 @@ class AQAA:
             return self._part(name)
         except KeyError:
             return None
+
+    def decoder_for(self, prompt):
+        """What answers a prompt (ids): `decoder`, or what learnt turns where some came before."""
+        later = prompt.count(self.ids.bot) > 2  # the question's own turn, and the open one
+        return self.remembering if later and self.turns is not None else self.decoder
 
     # ---- single steps ----
 
@@ -170,7 +178,9 @@ class AQAA:
         sampling = {**SAMPLING, "min_audio": MIN_AUDIO, **sampling}
         if self.engine is not None:
             return self.engine.generate(prompt, self.ids, layout, **sampling)
-        decoder = self.decoder
+        decoder = self.decoder_for(prompt)
+        if "prefill" in sampling and sampling["prefill"]:
+            sampling["prefill"].suit(decoder)
         if image is not None:  # its rows take the places that the prompt keeps for them
             decoder = self.seeing
             with torch.inference_mode():

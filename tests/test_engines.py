@@ -155,6 +155,17 @@ def test_the_same_draw_is_the_same_mix_and_held_out_voices_stay_themselves(recor
     assert set(held[1]) | set(held[2]) <= set(natural.HELD_OUT[:2]) and held[4:] == (1.0, 1.0)
 
 
+def test_a_sound_that_is_no_number_is_said_again_a_little_faster(recorder, monkeypatch):
+    def say(*how):
+        recorder.append(how)
+        return np.full(9, np.nan if how[3] == draw.rate else 0.5, np.float32)
+
+    monkeypatch.setattr(kokoro.shared(), "say", say)
+    draw = V.draw_natural(np.random.default_rng(0))
+    ((sound, _),) = natural.speak_kokoro([("mix", TEXT, draw)])
+    assert (sound == 0.5).all() and [how[3] for how in recorder] == [draw.rate, pytest.approx(1.02 * draw.rate)]
+
+
 # ---- the rewritten graph --------------------------------------------------------------------------------------------
 
 

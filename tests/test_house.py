@@ -17,13 +17,13 @@ from notebooks.house import APART, FLOORS, PICTURE, draw, graph, part_of, rooms,
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "aqaa").rglob("*.py"))
 BUDGET = {  # lines; what a reader reads to understand the model comes first
-    "config audio tokenizers backbone vocoder answer listening pipeline": 5_280,  # pictures; the flow of few steps left
+    "config audio tokenizers backbone vocoder answer listening pipeline": 5_325,  # pictures, turns; few-step flow left
     "voice_activity conversation": 505,  # turns of a live conversation
     "fast": 1_070,
     "sound_files sound_headers": 520,  # whatever files people have
     "aqaa __main__ cli options places doctor records loading weights": 2_440,  # W4A16, ablations, talk, full size, eval
     "files processor": 400,  # the writers of checkpoints and refusals came in from training and weights
-    "corpus pitch batching training evaluation": 14_340,  # pictures, pre-training in three; few-step flow left
+    "corpus pitch batching training evaluation": 14_430,  # pictures, turns; few-step flow, prose of a judge left
     "lineage": 1_900,  # the room that was empty: nine systems on one interface; cascade and listener left for it
     "scale": 2_310,  # what training takes, listeners, nodes, prices, W4A16, several machines
     "notebook": 2_190,  # a conversation in a widget: calls, turns, blocks

@@ -161,7 +161,8 @@ def test_a_finished_stage_takes_no_further_step(place, run, monkeypatch, stage):
     assert read(place / "run" / "record.json")[stage]["steps"] == STEPS
 
 
-@pytest.mark.parametrize("stage", ["pretrain_audio", "pretrain_joined", "pretrain", "sft2", "dpo", "vision", "sight"])
+@pytest.mark.parametrize("stage", ["pretrain_audio", "pretrain_joined", "pretrain", "sft2", "dpo", "vision", "sight",
+                                   "turns"])
 def test_an_interrupted_stage_ends_with_the_same_bytes(place, monkeypatch, stage):
     """A stage, stopped after a step and resumed, against the same as part of `all`."""
     part, log = place / "run" / "parts" / f"{stage}.safetensors", place / "run" / f"{stage}.csv"

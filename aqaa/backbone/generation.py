@@ -123,6 +123,12 @@ class Prefill:
         self.decoder = decoder or Decoder(model, 1, min(room, model.config.max_seq_len))
         self.ids = []
 
+    def suit(self, model):
+        """Read for this model; what was read for another one is forgotten."""
+        if model is not self.decoder.model:
+            self.ids = []  # first, should this be interrupted
+            self.decoder = Decoder(model, 1, self.decoder.size)
+
     @torch.inference_mode()
     def read(self, ids):
         """Run what is new in `ids`, a later form of the prompt. Raises ValueError for no room."""

@@ -6,7 +6,6 @@ grid of patches, a projector to the width of the backbone. Shapes: B pictures of
 patches of C channels, P rows of a prompt of width D.
 """
 
-from copy import deepcopy
 from math import isqrt
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from aqaa.backbone.layers import Step1DecoderLayer
+from aqaa.backbone.lora import LoRA
 
 LARGEST = 64_000_000  # pixels; a small file can hold many more
 
@@ -95,37 +94,4 @@ class Vision(nn.Module):
 
     def adapted(self, backbone):
         """The backbone as it is where there is a picture: itself, or a copy with `lora` added."""
-        if not self.config.lora_rank:
-            return backbone
-        backbone = deepcopy(backbone)
-        with torch.no_grad():
-            for name, change in self.lora.changes():
-                backbone.model.get_parameter(name).add_(change)
-        return backbone.eval()
-
-
-class LoRA(nn.Module):
-    """Low-rank changes of a trunk's matrices, W + up · down (2106.09685), all layers in one.
-
-    The mini learnt to see when all else was learnt; without a picture it stays what it was.
-    """
-
-    def __init__(self, config, rank):
-        super().__init__()
-        self.layers, self.names = config.num_hidden_layers, {}
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        with torch.device("meta"):  # for its shapes
-            layer = Step1DecoderLayer(config, 0)
-        for name, linear in layer.named_modules() if rank else ():
-            if isinstance(linear, nn.Linear):
-                n, k = linear.weight.shape
-                key = name.rpartition(".")[2]
-                self.names[key] = name
-                self.down[key] = nn.Parameter(torch.randn(self.layers, rank, k) / k**0.5)
-                self.up[key] = nn.Parameter(torch.zeros(self.layers, n, rank))  # no change yet
-
-    def changes(self):
-        """(name of a weight in the trunk, its change (N, K)), one by one."""
-        for key, name in self.names.items():
-            for layer, change in enumerate(self.up[key] @ self.down[key]):
-                yield f"layers.{layer}.{name}.weight", change
+        return self.lora.added(backbone) if self.config.lora_rank else backbone

@@ -87,7 +87,11 @@ def speak_kokoro(jobs):
         men = sum(weight for style, weight in timbre.items() if style[1] == "m")
         if pitch < 0.71 and men > 0.5:
             pitch *= 1.6  # a man's style is low by itself
-        made.append((voice.say(text + how.mark, timbre, prosody, how.rate, pitch, spread), RATE))
+        for rate in how.rate * 1.02 ** np.arange(3):  # of thousands one is NaN, at its rate alone
+            sound = voice.say(text + how.mark, timbre, prosody, rate, pitch, spread)
+            if np.isfinite(sound).all():
+                break
+        made.append((sound, RATE))
     return made
 
 

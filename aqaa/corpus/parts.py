@@ -29,6 +29,7 @@ def main(folder="work/corpus", scale=1.0, seed=0, workers=2, resume=True, only=N
         "wider": lambda: _joined(folder / "wider", wider.plan(scale, seed)),
         "play": lambda: _joined(folder / "play", play.plan(scale, seed)),
         "later": lambda: _joined(folder / "later", play.later_plan(scale, seed)),
+        "turns": lambda: _joined(folder / "turns", wider.turns_plan(scale, seed)),
         "pictures": lambda: _joined(folder / "pictures", pictures.plan(scale, seed)),
         "people": lambda: recorded,
     }

@@ -83,8 +83,9 @@ def apart(name, fact):
 
 
 def joined(scale=1.0, seed=0):
-    """Items of all that joined the questions of curriculum.toml: the wider part and these two."""
-    return wider.plan(scale, seed) + plan(scale, seed) + later_plan(scale, seed)
+    """Items of all that joined the questions of curriculum.toml, in the order of their parts."""
+    parts = wider.plan, plan, later_plan, wider.turns_plan
+    return [item for part in parts for item in part(scale, seed)]
 
 
 def plan(scale=1.0, seed=0):

@@ -26,7 +26,7 @@ from aqaa.corpus.plan import STORED, Item, plan_hash
 from aqaa.files import reading, replacing
 from aqaa.tokenizers.text import MANNERS
 
-PARTS = ("questions", "open", "wider", "play", "later", "pictures", "people")
+PARTS = ("questions", "open", "wider", "play", "later", "turns", "pictures", "people")
 PER_SHARD = 400
 ROUND = 8  # shards that a worker speaks before another takes its place
 RESUME = "run `aqaa train corpus --resume`"

@@ -5,10 +5,12 @@ A second question is an Item of role "follow"; its slots hold what was said befo
 "answered" (with its manner). Where it is no training, the Item before it, of role "first", is the
 first question, spoken by the same voice. `wider.toml` has the wordings and the counts."""
 
+import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product, repeat
 from pathlib import Path
 from random import Random
 
@@ -60,6 +62,17 @@ def plan(scale=1.0, seed=0):
     return numbered(items, "w", "wider", seed)
 
 
+def turns_plan(scale=1.0, seed=0):
+    """Second questions in many more wordings, for training and, in others, for development."""
+    rng, counts, items = Random(f"turns {seed}"), WIDER["turns"], []
+    make = Maker(rng, P.answer_ids())
+    for who in ("synthesizers", "hibari", "kokoro"):
+        items += make.all("follow_turns", P.scaled(counts[who], scale), POOLS[who], "train")
+    rng.shuffle(items)
+    items += make.all("follow_dev", P.scaled(counts["dev"], scale), POOLS["dev"], "dev")
+    return numbered(items, "t", "turns", seed)
+
+
 def turns_before(item):
     """(role, text) pairs of what was said before a second question; none of any other Item."""
     if item.role != "follow":
@@ -100,7 +113,7 @@ def is_copied(item):
     """Whether the codes of bent copies of an Item are kept, too: of what is asked for training all
     that joined, but what joined last only if it is for a song, and one in ten of the others."""
     asked = item.split == "train" and item.role in ("question", "follow")
-    if item.part == "later":  # more wordings would need too much room, bent voices another label
+    if item.part in ("later", "turns"):  # wordings need room enough, bent voices another label
         return asked and item.category == "Sing"
     return asked and (item.part in ("wider", "play") or stable_hash(item.id) % 10 == 0)
 
@@ -111,6 +124,16 @@ def is_copied(item):
 def lines_of(text):
     """([wordings of the training], [those held out]) of a text with a wording a line."""
     return held_apart([line.strip() for line in text.strip().splitlines()])
+
+
+@cache
+def combined(text):
+    """([wordings of the training], [of development: one in ten]) of lines whose parts between
+    (one|another|) are combined."""
+    lines = (map(str.split, re.split("[()]", line), repeat("|")) for line in text.splitlines())
+    made = {" ".join("".join(parts).split()) for line in lines for parts in product(*line)} - {""}
+    return [sorted(core for core in made if (stable_hash(core) % 10 == 0) == apart)
+            for apart in (False, True)]  # fmt: skip
 
 
 def words_of(text):
@@ -179,6 +202,12 @@ class Maker:
     def _follow_more(self, turn, held_out):
         return self._follow(turn, held_out, "more")
 
+    def _follow_turns(self, turn, held_out):
+        return self._follow(turn, False, "turns")
+
+    def _follow_dev(self, turn, held_out):
+        return self._follow(turn, True, "turns")
+
     def _outside(self, turn, held_out):  # each of the three kinds in turn
         return (self._open, self._world, self._near)[turn % 3](turn, held_out)
 
@@ -218,14 +247,19 @@ class Maker:
 
     def _follow(self, turn, held_out, wordings="wordings"):
         """A second question behind a first one; draws until there is a known answer."""
-        kinds = sorted(WIDER["follow"])
+        kinds, lists = sorted(WIDER["follow"]), lines_of
+        if wordings == "turns":
+            kinds, lists = kinds + ["again"] * (WIDER["turns"]["again"] - 1), combined
         kind = kinds[turn % len(kinds)]
         entry = WIDER["follow"][kind]
+        heard = lists(entry[wordings])[held_out]
+        if wordings != "wordings":  # more ways to say it, but none that evaluation has
+            heard = [core for core in heard if core not in lines_of(entry["wordings"])[True]]
         names = entry.get("intents", " ".join(C.INTENTS)).split()
         while True:
             intent = C.INTENTS[self.rng.choice(names)]
             first = self.rng.choice(intent.known())
-            core = self.rng.choice(lines_of(entry[wordings])[held_out])
+            core = self.rng.choice(heard)
             found = self._second(kind, intent, first, core)
             if found and intent.category != VOICE:
                 break

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 from aqaa.backbone.vision import Vision, patches, pixels
 from aqaa.config import AQTA
 from aqaa.corpus import pictures
 from aqaa.tokenizers import interleave
 from aqaa.training.examples import Examples, swapped
-from aqaa.training.objectives import LanguageTask, NextToken
+from aqaa.training.objectives import NextToken
+from aqaa.training.turns import AdaptedTask
 
 
 def shown(scenes, size):
@@ -155,37 +155,25 @@ def alike(ours, theirs):
     return next((i for i, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
 
 
-class SightTask(LanguageTask):
+class SightTask(AdaptedTask):
     """Next-token prediction with pictures, by the backbone with the changes of Vision.lora."""
-
-    warmup, lr, floor, patience = 0.03, 2e-3, 0.02, 30  # short examples fill gaps of long ones
 
     def __init__(self, book, mixture, items, codes, *, rows=8, length=512):
         NextToken.__init__(self, book.config)
         self.examples = PictureExamples(book, mixture, items, codes)
-        self.backbone = self.model.requires_grad_(False)
-        self.model = Vision(book.config)
-        self.modules = {"model": self.model}
+        vision = Vision(book.config)
+        self.freeze(vision, vision.lora)
         self.rows, self.length, self.pixels = rows, length, book.config.vision.image_size
 
     @classmethod
     def from_run(cls, run, stage):
         task = cls(run.book(), stage.mixture, pictures.plan(run.scale, run.seed), run.stored(),
                    **stage.settings)  # fmt: skip
-        run.start(stage, task.model)
-        run.part(run.makers()["backbone"], task.backbone)
-        return task
+        return task.begin(run, stage)
 
     def batch(self, rng):
         batch, scenes = self.packed(rng)
         return batch | {"pictures": shown(scenes, self.pixels)}
 
-    def scores(self, batch):
-        ids = batch["input_ids"]
-        trunk = self.backbone.to(ids.device).model
-        weights = {name: trunk.get_parameter(name) + change
-                   for name, change in self.model.lora.changes()}  # fmt: skip
-        embeddings = self.model.embedded(trunk.embed_tokens(ids), ids, batch["pictures"])
-        given = {"inputs_embeds": embeddings, "segment_ids": batch["segments"]}
-        hidden = functional_call(trunk, weights, kwargs=given).last_hidden_state  # (B, T, D)
-        return lambda at, rows: self.backbone.logits(hidden, at, rows)
+    def embedded(self, embeddings, batch):
+        return self.model.embedded(embeddings, batch["input_ids"], batch["pictures"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from aqaa import files
 from aqaa.backbone.layers import PlainStep1
+from aqaa.backbone.lora import Turns
 from aqaa.backbone.quantized_linear import empty_linears, format_in, format_within, numbers
 from aqaa.backbone.vision import Vision
 from aqaa.fast import prepared
@@ -30,9 +31,9 @@ PARTS = {  # name of the part, and of its file: its class
     "linguistic": LinguisticTokenizer, "semantic": SemanticTokenizer, "backbone": PlainStep1,
     "flow": Flow, "hift": HiFT,
 }  # fmt: skip
-EXTRA = {"heads": PhoneHeads, "vision": Vision}  # hearing needs none of these: a folder may lack
+EXTRA = {"heads": PhoneHeads, "vision": Vision, "turns": Turns}  # a folder may lack these
 # What each was trained on and fits alone.
-EXTRA_BESIDE = {"heads": ("linguistic", "semantic"), "vision": ("backbone",)}
+EXTRA_BESIDE = {"heads": {"linguistic", "semantic"}, "vision": {"backbone"}, "turns": {"backbone"}}
 SMALL = 4096  # tensors below this many values stay fp32: they cost nothing
 ANEW, MATCHING = "get the file again", "use matching files"
 
