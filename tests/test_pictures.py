@@ -159,7 +159,7 @@ def test_training_and_answering_see_the_same(eyes, backbone, monkeypatch):
     from aqaa.backbone.step1 import from_plain
 
     task = object.__new__(sight.SightTask)
-    task.ids, task.model, task.backbone = MINI.ids, eyes, from_plain(backbone).eval()
+    task.ids, task.model, task.lora, task.backbone = MINI.ids, eyes, eyes.lora, from_plain(backbone).eval()
     ids = torch.tensor([[1, 4, 60, *vision.patches(MINI), 520, 1200, 3]])
     pictures = torch.rand(1, 3, 64, 64)
     batch = {"input_ids": ids, "segments": torch.ones_like(ids), "pictures": pictures}
