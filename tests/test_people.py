@@ -232,7 +232,7 @@ def test_people_join_the_other_parts(tmp_path, spoken, monkeypatch):
     ])  # fmt: skip
     folder = write(tmp_path / "cups", entries("a.wav"))
     corpus = parts.main(tmp_path / "corpus", scale=0.001, workers=1, people=[folder])
-    assert list(corpus.places) == [*"questions open wider play later pictures people".split()] and corpus.complete
+    assert list(corpus.places) == [*"questions open wider play later turns pictures people".split()] and corpus.complete
     assert {item.part: corpus.wav(item).any() for item in corpus.items()} == dict.fromkeys(corpus.places, True)
     assert len({item.id for item in corpus.items()}) == len(corpus.items())
     with pytest.raises(ModelError, match="manifest.json is missing"):

@@ -327,7 +327,7 @@ def test_a_stage_that_is_planted_in_the_table_needs_nothing_else(place, tmp_path
     monkeypatch.setattr(stages, "STAGES", {stage.name: stage for stage in order})
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"sight .*\n  sft3 +a third course\n  export ", shown)
+    assert re.search(r"turns .*\n  sft3 +a third course\n  export ", shown)
     run, drawn, started = tmp_path / "run", set(), []
     shutil.copytree(place / "run", run, ignore=shutil.ignore_patterns("features"))
     with monkeypatch.context() as patch:
