@@ -6,6 +6,7 @@ The example is asked anew; the figures come from data/runs/*.json, so that no nu
 import json
 import re
 import sys
+from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -123,12 +124,14 @@ def alike(runs):
     """Whether two systems err on the same questions, for each two of them."""
     from aqaa.evaluation.agreement import compare
 
+    told = {pair: compare(*(runs[name]["rows"] for name in pair))["text"] for pair in combinations(runs, 2)}
+    names = list(runs)
     lines = ["", "Do they err on the same questions? κ of text right above the diagonal; below it the share of all "
-             "errors of two that both make, percent:", "", "| | " + " | ".join(runs) + " |",
-             "|---" * (len(runs) + 1) + "|"]
-    for i, (name, found) in enumerate(runs.items()):
-        told = [compare(found["rows"], other["rows"])["text"] for other in runs.values()]
-        cells = ["–" if i == j else one["kappa"] if i < j else one["overlap"] for j, one in enumerate(told)]
+             "errors of two that both make, percent:", "", "| | " + " | ".join(names) + " |",
+             "|---" * (len(names) + 1) + "|"]
+    for i, name in enumerate(names):
+        cells = [told[other, name]["overlap"] for other in names[:i]]
+        cells += ["–", *(told[name, other]["kappa"] for other in names[i + 1 :])]
         lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -223,7 +226,7 @@ def judges(result):
     """How far four judges of the same spoken answers agree, and what each says of right answers."""
     told = result["judge"]
     ceiling, name, side = told["ceiling"], told["name"], told["agreement"]
-    taught = run("accuracy") or {}
+    taught = run("accuracy")
     closed, opened = taught["summary"]["all"]["teacher_lenient"], taught["open_judge"]["teacher"]
     lines = [f"**Judges**: Cohen's κ (95 % of draws) of each two judges of {result['questions']} spoken answers: the "
              "rule on what was written, pocketsphinx on a closed list, Whisper base on anything, word for word, and a "

@@ -57,7 +57,8 @@ def answer_batch(model, wavs, seed=0, histories=None, **sampling):
 def answer_prompts(model, prompts, seed=0, **sampling):
     """The same of prompts, lists of ids."""
     settings = {"max_tokens": MAX_ANSWER, "min_audio": MIN_AUDIO, **own_sampling(), **sampling}
-    common, answers, groups = (model.ids, model.layout), {}, {}
+    common, answers = (model.ids, model.layout), [None] * len(prompts)
+    groups = {}  # {decoder: places of its prompts}: turns before a question ask for another one
     for i, prompt in enumerate(prompts):
         groups.setdefault(model.decoder_for(prompt), []).append(i)
     for decoder, chosen in groups.items():
@@ -68,7 +69,7 @@ def answer_prompts(model, prompts, seed=0, **sampling):
             whole = interleave.groups(audio, model.ids).reshape(-1).tolist()
             sure = confidence(steps, model.config.confidence)
             answers[i] = normalise(model.text.decode(text)), whole, sure
-    return [answers[i] for i in range(len(prompts))]
+    return answers
 
 
 def own_sampling():

@@ -98,7 +98,7 @@ class Conversation:
                  speculate=True, interruptible=True, **sampling):  # fmt: skip
         self.model, self.clock, self.sampling = model, clock, sampling
         self.state, self.counts, self.letters = State.SILENCE, Counter(), LETTERS
-        # One cache for all turns: the history's keys and values stay.
+        # One cache for all turns: keys and values of the history stay, once it has begun.
         self._room = min(ROOM, model.config.backbone.max_seq_len)
         self._prefill = None if model.engine else generation.Prefill(model.decoder, self._room)
         self.turns, self._rest = [], torch.zeros(0)  # samples that are no whole frame yet

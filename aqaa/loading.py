@@ -65,10 +65,9 @@ def load(
         config = released.combine(config, sources, folder)
         voice = released.voice(given["vocoder"], speaker) if speaker is not None else None
     own = [name for name in model_folder.parts_in(folder) if name not in sources] if folder else []
-    if "linguistic" in sources:  # phone heads fit the tokenizers beside them
-        own = [name for name in own if name != "heads"]
-    if "backbone" in sources:  # and eyes, and what is known of turns, the backbone beside them
-        own = [name for name in own if name not in ("vision", "turns")]
+    # Phone heads fit the tokenizers beside them alone; eyes and turns the backbone.
+    beside = model_folder.EXTRA_BESIDE
+    own = [name for name in own if not beside.get(name, set()) & set(sources)]
     for name in own:  # headers only: a broken file is told before the first part is read
         model_folder.read_header(folder / f"{name}.safetensors")
 

@@ -38,9 +38,8 @@ NO_VISION = (
 class AQAA:
     """Question in, answer out.
 
-    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift` and, perhaps, `heads`,
-    `vision` and `turns`; each is fetched by part(name) when first used: a dict's `__getitem__` will
-    do.
+    Parts are `text`, `linguistic`, `semantic`, `backbone`, `flow`, `hift`, and perhaps `heads`,
+    `vision` and `turns`; part(name) fetches each when it is first used, as a dict's `__getitem__`.
     config: AQAAConfig; layout: a name of Table 1 or a Layout; voice: a function of this object that
     returns options of the Vocoder; notes: sentences on what was left out in loading. engine: None,
     or what generates in place of the backbone: its generate(prompt, ids, layout, **sampling) gives
@@ -178,11 +177,10 @@ class AQAA:
         sampling = {**SAMPLING, "min_audio": MIN_AUDIO, **sampling}
         if self.engine is not None:
             return self.engine.generate(prompt, self.ids, layout, **sampling)
-        decoder = self.decoder_for(prompt)
-        if "prefill" in sampling and sampling["prefill"]:
-            sampling["prefill"].suit(decoder)
+        decoder = self.decoder_for(prompt) if image is None else self.seeing
+        if prefill := sampling.get("prefill"):
+            prefill.suit(decoder)
         if image is not None:  # its rows take the places that the prompt keeps for them
-            decoder = self.seeing
             with torch.inference_mode():
                 rows = generation.embed(decoder, [prompt])
                 ids = torch.tensor([prompt], device=rows.device)

@@ -10,7 +10,7 @@ import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import product, repeat
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -113,7 +113,7 @@ def is_copied(item):
     """Whether the codes of bent copies of an Item are kept, too: of what is asked for training all
     that joined, but what joined last only if it is for a song, and one in ten of the others."""
     asked = item.split == "train" and item.role in ("question", "follow")
-    if item.part in ("later", "turns"):  # wordings need room enough, bent voices another label
+    if item.part in ("later", "turns"):  # copies need too much room, bent voices another label
         return asked and item.category == "Sing"
     return asked and (item.part in ("wider", "play") or stable_hash(item.id) % 10 == 0)
 
@@ -130,8 +130,10 @@ def lines_of(text):
 def combined(text):
     """([wordings of the training], [of development: one in ten]) of lines whose parts between
     (one|another|) are combined."""
-    lines = (map(str.split, re.split("[()]", line), repeat("|")) for line in text.splitlines())
-    made = {" ".join("".join(parts).split()) for line in lines for parts in product(*line)} - {""}
+    made = set()
+    for line in text.strip().splitlines():
+        parts = [part.split("|") for part in re.split("[()]", line)]  # the ways to say each part
+        made |= {" ".join("".join(one).split()) for one in product(*parts)}
     return [sorted(core for core in made if (stable_hash(core) % 10 == 0) == apart)
             for apart in (False, True)]  # fmt: skip
 
@@ -247,19 +249,19 @@ class Maker:
 
     def _follow(self, turn, held_out, wordings="wordings"):
         """A second question behind a first one; draws until there is a known answer."""
-        kinds, lists = sorted(WIDER["follow"]), lines_of
+        kinds = sorted(WIDER["follow"])
         if wordings == "turns":
-            kinds, lists = kinds + ["again"] * (WIDER["turns"]["again"] - 1), combined
+            kinds += ["again"] * (WIDER["turns"]["again"] - 1)
         kind = kinds[turn % len(kinds)]
         entry = WIDER["follow"][kind]
-        heard = lists(entry[wordings])[held_out]
-        if wordings != "wordings":  # more ways to say it, but none that evaluation has
-            heard = [core for core in heard if core not in lines_of(entry["wordings"])[True]]
+        cores = (combined if wordings == "turns" else lines_of)(entry[wordings])[held_out]
+        if wordings == "turns":  # parts may add up to a wording that evaluation hears
+            cores = [core for core in cores if core not in lines_of(entry["wordings"])[True]]
         names = entry.get("intents", " ".join(C.INTENTS)).split()
         while True:
             intent = C.INTENTS[self.rng.choice(names)]
             first = self.rng.choice(intent.known())
-            core = self.rng.choice(heard)
+            core = self.rng.choice(cores)
             found = self._second(kind, intent, first, core)
             if found and intent.category != VOICE:
                 break

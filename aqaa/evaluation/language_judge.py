@@ -47,7 +47,7 @@ class Server:
 
 
 class Local:
-    """A folder of transformers: chances of the ends of a verdict decide (G-Eval, 2303.16634)."""
+    """A model in a folder, judging by its chances for the end of a verdict (G-Eval, 2303.16634)."""
 
     def __init__(self, folder, device="cpu"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,7 +67,7 @@ class Local:
             prompt = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         ends = [self.tokenizer(f"{prompt}{end}: {word}").input_ids for word in ENDS[end]]
-        read = os.path.commonprefix(ends)
+        read = os.path.commonprefix(ends)  # all that comes before the token that tells them apart
         logits = self.model(torch.tensor([read], device=self.model.device)).logits[0, -1]
         probs = logits[[ids[len(read)] for ids in ends]].softmax(0).tolist()
         if end == "Score":

@@ -62,8 +62,11 @@ class Listening(Widget):
                 marks.setdefault(name, []).append(mark)
         if len(marks) > 1:
             marks["all"] = [mark for row in marks.values() for mark in row]
-        told = {name: zip(("mean", "low", "high"), interval(row)) for name, row in marks.items()}
-        return {name: {"n": len(marks[name]), **dict(row)} for name, row in told.items()}
+        result = {}
+        for name, row in marks.items():
+            mean, low, high = interval(row)
+            result[name] = {"n": len(row), "mean": mean, "low": low, "high": high}
+        return result
 
     def _on_submit(self, message, _):
         scores = dict(zip(self._state["order"], message["scores"]))

@@ -17,7 +17,7 @@ class Stage:
     name: str  # also of its checkpoint, its log and its entry in record.json
     help: str
     task: str = ""
-    steps: int = 0  # all stages together: about four hours on two cores
+    steps: int = 0  # all stages together: about ten hours of one thread
     part: str = ""  # of a model folder; where several stages make it, the last one is exported
     parent: str = ""  # the stage whose weights this one starts from
     mixture: dict = field(default_factory=dict)  # share of each kind of example (examples.py)

@@ -19,7 +19,7 @@ class AdaptedTask(LanguageTask):
         self.modules = {"model": part}
 
     def begin(self, run, stage):
-        """Start from a run's weights."""
+        """Take the weights that a run has, of the part and of the backbone; returns the task."""
         run.start(stage, self.model)
         run.part(run.makers()["backbone"], self.backbone)
         return self
@@ -41,8 +41,7 @@ class TurnsTask(AdaptedTask):
     """Second questions behind their first ones, and any questions behind any others."""
 
     def __init__(self, book, mixture, **options):
-        lr = options.pop("lr", self.lr)
-        super().__init__(book, mixture, lr=lr, **options)
+        super().__init__(book, mixture, **options)
         turns = Turns(book.config)
         self.freeze(turns, turns)
 
