@@ -15,13 +15,16 @@ from aqaa.batching import ask_all
 from aqaa.config import preset
 from aqaa.corpus.plan import Item
 from aqaa.evaluation import accuracy, bench, whisper
-from aqaa.evaluation.accuracy import CELLS, METRICS, Row, make_judge, measure, questions, share
+from aqaa.evaluation.accuracy import APART, CELLS, METRICS, Row, make_judge, measure, questions, share
 from aqaa.pipeline import AQAA
 from tests.test_judges import SAID, SOUNDS
 
+OWN = [cell for cell in CELLS if cell not in APART]
+
 
 class Shelf:
-    """A corpus in memory: a question a cell, the three answers in turn, the second one slowly."""
+    """A corpus in memory: a question for each cell, the three answers in turn, the second one slowly. Those of
+    unrelated second turns are read from other cells."""
 
     folder = "nowhere"
 
@@ -31,7 +34,7 @@ class Shelf:
             self._add(SOUNDS[i], f"a{i}", "train", "", "answer", text, answer=text, manner="normal", answer_id=f"a{i}")
         slow = np.repeat(SOUNDS[1], 2)
         self._add(slow, "a3", "train", "", "answer", SAID[1], answer=SAID[1], manner="slow", answer_id="a3")
-        for number, cell in enumerate(CELLS):
+        for number, cell in enumerate(OWN):
             i = (number + 1) % 3  # seen_new, one of the two cells of new voices, asks for the third answer
             manner, answer_id = ("slow", "a3") if i == 1 else ("normal", f"a{i}")
             category = "Voice Understanding" if i == 2 else "Language Ability"
@@ -46,7 +49,7 @@ class Shelf:
         return [item for item in self.made if all(getattr(item, name) == value for name, value in wanted.items())]
 
     def wav(self, item):
-        return self.sounds[item.id + item.cell]
+        return self.sounds[item.id + APART.get(item.cell, (item.cell,))[0]]
 
     def answers(self):
         return {item.answer_id: item for item in self.items(role="answer")}
@@ -77,7 +80,7 @@ def test_the_open_judge_hears_the_models_words_and_the_teachers(ask):
     told = {len(SOUNDS[0]): "one two", len(SOUNDS[1]): SAID[1], len(SOUNDS[1]) * 2: SAID[1], len(SOUNDS[2]): SAID[2]}
     _, result = ask(texts, open_judge=lambda wav: told[len(wav)])
     made, teacher = result["open_judge"]["answers"], result["open_judge"]["teacher"]
-    first = sum(number % 3 == 2 for number in range(len(CELLS)))  # questions that ask for the first answer
+    first = sum(row["expected"] == SAID[0] for row in result["rows"])
     assert made["n"] == len(CELLS) and made["error"] == pytest.approx(100 * first / made["words"], abs=0.06)
     wrong = len(set(SAID[0].split()) - {"one", "two"})
     assert teacher["n"] == 3 and teacher["error"] >= 100 * wrong / teacher["words"] - 0.06
@@ -123,13 +126,33 @@ def test_the_grammar_has_all_answers_and_what_was_written():
 
 
 def test_limit_spreads_over_a_cell():
-    made = [SimpleNamespace(id=i, cell="seen_new") for i in range(10)]
+    made = [Item(i, "eval", "seen_new", "question", "?", "voice") for i in range(10)]
     corpus = SimpleNamespace(items=lambda split, cell: [item for item in made if item.cell == cell])
     assert [item.id for item in questions(corpus, 3)] == [0, 3, 6]
     assert len(questions(corpus)) == len(questions(corpus, 50)) == 10
     corpus.folder, made[:] = "here", []
     with pytest.raises(ValueError, match="here holds no evaluation questions"):
         measure(None, corpus)
+
+
+def test_an_unrelated_second_turn_is_a_first_question_behind_the_first_of_another(monkeypatch):
+    """Which one depends on the question alone, and all are used; what it is scored by is its own answer."""
+    cells = {"seen_seen": "question", "follow_seen": "follow", "known_natural": "question", "follow_natural": "follow"}
+    made = [Item(f"{cell}{i}", "eval", cell, role, "?", "voice") for cell, role in cells.items() for i in range(20)]
+    corpus = SimpleNamespace(
+        items=lambda **wanted: [one for one in made if all(getattr(one, k) == v for k, v in wanted.items())],
+        before=lambda item: item.id, wav=lambda name: np.array([0]))  # fmt: skip
+    heard = []
+    monkeypatch.setattr(accuracy, "recording", lambda corpus, name: name)
+    monkeypatch.setattr(accuracy, "Aqaa", lambda *_: SimpleNamespace(before=lambda turns: heard.append(turns) or turns))
+    asked = questions(corpus)
+    apart = {cell: [item for item in asked if item.cell == cell] for cell in APART}
+    for cell, (own, others) in APART.items():
+        assert [item.id for item in apart[cell]] == [f"{own}{i}" for i in range(20)]
+        found = [accuracy.history(None, corpus, item)[0] for item in apart[cell]]
+        assert all(name.startswith(others) for name in found) and len(set(found)) > 8
+        assert found == [accuracy.history(None, corpus, item)[0] for item in apart[cell]]
+    assert not any(accuracy.history(None, corpus, item) for item in asked if item.cell == "seen_seen")
 
 
 def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
@@ -155,7 +178,7 @@ def test_without_a_corpus_only_the_evaluation_is_spoken(monkeypatch, tmp_path):
 
     begun(place)
     accuracy.evaluation_corpus(tmp_path)  # interrupted: goes on
-    assert len(spoken.pop(place)) == 4 + len(CELLS)
+    assert len(spoken.pop(place)) == 4 + len(OWN)
     begun(place, hash="another")
     assert accuracy.evaluation_corpus(tmp_path).heads[""]["hash"] == "another" and not spoken
     begun(tmp_path / "open")  # a part without questions

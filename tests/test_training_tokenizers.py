@@ -227,8 +227,8 @@ def test_phone_error_is_measured_row_by_row():
     task = linguistic_task()
     task.model.eval()
     rows = np.arange(len(task.data.lengths))
-    whole = task.evaluate(rows)
-    assert 0 < whole and whole == pytest.approx(task.evaluate(rows, budget=1))
+    (whole,) = task.evaluate(rows)
+    assert 0 < whole and (whole,) == pytest.approx(task.evaluate(rows, budget=1))
     task = quantising_task(training=False)
     error, melody = task.evaluate(rows)
     assert (error, melody) == pytest.approx(task.evaluate(rows, budget=5), rel=1e-3) and melody > 0

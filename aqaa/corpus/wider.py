@@ -30,6 +30,11 @@ POOLS = {  # voices by the names that counts and cells have for them
     "seen": V.TRAINING, "natural": V.NATURAL_HELD_OUT, "dev": V.NATURAL + V.TRAINING[::4],
 }  # fmt: skip
 DEV = 360  # development questions in wordings, and half of them in voices, of their own
+KINDS = {  # which list of wordings another kind of questions draws from
+    "new": ("known", "held_out"), "dev": ("known", "dev"), "known_more": ("known", "more"),
+    "follow_more": ("follow", "more"), "follow_turns": ("follow", "turns"),
+    "follow_dev": ("follow", "turns"),
+}  # fmt: skip
 COPIES = 2  # of a training utterance, from bent features (training/augment.py)
 HONESTY = "Honesty"  # the category of what is outside and of what is not understood
 
@@ -169,12 +174,12 @@ class Maker:
 
     def all(self, kind, count, pool, split, cell=""):
         """`count` Items of a kind. Evaluation hears held-out wordings and words, except "known"."""
-        maker = getattr(self, f"_{kind}")
-        made = []
+        name, *wordings = KINDS.get(kind, (kind,))
+        maker, made, new = getattr(self, f"_{name}"), [], split == "eval" or kind == "follow_dev"
         for turn in range(count):
             voice = voice_of(self.rng, pool)
-            one = maker(turn, split == "eval")
-            role = "follow" if kind.startswith("follow") else "question"
+            one = maker(turn, new, *wordings)
+            role = "follow" if name == "follow" else "question"
             if role == "follow" and split != "train":  # the first question is spoken as well
                 made.append(P.Item("", split, "", "first", one.slots["asked"], voice))
             made.append(P.Item(
@@ -191,24 +196,6 @@ class Maker:
         text = C.fill(core, fact) if wordings == "more" else C.wording(core, fact, self.rng)
         return _Asked(text, fact.answer, fact.manner, intent.name, intent.category, core,
                       dict(fact.slots))  # fmt: skip
-
-    def _new(self, turn, held_out):
-        return self._known(turn, held_out, "held_out")
-
-    def _dev(self, turn, held_out):
-        return self._known(turn, held_out, "dev")
-
-    def _known_more(self, turn, held_out):
-        return self._known(turn, held_out, "more")
-
-    def _follow_more(self, turn, held_out):
-        return self._follow(turn, held_out, "more")
-
-    def _follow_turns(self, turn, held_out):
-        return self._follow(turn, False, "turns")
-
-    def _follow_dev(self, turn, held_out):
-        return self._follow(turn, True, "turns")
 
     def _outside(self, turn, held_out):  # each of the three kinds in turn
         return (self._open, self._world, self._near)[turn % 3](turn, held_out)

@@ -6,8 +6,9 @@ grammar holds all answers of the curriculum and every text the model wrote, so t
 model say something else than its text."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -30,6 +31,8 @@ CELLS = {  # of the corpus, and what they are called in the table
     "outside_seen": "outside the world, seen voice",
     "outside_natural": "outside the world, natural voice",
     "follow_seen": "second turn, seen voice", "follow_natural": "second turn, natural voice",
+    "apart_seen": "unrelated second turn, seen voice",
+    "apart_natural": "unrelated second turn, natural voice",
     "play_seen": "creativity, roles, games, seen voice",
     "play_natural": "creativity, roles, games, natural voice",
     "voice_natural": "how do I sound, natural voice",
@@ -38,6 +41,10 @@ CELLS = {  # of the corpus, and what they are called in the table
     "switch_seen": "two manners in a sentence, seen voice",
     "switch_natural": "two manners in a sentence, natural voice",
 }  # fmt: skip
+# Cells of first questions, asked behind a turn that has nothing to do with them: one of a cell of
+# second questions.
+APART = {"apart_seen": ("seen_seen", "follow_seen"),
+         "apart_natural": ("known_natural", "follow_natural")}  # fmt: skip
 METRICS = {  # of a Row, and their heading
     "text": "text", "lenient": "spoken", "strict": "strict", "agrees": "agrees",
     "manner_ok": "manner", "teacher_lenient": "ceiling", "teacher_strict": "c.strict",
@@ -107,13 +114,17 @@ def measure(model, corpus, limit=None, text_only=False, seed=0, workers=2, progr
 
 def questions(corpus, limit=None):
     """Evaluation questions, `limit` of each cell at most, spread evenly over the cell."""
-    cells = (corpus.items(split="eval", cell=cell) for cell in CELLS)
-    return [item for items in cells for item in P.spread(items, limit)]
+    cells = {cell: corpus.items(split="eval", cell=APART.get(cell, (cell,))[0]) for cell in CELLS}
+    return [replace(item, cell=cell)
+            for cell, items in cells.items() for item in P.spread(items, limit)]  # fmt: skip
 
 
 def history(model, corpus, item, seed=0):
-    """What was said before a second question: the first one is spoken to the model, which writes
-    down what it hears and what it answers, right or not; () of any other question."""
+    """What was said before a question, () of most: the first one of a second question is spoken to
+    the model, which writes down what it hears and what it answers, right or not."""
+    if item.cell in APART:
+        others = corpus.items(split="eval", cell=APART[item.cell][1])
+        item = others[crc32(item.id.encode()) % len(others)] if others else item
     if item.role != "follow":
         return ()
     return Aqaa(model, seed).before([recording(corpus, corpus.before(item))])

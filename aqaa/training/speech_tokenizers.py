@@ -92,9 +92,10 @@ class PhoneTask:
 
     data: Utterances. tests: {name: rows of `data` on which errors are measured}. budget: rows of
     features in a batch. `kind`: of the features. `factor`: CTC outputs a row. `masks`: options of
-    spec_augment. `level`: the deviation of a random loudness. `augment`: bends the features."""
+    spec_augment. `level`: the deviation of a random loudness. `augment`: bends the features.
+    `told`: names of what `evaluate` tells of utterances, in its order."""
 
-    lr = 2e-3
+    lr, told = 2e-3, ("phone_error",)
 
     def __init__(self, config, data, tests=None, budget=1200):
         self.config, self.data, self.tests = config, data, tests or {}
@@ -129,6 +130,14 @@ class PhoneTask:
     def normalised(self, x):
         """What the network reads of raw features (B, T, D)."""
         return x
+
+    def tested(self):
+        """{name of `told`: {test: figure}}."""
+        for module in self.modules.values():
+            module.eval()
+        scores = {test: self.evaluate(rows) for test, rows in self.tests.items()}
+        return {name: {test: round(score[i], 3) for test, score in scores.items()}
+                for i, name in enumerate(self.told)}  # fmt: skip
 
     def recognise(self, indices, read, budget=16):
         """`phone_error` on utterances, of what the network reads of them."""
@@ -170,15 +179,13 @@ class LinguisticTask(PhoneTask):
 
     @torch.no_grad()
     def evaluate(self, indices, budget=16):
-        """Phone error in percent on the utterances `indices`."""
-        return self.recognise(indices, lambda x, n, _: self.head(self.model(x, n)), budget)
+        """(phone error in percent,) on the utterances `indices`."""
+        return (self.recognise(indices, lambda x, n, _: self.head(self.model(x, n)), budget),)
 
     @torch.no_grad()
     def finish(self, seed):
         """Measure the encoder, then set its centroids. Returns {"phone_error": {test: percent}}."""
-        self.model.eval()
-        self.head.eval()
-        errors = {name: round(self.evaluate(rows), 2) for name, rows in self.tests.items()}
+        told = self.tested()
         size, rng, hidden = self.config.codebook_size, np.random.default_rng(seed), []
         while sum(map(len, hidden)) < 250 * size:
             batch = self.draw(rng)[1]  # degraded: a code covers what noise makes of it
@@ -186,7 +193,7 @@ class LinguisticTask(PhoneTask):
             out = self.model(x, lengths).float()
             hidden += [row[:length] for row, length in zip(out, lengths.tolist(), strict=True)]
         self.model.centroids.copy_(kmeans(torch.cat(hidden), size))
-        return {"phone_error": errors}
+        return told
 
 
 class SemanticTask(PhoneTask):
@@ -196,6 +203,7 @@ class SemanticTask(PhoneTask):
     unvoiced."""
 
     kind, factor, level, unit = "log_mel", FACTORS["semantic"], 0.05, 4 * math.log(10)
+    told = "phone_error", "f0_semitones"
     bank = staticmethod(slaney_bank)
     masks = {"bands": 4, "widest": 16, "time_widest": 4}
 
@@ -312,12 +320,7 @@ class SemanticTask(PhoneTask):
     def finish(self, seed):
         """Measure: {"phone_error": {test: percent}, "f0_semitones": {test: median error}}."""
         self.event(1.0)  # a very short run may have ended before the quantiser came
-        self.model.eval()
-        self.decoder.eval()
-        scores = {name: self.evaluate(rows) for name, rows in self.tests.items()}
-        errors = {name: round(error, 2) for name, (error, _) in scores.items()}
-        melodies = {name: round(melody, 3) for name, (_, melody) in scores.items()}
-        return {"phone_error": errors, "f0_semitones": melodies}
+        return self.tested()
 
 
 class SemanticDecoder(nn.Module):

@@ -33,7 +33,7 @@ class Steady:
     """What both tasks share. old: the tokenizer as it was. heads: PhoneHeads, which learn along.
     natural: of each utterance, whether the old tokenizer is no teacher for it."""
 
-    lr, warmup = 4e-4, 0.05
+    lr, warmup, told = 4e-4, 0.05, ("phone_error", "kept")
 
     def prepare(self, old, heads, natural):
         """Set the task up around the weights of `old`."""
@@ -114,12 +114,7 @@ class Steady:
 
     def finish(self, seed):
         """Measure: {"phone_error": {test: percent}, "kept": {test: percent of the old codes}}."""
-        self.model.eval()
-        self.head.eval()
-        scores = {name: self.evaluate(rows) for name, rows in self.tests.items()}
-        errors = {name: round(error, 2) for name, (error, _) in scores.items()}
-        kept = {name: round(share, 2) for name, (_, share) in scores.items()}
-        return {"phone_error": errors, "kept": kept}
+        return self.tested()
 
 
 class SteadyLinguistic(Steady, LinguisticTask):
