@@ -118,13 +118,13 @@ class Examples:
     text and audio of an answer share the sequence: a Layout or its name (the released model's).
     heard: weight of a question's ids as targets. selected: only the answers that
     `selected` takes are drawn for spoken questions (SFT-2). favour: {intent: how many times as
-    often its questions are drawn}."""
+    often its questions are drawn}; follows: share of second questions among `turns`."""
 
     def __init__(self, book, mixture, *, noise=0.05, layout="ratio_10_15",
-                 heard=HEARD_WEIGHT, selected=False, favour=()):  # fmt: skip
+                 heard=HEARD_WEIGHT, selected=False, favour=(), follows=FOLLOWS):  # fmt: skip
         self.book, self.mixture, self.noise, self.ids = book, mixture, noise, book.config.ids
         self.layout = dialogue.layout(layout) if isinstance(layout, str) else layout
-        self.heard = heard
+        self.heard, self.follows = heard, follows
         self.open_turn = len(dialogue.prompt([], book.tokenizer, self.ids))
         favour = dict(favour)
         self.probs = book.balance() * (self.selected() if selected else 1.0)
@@ -211,21 +211,25 @@ class Examples:
 
     def turns(self, rng):
         """A second question behind the first; or any question behind turns that do not matter."""
-        history = [self.some_turn(rng) for _ in range(rng.choice(3, p=HISTORY))]
-        if self.book.follows and rng.random() < FOLLOWS:
+        history = [self.some_turn(rng, self.book.lines) for _ in range(rng.choice(3, p=HISTORY))]
+        if self.book.follows and rng.random() < self.follows:
             index = self.book.follows[rng.choice(len(self.follow_probs), p=self.follow_probs)]
             item = self.book.items[index]
             history = [*history[1:], turns_before(item)]  # its first question comes last
             answer = self.book.answers[item.answer_id]
         else:
-            history = history or [self.some_turn(rng)]
+            history = history or [self.some_turn(rng, self.book.lines)]
             index, answer = self.pair(rng, self.probs)
+            # Half come behind one of their own kind, of which a second question would be easiest.
+            alike = [x for x in self.book.lines if x["intent"] == self.book.items[index].intent]
+            if alike and rng.random() < 0.5:
+                history[-1] = self.some_turn(rng, alike)
         turns = [turn for pair in history for turn in pair]
         return self.example(None, self.noisy(rng, index), self.spoken(answer), turns)
 
-    def some_turn(self, rng):
-        """A written question and its answer, as two turns of a dialogue."""
-        line = self.book.lines[rng.integers(len(self.book.lines))]
+    def some_turn(self, rng, lines):
+        """A written question of some and its answer, as two turns of a dialogue."""
+        line = lines[rng.integers(len(lines))]
         return [("user", line["question"]), ("assistant", tagged(line["answer"], line["manner"]))]
 
     def pair(self, rng, probs):

@@ -88,8 +88,8 @@ TABLE = (
     Stage("sight", "the backbone answers questions about pictures", f"{SIGHT}:SightTask", 3700,
           "vision", "vision",
           mixture={"read": 0.55, "written": 0.2, "spoken": 0.18, "aqtaa": 0.07}),
-    Stage("turns", "the backbone answers second questions in any words", f"{TURNS}:TurnsTask", 500,
-          "turns", mixture={"turns": 1.0}, settings={"heard": 0.0, "rows": 8}),
+    Stage("turns", "the backbone answers second questions in any words", f"{TURNS}:TurnsTask", 2000,
+          "turns", mixture={"turns": 1.0}, settings={"heard": 0.0, "rows": 8, "follows": 0.55}),
     Stage("export", "gather the parts into a model folder"),
 )  # fmt: skip
 STAGES = {stage.name: stage for stage in TABLE}
