@@ -73,7 +73,8 @@ def accuracy(result):
         lines += ["", f"Of {len(known)} questions with a known answer {refused} ({share}) got “I do not know that yet” "
                   "or “I did not hear you well”. The natural voices are Kokoro's and Piper's joe; none of them was "
                   "ever heard. Before a second turn the first question is spoken, too, and what the model makes of it "
-                  "is the history."]
+                  "is the history. An unrelated second turn is a question of “seen wording” (seen or natural voice) "
+                  "behind the first question of another dialogue."]
     return lines
 
 
@@ -91,7 +92,7 @@ def systems(ours):
              "| parameters of its own, million | minutes of training |", "|---" * 10 + "|"]
     for name, found in runs.items():
         scores, own = found["summary"]["all"], found.get("trained") or {}
-        clock = found.get("clock", scores)  # taken alone, where the whole run shared its machine
+        clock = clock_of(found)
         shares = ["{share:g} ({interval[0]:g}–{interval[1]:g})".format(**scores[key]) for key in ("text", "spoken")]
         heard = "{error:g} ({interval[0]:g}–{interval[1]:g})".format(**scores["word_error"])
         lines.append("| " + " | ".join(map(str, (
@@ -120,6 +121,11 @@ def systems(ours):
     return lines + alike(runs) + claims(ours, runs)
 
 
+def clock_of(found):
+    """Times of a run: taken alone, where the whole run shared its machine."""
+    return found.get("clock", found["summary"]["all"])
+
+
 def alike(runs):
     """Whether two systems err on the same questions, for each two of them."""
     from aqaa.evaluation.agreement import compare
@@ -146,7 +152,7 @@ def claims(ours, runs):
     told = compare(ours["rows"], cascade["rows"])["text"]
     sides = "more" if told["difference"] > 0 else "less"
     sure = "sure" if told["p"] < 0.05 else "not sure"
-    mine, theirs = (one["summary"]["all"]["first"] for one in (ours, cascade))
+    mine, theirs = (clock_of(one)["first"] for one in (ours, cascade))
 
     def share(run, category, score):
         found = run["summary"].get(category, {}).get(score)
