@@ -105,9 +105,6 @@ def systems(ours):
             cells = [found["summary"].get(category, {}).get(score, {}).get("share", "–") for found in runs.values()]
             lines.append(f"| {category} | " + " | ".join(map(str, cells)) + " |")
 
-    def p(found):
-        return f"p {found['p']:g}" if found["p"] else "p < 0.0001"
-
     lines += ["", "Question by question, text right only in one of two (McNemar), and κ of right and wrong:", ""]
     for name, found in runs.items():
         if name == "aqaa":
@@ -117,8 +114,13 @@ def systems(ours):
                           for one in (ours, found))).get("text")
         about = "; about the voice {only_first} and {only_second} of {n}".format(**voice) if voice else ""
         lines.append(f"- {name}: {told['only_first']} only in aqaa, {told['only_second']} only in {name}, of "
-                     f"{told['n']} ({told['difference']:+} points, {p(told)}, κ {told['kappa']}){about}.")
+                     f"{told['n']} ({told['difference']:+} points, {chance(told)}, κ {told['kappa']}){about}.")
     return lines + alike(runs) + claims(ours, runs)
+
+
+def chance(found):
+    """That a split is as uneven by chance, from `agreement.compare`."""
+    return f"p {found['p']:g}" if found["p"] else "p < 0.0001"
 
 
 def clock_of(found):
@@ -160,11 +162,11 @@ def claims(ours, runs):
 
     voice = " against ".join(share(one, "Voice Understanding", "text") for one in (ours, cascade))
     manner = " against ".join(share(one, "Speech Emotion Control", "manner") for one in (ours, cascade))
-    points, p = abs(told["difference"]), told["p"]
+    points = abs(told["difference"])
     return ["", f"Three claims. *Errors pile up in cascades*: on the same {told['n']} questions one network is right "
-            f"{points} points {sides} often than AudioGPT, which is {sure} (p {p:g}). *Unified is faster*: first "
-            f"sound after {mine:g} s against {theirs:g} s. *Cascades lose expression*: of questions about the voice "
-            f"{voice} percent are right, AudioGPT by its describer, a tool at the edge that passes on words; of "
+            f"{points} points {sides} often than AudioGPT, which is {sure} ({chance(told)}). *Unified is faster*: "
+            f"first sound after {mine:g} s against {theirs:g} s. *Cascades lose expression*: of questions about the "
+            f"voice {voice} percent are right, AudioGPT by its describer, a tool at the edge that passes on words; of "
             f"manners that are measured in the answer, {manner} percent."]
 
 
