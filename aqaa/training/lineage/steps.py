@@ -73,7 +73,7 @@ class StepExamples(Examples):
             index = self.book.follows[rng.choice(len(self.follow_probs), p=self.follow_probs)]
             item = self.book.items[index]
             return index, self.book.answers[item.answer_id], turns_before(item)
-        turns = self.some_turn(rng) if chance > 1 - CHATS else []
+        turns = self.some_turn(rng, self.book.lines) if chance > 1 - CHATS else []
         return (*self.pair(rng, self.probs), turns)
 
     def steps(self, rng, kind, question, heard=(), said=(), audio=(), turns=()):
