@@ -119,7 +119,7 @@ def systems(ours):
 
 
 def chance(found):
-    """That a split is as uneven by chance, from `agreement.compare`."""
+    """The p value that `agreement.compare` found, as text."""
     return f"p {found['p']:g}" if found["p"] else "p < 0.0001"
 
 

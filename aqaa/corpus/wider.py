@@ -30,10 +30,9 @@ POOLS = {  # voices by the names that counts and cells have for them
     "seen": V.TRAINING, "natural": V.NATURAL_HELD_OUT, "dev": V.NATURAL + V.TRAINING[::4],
 }  # fmt: skip
 DEV = 360  # development questions in wordings, and half of them in voices, of their own
-KINDS = {  # which list of wordings another kind of questions draws from
+KINDS = {  # {kind: (the kind whose questions these are, the list of wordings they are asked in)}
     "new": ("known", "held_out"), "dev": ("known", "dev"), "known_more": ("known", "more"),
     "follow_more": ("follow", "more"), "follow_turns": ("follow", "turns"),
-    "follow_dev": ("follow", "turns"),
 }  # fmt: skip
 COPIES = 2  # of a training utterance, from bent features (training/augment.py)
 HONESTY = "Honesty"  # the category of what is outside and of what is not understood
@@ -74,7 +73,7 @@ def turns_plan(scale=1.0, seed=0):
     for who in ("synthesizers", "hibari", "kokoro"):
         items += make.all("follow_turns", P.scaled(counts[who], scale), POOLS[who], "train")
     rng.shuffle(items)
-    items += make.all("follow_dev", P.scaled(counts["dev"], scale), POOLS["dev"], "dev")
+    items += make.all("follow_turns", P.scaled(counts["dev"], scale), POOLS["dev"], "dev")
     return numbered(items, "t", "turns", seed)
 
 
@@ -175,10 +174,10 @@ class Maker:
     def all(self, kind, count, pool, split, cell=""):
         """`count` Items of a kind. Evaluation hears held-out wordings and words, except "known"."""
         name, *wordings = KINDS.get(kind, (kind,))
-        maker, made, new = getattr(self, f"_{name}"), [], split == "eval" or kind == "follow_dev"
+        made, new = [], split == "eval" or (kind, split) == ("follow_turns", "dev")
         for turn in range(count):
             voice = voice_of(self.rng, pool)
-            one = maker(turn, new, *wordings)
+            one = getattr(self, f"_{name}")(turn, new, *wordings)
             role = "follow" if name == "follow" else "question"
             if role == "follow" and split != "train":  # the first question is spoken as well
                 made.append(P.Item("", split, "", "first", one.slots["asked"], voice))
@@ -243,7 +242,8 @@ class Maker:
         entry = WIDER["follow"][kind]
         cores = (combined if wordings == "turns" else lines_of)(entry[wordings])[held_out]
         if wordings == "turns":  # parts may add up to a wording that evaluation hears
-            cores = [core for core in cores if core not in lines_of(entry["wordings"])[True]]
+            heard = lines_of(entry["wordings"])[True]
+            cores = [core for core in cores if core not in heard]
         names = entry.get("intents", " ".join(C.INTENTS)).split()
         while True:
             intent = C.INTENTS[self.rng.choice(names)]

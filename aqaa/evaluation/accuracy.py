@@ -41,8 +41,7 @@ CELLS = {  # of the corpus, and what they are called in the table
     "switch_seen": "two manners in a sentence, seen voice",
     "switch_natural": "two manners in a sentence, natural voice",
 }  # fmt: skip
-# Cells of first questions, asked behind a turn that has nothing to do with them: one of a cell of
-# second questions.
+# {cell: (the cell whose questions it asks, the one of whose dialogues a first turn stands before)}
 APART = {"apart_seen": ("seen_seen", "follow_seen"),
          "apart_natural": ("known_natural", "follow_natural")}  # fmt: skip
 METRICS = {  # of a Row, and their heading

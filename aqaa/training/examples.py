@@ -53,6 +53,7 @@ class Book:
                       for pairs in copies]  # fmt: skip
         self.audio = [variants[0] for variants in self.heard]  # as spoken
         self.encode = cache(tokenizer.encode)  # a text to its ids, the same list each time
+        self.about = cache(lambda intent: [line for line in lines if line["intent"] == intent])
         self.questions = [i for i, item in enumerate(items) if item.role == "question"]
         self.spoken_words = [i for i, item in enumerate(items) if item.intent != UNHEARD]
         self.follows = [i for i, item in enumerate(items) if item.role == "follow"]
@@ -220,15 +221,15 @@ class Examples:
         else:
             history = history or [self.some_turn(rng, self.book.lines)]
             index, answer = self.pair(rng, self.probs)
-            # Half come behind one of their own kind, of which a second question would be easiest.
-            alike = [x for x in self.book.lines if x["intent"] == self.book.items[index].intent]
+            # Half follow one of their own intent: there a second question is most easily heard.
+            alike = self.book.about(self.book.items[index].intent)
             if alike and rng.random() < 0.5:
                 history[-1] = self.some_turn(rng, alike)
         turns = [turn for pair in history for turn in pair]
         return self.example(None, self.noisy(rng, index), self.spoken(answer), turns)
 
     def some_turn(self, rng, lines):
-        """A written question of some and its answer, as two turns of a dialogue."""
+        """One of `lines`, a written question and its answer, as two turns of a dialogue."""
         line = lines[rng.integers(len(lines))]
         return [("user", line["question"]), ("assistant", tagged(line["answer"], line["manner"]))]
 
