@@ -3,6 +3,7 @@
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import exp, log
 from typing import NamedTuple
 
 import torch
@@ -100,3 +101,14 @@ class Ledger:
     def mark(self, name):
         """Note the time since the beginning, once."""
         self.times.setdefault(name, time.perf_counter() - self.began)
+
+
+def confidence(steps, how):
+    """Probability that the text of an answer's Steps is right, 0 without text. how: the
+    ConfidenceConfig that makes it of the geometric mean of the probabilities of its ids."""
+    logprobs = [step.logprob for step in steps if step.kind == "text"]
+    if not logprobs:
+        return 0.0
+    # A mean of 1 has no logit: 1 - 1e-7 is as near to it as fp32 comes.
+    mean = min(max(exp(sum(logprobs) / len(logprobs)), 1e-7), 1 - 1e-7)
+    return 1 / (1 + exp(-how.slope * log(mean / (1 - mean)) - how.offset))

@@ -4,9 +4,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from aqaa.answer import confidence
 from aqaa.audio import resample
 from aqaa.backbone.generation import generate_batch
-from aqaa.pipeline import MIN_AUDIO, SAMPLING, confidence
+from aqaa.hearings import Heard, first_words, unsure
+from aqaa.pipeline import MIN_AUDIO, SAMPLING
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.text import normalise
 
@@ -38,33 +40,30 @@ def speak_ids(model, audio_ids, seed=0):
     """Audio ids of an answer -> (N,) float32 at 16 kHz; no ids, no samples."""
     if not audio_ids:
         return np.zeros(0, np.float32)
-    wav = model.synthesize(audio_ids, seed=seed)
-    return resample(wav, model.config.hift.sampling_rate).numpy()
+    return resample(model.synthesize(audio_ids, seed), model.config.hift.sampling_rate).numpy()
 
 
 def answer_batch(model, wavs, seed=0, histories=None, **sampling):
     """Questions (N,) float at 16 kHz -> [(text, audio ids of whole groups, confidence)], all at
     once. histories: as of `ask_all`."""
     sounds = [torch.as_tensor(np.asarray(wav, np.float32)).to(model.device) for wav in wavs]
-    linguistic = model.linguistic.encode_batch(sounds)
-    semantic = model.semantic.encode_batch(sounds)
-    merged = [interleave.merge(first.cpu(), second.cpu(), model.ids)
-              for first, second in zip(linguistic, semantic, strict=True)]  # fmt: skip
-    prompts = list(map(model.prompt, merged, histories or [()] * len(merged)))
+    heard = map(Heard, model.encode(sounds), sounds)
+    prompts = list(map(model.prompt, heard, histories or [()] * len(sounds)))
     return answer_prompts(model, prompts, seed, **sampling)
 
 
 def answer_prompts(model, prompts, seed=0, **sampling):
     """The same of prompts, lists of ids."""
     settings = {"max_tokens": MAX_ANSWER, "min_audio": MIN_AUDIO, **own_sampling(), **sampling}
-    common, answers = (model.ids, model.layout), [None] * len(prompts)
-    groups = {}  # {decoder: places of its prompts}: turns before a question ask for another one
+    answers, groups = [None] * len(prompts), {}  # {decoder: places of the prompts it answers}
     for i, prompt in enumerate(prompts):
         groups.setdefault(model.decoder_for(prompt), []).append(i)
     for decoder, chosen in groups.items():
         some = [prompts[i] for i in chosen]
-        made = generate_batch(decoder, some, *common, seed=seed, **settings)
+        made = generate_batch(decoder, some, model.ids, model.layout, seed=seed, **settings)
         for i, steps in zip(chosen, made, strict=True):
+            if unsure(model, prompts[i], first_words(steps)):  # few: each is asked again, alone
+                steps = list(model.generate(prompts[i], seed=seed, **settings))
             text, audio = model.layout.parse([step.id for step in steps], model.ids)
             whole = interleave.groups(audio, model.ids).reshape(-1).tolist()
             sure = confidence(steps, model.config.confidence)

@@ -13,6 +13,7 @@ import torch
 
 from aqaa import audio
 from aqaa.config import SAMPLE_RATE
+from aqaa.hearings import Heard
 from aqaa.processor import suited_to
 from aqaa.tokenizers import interleave
 from aqaa.tokenizers.semantic import FRAME, PIECE
@@ -107,7 +108,7 @@ class Listener:
             piece = n_encoded // PIECE * PIECE  # its first sample
             codes = self.model.semantic.encode(self._level(wav[piece:], peak), energy_norm=False)
             semantic = semantic[: piece // FRAME] + codes.tolist()
-        ids = interleave.merge(linguistic, semantic, self.model.ids)
+        ids = Heard(interleave.merge(linguistic, semantic, self.model.ids), wav)
         if self.prefill and ids:
             prompt = self.model.prompt(ids, self.history)
             self.prefill.suit(self.model.decoder_for(prompt))

@@ -6,15 +6,15 @@ keeps a history as text (AQAA paper 2.4: audio would cost fourteen times the tok
 
 import time
 from functools import cached_property
-from math import exp, log
 
 import torch
 
 from aqaa import audio
-from aqaa.answer import Answer, Ledger, Piece
+from aqaa.answer import Answer, Ledger, Piece, confidence
 from aqaa.backbone import generation, vision
 from aqaa.config import ASR_MARKER, GROUP_SIZE, TOKENS_PER_SECOND
 from aqaa.files import ModelError
+from aqaa.hearings import Heard, Prompt, surely
 from aqaa.listening import Listener
 from aqaa.processor import suited, suited_to
 from aqaa.tokenizers import dialogue, interleave
@@ -120,7 +120,13 @@ class AQAA:
         ids = interleave.merge(linguistic.cpu(), semantic.cpu(), self.ids)
         if not ids:
             raise audio.AudioError(audio.TOO_SHORT)
-        return ids
+        return Heard(ids, wav)
+
+    def encode(self, wavs):
+        """Waves (N,) at 16 kHz -> the merged ids of each, as of `listen`; both ends stay."""
+        with suited_to(self.linguistic, self.semantic):
+            both = [part.encode_batch(wavs) for part in (self.linguistic, self.semantic)]
+        return [interleave.merge(one.cpu(), two.cpu(), self.ids) for one, two in zip(*both)]
 
     def phones(self, question):
         """Sound -> {"linguistic": Phones, "semantic": Phones}: what each tokenizer heard, and when.
@@ -165,7 +171,13 @@ class AQAA:
         """
         if image is not None:
             question = [question, vision.patches(self.config)]
-        return dialogue.prompt([*history, ("user", question)], self.text, self.ids, marker=marker)
+
+
+        def made(ids):
+            turns = [*history, ("user", ids)]
+            return dialogue.prompt(turns, self.text, self.ids, marker=marker)
+
+        return Prompt(question, made) if isinstance(question, Heard) else made(question)
 
     def generate(self, prompt, *, layout=None, image=None, **sampling):
         """Ids of a dialogue -> Steps (id, kind, logprob), one by one, as the layout allows.
@@ -176,7 +188,7 @@ class AQAA:
         layout = layout or self.layout
         sampling = {**SAMPLING, "min_audio": MIN_AUDIO, **sampling}
         if self.engine is not None:
-            return self.engine.generate(prompt, self.ids, layout, **sampling)
+            return self.engine.generate(list(prompt), self.ids, layout, **sampling)
         decoder = self.decoder_for(prompt) if image is None else self.seeing
         if prefill := sampling.get("prefill"):
             prefill.suit(decoder)
@@ -185,8 +197,7 @@ class AQAA:
                 rows = generation.embed(decoder, [prompt])
                 ids = torch.tensor([prompt], device=rows.device)
                 sampling["prompt_embeds"] = self.vision.embedded(rows, ids, image[None])
-        steps = generation.generate(decoder, prompt, self.ids, layout, **sampling)
-        return suited(steps, decoder)
+        return suited(surely(self, decoder, prompt, layout, sampling), decoder)
 
     def transcribe(self, question):
         """The words of a question (a sound, or audio ids), as the backbone understands them."""
@@ -346,17 +357,6 @@ class Talk:
 def text_ids(steps):
     """Ids of the text among the Steps of an answer."""
     return [step.id for step in steps if step.kind == "text"]
-
-
-def confidence(steps, how):
-    """Probability that the text of an answer's Steps is right, 0 without text. how: the
-    ConfidenceConfig that makes it of the geometric mean of the probabilities of its ids."""
-    logprobs = [step.logprob for step in steps if step.kind == "text"]
-    if not logprobs:
-        return 0.0
-    # A mean of 1 has no logit: 1 - 1e-7 is as near to it as fp32 comes.
-    mean = min(max(exp(sum(logprobs) / len(logprobs)), 1e-7), 1 - 1e-7)
-    return 1 / (1 + exp(-how.slope * log(mean / (1 - mean)) - how.offset))
 
 
 class Chat:

@@ -9,7 +9,7 @@ FLOORS = (  # bottom to top; a file imports from below, and from its own floor w
     "sound_headers sound_files audio records",
     "tokenizers backbone vocoder",  # these three never from each other
     "fast",
-    "answer listening pipeline voice_activity conversation",
+    "answer hearings listening pipeline voice_activity conversation",
     "weights loading doctor",
     "corpus",
     "batching lineage",

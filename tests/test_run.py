@@ -413,7 +413,7 @@ def test_a_backbone_that_stays_is_as_sure_as_it_was(place, tmp_path):
     (later.out / "parts").mkdir(exist_ok=True)
     shutil.copy(place / "run" / "parts" / "sft1.safetensors", later.out / "parts")
     later.export()
-    assert read(tmp_path / "model" / "config.json")["confidence"] == {"slope": 1.0, "offset": 0.0}
+    assert read(tmp_path / "model" / "config.json")["confidence"] == {"slope": 1.0, "offset": 0.0, "again": 0.0}
     assert not (tmp_path / "model" / "vision.safetensors").exists()
 
 

@@ -156,6 +156,14 @@ def embed(model, ids):
     return table(torch.tensor(ids, device=table.weight.device))
 
 
+def left_padded(model, prompts):
+    """What a Decoder is fed of B lists of ids: embeddings (B, T, D), padding (B, T) on the left."""
+    missing = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    rows = embed(model, [[0] * n + prompt for n, prompt in zip(missing, prompts, strict=True)])
+    padding = torch.arange(rows.shape[1]) < torch.tensor(missing)[:, None]
+    return rows, padding.to(rows.device)
+
+
 # ---- from hidden states to ids -------------------------------------------------------------------
 
 
@@ -342,11 +350,7 @@ def generate_batch(
 def _run_batch(model, rows, vocabulary, size):
     """Fill in the steps of rows, in one left-padded batch of `size` slots."""
     device = model.lm_head.weight.device
-    longest = max(len(row.history) for row in rows)
-    missing = [longest - len(row.history) for row in rows]
-    padded = [[0] * n + row.history for n, row in zip(missing, rows, strict=True)]
-    padding = torch.arange(longest) < torch.tensor(missing)[:, None]  # (B, T)
-    decoder, first = Decoder(model, len(rows), size), (embed(model, padded), padding.to(device))
+    decoder, first = Decoder(model, len(rows), size), left_padded(model, [r.history for r in rows])
     while alive := [i for i, row in enumerate(rows) if not row.finished]:
         if not first and len(alive) <= SHRINK * len(rows):
             rows = [rows[i] for i in alive]

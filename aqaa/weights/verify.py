@@ -26,7 +26,7 @@ HEADS = {  # a size: its divisor
 MAY_BE_ZERO = {  # all other settings are sizes, or divide something
     "fmin", "pad_token_id", "num_mid_blocks", "nb_harmonics", "lrelu_slope", "dither", "nsf_alpha",
     "nsf_sigma", "nsf_voiced_threshold", "inference_cfg_rate", "training_cfg_rate", "temperature",
-    "lora_rank",
+    "lora_rank", "again",
 }  # fmt: skip
 SMALL = 4096  # values of a tensor that is looked at together with others
 SPARE_TENSORS, SPARE_VALUES = 64, 1 << 20  # what a module may have beyond twice its file
