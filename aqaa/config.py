@@ -276,6 +276,7 @@ def _mini():
             base_channels=192, sampling_rate=16_000, upsample_rates=(5, 4), f0_channels=128,
             upsample_kernel_sizes=(15, 8), istft_n_fft=32, istft_hop=8,
         ),
+        confidence=ConfidenceConfig(again=0.9),
     )  # fmt: skip
 
 

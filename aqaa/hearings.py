@@ -35,9 +35,8 @@ class Prompt(list):
 
     def hearings(self, encode):
         """A prompt (a list of ids) for each of SHIFTS; encode: waves -> the merged ids of each."""
-        silence = self.wav.new_zeros(max(SHIFTS) * SAMPLE_RATE // 1000)
-        later = [silence[: shift * SAMPLE_RATE // 1000] for shift in SHIFTS]
-        return map(self.made, encode([torch.cat([quiet, self.wav]) for quiet in later]))
+        quiet = [self.wav.new_zeros(shift * SAMPLE_RATE // 1000) for shift in SHIFTS]
+        return map(self.made, encode([torch.cat([silence, self.wav]) for silence in quiet]))
 
 
 def surely(model, decoder, prompt, layout, sampling):

@@ -46,7 +46,7 @@ def losses_of(task, parameters, lr, steps):
 
 def tiny_config():
     """The mini's networks with hardly any width: built, saved and run in moments."""
-    from aqaa.config import BackboneConfig, IdsConfig, LinguisticConfig, SemanticConfig, preset
+    from aqaa.config import BackboneConfig, ConfidenceConfig, IdsConfig, LinguisticConfig, SemanticConfig, preset
 
     mini = preset("mini")
     ids = IdsConfig(first_text=42, n_text=128, n_linguistic=16, n_semantic=32)
@@ -66,6 +66,7 @@ def tiny_config():
             n_timesteps=2,
         ),
         hift=replace(mini.hift, base_channels=16, f0_channels=16),
+        confidence=ConfidenceConfig(),  # random weights are never sure: they would hear everything again
     )  # fmt: skip
 
 

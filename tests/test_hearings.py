@@ -1,5 +1,6 @@
 """Questions that are heard again where an answer begins unsurely: random weights are never sure."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import torch
 
 from aqaa.backbone.generation import Decoder, Step, Vocabulary, embed, generate
 from aqaa.batching import answer_batch
-from aqaa.config import ASR_MARKER
+from aqaa.config import ASR_MARKER, preset
+from aqaa.files import data_folder
 from aqaa.hearings import BLOCK, SHIFTS, Heard, Prompt, first_words, together, unsure
 from aqaa.pipeline import AQAA, MIN_AUDIO
 from aqaa.tokenizers import dialogue
@@ -153,6 +155,11 @@ def test_no_words_no_doubt(doubting, sound):
     assert "text" not in {step.kind for step in audio}
     assert list(doubting.generate(list(prompt), **GREEDY)) == list(generate(
         doubting.decoder, prompt, doubting.ids, doubting.layout, min_audio=MIN_AUDIO, top_p=0.9, **GREEDY))  # fmt: skip
+
+
+def test_the_mini_doubts_and_the_published_model_does_not():
+    assert preset("mini").confidence.again == 0.9 and preset("full").confidence.again == 0
+    assert json.loads((data_folder() / "mini" / "config.json").read_text())["confidence"]["again"] == 0.9
 
 
 def test_an_engine_hears_once(doubting, sound):

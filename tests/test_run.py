@@ -404,7 +404,7 @@ def test_a_backbone_that_stays_is_as_sure_as_it_was(place, tmp_path):
     """What calibration found out about it goes with it; a new one starts uncalibrated. Eyes fit their own backbone."""
     shutil.copytree(place / "model", tmp_path / "before")
     settings = read(tmp_path / "before" / "config.json")
-    settings["confidence"] = {"slope": 0.5, "offset": -2.0}
+    settings["confidence"] = {"slope": 0.5, "offset": -2.0, "again": 0.7}
     (tmp_path / "before" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     later = K.Run(**{**options(tmp_path), "init": tmp_path / "before", "corpus": place / "corpus"})
     later.export()
