@@ -74,7 +74,8 @@ def accuracy(result):
                   "or “I did not hear you well”. The natural voices are Kokoro's and Piper's joe; none of them was "
                   "ever heard. Before a second turn the first question is spoken, too, and what the model makes of it "
                   "is the history. An unrelated second turn is a question of “seen wording” (seen or natural voice) "
-                  "behind the first question of another dialogue."]
+                  "behind the first question of another dialogue. A question whose answer begins unsurely is heard "
+                  "four times ([hearings.py](aqaa/hearings.py)), here and wherever the mini answers."]
     return lines
 
 
@@ -86,8 +87,8 @@ def systems(ours):
     runs = {name: found for name in SYSTEMS if (found := run(f"eval-{name}"))}
     lines = [f"**Systems**: `{ours['set']}`, nine categories, percent right (95 %), by `aqaa eval`. Each was trained "
              "for minutes on one thread, where its design allows from the shipped weights, which learnt for hours to "
-             "answer as aqaa does: that favours it. Gap: points that the sound is behind the text; word error: Whisper "
-             "base against the system's own text.", "",
+             "answer as aqaa does: that favours it. All nine heard each question once. Gap: points that the sound is "
+             "behind the text; word error: Whisper base against the system's own text.", "",
              "| | n | text | sound | gap | word error | first sound, s | work, s a second "
              "| parameters of its own, million | minutes of training |", "|---" * 10 + "|"]
     for name, found in runs.items():
@@ -115,7 +116,7 @@ def systems(ours):
         about = "; about the voice {only_first} and {only_second} of {n}".format(**voice) if voice else ""
         lines.append(f"- {name}: {told['only_first']} only in aqaa, {told['only_second']} only in {name}, of "
                      f"{told['n']} ({told['difference']:+} points, {chance(told)}, κ {told['kappa']}){about}.")
-    return lines + alike(runs) + claims(ours, runs)
+    return lines + alike(runs) + noisy() + claims(ours, runs)
 
 
 def chance(found):
@@ -144,6 +145,28 @@ def alike(runs):
     return lines
 
 
+def noisy():
+    """What is left in noise of what each system answers right without, in text and in sound."""
+    if not (result := run("noise")):
+        return []
+    levels = [level.replace("noise ", "") for level in next(iter(result["systems"].values()))["conditions"]]
+    n = result["questions"]
+    lines = ["", f"In noise, n dB below the speech: text / sound right of the same {n} questions, percent, and in "
+             "brackets what is still right of what was right when clean (the preserve rate, of text with its 95 %):",
+             "", "| dB | " + " | ".join(levels) + " |",
+             "|---" * (len(levels) + 1) + "|"]
+    for name, found in result["systems"].items():
+        cells = []
+        for one in found["conditions"].values():
+            cell = f"{one['text']['share']:.0f} / {one['spoken']['share']:.0f}"
+            if kept := one.get("kept_text"):
+                sound = f"{one['kept_spoken']['share']:.0f}" if "kept_spoken" in one else "–"
+                cell += f" ({kept['share']:.0f}, {kept['interval'][0]:.0f}–{kept['interval'][1]:.0f}; {sound})"
+            cells.append(cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, "", source(result)]
+
+
 def claims(ours, runs):
     """The article's three claims, with what was measured for and against them."""
     if "audiogpt" not in runs:
@@ -164,10 +187,19 @@ def claims(ours, runs):
     manner = " against ".join(share(one, "Speech Emotion Control", "manner") for one in (ours, cascade))
     points = abs(told["difference"])
     return ["", f"Three claims. *Errors pile up in cascades*: on the same {told['n']} questions one network is right "
-            f"{points} points {sides} often than AudioGPT, which is {sure} ({chance(told)}). *Unified is faster*: "
-            f"first sound after {mine:g} s against {theirs:g} s. *Cascades lose expression*: of questions about the "
-            f"voice {voice} percent are right, AudioGPT by its describer, a tool at the edge that passes on words; of "
-            f"manners that are measured in the answer, {manner} percent."]
+            f"{points} points {sides} often than AudioGPT, which is {sure} ({chance(told)}){at_ten()}. *Unified is "
+            f"faster*: first sound after {mine:g} s against {theirs:g} s. *Cascades lose expression*: of questions "
+            f"about the voice {voice} percent are right, AudioGPT by its describer, a tool at the edge that passes on "
+            f"words; of manners that are measured in the answer, {manner} percent."]
+
+
+def at_ten():
+    """What the first claim says of noise: of what is right when clean, how much is right 10 dB above it."""
+    if not (result := run("noise")):
+        return ""
+    aqaa, cascade = ("{share:.0f} ({interval[0]:.0f}–{interval[1]:.0f})".format(
+        **result["systems"][name]["conditions"]["noise 10"]["kept_text"]) for name in ("aqaa", "audiogpt"))
+    return f"; 10 dB above noise {aqaa} percent of what it had right is left, of AudioGPT's {cascade}"
 
 
 PAPER = {  # Chat, Relevance, Factuality by GPT-4o, of the paper's Tables 1 and 2

@@ -17,7 +17,7 @@ from aqaa import cli, loading
 from aqaa.corpus import plan as P
 from aqaa.corpus import play
 from aqaa.corpus import voices as V
-from aqaa.evaluation import report, stepeval, systems
+from aqaa.evaluation import report, robustness, stepeval, systems
 from aqaa.evaluation.stepeval import CATEGORIES
 from aqaa.files import ModelError, data_folder
 from aqaa.lineage import registry
@@ -280,6 +280,18 @@ def test_a_recorded_table_is_that_of_its_answers(name):
     asked = {question.id: question for question in stepeval.load("stepeval-mini")[1]}
     assert len(record["rows"]) == record["questions"] and {row["system"] for row in record["rows"]} == {name}
     assert all(asked[row["id"]].answer == row["expected"] for row in record["rows"])
+
+
+def test_what_is_recorded_of_noise_is_of_its_answers():
+    path = data_folder() / "runs" / "noise.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert list(record["systems"]) == list(registry.SYSTEMS)
+    asked = {row["id"] for row in record["systems"]["aqaa"]["rows"] if "condition" not in row}
+    assert len(asked) == record["questions"]
+    for found in record["systems"].values():
+        assert json.loads(json.dumps(robustness.kept(found["rows"]))) == found["conditions"]
+        assert len(found["rows"]) == len(asked) * len(found["conditions"])
+        assert {row["id"].split("@")[0] for row in found["rows"]} == asked
 
 
 def test_a_page_of_few_categories_has_no_radar():
