@@ -10,11 +10,12 @@ is sure pays nothing. This is not of the paper; nothing was trained for it.
 import torch
 
 from aqaa.answer import confidence
-from aqaa.backbone.generation import Decoder, Step, Vocabulary, embed, generate, left_padded
-from aqaa.config import SAMPLE_RATE
+from aqaa.backbone.generation import Prefill, Step, Vocabulary, embed, generate
+from aqaa.config import GROUP_SIZE, SAMPLE_RATE
 from aqaa.tokenizers.dialogue import Resumed
 
-SHIFTS = 0, 20, 40, 60  # ms of silence before the question, one hearing each
+SHIFTS = 20, 40, 60  # ms of silence before the question, one more hearing each
+LONGER = 2 * GROUP_SIZE  # ids that the latest hearing may have more than the first
 BLOCK = 10  # ids: as many words as come before the first sound of an answer
 
 
@@ -34,60 +35,70 @@ class Prompt(list):
         self.wav, self.made = question.wav, made
 
     def hearings(self, encode):
-        """A prompt (a list of ids) for each of SHIFTS; encode: waves -> the merged ids of each."""
+        """Lists of ids: itself, and one for each of SHIFTS; encode: waves -> the ids of each."""
         quiet = [self.wav.new_zeros(shift * SAMPLE_RATE // 1000) for shift in SHIFTS]
-        return map(self.made, encode([torch.cat([silence, self.wav]) for silence in quiet]))
+        return [list(self), *map(self.made, encode([torch.cat([one, self.wav]) for one in quiet]))]
 
 
 def surely(model, decoder, prompt, layout, sampling):
     """Steps of an AQAA's answer to a prompt, by its `decoder`; sampling as of `generate`."""
     steps = generate(decoder, prompt, model.ids, layout, **sampling)
     if model.config.confidence.again and isinstance(prompt, Prompt):
-        begun = first_words(steps)
+        begun, most = first_words(steps), sampling["max_tokens"]
         if unsure(model, prompt, begun):
-            hearings = list(prompt.hearings(model.encode))
-            begun, prompt = together(decoder, hearings, model.ids, layout, len(begun))
+            read = sampling.get("prefill") or Prefill(decoder, len(prompt) + LONGER + most)
+            hearings = prompt.hearings(model.encode)
+            begun, prompt = together(hearings, model.ids, layout, read, len(begun))
             said = tuple(step.id for step in begun)
-            rest = {**sampling, "max_tokens": sampling["max_tokens"] - len(said)}
-            steps = generate(decoder, [*prompt, *said], model.ids, Resumed(layout, said), **rest)
+            prompt, layout = [*prompt, *said], Resumed(layout, said)
+            rest = {**sampling, "max_tokens": most - len(said), "prefill": read}
+            steps = generate(decoder, prompt, model.ids, layout, **rest)
         yield from begun
     yield from steps
 
 
 def first_words(steps):
     """The Steps up to the first that is sound, or until BLOCK of them are words; takes no more."""
-    begun, words = [], 0
+    begun = []
     for step in steps:
         begun.append(step)
-        words += step.kind == "text"
-        if words == BLOCK or step.kind not in ("text", "marker"):
+        if step.kind not in ("text", "marker") or words(begun) == BLOCK:
             break
     return begun
 
 
+def words(begun):
+    return sum(step.kind == "text" for step in begun)
+
+
 def unsure(model, prompt, begun):
     """Whether an answer to a prompt, begun with these Steps, should hear its question again."""
-    how, words = model.config.confidence, any(step.kind == "text" for step in begun)
-    return isinstance(prompt, Prompt) and words and confidence(begun, how) < how.again
+    how = model.config.confidence
+    return isinstance(prompt, Prompt) and words(begun) and confidence(begun, how) < how.again
 
 
 @torch.inference_mode()
-def together(model, prompts, ids, layout, most=BLOCK):
+def together(prompts, ids, layout, prefill, most=BLOCK):
     """(Steps of the likeliest words, `most` at most, by the mean of what K prompts, lists of ids,
-    say; the prompt that finds them likeliest). model: a backbone.
+    say; the prompt that finds them likeliest). prefill: a Prefill of the backbone.
 
     The mean is of log probs: a word that one hearing rules out does not pass.
     """
-    machine, vocabulary, steps, total = layout.machine(ids), Vocabulary(model), [], 0
-    new = left_padded(model, prompts)  # embeddings (K, T, D), padding (K, T)
-    decoder = Decoder(model, len(prompts), new[0].shape[1] + most)
+    machine, model, steps, total = layout.machine(ids), prefill.decoder.model, [], 0
+    vocabulary, decoders, hidden = Vocabulary(model), [], []
+    prefill.read(prompts[0])
+    for prompt in prompts:  # they begin alike, up to the question: that is read once
+        known = prefill.known(prompt)
+        decoders.append(prefill.decoder.fork(known, len(prompt) + most))
+        hidden.append(decoders[-1].feed(embed(model, [prompt[known:]])))
     while not machine.finished and len(steps) < most and (may := machine.allowed()).kind == "text":
-        each = vocabulary.scores(decoder.feed(*new), may).log_softmax(-1)  # (K, R)
+        each = vocabulary.scores(torch.cat(hidden), may).log_softmax(-1)  # (K, R)
         mean = each.mean(0).log_softmax(-1)  # (R,)
         best = int(mean.argmax())
         token = int(vocabulary.legal(may)[best])
         steps.append(Step(token, "marker" if token in may.markers else "text", float(mean[best])))
         machine.advance(token)
         total += each[:, best]
-        new = (embed(model, [[token]] * len(prompts)),)  # all go on with the same word
+        new = embed(model, [[token]])  # all go on with the same word
+        hidden = [decoder.feed(new) for decoder in decoders]
     return steps, prompts[int(total.argmax())] if steps else prompts[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from aqaa.backbone.generation import Decoder, Step, Vocabulary, embed, generate
+from aqaa.backbone.generation import Decoder, Prefill, Step, Vocabulary, embed, generate
 from aqaa.batching import answer_batch
 from aqaa.config import ASR_MARKER, preset
 from aqaa.files import data_folder
@@ -38,7 +38,7 @@ def test_a_question_that_was_heard_keeps_its_sound(tiny, sound):
     assert isinstance(ids, Heard) and len(ids.wav) == len(sound[0]) and tiny.encode([ids.wav]) == [ids]
     assert tiny.listen(ids) is ids
     waves = []
-    list(tiny.prompt(ids).hearings(lambda some: waves.extend(some) or []))
+    assert tiny.prompt(ids).hearings(lambda some: waves.extend(some) or []) == [tiny.prompt(ids)]
     assert [len(wave) - len(ids.wav) for wave in waves] == [16 * shift for shift in SHIFTS]
     assert all(torch.equal(wave[-len(ids.wav) :], ids.wav) for wave in waves)
     assert len({tuple(one) for one in tiny.encode(waves)}) > 1  # codes do depend on where they begin
@@ -48,8 +48,8 @@ def test_a_prompt_is_made_of_any_hearing(tiny, sound):
     ids, said = tiny.listen(sound), [("user", "hello"), ("assistant", "hello")]
     prompt = tiny.prompt(ids, said, marker=ASR_MARKER)
     assert isinstance(prompt, Prompt) and prompt == tiny.prompt(list(ids), said, marker=ASR_MARKER)
-    other = tiny.encode([torch.cat([torch.zeros(16 * SHIFTS[1]), ids.wav])])[0]
-    assert list(prompt.hearings(tiny.encode))[1] == prompt.made(other) == tiny.prompt(other, said, marker=ASR_MARKER)
+    other = tiny.encode([torch.cat([torch.zeros(16 * SHIFTS[0]), ids.wav])])[0]
+    assert prompt.hearings(tiny.encode)[1] == prompt.made(other) == tiny.prompt(other, said, marker=ASR_MARKER)
     assert not isinstance(tiny.prompt("hello"), Prompt) and not isinstance(tiny.prompt(list(ids)), Prompt)
 
 
@@ -70,8 +70,8 @@ def test_an_answer_begins_as_all_hearings_would_and_goes_on_as_one(doubting, sou
     ids = model.listen(sound)
     prompt = model.prompt(ids)
     steps = list(model.generate(prompt, layout=layout, **GREEDY))
-    begun, chosen = together(model.decoder, list(prompt.hearings(model.encode)), model.ids, layout)
-    assert steps[: len(begun)] == begun and chosen in list(prompt.hearings(model.encode))
+    begun, chosen = together(prompt.hearings(model.encode), model.ids, layout, Prefill(model.decoder, 400))
+    assert steps[: len(begun)] == begun and chosen in prompt.hearings(model.encode)
     said = tuple(step.id for step in begun)
     rest = generate(model.decoder, [*chosen, *said], model.ids, dialogue.Resumed(layout, said), min_audio=MIN_AUDIO,
                     temperature=0, max_tokens=GREEDY["max_tokens"] - len(begun))  # fmt: skip
@@ -89,7 +89,7 @@ def test_the_words_are_the_likeliest_by_the_mean_of_logprobs(tiny):
     """Prompts of unlike lengths, scored one by one without padding."""
     model, ids, layout = tiny.decoder, tiny.ids, dialogue.layout()
     prompts = [tiny.prompt(text) for text in ("one and two", "the sun is red today", "where is it")]
-    steps, chosen = together(model, prompts, ids, layout)
+    steps, chosen = together(prompts, ids, layout, Prefill(model, 400))
     machine, said, totals = layout.machine(ids), [], np.zeros(len(prompts))
     for step in steps:
         may = machine.allowed()
@@ -111,7 +111,7 @@ def test_hearings_that_agree_are_one(tiny):
     prompt, layout = tiny.prompt("where is the sun"), dialogue.layout()
     alone = list(generate(tiny.decoder, prompt, tiny.ids, layout, temperature=0, max_tokens=BLOCK))
     for most in (BLOCK, 3):
-        steps, chosen = together(tiny.decoder, [prompt] * 4, tiny.ids, layout, most)
+        steps, chosen = together([prompt] * 4, tiny.ids, layout, Prefill(tiny.decoder, 400), most)
         assert [step.id for step in steps] == [step.id for step in alone[:most]] and chosen == prompt
         assert [step.logprob for step in steps] == pytest.approx([step.logprob for step in alone[:most]], abs=1e-5)
 
@@ -159,7 +159,7 @@ def test_no_words_no_doubt(doubting, sound):
 
 def test_the_mini_doubts_and_the_published_model_does_not():
     assert preset("mini").confidence.again == 0.9 and preset("full").confidence.again == 0
-    assert json.loads((data_folder() / "mini" / "config.json").read_text())["confidence"]["again"] == 0.9
+    assert json.loads((data_folder() / "mini" / "config.json").read_text(encoding="utf-8"))["confidence"]["again"] == 0.9
 
 
 def test_an_engine_hears_once(doubting, sound):

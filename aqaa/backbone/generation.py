@@ -110,6 +110,14 @@ class Decoder:
         if self.padding is not None:
             self.padding = self.padding[rows]
 
+    def fork(self, length, size):
+        """Another Decoder, of `size` ids, that has read the first `length` of those of this one."""
+        other = Decoder(self.model, 1, size)
+        other.cache.keys[..., :length, :] = self.cache.keys[..., :length, :]
+        other.cache.values[..., :length, :] = self.cache.values[..., :length, :]
+        other.cache.length = length
+        return other
+
 
 class Prefill:
     """A prompt that is read while it grows, so that an answer can begin as soon as it ends.
@@ -154,14 +162,6 @@ def embed(model, ids):
     """Embeddings (B, T, D) of B lists of T ids."""
     table = model.model.embed_tokens
     return table(torch.tensor(ids, device=table.weight.device))
-
-
-def left_padded(model, prompts):
-    """What a Decoder is fed of B lists of ids: embeddings (B, T, D), padding (B, T) on the left."""
-    missing = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-    rows = embed(model, [[0] * n + prompt for n, prompt in zip(missing, prompts, strict=True)])
-    padding = torch.arange(rows.shape[1]) < torch.tensor(missing)[:, None]
-    return rows, padding.to(rows.device)
 
 
 # ---- from hidden states to ids -------------------------------------------------------------------
@@ -350,7 +350,11 @@ def generate_batch(
 def _run_batch(model, rows, vocabulary, size):
     """Fill in the steps of rows, in one left-padded batch of `size` slots."""
     device = model.lm_head.weight.device
-    decoder, first = Decoder(model, len(rows), size), left_padded(model, [r.history for r in rows])
+    longest = max(len(row.history) for row in rows)
+    missing = [longest - len(row.history) for row in rows]
+    padded = [[0] * n + row.history for n, row in zip(missing, rows, strict=True)]
+    padding = torch.arange(longest) < torch.tensor(missing)[:, None]  # (B, T)
+    decoder, first = Decoder(model, len(rows), size), (embed(model, padded), padding.to(device))
     while alive := [i for i, row in enumerate(rows) if not row.finished]:
         if not first and len(alive) <= SHRINK * len(rows):
             rows = [rows[i] for i in alive]

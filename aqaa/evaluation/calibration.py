@@ -43,8 +43,8 @@ def measure(model, preset="mini", limit=None, seed=0, store=False, progress=Fals
     if store:
         path = Path(sources.find(preset)) / "config.json"
         settings = read_object(path, "get the file again")
-        fitted = {"slope": result["slope"], "offset": result["offset"]}
-        settings["confidence"] = {**settings.get("confidence", {}), **fitted}
+        fitted = {name: result[name] for name in ("slope", "offset")}
+        settings["confidence"] = settings.get("confidence", {}) | fitted
         write_json(path, settings)
     return result
 
