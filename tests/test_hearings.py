@@ -116,6 +116,18 @@ def test_hearings_that_agree_are_one(tiny):
         assert [step.logprob for step in steps] == pytest.approx([step.logprob for step in alone[:most]], abs=1e-5)
 
 
+def test_what_stands_before_the_question_is_read_once(doubting, sound, monkeypatch):
+    """A long conversation makes no hearing longer."""
+    ids, said = doubting.listen(sound), [("user", "where is the sun"), ("assistant", "hello")] * 20
+    prompt, feed, fed = doubting.prompt(ids, said), Decoder.feed, []
+    monkeypatch.setattr(Decoder, "feed", lambda self, x, *more: fed.append(x.shape[1]) or feed(self, x, *more))
+    prefill = Prefill(doubting.decoder_for(prompt), 2_000)
+    prefill.read(prompt)
+    list(doubting.generate(prompt, prefill=prefill, **GREEDY))
+    assert fed[0] == len(prompt) > 500 and max(fed[1:]) < len(ids) + 20
+    assert sum(n > 1 for n in fed[1:]) - len(SHIFTS) in (0, 1)  # the other hearings; one of them may go on
+
+
 def test_streamed_is_offline(doubting, sound):
     whole = doubting.ask(sound, seed=3, max_tokens=90)
     talk = doubting.stream(sound, seed=3, max_tokens=90)
@@ -159,7 +171,8 @@ def test_no_words_no_doubt(doubting, sound):
 
 def test_the_mini_doubts_and_the_published_model_does_not():
     assert preset("mini").confidence.again == 0.9 and preset("full").confidence.again == 0
-    assert json.loads((data_folder() / "mini" / "config.json").read_text(encoding="utf-8"))["confidence"]["again"] == 0.9
+    shipped = json.loads((data_folder() / "mini" / "config.json").read_text(encoding="utf-8"))
+    assert shipped["confidence"]["again"] == 0.9
 
 
 def test_an_engine_hears_once(doubting, sound):
