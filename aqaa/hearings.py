@@ -46,12 +46,14 @@ def surely(model, decoder, prompt, layout, sampling):
     if model.config.confidence.again and isinstance(prompt, Prompt):
         begun, most = first_words(steps), sampling["max_tokens"]
         if unsure(model, prompt, begun):
-            read = sampling.get("prefill") or Prefill(decoder, len(prompt) + LONGER + most)
+            given, room = sampling.get("prefill"), len(prompt) + LONGER + most
+            forks = given and hasattr(given.decoder, "fork")  # the graph of a GPU does not
+            read = given if forks else Prefill(decoder, room)
             hearings = prompt.hearings(model.encode)
             begun, prompt = together(hearings, model.ids, layout, read, len(begun))
             said = tuple(step.id for step in begun)
             prompt, layout = [*prompt, *said], Resumed(layout, said)
-            rest = {**sampling, "max_tokens": most - len(said), "prefill": read}
+            rest = {**sampling, "max_tokens": most - len(said), "prefill": given or read}
             steps = generate(decoder, prompt, model.ids, layout, **rest)
         yield from begun
     yield from steps

@@ -128,6 +128,16 @@ def test_what_stands_before_the_question_is_read_once(doubting, sound, monkeypat
     assert sum(n > 1 for n in fed[1:]) - len(SHIFTS) in (0, 1)  # the other hearings; one of them may go on
 
 
+def test_a_decoder_that_cannot_be_copied_still_reads_the_prompt(doubting, sound):
+    """As one whose steps are recorded for a GPU: the hearings get a plain one, the answer goes on with this."""
+    prompt = doubting.prompt(doubting.listen(sound))
+    plain = Decoder(doubting.decoder, 1, 500)
+    graph = SimpleNamespace(model=plain.model, size=plain.size, cache=plain.cache, feed=plain.feed)
+    prefill = Prefill(doubting.decoder, 500, graph)
+    assert list(doubting.generate(prompt, prefill=prefill, **GREEDY)) == list(doubting.generate(prompt, **GREEDY))
+    assert len(prefill.ids) > len(prompt)
+
+
 def test_streamed_is_offline(doubting, sound):
     whole = doubting.ask(sound, seed=3, max_tokens=90)
     talk = doubting.stream(sound, seed=3, max_tokens=90)
