@@ -150,11 +150,9 @@ def noisy():
     if not (result := run("noise")):
         return []
     levels = [level.replace("noise ", "") for level in next(iter(result["systems"].values()))["conditions"]]
-    n = result["questions"]
-    lines = ["", f"In noise, n dB below the speech: text / sound right of the same {n} questions, percent, and in "
-             "brackets what is still right of what was right when clean (the preserve rate, of text with its 95 %):",
-             "", "| dB | " + " | ".join(levels) + " |",
-             "|---" * (len(levels) + 1) + "|"]
+    lines = ["", f"In noise, so many dB below the speech: text / sound right of the same {result['questions']} "
+             "questions, percent, and in brackets what is still right of what was right when clean (the preserve rate, "
+             "of text with its 95 %):", "", "| dB | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
     for name, found in result["systems"].items():
         cells = []
         for one in found["conditions"].values():

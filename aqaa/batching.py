@@ -44,8 +44,7 @@ def speak_ids(model, audio_ids, seed=0):
 
 
 def answer_batch(model, wavs, seed=0, histories=None, **sampling):
-    """Questions (N,) float at 16 kHz -> [(text, audio ids of whole groups, confidence)], all at
-    once. histories: as of `ask_all`."""
+    """Questions (N,) at 16 kHz -> [(text, audio ids of groups, confidence)]; see `ask_all`."""
     sounds = [torch.as_tensor(np.asarray(wav, np.float32)).to(model.device) for wav in wavs]
     heard = map(Heard, model.encode(sounds), sounds)
     prompts = list(map(model.prompt, heard, histories or [()] * len(sounds)))
@@ -55,12 +54,13 @@ def answer_batch(model, wavs, seed=0, histories=None, **sampling):
 def answer_prompts(model, prompts, seed=0, **sampling):
     """The same of prompts, lists of ids."""
     settings = {"max_tokens": MAX_ANSWER, "min_audio": MIN_AUDIO, **own_sampling(), **sampling}
-    answers, groups = [None] * len(prompts), {}  # {decoder: places of the prompts it answers}
+    answers = [None] * len(prompts)
+    groups = {}  # {decoder: places of its prompts}: turns before a question ask for another one
     for i, prompt in enumerate(prompts):
         groups.setdefault(model.decoder_for(prompt), []).append(i)
     for decoder, chosen in groups.items():
-        some = [prompts[i] for i in chosen]
-        made = generate_batch(decoder, some, model.ids, model.layout, seed=seed, **settings)
+        asked = [prompts[i] for i in chosen]
+        made = generate_batch(decoder, asked, model.ids, model.layout, seed=seed, **settings)
         for i, steps in zip(chosen, made, strict=True):
             if unsure(model, prompts[i], first_words(steps)):  # few: each is asked again, alone
                 steps = list(model.generate(prompts[i], seed=seed, **settings))

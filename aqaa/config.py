@@ -196,8 +196,8 @@ class VisionConfig:
 class ConfidenceConfig:
     """What makes a probability of being right of the mean probability c of an answer's words:
     sigmoid(slope * logit(c) + offset), fitted by `aqaa bench calibration` on questions that no
-    weights have learnt from. As it stands here, c itself. An answer whose first words have a lower
-    one than `again` hears its question again, see hearings.py; 0: none does."""
+    weights have learnt from. As it stands here, c itself. An answer whose first words are less
+    probably right than `again` hears its question again, see hearings.py; 0: none does."""
 
     slope: float = 1.0
     offset: float = 0.0

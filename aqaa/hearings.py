@@ -10,7 +10,7 @@ is sure pays nothing. This is not of the paper; nothing was trained for it.
 import torch
 
 from aqaa.answer import confidence
-from aqaa.backbone.generation import Prefill, Step, Vocabulary, embed, generate
+from aqaa.backbone.generation import Prefill, Step, Vocabulary, embed, fork, generate
 from aqaa.config import GROUP_SIZE, SAMPLE_RATE
 from aqaa.tokenizers.dialogue import Resumed
 
@@ -31,7 +31,7 @@ class Prompt(list):
     """Ids of a dialogue whose question is a Heard; made(ids) is the same dialogue of other ids."""
 
     def __init__(self, question, made):
-        super().__init__(made(list(question)))
+        super().__init__(made(question))
         self.wav, self.made = question.wav, made
 
     def hearings(self, encode):
@@ -46,14 +46,14 @@ def surely(model, decoder, prompt, layout, sampling):
     if model.config.confidence.again and isinstance(prompt, Prompt):
         begun, most = first_words(steps), sampling["max_tokens"]
         if unsure(model, prompt, begun):
-            given, room = sampling.get("prefill"), len(prompt) + LONGER + most
-            forks = given and hasattr(given.decoder, "fork")  # the graph of a GPU does not
-            read = given if forks else Prefill(decoder, room)
+            # No sound was made yet, so these words can still be taken back.
+            prefill = sampling.get("prefill") or Prefill(decoder, len(prompt) + LONGER + most)
             hearings = prompt.hearings(model.encode)
-            begun, prompt = together(hearings, model.ids, layout, read, len(begun))
+            begun, prompt = together(hearings, model.ids, layout, prefill, len(begun))
+            # The rest follows them as if the chosen hearing had said them by itself.
             said = tuple(step.id for step in begun)
+            rest = {**sampling, "max_tokens": most - len(said), "prefill": prefill}
             prompt, layout = [*prompt, *said], Resumed(layout, said)
-            rest = {**sampling, "max_tokens": most - len(said), "prefill": given or read}
             steps = generate(decoder, prompt, model.ids, layout, **rest)
         yield from begun
     yield from steps
@@ -64,19 +64,16 @@ def first_words(steps):
     begun = []
     for step in steps:
         begun.append(step)
-        if step.kind not in ("text", "marker") or words(begun) == BLOCK:
+        words = sum(one.kind == "text" for one in begun)
+        if step.kind not in ("text", "marker") or words == BLOCK:
             break
     return begun
 
 
-def words(begun):
-    return sum(step.kind == "text" for step in begun)
-
-
 def unsure(model, prompt, begun):
     """Whether an answer to a prompt, begun with these Steps, should hear its question again."""
-    how = model.config.confidence
-    return isinstance(prompt, Prompt) and words(begun) and confidence(begun, how) < how.again
+    how, words = model.config.confidence, any(step.kind == "text" for step in begun)
+    return isinstance(prompt, Prompt) and words and confidence(begun, how) < how.again
 
 
 @torch.inference_mode()
@@ -91,7 +88,7 @@ def together(prompts, ids, layout, prefill, most=BLOCK):
     prefill.read(prompts[0])
     for prompt in prompts:  # they begin alike, up to the question: that is read once
         known = prefill.known(prompt)
-        decoders.append(prefill.decoder.fork(known, len(prompt) + most))
+        decoders.append(fork(prefill.decoder, known, len(prompt) + most))
         hidden.append(decoders[-1].feed(embed(model, [prompt[known:]])))
     while not machine.finished and len(steps) < most and (may := machine.allowed()).kind == "text":
         each = vocabulary.scores(torch.cat(hidden), may).log_softmax(-1)  # (K, R)

@@ -172,7 +172,6 @@ class AQAA:
         if image is not None:
             question = [question, vision.patches(self.config)]
 
-
         def made(ids):
             turns = [*history, ("user", ids)]
             return dialogue.prompt(turns, self.text, self.ids, marker=marker)

@@ -128,8 +128,8 @@ def test_what_stands_before_the_question_is_read_once(doubting, sound, monkeypat
     assert sum(n > 1 for n in fed[1:]) - len(SHIFTS) in (0, 1)  # the other hearings; one of them may go on
 
 
-def test_a_decoder_that_cannot_be_copied_still_reads_the_prompt(doubting, sound):
-    """As one whose steps are recorded for a GPU: the hearings get a plain one, the answer goes on with this."""
+def test_what_any_decoder_has_read_can_be_copied(doubting, sound):
+    """One whose steps are recorded for a GPU, too: of it the hearings need nothing but its cache."""
     prompt = doubting.prompt(doubting.listen(sound))
     plain = Decoder(doubting.decoder, 1, 500)
     graph = SimpleNamespace(model=plain.model, size=plain.size, cache=plain.cache, feed=plain.feed)

@@ -110,13 +110,14 @@ class Decoder:
         if self.padding is not None:
             self.padding = self.padding[rows]
 
-    def fork(self, length, size):
-        """Another Decoder, of `size` ids, that has read the first `length` of those of this one."""
-        other = Decoder(self.model, 1, size)
-        other.cache.keys[..., :length, :] = self.cache.keys[..., :length, :]
-        other.cache.values[..., :length, :] = self.cache.values[..., :length, :]
-        other.cache.length = length
-        return other
+
+def fork(decoder, length, size):
+    """A Decoder of `size` ids that has read the first `length` of what another decoder read."""
+    other = Decoder(decoder.model, 1, size)
+    other.cache.keys[..., :length, :] = decoder.cache.keys[..., :length, :]
+    other.cache.values[..., :length, :] = decoder.cache.values[..., :length, :]
+    other.cache.length = length
+    return other
 
 
 class Prefill:
